@@ -1,0 +1,14 @@
+"""Sequence-parallel attention for JAX.
+
+The alphabet, used everywhere: B batch, S key tokens, T query tokens (where their number differs),
+N query heads, K KV heads, H head dimension, P devices of the sequence-parallel axis.
+`[B, S@seq, N, H]` is an array whose token axis is sharded over mesh axis "seq", as `jax.typeof`
+prints it.
+"""
+
+from .attention import dot_product_attention as dot_product_attention
+from .kernels import dense_attention as dense_attention
+from .layout import MeshLayout as MeshLayout
+from .reshard import heads_to_sequence as heads_to_sequence
+from .reshard import sequence_to_heads as sequence_to_heads
+from .ulysses import ulysses_attention as ulysses_attention

@@ -1,0 +1,154 @@
+"""The front door: attention of global arrays on a mesh."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from . import refusals
+from .kernels import dense_attention
+from .layout import MeshLayout, axes_size, names
+from .masks import Window
+from .ulysses import ulysses_attention
+
+AnyMesh = Mesh | AbstractMesh
+
+
+def dot_product_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[Array, "B"] | None = None,
+    key_value_seq_lengths: Int[Array, "B"] | None = None,
+    local_window_size: Window | None = None,
+    attention: Callable[..., Array] = dense_attention,
+    layout: MeshLayout = MeshLayout(),
+    mesh: AnyMesh | None = None,
+    check_vma: bool = True,
+) -> Float[Array, "B T N H"]:
+    """`jax.nn.dot_product_attention` for sequences sharded over a mesh.
+
+    Takes and returns global arrays, under `jax.jit` or not; arguments that have the name of one of
+    `jax.nn.dot_product_attention` mean the same, and a query without any key gives 0. The work is
+    `ulysses_attention` inside a `jax.shard_map` that is manual over every axis of the mesh.
+
+    Args:
+      query, key, value: of one floating dtype; K divides N. Sharded as `layout` says; on a mesh
+        with Explicit axes they are resharded where their type says otherwise.
+      bias: added to the logits, broadcastable to `[B, N, T, S]`. Each device gets its heads' slice.
+      mask: True attends, broadcastable to `[B, N, T, S]`. Each device gets its heads' slice.
+      scale: of the logits; `1 / sqrt(H)` if None.
+      is_causal: query t attends to keys `s <= t`, both counted from 0.
+      query_seq_lengths, key_value_seq_lengths: valid tokens per batch entry; the rest is padding.
+      local_window_size: `(left, right)` or one integer for both: keys `t - left <= s <= t + right`.
+      attention: the local attention, called with all the tokens of some heads and with those
+        keywords above that differ from their defaults.
+      layout: the mesh axes of tokens, batch and heads.
+      mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one query is sharded over.
+      check_vma: of `jax.shard_map`; False for a Pallas kernel that does not state how it varies.
+
+    Returns:
+      The attention output, of the query's shape and dtype, sharded like the query.
+
+    Raises:
+      ValueError: before any communication, for everything that does not fit or is not supported.
+
+    Example:
+      mesh = jax.make_mesh((2, 4), ("data", "seq"))
+      layout = MeshLayout(tokens="seq", batch="data")
+      out = dot_product_attention(q, k, v, is_causal=True, layout=layout, mesh=mesh)
+    """
+    mesh = _find_mesh(mesh, query)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    refusals.check_arrays(query, key, value)
+    refusals.check_mesh(layout, mesh.shape, manual)
+    refusals.check_division(query.shape, key.shape, layout, mesh.shape)
+    refusals.check_scalars(scale=scale, is_causal=is_causal, local_window_size=local_window_size)
+    lengths = {
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+    }
+    refusals.check_masks(query.shape, key.shape, bias=bias, mask=mask, lengths=lengths)
+
+    static = _given(scale=scale, is_causal=is_causal or None, local_window_size=local_window_size)
+    arrays = _given(bias=bias, mask=mask, **lengths)
+    refusals.check_keywords(attention, [*static, *arrays])
+
+    # Fewer KV heads than tensor-parallel shards: they stay whole, and each shard takes its one.
+    tensor_parallel = axes_size(layout.heads, mesh.shape)
+    whole_kv = key.shape[2] % tensor_parallel != 0
+    kv_spec = replace(layout, heads=None).spec if whole_kv else layout.spec
+
+    def per_device(query: Array, key: Array, value: Array, arrays: dict[str, Array]) -> Array:
+        local = partial(attention, **static, **arrays)
+        if whole_kv:
+            key, value = (_own_head(x, layout, tensor_parallel) for x in (key, value))
+        if layout.tokens is None:
+            return local(query, key, value)
+        return ulysses_attention(query, key, value, axis_name=layout.tokens, attention=local)
+
+    array_specs = {name: _array_spec(x, layout) for name, x in arrays.items()}
+    specs = (layout.spec, kv_spec, kv_spec, array_specs)
+    operands = jax.tree.map(partial(_reshard, mesh=mesh), (query, key, value, arrays), specs)
+    return jax.shard_map(
+        per_device,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=layout.spec,
+        axis_names=set(mesh.axis_names) - set(manual),
+        check_vma=check_vma,
+    )(*operands)
+
+
+def _find_mesh(mesh: AnyMesh | None, query: Any) -> AnyMesh:
+    if mesh is not None:
+        return mesh
+    candidates = (
+        jax.sharding.get_abstract_mesh(),
+        getattr(getattr(query, "sharding", None), "mesh", None),
+    )
+    for candidate in candidates:
+        if candidate is not None and not candidate.empty:
+            return candidate
+    raise refusals.no_mesh()
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:
+    """The one KV head that this tensor-parallel shard's query heads read."""
+    head = jax.lax.axis_index(names(layout.heads)) * x.shape[2] // tensor_parallel
+    return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
+
+
+def _array_spec(x: Array, layout: MeshLayout) -> PartitionSpec:
+    """`[B, N, T, S]` or `[B]`: the batch as the layout has it, heads as the reshard leaves them."""
+    heads = (*names(layout.heads), *names(layout.tokens))
+    sharded = (layout.batch, heads, None, None)[: x.ndim]
+    return PartitionSpec(
+        *(axes if n > 1 else None for n, axes in zip(x.shape, sharded, strict=True))
+    )
+
+
+def _reshard(x: Array, spec: PartitionSpec, *, mesh: AnyMesh) -> Array:
+    """Gives x its sharding in the Explicit axes; `jax.shard_map` does so for Auto ones."""
+    explicit = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+    if not explicit:
+        return x
+    kept = (tuple(n for n in names(axes) if n in explicit) or None for axes in spec)
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*kept)))

@@ -1,0 +1,72 @@
+"""The two reshards of Ulysses attention, for use inside `jax.shard_map`: one all-to-all each.
+
+They move a label and nothing else. `[B, S@seq, N, H]` is a slice of the tokens with all heads,
+`[B, S, N@seq, H]` all the tokens with some heads; the global array is the same before and after.
+Rank p of P holds tokens `p*S/P ... (p+1)*S/P` before and heads `p*N/P ... (p+1)*N/P` after.
+
+Any dtype, any bits. XLA:CPU widens bfloat16 and float8 collectives to float32 and float16, which
+doubles the bytes and replaces the payload of a NaN; such dtypes therefore travel as integers. The
+same widening remains for their *cotangents*, which a derivative has to carry as floats.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+AxisName = str | tuple[str, ...]
+
+
+def sequence_to_heads(
+    x: Shaped[Array, "B localS N H"], axis_name: AxisName
+) -> Shaped[Array, "B S localN H"]:
+    """`[B, S@seq, N, H] -> [B, S, N@seq, H]`: all the tokens, some heads.
+
+    Args:
+      x: this device's tokens with all heads, any dtype.
+      axis_name: the mesh axis (or axes) that the tokens are sharded over; N must be divisible by
+        its size.
+    """
+    return _all_to_all(x, axis_name, split_axis=2, concat_axis=1)
+
+
+def heads_to_sequence(
+    x: Shaped[Array, "B S localN H"], axis_name: AxisName
+) -> Shaped[Array, "B localS N H"]:
+    """`[B, S, N@seq, H] -> [B, S@seq, N, H]`: some tokens, all heads; the inverse of the other.
+
+    Args:
+      x: all the tokens with this device's heads, any dtype.
+      axis_name: the mesh axis (or axes) to shard the tokens over; S must be divisible by its size.
+    """
+    return _all_to_all(x, axis_name, split_axis=1, concat_axis=2)
+
+
+def _all_to_all(x: Array, axis_name: AxisName, *, split_axis: int, concat_axis: int) -> Array:
+    narrow_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    exchange = _exchange_bits if narrow_float else _exchange
+    return exchange(x, axis_name, split_axis, concat_axis)
+
+
+def _exchange(x: Array, axis_name: AxisName, split_axis: int, concat_axis: int) -> Array:
+    return jax.lax.all_to_all(x, axis_name, split_axis, concat_axis, tiled=True)
+
+
+# A bitcast has no derivative, so the derivative is stated: the same exchange, of the tangent.
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _exchange_bits(x: Array, axis_name: AxisName, split_axis: int, concat_axis: int) -> Array:
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    return jax.lax.bitcast_convert_type(
+        _exchange(bits, axis_name, split_axis, concat_axis), x.dtype
+    )
+
+
+@_exchange_bits.defjvp
+def _exchange_bits_jvp(axis_name, split_axis, concat_axis, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return (
+        _exchange_bits(x, axis_name, split_axis, concat_axis),
+        _exchange(tangent, axis_name, split_axis, concat_axis),
+    )
