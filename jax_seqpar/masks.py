@@ -45,9 +45,9 @@ def attends(
         left, right = window(local_window_size)
         conditions.append(((t - left <= s) & (s <= t + right))[None, None])
     if query_seq_lengths is not None:
-        conditions.append((t < query_seq_lengths[:, None, None])[:, None])
+        conditions.append(t[None, None] < query_seq_lengths[:, None, None, None])
     if key_value_seq_lengths is not None:
-        conditions.append((s < key_value_seq_lengths[:, None, None])[:, None])
+        conditions.append(s[None, None] < key_value_seq_lengths[:, None, None, None])
     if not conditions:
         return None
     allowed, *rest = conditions

@@ -1,0 +1,76 @@
+"""The inputs of one attention: their sizes, generated numbers, or a file of the user's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+NAMES = ("query", "key", "value", "grad")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The shapes of one attention: query and grad `[B, S, N, H]`, key and value `[B, S, K, H]`."""
+
+    batch: int = 2
+    tokens: int = 48
+    heads: int = 16
+    kv_heads: int = 8
+    head_dim: int = 20
+    dtype: str = "float32"
+    is_causal: bool = True
+
+    def __str__(self) -> str:
+        kv = "" if self.kv_heads == self.heads else f"/{self.kv_heads}"
+        return f"{self.batch}x{self.tokens}x{self.heads}{kv}x{self.head_dim}"
+
+    def inputs(self, seed: int = 0) -> Arrays:
+        """Standard normal query, key, value and output gradient."""
+        rng = np.random.default_rng(seed)
+        q = (self.batch, self.tokens, self.heads, self.head_dim)
+        kv = (self.batch, self.tokens, self.kv_heads, self.head_dim)
+        shapes = zip(NAMES, (q, kv, kv, q), strict=True)
+        return {name: rng.standard_normal(s).astype(jnp.dtype(self.dtype)) for name, s in shapes}
+
+
+def case_of(inputs: Arrays, is_causal: bool = True) -> Case:
+    """The case that inputs belong to."""
+    B, S, N, H = inputs["query"].shape
+    K = inputs["key"].shape[2]
+    return Case(B, S, N, K, H, str(inputs["query"].dtype), is_causal)
+
+
+def load_inputs(path: Path, seed: int = 0) -> Arrays:
+    """A user's own activations, from `.npz` or `.safetensors`.
+
+    Args:
+      path: a file with arrays `query [B, S, N, H]`, `key` and `value [B, S, K, H]` and, optionally,
+        `grad`, the gradient of the output; standard normal where absent.
+      seed: of that gradient.
+
+    Raises:
+      ValueError: another kind of file, or arrays missing or misshapen.
+    """
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            found = dict(file)
+    elif path.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        found = load_file(path)
+    else:
+        raise ValueError(f"{path} must end in .npz or .safetensors.")
+    missing = [name for name in NAMES[:3] if name not in found]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]!r}; it has {sorted(found)}.")
+    query = found["query"]
+    if "grad" not in found:
+        rng = np.random.default_rng(seed)
+        found["grad"] = rng.standard_normal(query.shape).astype(query.dtype)
+    if found["grad"].shape != query.shape:
+        raise ValueError(
+            f"{path}: grad has shape {found['grad'].shape}, expected the query's {query.shape}."
+        )
+    return {name: found[name] for name in NAMES}

@@ -1,0 +1,148 @@
+"""The parity run: the same checks by PyTorch ranks and by JAX devices, compared bit for bit."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from .bits import compare_bits
+from .bits_report import BitsReport
+from .cases import Arrays
+from .checks import Check, Outputs
+from .ranks import run_ranks
+
+COLUMNS = ("forward", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check's outcome at one degree.
+
+    Attributes:
+      reports: by output, `forward`, `dq`, `dk`, `dv`; fewer where the check has fewer.
+      error: what PyTorch raised in a control, in place of reports.
+      must_differ: whether the check is a control, which passes by being caught.
+    """
+
+    name: str
+    shape: str
+    degree: int
+    reports: dict[str, BitsReport]
+    must_differ: bool = False
+    error: str | None = None
+
+    @property
+    def equal(self) -> bool:
+        return self.error is None and all(r.equal for r in self.reports.values())
+
+    @property
+    def passed(self) -> bool:
+        return self.equal != self.must_differ
+
+    @property
+    def verdict(self) -> str:
+        if self.must_differ:
+            return "NOT CAUGHT" if self.equal else "caught"
+        return "equal" if self.equal else "DIFFERS"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "case": self.name,
+            "shape": self.shape,
+            "degree": self.degree,
+            "must_differ": self.must_differ,
+            "verdict": self.verdict,
+            "error": self.error,
+            "outputs": {name: report.to_json() for name, report in self.reports.items()},
+        }
+
+
+def run_parity(
+    checks: Sequence[Check],
+    degree: int,
+    *,
+    timeout: float = 300.0,
+    save_failing: Path | None = None,
+    on_result: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """Runs checks on `degree` PyTorch ranks and on `degree` JAX CPU devices, and compares.
+
+    Args:
+      checks: of this degree.
+      degree: ranks, and devices of the JAX mesh.
+      timeout: seconds for the PyTorch ranks.
+      save_failing: a folder for the inputs and both outputs of each check that fails.
+      on_result: called after each check, for a progress display.
+
+    Raises:
+      ValueError: fewer than `degree` JAX CPU devices.
+      RankError, TimeoutError: of `run_ranks`.
+    """
+    mesh = cpu_mesh(degree)
+    by_rank = run_ranks(_run_rank, degree, list(checks), timeout=timeout)
+    results = []
+    for check, parts in zip(checks, zip(*by_rank, strict=True), strict=True):
+        result, jax_side, torch_side = _compare(check, degree, parts, mesh)
+        if save_failing is not None and not result.passed:
+            _save(save_failing, result, check.inputs, jax_side, torch_side)
+        if on_result is not None:
+            on_result(result)
+        results.append(result)
+    return results
+
+
+def cpu_mesh(degree: int) -> Mesh:
+    """A mesh of CPU devices with one axis, "seq".
+
+    Raises:
+      ValueError: fewer than `degree` CPU devices.
+    """
+    devices = jax.devices("cpu")
+    if len(devices) < degree:
+        raise ValueError(
+            f"degree {degree} needs {degree} JAX CPU devices, there are {len(devices)}. Before "
+            f'JAX is first used, write jax.config.update("jax_num_cpu_devices", {degree}).'
+        )
+    return jax.make_mesh((degree,), ("seq",), devices=devices[:degree])
+
+
+def _run_rank(rank: int, checks: Sequence[Check]) -> list[Outputs | str]:
+    return [check.run_torch(rank) for check in checks]
+
+
+def _compare(
+    check: Check, degree: int, parts: Sequence[Outputs | str], mesh: Mesh
+) -> tuple[Result, Outputs, Outputs]:
+    errors = [part for part in parts if isinstance(part, str)]
+    arrays = [part for part in parts if not isinstance(part, str)]
+    if errors:
+        result = Result(check.name, check.shape, degree, {}, check.must_differ, errors[0])
+        return result, {}, {}
+    jax_side, torch_side, truth = check.run_jax(mesh), check.joined(arrays), check.truth()
+    reports = {}
+    for name in torch_side:
+        references = {"torch": torch_side[name]}
+        if name in truth:
+            references["truth"] = truth[name]
+        reports[name] = compare_bits(dict.fromkeys(references, jax_side[name]), references)
+    result = Result(check.name, check.shape, degree, reports, check.must_differ)
+    return result, jax_side, torch_side
+
+
+def _save(folder: Path, result: Result, inputs: Arrays, jax_side: Outputs, torch_side: Outputs):
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "".join(c if c.isalnum() else "-" for c in f"{result.name} degree {result.degree}")
+    arrays = {}
+    for side, tree in (("input", inputs), ("jax", jax_side), ("torch", torch_side)):
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            key = ".".join([side, *(step.key for step in path)])
+            arrays[key] = np.ascontiguousarray(x)
+    save_file(arrays, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")

@@ -1,0 +1,140 @@
+"""The `seqpar` command."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import jax
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+except ImportError as error:
+    raise SystemExit('The seqpar command needs: pip install "jax-seqpar[parity]"') from error
+
+from . import refusals
+from .bridge.cases import Arrays, Case, load_inputs
+from .bridge.checks import Check, PipelineCheck, history_checks, reshard_checks
+from .bridge.extras import require_torch
+from .bridge.parity import Result, run_parity
+from .bridge.report import parity_table, summary
+from .layout import MeshLayout
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def seqpar() -> None:
+    """Sequence-parallel attention for JAX, compared bit for bit with PyTorch."""
+
+
+@app.command()
+def parity(
+    degree: Annotated[
+        list[int] | None, typer.Option(min=1, help="Devices and ranks; repeat. Default: 4, 8.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1)] = Case.batch,
+    tokens: Annotated[int, typer.Option(min=1, help="Of the whole sequence.")] = Case.tokens,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = Case.heads,
+    kv_heads: Annotated[int, typer.Option(min=1)] = Case.kv_heads,
+    head_dim: Annotated[int, typer.Option(min=1)] = Case.head_dim,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = Case.dtype,
+    causal: Annotated[bool, typer.Option(help="Causal attention.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the generated inputs.")] = 0,
+    input: Annotated[
+        list[Path] | None,
+        typer.Option(help="Your own query, key, value (and grad): .npz or .safetensors; repeat."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file.")
+    ] = None,
+    save_failing: Annotated[
+        Path | None, typer.Option(help="Write inputs and outputs of failing checks here.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for the ranks of one degree.")] = 300.0,
+) -> None:
+    """Run the same attention on PyTorch ranks and on JAX devices; compare every bit.
+
+    Exit status: 0 if all is equal, 1 if anything differs, 2 for sizes or files that do not fit.
+    """
+    require_torch()
+    case = Case(batch, tokens, heads, kv_heads, head_dim, dtype, causal)
+    try:
+        named = _inputs(case, input or [], seed)
+        plans = {d: _plan(d, named, causal) for d in sorted(set(degree or (4, 8)))}
+        jax.config.update("jax_num_cpu_devices", max(plans))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+    console = Console()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    results = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("parity", total=sum(map(len, plans.values())))
+        for d, checks in plans.items():
+            progress.update(task, description=f"degree {d}: PyTorch ranks, then JAX devices")
+            results += run_parity(
+                checks,
+                d,
+                timeout=timeout,
+                save_failing=save_failing,
+                on_result=lambda _: progress.advance(task),
+            )
+    console.print(parity_table(results))
+    for result in results:
+        if not result.passed:
+            _explain(console, result)
+    passed = all(result.passed for result in results)
+    console.print(summary(results), style="bold green" if passed else "bold red")
+    if json_file is not None:
+        payload = {"passed": passed, "results": [result.to_json() for result in results]}
+        json_file.write_text(json.dumps(payload, indent=2) + "\n")
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _inputs(case: Case, files: list[Path], seed: int) -> dict[str, Arrays]:
+    """By label: the user's files, or generated multi-head, grouped and multi-query attention."""
+    if files:
+        return {path.stem: load_inputs(path, seed) for path in files}
+    return {
+        "multi-head": replace(case, kv_heads=case.heads).inputs(seed),
+        "multi-query": replace(case, kv_heads=1).inputs(seed),
+        "grouped": case.inputs(seed),
+    }
+
+
+def _plan(degree: int, named: dict[str, Arrays], causal: bool) -> list[Check]:
+    """The checks of one degree: attention for all the inputs, the rest for the last of them."""
+    for inputs in named.values():
+        _refuse_misfits(degree, inputs)
+    label, last = list(named.items())[-1]
+    return [
+        *reshard_checks(degree, last["query"].shape),
+        *(PipelineCheck(degree, last, "identity", layout=x) for x in ("bshd", "sbhd")),
+        *(PipelineCheck(degree, x, "sdpa", causal, label=name) for name, x in named.items()),
+        PipelineCheck(degree, last, "sdpa", causal, "sbhd", label=label),
+        PipelineCheck(degree, last, "dense", causal, label=label),
+        *history_checks(degree, last),
+    ]
+
+
+def _refuse_misfits(degree: int, inputs: Arrays) -> None:
+    query, key, value = (inputs[name] for name in ("query", "key", "value"))
+    refusals.check_arrays(query, key, value)
+    refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
+    if str(query.dtype) not in DTYPES:
+        raise ValueError(
+            f"query has dtype {query.dtype}; both frameworks' kernels take {', '.join(DTYPES)}."
+        )
+
+
+def _explain(console: Console, result: Result) -> None:
+    console.print(f"\n{result.name}, degree {result.degree}: {result.verdict}", style="bold red")
+    for name, report in result.reports.items():
+        if not report.equal:
+            console.print(f"{name}: {report}", markup=False, highlight=False)

@@ -1,0 +1,5 @@
+"""Ulysses attention in PyTorch: the corrected reference, its oracles, and the versions it corrects.
+
+`dense` is attention in float64, `layout` the two reshards with the rank as a visible axis,
+`ulysses` the same over `torch.distributed`, `history` the wrong published versions.
+"""

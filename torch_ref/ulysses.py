@@ -1,0 +1,202 @@
+"""DeepSpeed-Ulysses over `torch.distributed`, corrected: one changed import for a DeepSpeed user.
+
+    from deepspeed.sequence.layer import DistributedAttention    # before
+    from torch_ref.ulysses import DistributedAttention           # after
+
+Right for every batch size, degree and layout, because the data is never permuted by hand: split
+along one axis, exchange, concatenate along the other. The layouts are those of DeepSpeed,
+`[S, B, N, H]` (token-first, `batch_dim_idx=1`) and `[B, S, N, H]` (batch-first, `batch_dim_idx=0`).
+Jacobs et al. 2023, https://arxiv.org/abs/2309.14509.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Exchange = Callable[[Tensor, int, int, int, Any], Tensor]
+
+
+def single_all_to_all(
+    input: Tensor, scatter_idx: int, gather_idx: int, batch_dim_idx: int, group: Any = None
+) -> Tensor:
+    """Scatters one axis over the ranks of a group and gathers another.
+
+    Args:
+      input: this rank's `[S, B, N, H]` or `[B, S, N, H]`, any dtype; its bits travel unchanged.
+      scatter_idx: the axis to split, 2 for the heads; divisible by the number of ranks.
+      gather_idx: the axis to concatenate, in rank order.
+      batch_dim_idx: which axis is the batch, 0 or 1; the tokens are the other one.
+      group: the sequence-parallel process group; None for the default group.
+
+    Returns:
+      A tensor with axis `scatter_idx` divided and axis `gather_idx` multiplied by the group's size.
+
+    Raises:
+      ValueError: axes that are not the tokens and the heads, or that do not divide.
+    """
+    world_size = dist.get_world_size(group)
+    _check_axes(scatter_idx, gather_idx, batch_dim_idx)
+    if input.shape[scatter_idx] % world_size:
+        raise ValueError(
+            f"axis {scatter_idx} of size {input.shape[scatter_idx]} is not divisible by the "
+            f"{world_size} ranks of the group. Got input {tuple(input.shape)}."
+        )
+    chunks = torch.stack(input.chunk(world_size, dim=scatter_idx))
+    received = torch.empty_like(chunks)
+    # Bytes travel: gloo has no bfloat16 or float8 of its own, and bytes keep every NaN.
+    dist.all_to_all_single(received.view(torch.uint8), chunks.view(torch.uint8), group=group)
+    return torch.cat(received.unbind(0), dim=gather_idx)
+
+
+class SeqAllToAll(torch.autograd.Function):
+    """`single_all_to_all` with a derivative, which is itself: scatter and gather change places."""
+
+    @staticmethod
+    def forward(ctx, group, input, scatter_idx, gather_idx, batch_dim_idx, exchange):
+        ctx.arguments = group, scatter_idx, gather_idx, batch_dim_idx, exchange
+        return exchange(input, scatter_idx, gather_idx, batch_dim_idx, group)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (grad_output,) = grad_outputs
+        group, scatter_idx, gather_idx, batch_dim_idx, exchange = ctx.arguments
+        grad = SeqAllToAll.apply(
+            group, grad_output, gather_idx, scatter_idx, batch_dim_idx, exchange
+        )
+        return None, grad, None, None, None, None
+
+
+class DistributedAttention(torch.nn.Module):
+    """Ulysses attention around any local attention, with DeepSpeed's constructor and call.
+
+    Args:
+      local_attention: called as `local_attention(query, key, value, *args, **kwargs)` with all the
+        tokens of this rank's heads, in the layout of the inputs; returns the query's shape.
+      sequence_process_group: the ranks that share a sequence; None for the default group.
+      scatter_idx: the head axis, 2.
+      gather_idx: the token axis, 0 for token-first and 1 for batch-first tensors; if None, the one
+        that is not `batch_dim_idx`. DeepSpeed's default of 0 is wrong for batch-first tensors and
+        was the other half of its bug, so it is not the default here.
+      sp_stream: refused; communication here does not overlap with computation.
+      exchange: what runs in place of `single_all_to_all`. For controls that must fail.
+    """
+
+    def __init__(
+        self,
+        local_attention: Callable[..., Tensor],
+        sequence_process_group: Any = None,
+        scatter_idx: int = 2,
+        gather_idx: int | None = None,
+        sp_stream: Any = None,
+        *,
+        exchange: Exchange = single_all_to_all,
+    ) -> None:
+        super().__init__()
+        if sp_stream is not None:
+            raise ValueError(
+                "sp_stream is not supported: communication and computation do not overlap here. "
+                "Leave it out; the result is the same."
+            )
+        self.local_attn = local_attention
+        self.spg = sequence_process_group
+        self.scatter_idx = scatter_idx
+        self.gather_idx = gather_idx
+        self.exchange = exchange
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch_dim_idx: int,
+        rotary_pos_emb: tuple[Tensor, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention over the whole sequence, from and to this rank's tokens.
+
+        Args:
+          query: `[S/P, B, N, H]` or `[B, S/P, N, H]`, P dividing N.
+          key, value: the same with K heads. K divides N, and K divides P or P divides K: with
+            fewer KV heads than ranks each head is sent to P/K of them.
+          batch_dim_idx: 1 for token-first, 0 for batch-first tensors.
+          rotary_pos_emb: cosines and sines `[S, 1, 1, R]` of the rotary embedding of the first R
+            channels, applied to query and key in global positions.
+          args, kwargs: passed on to the local attention.
+
+        Returns:
+          This rank's tokens of the output, of the query's shape.
+
+        Raises:
+          ValueError: shapes or axes that do not fit, before any communication.
+        """
+        tokens_idx = 1 - batch_dim_idx
+        gather_idx = tokens_idx if self.gather_idx is None else self.gather_idx
+        world_size = dist.get_world_size(self.spg)
+        _check_axes(self.scatter_idx, gather_idx, batch_dim_idx)
+        _check_heads(query, key, value, world_size)
+
+        def reshard(x: Tensor, scatter_idx: int, gather_idx: int) -> Tensor:
+            out = SeqAllToAll.apply(
+                self.spg, x, scatter_idx, gather_idx, batch_dim_idx, self.exchange
+            )
+            assert isinstance(out, Tensor)
+            return out
+
+        key, value = (_repeat_heads(x, world_size) for x in (key, value))
+        q, k, v = (reshard(x, self.scatter_idx, gather_idx) for x in (query, key, value))
+        if rotary_pos_emb is not None:
+            q, k = (_rotate(x, *rotary_pos_emb, tokens_idx) for x in (q, k))
+        out = self.local_attn(q, k, v, *args, **kwargs)
+        if out.shape != q.shape:
+            raise ValueError(
+                f"local_attention returned shape {tuple(out.shape)}, expected that of the query "
+                f"it was given, {tuple(q.shape)}."
+            )
+        return reshard(out, gather_idx, self.scatter_idx)
+
+
+def _repeat_heads(x: Tensor, world_size: int) -> Tensor:
+    """Each head as often as it takes to give every rank one; gradients are added in order."""
+    copies = max(world_size // x.shape[2], 1)
+    return x if copies == 1 else torch.stack([x] * copies, dim=3).flatten(2, 3)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, tokens_idx: int) -> Tensor:
+    """Rotary embedding, channels paired across two halves (Su et al. 2021, arXiv:2104.09864)."""
+    cos, sin = (table.movedim(0, tokens_idx) for table in (cos, sin))
+    rotated, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    left, right = rotated.chunk(2, dim=-1)
+    turned = rotated * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1)
+
+
+def _check_axes(scatter_idx: int, gather_idx: int, batch_dim_idx: int) -> None:
+    if batch_dim_idx not in (0, 1):
+        raise ValueError(f"batch_dim_idx must be 0 or 1, got {batch_dim_idx}.")
+    tokens_idx = 1 - batch_dim_idx
+    if {scatter_idx, gather_idx} != {2, tokens_idx}:
+        raise ValueError(
+            f"scatter_idx = {scatter_idx} and gather_idx = {gather_idx} must be the heads and the "
+            f"tokens, but with batch_dim_idx = {batch_dim_idx} the heads are axis 2 and the tokens "
+            f"axis {tokens_idx}. Use scatter_idx=2, gather_idx={tokens_idx}."
+        )
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, world_size: int) -> None:
+    got = f"Got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}."
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(f"query, key and value must have 4 axes, the heads being axis 2. {got}")
+    if key.shape != value.shape:
+        raise ValueError(f"key and value must have the same shape. {got}")
+    N, K = query.shape[2], key.shape[2]
+    if N % world_size:
+        raise ValueError(f"query heads N = {N} is not divisible by {world_size} ranks. {got}")
+    if N % K or (K % world_size and world_size % K):
+        raise ValueError(
+            f"KV heads K = {K} must divide the query heads N = {N}, and either divide or be "
+            f"divisible by {world_size} ranks. {got} Use key.repeat_interleave({N} // K, dim=2)."
+        )
