@@ -114,7 +114,9 @@ def _find_mesh(mesh: AnyMesh | None, query: Any) -> AnyMesh:
         return mesh
     candidates = (
         jax.sharding.get_abstract_mesh(),
+        # An array knows its devices; under jit only the type of its tracer knows the mesh.
         getattr(getattr(query, "sharding", None), "mesh", None),
+        jax.typeof(query).sharding.mesh,
     )
     for candidate in candidates:
         if candidate is not None and not candidate.empty:

@@ -13,7 +13,7 @@ def attends(
     query_tokens: int,
     key_tokens: int,
     *,
-    mask: Bool[Array, "?B ?N ?T ?S"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     is_causal: bool = False,
     query_seq_lengths: Int[Array, "B"] | None = None,
     key_value_seq_lengths: Int[Array, "B"] | None = None,

@@ -8,7 +8,7 @@ array as it is. Inputs are global NumPy arrays, so a check travels to a rank as 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,23 +36,6 @@ DTYPES = (
 RESHARDS = {"sequence_to_heads": sequence_to_heads, "heads_to_sequence": heads_to_sequence}
 TOKENS, HEADS = 1, 2
 SPECS = {TOKENS: PartitionSpec(None, "seq"), HEADS: PartitionSpec(None, None, "seq")}
-
-
-class Check(Protocol):
-    """One row of the parity table."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> str: ...
-    @property
-    def inputs(self) -> Arrays: ...
-    @property
-    def must_differ(self) -> bool: ...
-    def run_torch(self, rank: int) -> Outputs | str: ...
-    def run_jax(self, mesh: Mesh) -> Outputs: ...
-    def joined(self, parts: Sequence[Outputs]) -> Outputs: ...
-    def truth(self) -> Outputs: ...
 
 
 @dataclass(frozen=True)
@@ -237,6 +220,9 @@ class PipelineCheck:
         if self.kernel != "identity":
             return {}
         return {"forward": self.inputs["query"], "dq": self.inputs["grad"]}
+
+
+Check = ReshardCheck | PipelineCheck
 
 
 def reshard_checks(degree: int, shape: tuple[int, ...], seed: int = 0) -> list[ReshardCheck]:

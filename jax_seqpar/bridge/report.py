@@ -11,9 +11,7 @@ from .parity import COLUMNS, Result
 def parity_table(results: Sequence[Result]) -> Table:
     """One row per check: how many elements differ in each output, and the verdict."""
     title = "JAX against PyTorch: elements whose bits differ"
-    table = Table(
-        title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
-    )
+    table = Table(title=title, box=box.SIMPLE, padding=0, show_edge=False, pad_edge=False)
     for column in ("case", "shape", "degree"):
         table.add_column(column, justify="right" if column == "degree" else "left", no_wrap=True)
     for column in (*COLUMNS, "verdict"):

@@ -39,7 +39,7 @@ def dense_attention(
     """
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
-    accumulated = jnp.promote_types(query.dtype, jnp.float32)
+    accumulated = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
 
     grouped = query.reshape(B, T, K, N // K, H)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=accumulated)

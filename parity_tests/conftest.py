@@ -1,0 +1,24 @@
+"""Eight simulated devices, strict promotion, and every annotated shape checked."""
+
+import os
+
+# Read when JAX starts its backend, and inherited by processes that the tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+
+jaxtyping.install_import_hook("jax_seqpar", "beartype.beartype")
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """Switches the shape checks off, so that a refusal is seen as a user sees it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

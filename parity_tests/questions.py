@@ -1,0 +1,200 @@
+"""What every test asks, each against something independent: right element, right value, right
+gradient, right communication. (Right bits compares with PyTorch ranks, right refusal is a table.)
+
+Each raises AssertionError. The mutations ask the same questions of broken code.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from cases import MeshCase
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jax_seqpar
+from jax_seqpar.bridge.arrays import numpy_to_torch
+from jax_seqpar.bridge.cases import Case
+from torch_ref import layout as torch_layout
+from torch_ref.dense import dense_attention as torch_dense_attention
+
+RESHARDS = {
+    "sequence_to_heads": (torch_layout.sequence_to_heads, 1, 2),
+    "heads_to_sequence": (torch_layout.heads_to_sequence, 2, 1),
+}
+COLLECTIVES = (
+    "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|collective-broadcast"
+)
+
+
+def spec(axis: int) -> PartitionSpec:
+    """The token axis of `[B, S, N, H]` over "seq" if axis is 1, the head axis if 2."""
+    return PartitionSpec(*(None,) * axis, "seq")
+
+
+def reshard(name: str, degree: int, kind: AxisType = AxisType.Auto) -> Callable[..., Any]:
+    """One reshard as a function of the global array."""
+    _, before, after = RESHARDS[name]
+    mesh = jax.make_mesh((degree,), ("seq",), axis_types=(kind,))
+
+    def per_device(x):
+        return getattr(jax_seqpar.ulysses, name)(x, "seq")
+
+    mapped = jax.shard_map(per_device, mesh=mesh, in_specs=spec(before), out_specs=spec(after))
+    if kind == AxisType.Auto:
+        return mapped
+    return lambda x: mapped(jax.sharding.reshard(x, NamedSharding(mesh, spec(before))))
+
+
+def right_element(name: str, degree: int, shape: tuple[int, ...]) -> None:
+    """Every device holds exactly the elements, in the shape, that the visible-rank oracle says.
+
+    Args:
+      shape: of the global array.
+    """
+    oracle, before, _ = RESHARDS[name]
+    labels = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    out = jax.jit(reshard(name, degree))(labels)
+    by_rank = torch.stack(torch.from_numpy(labels).chunk(degree, dim=before))
+    expected = oracle(by_rank).numpy()
+    shards = sorted(out.addressable_shards, key=lambda shard: shard.device.id)
+    assert len(shards) == degree
+    for rank, shard in enumerate(shards):
+        held = np.asarray(shard.data)
+        assert held.shape == expected[rank].shape, f"rank {rank} holds {held.shape}"
+        assert np.array_equal(held, expected[rank]), f"rank {rank} holds other elements"
+
+
+def adjoint(name: str, degree: int, shape: tuple[int, ...]) -> None:
+    """<op x, y> = <x, vjp y>, exactly: small integers, whose products and sums round nowhere."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(-8, 9, shape).astype(np.float32) for _ in range(2))
+    out, pull = jax.vjp(jax.jit(reshard(name, degree)), x)
+    (dx,) = pull(jnp.asarray(y))
+    assert np.vdot(np.asarray(out), y) == np.vdot(x, np.asarray(dx))
+
+
+def attend(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto, **options: Any):
+    """The front door as a function of query, key and value alone."""
+    return partial(
+        jax_seqpar.dot_product_attention,
+        is_causal=case.is_causal,
+        layout=where.layout,
+        mesh=where.mesh(kind),
+        **options,
+    )
+
+
+def output_and_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`(query, key, value, grad) -> (out, dq, dk, dv)`, compiled as one program."""
+
+    def run(query, key, value, grad):
+        out, pull = jax.vjp(function, query, key, value)
+        return (out, *pull(grad))
+
+    return jax.jit(run)
+
+
+def oracle(case: Case, inputs: dict[str, np.ndarray], **options: Any) -> list[np.ndarray]:
+    """Output, dq, dk and dv in float64, by PyTorch."""
+    query, key, value, grad = (numpy_to_torch(x).double() for x in inputs.values())
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    out = torch_dense_attention(*leaves, is_causal=case.is_causal, **options)
+    gradients = torch.autograd.grad(out, leaves, grad)
+    return [x.detach().numpy() for x in (out, *gradients)]
+
+
+def error(got: Any, expected: np.ndarray) -> float:
+    return float(np.max(np.abs(np.asarray(got).astype(np.float64) - expected)))
+
+
+def right_values(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) -> None:
+    """Output and gradients are as near to the float64 oracle as the same kernel on one device.
+
+    The bound is twice that kernel's own largest error: sharding changes no arithmetic but the order
+    in which the gradients of a KV head on several devices are added, half a unit in the last place
+    of the result for each addition.
+    """
+    inputs = case.inputs()
+    expected = oracle(case, inputs)
+    alone = partial(jax_seqpar.dense_attention, is_causal=case.is_causal)
+    single = output_and_gradients(alone)(**inputs)
+    sharded = output_and_gradients(attend(case, where, kind))(**inputs)
+    for name, got, one, truth in zip(
+        ("out", "dq", "dk", "dv"), sharded, single, expected, strict=True
+    ):
+        additions = max(where.degree // case.kv_heads - 1, 0)
+        unit = float(jnp.finfo(case.dtype).eps) * np.max(np.abs(truth))
+        bound = 2 * error(one, truth) + additions * unit
+        assert error(got, truth) <= bound, f"{name}: {error(got, truth):.3g} > {bound:.3g}"
+
+
+def collectives(function: Callable[..., Any], *args: Any) -> dict[str, int]:
+    """How many of each collective the compiled program has."""
+    return dict(Counter(re.findall(rf"\b({COLLECTIVES})(?:-start)?\(", compiled(function, *args))))
+
+
+def all_to_all_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """Bytes that one device puts into all-to-alls, its own share included."""
+    total = 0
+    for operands in re.findall(r"= \((.*?)\) all-to-all\(", compiled(function, *args)):
+        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", operands):
+            bits = int(re.sub(r"\D", "", dtype) or 8)
+            total += int(np.prod([int(n) for n in sizes.split(",")])) * bits // 8
+    return total
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> str:
+    return jax.jit(function).lower(*args).compile().as_text()
+
+
+def sharded_inputs(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) -> list[Any]:
+    """Inputs as a model has them: sharded as the layout says, KV heads whole where they are few."""
+    mesh = where.mesh(kind)
+    operands = []
+    for x in case.inputs().values():
+        axes = list(where.layout.spec)
+        heads = where.layout.heads
+        if heads is not None and x.shape[2] % mesh.shape[heads]:
+            axes[2] = None
+        operands.append(jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes))))
+    return operands
+
+
+def right_communication(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) -> None:
+    """Four all-to-alls forward, eight with gradients, nothing else, and no byte too many.
+
+    The one exception: KV heads that several tensor-parallel devices share have their gradients
+    summed over those, dk and dv in one all-reduce.
+    """
+    *inputs, grad = sharded_inputs(case, where, kind)
+    function = attend(case, where, kind)
+    sequence_parallel = where.layout.tokens is not None
+    sizes = dict(zip(where.axes, where.shape, strict=True))
+    tensor_parallel = sizes[where.layout.heads] if isinstance(where.layout.heads, str) else 1
+    shared = case.kv_heads < tensor_parallel
+
+    assert collectives(function, *inputs) == ({"all-to-all": 4} if sequence_parallel else {})
+    both = output_and_gradients(function)
+    expected = {"all-to-all": 8} if sequence_parallel else {}
+    if shared:
+        expected["all-reduce"] = 1
+    assert collectives(both, *inputs, grad) == expected
+
+    moved = bytes_by_formula(case, where, tensor_parallel) if sequence_parallel else 0
+    assert all_to_all_bytes(function, *inputs) == moved
+    assert all_to_all_bytes(both, *inputs, grad) == 2 * moved
+
+
+def bytes_by_formula(case: Case, where: MeshCase, tensor_parallel: int) -> int:
+    """2 (N + K') B S H bytes/P per device: query and output, key and value; K' = max(K, P)."""
+    batch_parallel = int(np.prod(where.shape)) // where.degree // tensor_parallel
+    heads = case.heads // tensor_parallel
+    kv_heads = max(case.kv_heads // tensor_parallel, 1, where.degree)
+    local = case.batch // batch_parallel * case.tokens // where.degree * case.head_dim
+    return 2 * (heads + kv_heads) * local * jnp.dtype(case.dtype).itemsize

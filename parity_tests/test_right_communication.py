@@ -1,0 +1,61 @@
+"""Right communication: right numbers can hide wrong collectives, so they are counted."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import CASES, MESH_CASES, MESHES, ONE_AXIS
+from jax.sharding import AxisType
+from questions import attend, collectives, right_communication, sharded_inputs
+
+from jax_seqpar.bridge.cases import Case
+
+# XLA:CPU widens the bfloat16 cotangents; their bytes are counted by the rows of float32.
+FLOAT32 = {name: case for name, case in CASES.items() if case.dtype == "float32"}
+
+
+@pytest.mark.parametrize("degree", (2, 4, 8))
+@pytest.mark.parametrize("case", FLOAT32.values(), ids=FLOAT32)
+def test_four_and_eight_all_to_alls_by_degree(case, degree):
+    right_communication(case, ONE_AXIS[degree])
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
+@pytest.mark.parametrize("where", MESHES, ids=str)
+@pytest.mark.parametrize("case", MESH_CASES.values(), ids=MESH_CASES)
+def test_four_and_eight_all_to_alls_by_mesh(case, where, kind):
+    right_communication(case, where, kind)
+
+
+def test_seven_where_the_output_is_not_used():
+    """A gradient alone needs no output, so its reshard is dropped."""
+    case, where = CASES["grouped"], ONE_AXIS[4]
+    *inputs, grad = sharded_inputs(case, where)
+
+    def gradients(query, key, value, grad):
+        return jax.vjp(attend(case, where), query, key, value)[1](grad)
+
+    assert collectives(gradients, *inputs, grad) == {"all-to-all": 7}
+
+
+def test_masks_add_no_communication():
+    case, where = Case(batch=4, tokens=24, heads=16, kv_heads=8, head_dim=6), MESHES[4]
+    *inputs, _ = sharded_inputs(case, where)
+    masks = {
+        "mask": jnp.ones((4, 1, 24, 24), bool),
+        "bias": jnp.ones((1, 16, 24, 24)),
+        "key_value_seq_lengths": jnp.full(4, 9),
+    }
+    mesh = where.mesh()
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    masks = {name: jax.device_put(x, whole) for name, x in masks.items()}
+
+    def function(query, key, value, masks):
+        return attend(case, where, **masks)(query, key, value)
+
+    assert collectives(function, *inputs, masks) == {"all-to-all": 4}
+
+
+def test_one_device_communicates_nothing():
+    case, where = CASES["grouped"], ONE_AXIS[1]
+    *inputs, _ = sharded_inputs(case, where)
+    assert collectives(attend(case, where), *inputs) == {}

@@ -1,0 +1,272 @@
+"""Right refusal: what does not fit is named, with its sizes and what to write instead."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from jax_seqpar import (
+    MeshLayout,
+    dense_attention,
+    dot_product_attention,
+    heads_to_sequence,
+    sequence_to_heads,
+    ulysses_attention,
+)
+
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
+MESH = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
+TENSOR_MESH = jax.make_mesh((2, 4), ("seq", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def array(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+def qkv(tokens=16, heads=8, kv_heads=8, batch=2, head_dim=4):
+    q = array(batch, tokens, heads, head_dim)
+    kv = array(batch, tokens, kv_heads, head_dim)
+    return q, kv, kv
+
+
+def identity(query, key, value):
+    return query
+
+
+CALLS = {
+    "three axes": (
+        (array(16, 8, 4), *qkv()[1:]),
+        {},
+        r"query must have 4 axes \[B, T, N, H\], got shape \(16, 8, 4\).*query\[None\]",
+    ),
+    "integers": (
+        tuple(x.astype(jnp.int32) for x in qkv()),
+        {},
+        r"query must have a floating dtype, got int32. Write query.astype\(jnp.float32\)",
+    ),
+    "two dtypes": (
+        (qkv()[0], *(x.astype(jnp.bfloat16) for x in qkv()[1:])),
+        {},
+        r"one dtype, got float32, bfloat16 and bfloat16. Cast them, .*key.astype\(query.dtype\)",
+    ),
+    "key unlike value": (
+        (*qkv()[:2], array(2, 16, 4, 4)),
+        {},
+        r"key and value must have the same shape .*key \(2, 16, 8, 4\), value \(2, 16, 4, 4\)",
+    ),
+    "two batch sizes": (
+        (qkv()[0], *qkv(batch=3)[1:]),
+        {},
+        r"agree in the batch size B, got 2 and 3",
+    ),
+    "two head dimensions": (
+        (qkv()[0], *qkv(head_dim=5)[1:]),
+        {},
+        r"agree in the head dimension H, got 4 and 5",
+    ),
+    "groups": (
+        (qkv()[0], *qkv(kv_heads=3)[1:]),
+        {},
+        r"query heads N = 8 must be a multiple of the KV heads K = 3",
+    ),
+    "heads": (
+        qkv(heads=6, kv_heads=6),
+        {},
+        r"query heads N = 6 is not divisible by the 4 devices of mesh axis 'seq'. "
+        r"Got query \(2, 16, 6, 4\), key \(2, 16, 6, 4\). "
+        r"Use a degree that divides N: \[1, 2, 3, 6\]",
+    ),
+    "KV heads": (
+        qkv(heads=12, kv_heads=6),
+        {},
+        r"KV heads K = 6 neither is divisible by nor divides the 4 devices of mesh axis 'seq'.*"
+        r"degree that does: \[1, 2, 3, 6, 12\].*jnp.repeat\(key, 2, axis=2\)",
+    ),
+    "query tokens": (
+        qkv(tokens=18),
+        {},
+        r"query tokens T = 18 is not divisible by the 4 devices of mesh axis 'seq'.*Pad it to 20",
+    ),
+    "key tokens": (
+        (qkv()[0], *qkv(tokens=18)[1:]),
+        {},
+        r"key tokens S = 18 is not divisible by the 4 devices",
+    ),
+    "batch": (
+        qkv(batch=3),
+        {"layout": MeshLayout(batch="data")},
+        r"query batch B = 3 is not divisible by the 2 devices of mesh axis 'data'.*"
+        r"MeshLayout\(batch=None\)",
+    ),
+    "tensor-parallel heads": (
+        qkv(heads=6, kv_heads=6),
+        {"layout": MeshLayout(heads="tensor"), "mesh": TENSOR_MESH},
+        r"query heads N = 6 is not divisible by the 4 devices of mesh axis 'tensor'",
+    ),
+    "tensor-parallel KV heads": (
+        qkv(heads=24, kv_heads=3),
+        {"layout": MeshLayout(heads="tensor"), "mesh": TENSOR_MESH},
+        r"KV heads K = 3 neither is divisible by nor divides the 4 devices of mesh axis 'tensor'",
+    ),
+    "no such axis": (
+        qkv(),
+        {"layout": MeshLayout(tokens="sequence")},
+        r"names axis 'sequence', which the mesh does not have: its axes are "
+        r"\{'data': 2, 'seq': 4\}",
+    ),
+    "an axis twice": (
+        qkv(),
+        {"layout": MeshLayout(tokens="seq", heads="seq")},
+        r"uses mesh axis 'seq' for more than one array axis",
+    ),
+    "a mask of numbers": (
+        qkv(),
+        {"mask": array(1, 1, 16, 16)},
+        r"mask must be boolean, got dtype float32; bias= takes numbers",
+    ),
+    "a bias of booleans": (
+        qkv(),
+        {"bias": array(1, 1, 16, 16, dtype=bool)},
+        r"bias must be floating, got dtype bool; mask= takes a boolean array",
+    ),
+    "a mask of two axes": (
+        qkv(),
+        {"mask": array(16, 16, dtype=bool)},
+        r"mask must have 4 axes, each 1 or that of \[B, N, T, S\] = \(2, 8, 16, 16\), "
+        r"got shape \(16, 16\).*mask\[None, None\]",
+    ),
+    "a mask of other heads": (
+        qkv(),
+        {"mask": array(2, 4, 16, 16, dtype=bool)},
+        r"mask must have 4 axes, .*got shape \(2, 4, 16, 16\)",
+    ),
+    "lengths": (
+        qkv(),
+        {"key_value_seq_lengths": array(3, dtype=jnp.int32)},
+        r"key_value_seq_lengths must be integers of shape \(B,\) = \(2,\), got int32\[3\]",
+    ),
+    "lengths of another kind": (
+        qkv(),
+        {"query_seq_lengths": array(2)},
+        r"query_seq_lengths must be integers of shape \(B,\) = \(2,\), got float32\[2\]",
+    ),
+    "an array as scale": (
+        qkv(),
+        {"scale": jnp.ones(())},
+        r"scale must be a Python number, got .*Multiply the query",
+    ),
+    "an array as is_causal": (
+        qkv(),
+        {"is_causal": jnp.array(True)},
+        r"is_causal must be True or False",
+    ),
+    "a negative window": (
+        qkv(),
+        {"local_window_size": (3, -1)},
+        r"local_window_size must be one integer or \(left, right\), none negative, got \(3, -1\)",
+    ),
+    "a window of three": (
+        qkv(),
+        {"local_window_size": (3, 1, 2)},
+        r"local_window_size must be one integer or \(left, right\)",
+    ),
+    "an option the kernel lacks": (
+        qkv(),
+        {"attention": identity, "is_causal": True},
+        r"attention=identity does not name the parameter 'is_causal'.*"
+        r"\['query', 'key', 'value'\].*jax_seqpar.dense_attention",
+    ),
+    "an array the kernel lacks": (
+        qkv(),
+        {"attention": identity, "bias": array(1, 1, 16, 16)},
+        r"attention=identity does not name the parameter 'bias'",
+    ),
+    "a kernel that transposes": (
+        qkv(),
+        {"attention": lambda query, key, value: query.swapaxes(1, 2)},
+        r"attention returned shape \(2, 2, 16, 4\), expected \(2, 16, 2, 4\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrays", "options", "message"), CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("compile", (True, False), ids=("jit", "eager"))
+def test_the_front_door(arrays, options, message, compile):
+    call = partial(dot_product_attention, **({"mesh": MESH} | options))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        (jax.jit(call) if compile else call)(*arrays)
+
+
+def test_no_mesh():
+    with pytest.raises(ValueError, match=r"no mesh: .*Pass mesh=, or .*jax.set_mesh"):
+        dot_product_attention(*qkv())
+
+
+def test_inside_a_shard_map():
+    spec = PartitionSpec(None, "seq")
+    call = partial(dot_product_attention, mesh=MESH)
+    with pytest.raises(ValueError, match=r"(?s)axis 'seq' is already manual.*ulysses_attention"):
+        jax.shard_map(call, mesh=MESH, in_specs=spec, out_specs=spec)(*qkv())
+
+
+@pytest.mark.parametrize("name", ("causal", "softcap", "dropout_rate", "implementation"))
+def test_unknown_keywords(name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        partial(dot_product_attention, *qkv(), mesh=MESH, **{name: 1})()
+
+
+PER_DEVICE = {
+    "heads": (qkv(heads=6, kv_heads=6), r"query heads N = 6 is not divisible by the 4 devices"),
+    "KV heads": (qkv(heads=12, kv_heads=6), r"KV heads K = 6 neither is divisible by nor divides"),
+    "output": (qkv(), r"attention returned shape \(2, 16, 2, 3\), expected \(2, 16, 2, 4\)"),
+}
+
+
+@pytest.mark.parametrize(("arrays", "message"), PER_DEVICE.values(), ids=PER_DEVICE)
+def test_the_per_device_function(arrays, message):
+    call = partial(ulysses_attention, axis_name="seq", attention=lambda q, k, v: q[..., :3])
+    spec = PartitionSpec(None, "seq")
+    with pytest.raises(ValueError, match=message):
+        jax.jit(jax.shard_map(call, mesh=MESH, in_specs=spec, out_specs=spec))(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("reshard", "shape"), ((sequence_to_heads, (2, 8, 6, 4)), (heads_to_sequence, (2, 6, 8, 4)))
+)
+def test_a_reshard_that_does_not_divide(reshard, shape):
+    whole = PartitionSpec()
+    call = jax.shard_map(
+        lambda x: reshard(x, "seq"), mesh=MESH, in_specs=whole, out_specs=whole, check_vma=False
+    )
+    with pytest.raises(ValueError, match=r"\(6\) has to be divisible .* axis seq \(4\)"):
+        call(array(*shape))
+
+
+def test_nothing_communicates_before_a_refusal():
+    """The refusal comes while tracing: there is no program yet."""
+    with pytest.raises(ValueError, match="not divisible"):
+        jax.make_jaxpr(partial(dot_product_attention, mesh=MESH))(*qkv(heads=6, kv_heads=6))
+
+
+def test_shapes_are_checked_under_test():
+    """The annotations mean something: with the checks on, a wrong rank is caught by them."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(jaxtyping.TypeCheckError, match="query"):
+        dense_attention(array(16, 8, 4), *qkv()[1:])
+
+
+def test_a_query_without_a_key_is_zero_and_its_gradient_finite():
+    """Not a refusal, but the case that others leave undefined."""
+    q, k, v = (jnp.asarray(np.random.default_rng(0).standard_normal(x.shape)) for x in qkv())
+    mask = jnp.zeros((1, 1, 16, 16), bool).at[:, :, 3:].set(True)
+    call = partial(dot_product_attention, mask=mask, mesh=MESH)
+    out, pull = jax.vjp(call, q, k, v)
+    assert not np.any(np.asarray(out)[:, :3])
+    assert np.any(np.asarray(out)[:, 3:])
+    assert all(np.isfinite(np.asarray(x)).all() for x in pull(out))
