@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from .layout import MeshLayout, axes_size
@@ -46,6 +47,30 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
         raise ValueError(
             f"query heads N = {N} must be a multiple of the KV heads K = {K}. {got} "
             f"Query head n reads KV head n // (N / K)."
+        )
+
+
+def axis_size(axis_name: Any) -> int:
+    """The size of a manual mesh axis; refuses one that is not, as outside `jax.shard_map`."""
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"mesh axis {axis_name!r} is not manual here. Call this inside a jax.shard_map over a "
+            f"mesh that has it, or jax_seqpar.dot_product_attention outside."
+        ) from None
+
+
+def check_reshard(shape: Shape, split_axis: int, axis_name: Any) -> None:
+    """Refuses a reshard of anything but `[B, S, N, H]`, or along an axis that does not divide."""
+    degree = axis_size(axis_name)
+    if len(shape) != 4:
+        raise ValueError(f"a reshard takes 4 axes [B, S, N, H], got shape {shape}.")
+    if shape[split_axis] % degree:
+        what = {1: "tokens S", 2: "heads N"}[split_axis]
+        raise ValueError(
+            f"{what} = {shape[split_axis]} is not divisible by the {degree} devices of mesh axis "
+            f"{axis_name!r}. Got shape {shape}. Use one of {_divisors(shape[split_axis])} devices."
         )
 
 

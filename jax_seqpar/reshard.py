@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from . import refusals
+
 AxisName = str | tuple[str, ...]
 
 
@@ -27,6 +29,9 @@ def sequence_to_heads(
       x: this device's tokens with all heads, any dtype.
       axis_name: the mesh axis (or axes) that the tokens are sharded over; N must be divisible by
         its size.
+
+    Raises:
+      ValueError: heads that do not divide, or an axis that is not manual.
     """
     return _all_to_all(x, axis_name, split_axis=2, concat_axis=1)
 
@@ -39,11 +44,15 @@ def heads_to_sequence(
     Args:
       x: all the tokens with this device's heads, any dtype.
       axis_name: the mesh axis (or axes) to shard the tokens over; S must be divisible by its size.
+
+    Raises:
+      ValueError: tokens that do not divide, or an axis that is not manual.
     """
     return _all_to_all(x, axis_name, split_axis=1, concat_axis=2)
 
 
 def _all_to_all(x: Array, axis_name: AxisName, *, split_axis: int, concat_axis: int) -> Array:
+    refusals.check_reshard(x.shape, split_axis, axis_name)
     narrow_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     exchange = _exchange_bits if narrow_float else _exchange
     return exchange(x, axis_name, split_axis, concat_axis)

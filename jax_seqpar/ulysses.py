@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
@@ -55,7 +54,7 @@ def gather_tokens(
     axis_name: AxisName,
 ) -> tuple[Array, Array, Array]:
     """The way in: query, key and value as the local attention gets them, `[B, S, N@seq, H]`."""
-    degree = jax.lax.axis_size(axis_name)
+    degree = refusals.axis_size(axis_name)
     refusals.check_heads(query.shape, key.shape, axis_name, degree)
     key, value = (repeat_heads(x, degree) for x in (key, value))
     q, k, v = (sequence_to_heads(x, axis_name) for x in (query, key, value))

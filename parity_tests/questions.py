@@ -150,7 +150,9 @@ def all_to_all_bytes(function: Callable[..., Any], *args: Any) -> int:
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> str:
-    return jax.jit(function).lower(*args).compile().as_text()
+    text = jax.jit(function).lower(*args).compile().as_text()
+    assert text
+    return text
 
 
 def sharded_inputs(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) -> list[Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cases import CASES, DEGREES
 
-from jax_seqpar.bridge.checks import PipelineCheck, history_checks, reshard_checks
+from jax_seqpar.bridge.checks import Check, PipelineCheck, history_checks, reshard_checks
 from jax_seqpar.bridge.parity import run_parity
 
 LAYOUTS = ("bshd", "sbhd")
@@ -15,7 +15,7 @@ RIGHT_ALONE = {"history v1 sbhd"}
 
 def plan(degree):
     """PyTorch's kernel for every case; JAX's, which each rank has to compile, for a few."""
-    checks = reshard_checks(degree, (2, 3 * degree, 5 * degree, 7))
+    checks: list[Check] = [*reshard_checks(degree, (2, 3 * degree, 5 * degree, 7))]
     for label, case in CASES.items():
         inputs = case.inputs()
         checks.append(PipelineCheck(degree, inputs, "sdpa", case.is_causal, label=label))

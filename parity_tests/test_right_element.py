@@ -9,7 +9,7 @@ from cases import DEGREES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
-from questions import RESHARDS, adjoint, reshard, right_element
+from questions import RESHARDS, adjoint, compiled, reshard, right_element
 
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.checks import DTYPES, reshard_checks
@@ -83,7 +83,7 @@ def test_dtypes_that_only_jax_has(name, dtype):
 def test_narrow_floats_travel_at_their_own_width():
     """XLA:CPU would widen a bfloat16 all-to-all to float32."""
     x = jnp.ones((2, 8, 8, 16), jnp.bfloat16)
-    text = jax.jit(reshard("sequence_to_heads", 4)).lower(x).compile().as_text()
+    text = compiled(reshard("sequence_to_heads", 4), x)
     (line,) = (line for line in text.splitlines() if " all-to-all(" in line)
     assert "u16[" in line
     assert "f32[" not in line

@@ -234,16 +234,43 @@ def test_the_per_device_function(arrays, message):
         jax.jit(jax.shard_map(call, mesh=MESH, in_specs=spec, out_specs=spec))(*arrays)
 
 
-@pytest.mark.parametrize(
-    ("reshard", "shape"), ((sequence_to_heads, (2, 8, 6, 4)), (heads_to_sequence, (2, 6, 8, 4)))
-)
-def test_a_reshard_that_does_not_divide(reshard, shape):
+RESHARDS = {
+    "heads": (
+        sequence_to_heads,
+        (2, 8, 6, 4),
+        r"heads N = 6 is not divisible by the 4 devices of mesh axis 'seq'. "
+        r"Got shape \(2, 8, 6, 4\). Use one of \[1, 2, 3, 6\] devices",
+    ),
+    "tokens": (
+        heads_to_sequence,
+        (2, 6, 8, 4),
+        r"tokens S = 6 is not divisible by the 4 devices of mesh axis 'seq'",
+    ),
+    "axes": (sequence_to_heads, (8, 8, 4), r"4 axes \[B, S, N, H\], got shape \(8, 8, 4\)"),
+}
+
+
+@pytest.mark.parametrize(("reshard", "shape", "message"), RESHARDS.values(), ids=RESHARDS)
+def test_a_reshard(reshard, shape, message):
     whole = PartitionSpec()
     call = jax.shard_map(
         lambda x: reshard(x, "seq"), mesh=MESH, in_specs=whole, out_specs=whole, check_vma=False
     )
-    with pytest.raises(ValueError, match=r"\(6\) has to be divisible .* axis seq \(4\)"):
+    with pytest.raises(ValueError, match=message):
         call(array(*shape))
+
+
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda x: sequence_to_heads(x, "seq"),
+        lambda x: heads_to_sequence(x, "seq"),
+        lambda x: ulysses_attention(x, x, x, axis_name="seq", attention=identity),
+    ),
+)
+def test_outside_a_shard_map(call):
+    with pytest.raises(ValueError, match=r"mesh axis 'seq' is not manual here.*jax.shard_map"):
+        call(qkv()[0])
 
 
 def test_nothing_communicates_before_a_refusal():

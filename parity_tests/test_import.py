@@ -1,0 +1,80 @@
+"""Importing the library does nothing, and needs neither PyTorch nor Flax."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NO_PARITY_EXTRA = """
+import sys
+for name in ("torch", "flax", "rich", "typer", "safetensors", "einops"):
+    sys.modules[name] = None
+"""
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_import_needs_only_jax():
+    code = """
+import sys, jax
+before = dict(jax.config.values)
+import jax_seqpar
+assert not {"torch", "flax", "torch_ref", "rich", "typer"} & set(sys.modules)
+assert dict(jax.config.values) == before
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_bridge_names_the_extra_it_needs():
+    code = (
+        NO_PARITY_EXTRA
+        + """
+import jax.numpy as jnp
+from jax_seqpar.bridge import to_torch, compare_bits
+assert compare_bits(jnp.ones(3), jnp.ones(3)).equal
+to_torch(jnp.ones(3))
+"""
+    )
+    result = python(code)
+    assert 'pip install "jax-seqpar[parity]"' in result.stderr.splitlines()[-1]
+
+
+def test_the_command_names_the_extra_it_needs():
+    result = python(NO_PARITY_EXTRA + "import jax_seqpar.cli")
+    assert result.returncode == 1
+    assert result.stderr.strip() == 'The seqpar command needs: pip install "jax-seqpar[parity]"'
+
+
+def imports(path):
+    """The packages that a module imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    (
+        ("torch_ref", {"jax", "jax_seqpar", "flax"}),
+        ("jax_seqpar", {"torch", "torch_ref", "flax", "einops", "rich", "typer", "safetensors"}),
+    ),
+)
+def test_neither_house_imports_the_other(package, forbidden):
+    people = {"bridge", "cli.py"}
+    modules = [
+        path
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if not people & set(path.relative_to(ROOT / package).parts)
+    ]
+    assert len(modules) >= 5
+    assert {str(path): found for path in modules if (found := forbidden & set(imports(path)))} == {}

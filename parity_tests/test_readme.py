@@ -1,0 +1,55 @@
+"""The README's code runs, its examples too, and what it says of the tree is so."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EIGHT_DEVICES = 'import jax; jax.config.update("jax_num_cpu_devices", 8)\n'
+
+
+def run(*command):
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_there_is_code_to_run():
+    assert len(BLOCKS) >= 4
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
+def test_the_code_runs(block):
+    """As it stands, on simulated devices; a block that starts ranks is a script with a main."""
+    run(sys.executable, "-W", "error", "-c", EIGHT_DEVICES + block)
+
+
+def test_the_first_example_is_eight_lines():
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) == 8
+
+
+def test_the_quickstart_runs():
+    output = run(sys.executable, "examples/quickstart.py")
+    assert "float32[2@data,1024@seq,8,64]" in output
+    assert re.search(r"all-to-alls [78] ", output)
+
+
+def test_the_files_it_names_exist():
+    named = set(re.findall(r"`((?:jax_seqpar|torch_ref|parity_tests|examples)/[\w./]*)`", README))
+    assert len(named) >= 5
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_the_top_level_is_the_one_agreed():
+    """Nothing but these and dot-files, of what git knows."""
+    listed = run("git", "ls-files").split()
+    top = {path.split("/")[0] for path in listed if not path.startswith(".")}
+    assert top == {
+        *("pyproject.toml", "README.md", "Makefile"),
+        *("jax_seqpar", "torch_ref", "parity_tests", "examples"),
+    }
