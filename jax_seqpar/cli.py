@@ -1,7 +1,6 @@
 """The `seqpar` command."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,15 +13,11 @@ try:
 except ImportError as error:
     raise SystemExit('The seqpar command needs: pip install "jax-seqpar[parity]"') from error
 
-from . import refusals
-from .bridge.cases import Arrays, Case, load_inputs
-from .bridge.checks import Check, PipelineCheck, history_checks, reshard_checks
+from .bridge.cases import Case
 from .bridge.extras import require_torch
 from .bridge.parity import Result, run_parity
+from .bridge.plan import DTYPES, inputs_by_label, plan
 from .bridge.report import parity_table, summary
-from .layout import MeshLayout
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -64,8 +59,8 @@ def parity(
     require_torch()
     case = Case(batch, tokens, heads, kv_heads, head_dim, dtype, causal)
     try:
-        named = _inputs(case, input or [], seed)
-        plans = {d: _plan(d, named, causal) for d in sorted(set(degree or (4, 8)))}
+        named = inputs_by_label(case, input or [], seed)
+        plans = {d: plan(d, named, causal) for d in sorted(set(degree or (4, 8)))}
         jax.config.update("jax_num_cpu_devices", max(plans))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
@@ -95,42 +90,6 @@ def parity(
         json_file.write_text(json.dumps(payload, indent=2) + "\n")
     if not passed:
         raise typer.Exit(1)
-
-
-def _inputs(case: Case, files: list[Path], seed: int) -> dict[str, Arrays]:
-    """By label: the user's files, or generated multi-head, grouped and multi-query attention."""
-    if files:
-        return {path.stem: load_inputs(path, seed) for path in files}
-    return {
-        "multi-head": replace(case, kv_heads=case.heads).inputs(seed),
-        "multi-query": replace(case, kv_heads=1).inputs(seed),
-        "grouped": case.inputs(seed),
-    }
-
-
-def _plan(degree: int, named: dict[str, Arrays], causal: bool) -> list[Check]:
-    """The checks of one degree: attention for all the inputs, the rest for the last of them."""
-    for inputs in named.values():
-        _refuse_misfits(degree, inputs)
-    label, last = list(named.items())[-1]
-    return [
-        *reshard_checks(degree, last["query"].shape),
-        *(PipelineCheck(degree, last, "identity", layout=x) for x in ("bshd", "sbhd")),
-        *(PipelineCheck(degree, x, "sdpa", causal, label=name) for name, x in named.items()),
-        PipelineCheck(degree, last, "sdpa", causal, "sbhd", label=label),
-        PipelineCheck(degree, last, "dense", causal, label=label),
-        *history_checks(degree, last),
-    ]
-
-
-def _refuse_misfits(degree: int, inputs: Arrays) -> None:
-    query, key, value = (inputs[name] for name in ("query", "key", "value"))
-    refusals.check_arrays(query, key, value)
-    refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
-    if str(query.dtype) not in DTYPES:
-        raise ValueError(
-            f"query has dtype {query.dtype}; both frameworks' kernels take {', '.join(DTYPES)}."
-        )
 
 
 def _explain(console: Console, result: Result) -> None:

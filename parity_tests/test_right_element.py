@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from questions import RESHARDS, adjoint, compiled, reshard, right_element
 
 from jax_seqpar.bridge import compare_bits
-from jax_seqpar.bridge.checks import DTYPES, reshard_checks
+from jax_seqpar.bridge.checks.reshard import DTYPES, reshard_checks
 
 both_reshards = pytest.mark.parametrize("name", RESHARDS)
 

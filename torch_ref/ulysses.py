@@ -44,7 +44,8 @@ def single_all_to_all(
             f"axis {scatter_idx} of size {input.shape[scatter_idx]} is not divisible by the "
             f"{world_size} ranks of the group. Got input {tuple(input.shape)}."
         )
-    chunks = torch.stack(input.chunk(world_size, dim=scatter_idx))
+    # Stacking keeps the strides of a channels-last tensor; what travels has to be contiguous.
+    chunks = torch.stack(input.chunk(world_size, dim=scatter_idx)).contiguous()
     received = torch.empty_like(chunks)
     # Bytes travel: gloo has no bfloat16 or float8 of its own, and bytes keep every NaN.
     dist.all_to_all_single(received.view(torch.uint8), chunks.view(torch.uint8), group=group)

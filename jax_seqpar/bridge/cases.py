@@ -1,5 +1,6 @@
 """The inputs of one attention: their sizes, generated numbers, or a file of the user's."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,15 +54,7 @@ def load_inputs(path: Path, seed: int = 0) -> Arrays:
     Raises:
       ValueError: another kind of file, or arrays missing or misshapen.
     """
-    if path.suffix == ".npz":
-        with np.load(path) as file:
-            found = dict(file)
-    elif path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        found = load_file(path)
-    else:
-        raise ValueError(f"{path} must end in .npz or .safetensors.")
+    found = _read(path)
     missing = [name for name in NAMES[:3] if name not in found]
     if missing:
         raise ValueError(f"{path} has no {missing[0]!r}; it has {sorted(found)}.")
@@ -73,4 +66,23 @@ def load_inputs(path: Path, seed: int = 0) -> Arrays:
         raise ValueError(
             f"{path}: grad has shape {found['grad'].shape}, expected the query's {query.shape}."
         )
+    if found["grad"].dtype != query.dtype:
+        raise ValueError(
+            f"{path}: grad has dtype {found['grad'].dtype}, expected the query's {query.dtype}."
+        )
     return {name: found[name] for name in NAMES}
+
+
+def _read(path: Path) -> Arrays:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        if path.suffix == ".npz":
+            with path.open("rb") as stream, np.load(stream) as file:
+                return dict(file)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+    except (SafetensorError, zipfile.BadZipFile, EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not what its name says: {error}.") from None
+    raise ValueError(f"{path} must end in .npz or .safetensors.")

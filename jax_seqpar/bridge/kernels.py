@@ -77,10 +77,21 @@ def as_torch_attention(attention: LocalAttention) -> TorchAttention:
             return to_torch(forward(*to_jax(_plain(query, key, value)))).clone()
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, grad):
-            grads = backward(*to_jax(_plain(*ctx.saved_tensors, grad)))
-            return tuple(x.clone() for x in to_torch(grads))
+        def backward(ctx, *grad):
+            return JaxAttentionGradient.apply(*ctx.saved_tensors, *grad)
+
+    # A function of its own, so that a second derivative is an error and not a missing term.
+    class JaxAttentionGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *operands):
+            return tuple(x.clone() for x in to_torch(backward(*to_jax(_plain(*operands)))))
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                "as_torch_attention can be differentiated once, not twice. For second derivatives "
+                "stay in one framework: jax.hessian of the attention itself."
+            )
 
     return JaxAttention.apply
 

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from .bits import compare_bits
 from .bits_report import BitsReport
 from .cases import Arrays
-from .checks import Check, Outputs
+from .checks import Check
+from .checks.sides import Outputs
 from .ranks import run_ranks
 
 COLUMNS = ("forward", "dq", "dk", "dv")
@@ -143,6 +144,8 @@ def _save(folder: Path, result: Result, inputs: Arrays, jax_side: Outputs, torch
     for side, tree in (("input", inputs), ("jax", jax_side), ("torch", torch_side)):
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             key = ".".join([side, *(step.key for step in path)])
-            arrays[key] = np.ascontiguousarray(x)
+            # A pair of floats: the format has no complex number of 128 bits.
+            pairs = x.dtype == np.complex128
+            arrays[key] = np.ascontiguousarray(x[..., None].view(np.float64) if pairs else x)
     save_file(arrays, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")

@@ -1,5 +1,6 @@
 """Runs a function on PyTorch ranks, each a process of its own, and brings everything back."""
 
+import contextlib
 import datetime
 import pickle
 import queue as queues
@@ -56,8 +57,9 @@ def run_ranks(
         try:
             for rank in range(world_size):
                 arguments = (rank, world_size, store, timeout, threads, task, answers)
-                processes.append(context.Process(target=_rank_main, args=arguments, daemon=True))
-                processes[-1].start()
+                process = context.Process(target=_rank_main, args=arguments, daemon=True)
+                process.start()
+                processes.append(process)
             values = _collect(processes, answers, timeout)
             return [values[rank] for rank in range(world_size)]
         finally:
@@ -88,13 +90,22 @@ def _collect(processes: list[Any], answers: Any, timeout: float) -> dict[int, An
                 ) from None
             continue
         if error is not None:
-            # A rank that dies makes its peers fail: the death is the cause, so it is said first.
-            time.sleep(0.2)
-            dead = [r for r in missing if r != rank and processes[r].exitcode not in (None, 0)]
-            cause = _death(processes, dead) + "\n" if dead else ""
-            raise RankError(f"{cause}rank {rank} of {len(processes)} failed:\n{error}")
+            raise RankError(_cause(processes, answers, values, rank, error))
         values[rank] = pickle.loads(payload)
     return values
+
+
+def _cause(
+    processes: list[Any], answers: Any, values: dict[int, Any], rank: int, error: str
+) -> str:
+    """The error, after any death: a rank that dies makes its peers fail, so it is the cause."""
+    answered = {rank, *values}
+    with contextlib.suppress(queues.Empty):
+        while True:
+            answered.add(answers.get(timeout=0.5)[0])
+    dead = [r for r, p in enumerate(processes) if r not in answered and p.exitcode is not None]
+    cause = _death(processes, dead) + "\n" if dead else ""
+    return f"{cause}rank {rank} of {len(processes)} failed:\n{error}"
 
 
 def _death(processes: list[Any], dead: list[int]) -> str:

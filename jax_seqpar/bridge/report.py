@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from .parity import COLUMNS, Result
@@ -13,7 +14,7 @@ def parity_table(results: Sequence[Result]) -> Table:
     title = "JAX against PyTorch: elements whose bits differ"
     table = Table(title=title, box=box.SIMPLE, padding=0, show_edge=False, pad_edge=False)
     for column in ("case", "shape", "degree"):
-        table.add_column(column, justify="right" if column == "degree" else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column == "degree" else "left", overflow="fold")
     for column in (*COLUMNS, "verdict"):
         table.add_column(column, justify="right", no_wrap=True)
     degree = None
@@ -24,7 +25,7 @@ def parity_table(results: Sequence[Result]) -> Table:
         cells = [_cell(result, column) for column in COLUMNS]
         style = "green" if result.passed else "bold red"
         table.add_row(
-            result.name,
+            escape(result.name),
             result.shape,
             str(result.degree),
             *cells,

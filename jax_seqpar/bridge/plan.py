@@ -1,0 +1,54 @@
+"""Which checks a parity run makes, of which inputs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from .. import refusals
+from ..layout import MeshLayout
+from .cases import Arrays, Case, load_inputs
+from .checks import Check, PipelineCheck, history_checks, reshard_checks
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def inputs_by_label(case: Case, files: list[Path], seed: int) -> dict[str, Arrays]:
+    """By label: the user's files, or generated multi-head, grouped and multi-query attention."""
+    if files:
+        short = len({path.stem for path in files}) == len(files)
+        return {path.stem if short else str(path): load_inputs(path, seed) for path in files}
+    _refuse_dtype(case.dtype)
+    return {
+        "multi-head": replace(case, kv_heads=case.heads).inputs(seed),
+        "multi-query": replace(case, kv_heads=1).inputs(seed),
+        "grouped": case.inputs(seed),
+    }
+
+
+def plan(degree: int, named: dict[str, Arrays], causal: bool) -> list[Check]:
+    """The checks of one degree: attention for all the inputs, the rest for the last of them."""
+    for inputs in named.values():
+        _refuse_misfits(degree, inputs)
+    label, last = list(named.items())[-1]
+    return [
+        *reshard_checks(degree, last["query"].shape),
+        *(PipelineCheck(degree, last, "identity", layout=x) for x in ("bshd", "sbhd")),
+        *(PipelineCheck(degree, x, "sdpa", causal, label=name) for name, x in named.items()),
+        PipelineCheck(degree, last, "sdpa", causal, "sbhd", label=label),
+        PipelineCheck(degree, last, "dense", causal, label=label),
+        *history_checks(degree, last),
+    ]
+
+
+def _refuse_misfits(degree: int, inputs: Arrays) -> None:
+    query, key, value = (inputs[name] for name in ("query", "key", "value"))
+    refusals.check_arrays(query, key, value)
+    refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
+    _refuse_dtype(str(query.dtype))
+
+
+def _refuse_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype must be one that both frameworks' kernels take, {', '.join(DTYPES)}; "
+            f"got {dtype}."
+        )

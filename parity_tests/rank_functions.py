@@ -1,0 +1,375 @@
+"""What the tests' ranks run, importable by a fresh process, and the inputs that both sides make."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations, product
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torch_ref import history
+from torch_ref.dense import dense_attention
+from torch_ref.ulysses import DistributedAttention, SeqAllToAll, single_all_to_all
+
+# test_ranks
+
+
+def failure(function: Any, *args: Any, **kwargs: Any) -> str:
+    """The type and message of what a call raises."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def describe_rank(rank: int, *args: Any) -> tuple[Any, ...]:
+    group = dist.get_rank(), dist.get_world_size(), dist.get_backend()
+    return rank, group, torch.get_num_threads(), os.getpid(), args, return_bits(rank)
+
+
+def return_bits(rank: int) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """Tensors, in the dtypes that PyTorch can pickle, and arrays in those that NumPy has not."""
+    tensors = ("bool", "int64", "bfloat16", "float16", "float32", "complex64")
+    arrays = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float32")
+    return (
+        {name: random_bits(name, (30, 50), rank) for name in tensors},
+        {name: random_array(name, (30, 50), rank) for name in arrays},
+    )
+
+
+def raise_in_rank_1(rank: int) -> None:
+    if rank == 1:
+        _name_of_the_failing_function()
+    wait_for_the_others()
+
+
+def _name_of_the_failing_function() -> None:
+    raise LookupError("no seventh seal")
+
+
+def exit_in_rank_1(rank: int, code: int) -> None:
+    if rank == 1:
+        os._exit(code)
+    wait_for_the_others()
+
+
+def kill_rank_1(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    wait_for_the_others()
+
+
+def hang_in_rank_1(rank: int) -> None:
+    if rank == 1:
+        time.sleep(3600)
+    wait_for_the_others()
+
+
+def return_a_lambda(rank: int) -> Any:
+    return lambda: rank
+
+
+def wait_for_the_others() -> None:
+    dist.all_reduce(torch.ones(2))
+
+
+# test_torch_ulysses
+
+DTYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    *("bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
+)
+# b, local tokens, heads per rank, channels.
+SIZES = ((1, 3, 5, 7), (2, 5, 3, 2), (3, 2, 7, 5))
+BATCH, TOKENS, HEADS = 0, 1, 2
+OPS = {"sequence_to_heads": (TOKENS, HEADS), "heads_to_sequence": (HEADS, TOKENS)}
+LAYOUTS = {"bshd": 0, "sbhd": 1}  # batch_dim_idx
+
+
+def random_array(dtype: Any, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Bytes at random, so that NaNs of every payload, infinities and subnormals are among them."""
+    import ml_dtypes
+
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    raw = np.random.default_rng(seed).bytes(int(np.prod(shape)) * dtype.itemsize)
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def random_bits(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    dtype = getattr(torch, name)
+    raw = bytearray(np.random.default_rng(seed).bytes(int(np.prod(shape)) * dtype.itemsize))
+    if name == "bool":
+        raw = bytearray(byte % 2 for byte in raw)
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def global_shape(sizes: tuple[int, int, int, int], degree: int) -> tuple[int, ...]:
+    b, s, hl, d = sizes
+    return b, s * degree, hl * degree, d
+
+
+def integers(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Small whole numbers in float64, whose products and sums round nowhere."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(-99, 100, shape).astype(float))
+
+
+def normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def swap(x: Tensor, layout: str) -> Tensor:
+    """From batch-first to a layout, or back; a view."""
+    return x.transpose(0, 1) if layout == "sbhd" else x
+
+
+def local(x: Tensor, axis: int, rank: int, degree: int) -> Tensor:
+    """This rank's part of a global array; not contiguous in general, which must not matter."""
+    return x.chunk(degree, axis)[rank]
+
+
+def axis_indices(op: str, layout: str) -> tuple[int, int, int]:
+    """scatter_idx, gather_idx and batch_dim_idx."""
+    batch_idx = LAYOUTS[layout]
+    tokens_idx = 1 - batch_idx
+    if op == "sequence_to_heads":
+        return HEADS, tokens_idx, batch_idx
+    return tokens_idx, HEADS, batch_idx
+
+
+def all_ulysses(rank: int, degree: int) -> dict[str, Any]:
+    """Everything of `test_torch_ulysses` that needs ranks, in one launch."""
+    return {
+        "all_to_all": all_to_all(rank, degree),
+        "strides": strides(rank, degree),
+        "adjoint": adjoint(rank, degree),
+        "attention": attention(rank, degree),
+        "rotary": rotary(rank, degree),
+        "subgroups": subgroups(rank, degree),
+        "passed on": passed_on(rank),
+        "refusals": refusals(degree),
+        "history": historical(rank, degree),
+    }
+
+
+Packed = tuple[str, tuple[int, ...], bytes]
+
+
+def packed(x: Tensor) -> Packed:
+    """Dtype, shape and bits: PyTorch cannot pickle a float8 or uint16 tensor by itself."""
+    return str(x.dtype), tuple(x.shape), x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def all_to_all(rank: int, degree: int) -> dict[Any, Packed]:
+    outputs = {}
+    for sizes, dtype, layout, op in product(SIZES, DTYPES, LAYOUTS, OPS):
+        x = local(random_bits(dtype, global_shape(sizes, degree), 0), OPS[op][0], rank, degree)
+        out = single_all_to_all(swap(x, layout), *axis_indices(op, layout))
+        outputs[sizes, dtype, layout, op] = packed(out)
+    return outputs
+
+
+def strides(rank: int, degree: int) -> dict[Any, Packed | str]:
+    """All-to-alls of arrays in every order of the axes in memory, or what they raise."""
+    outputs: dict[Any, Packed | str] = {}
+    for order, dtype, op in product(permutations(range(4)), ("float32", "uint8"), OPS):
+        x = local(random_bits(dtype, global_shape(SIZES[2], degree), 0), OPS[op][0], rank, degree)
+        x = x.permute(order).contiguous().permute(np.argsort(order).tolist())
+        try:
+            outputs[order, dtype, op] = packed(single_all_to_all(x, *axis_indices(op, "bshd")))
+        except RuntimeError as error:
+            outputs[order, dtype, op] = str(error)
+    return outputs
+
+
+def adjoint(rank: int, degree: int) -> dict[Any, tuple[float, float]]:
+    """This rank's shares of <op x, y> and <x, vjp y>."""
+    products = {}
+    for sizes, layout, op in product(SIZES, LAYOUTS, OPS):
+        before, after = OPS[op]
+        shape = global_shape(sizes, degree)
+        x, y = (
+            swap(local(integers(shape, seed), axis, rank, degree), layout)
+            for seed, axis in enumerate((before, after))
+        )
+        x.requires_grad_()
+        arguments = axis_indices(op, layout)
+        out = SeqAllToAll.apply(None, x, *arguments, single_all_to_all)
+        assert isinstance(out, Tensor)
+        (dx,) = torch.autograd.grad(out, x, y)
+        products[sizes, layout, op] = (out * y).sum().item(), (x * dx).sum().item()
+    return products
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Sizes by degree: of N heads in all, K of them KV heads."""
+
+    batch: int
+    heads_per_rank: int
+    kv_heads_per_rank: float  # one half: two ranks share a head; 0: all of them do
+    is_causal: bool = True
+    local_tokens: int = 3
+    head_dim: int = 5
+
+    def heads(self, degree: int) -> tuple[int, int]:
+        return self.heads_per_rank * degree, max(int(self.kv_heads_per_rank * degree), 1)
+
+    def repeats(self, degree: int) -> int:
+        return max(degree // self.heads(degree)[1], 1)
+
+    def inputs(self, degree: int) -> list[Tensor]:
+        """Query, key, value, output gradient, and a cotangent of each gradient."""
+        N, K = self.heads(degree)
+        shapes = [
+            (self.batch, self.local_tokens * degree, n, self.head_dim)
+            for n in (N, K, K, N, N, K, K)
+        ]
+        return [normal(shape, seed) for seed, shape in enumerate(shapes)]
+
+
+ATTENTION = {
+    "multi-head": AttentionCase(1, 3, 3),
+    "grouped": AttentionCase(2, 4, 2),
+    "one KV head a rank": AttentionCase(3, 2, 1),
+    "fewer KV heads than ranks": AttentionCase(2, 2, 0.5),
+    "multi-query": AttentionCase(3, 2, 0),
+    "one head a rank": AttentionCase(2, 1, 1),
+    "not causal": AttentionCase(2, 4, 2, is_causal=False),
+}
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, *, layout: str, is_causal: bool) -> Tensor:
+    q, k, v = (swap(x, layout) for x in (query, key, value))
+    return swap(dense_attention(q, k, v, is_causal=is_causal), layout)
+
+
+def derivatives(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """The output, its gradients, and the gradients of those; differentiable inputs are inputs[:4].
+
+    The last four are of <dq, tq> + <dk, tk> + <dv, tv> for the cotangents inputs[4:].
+    """
+    query, key, value, grad = leaves = [x.detach().requires_grad_() for x in inputs[:4]]
+    out = attend(query, key, value)
+    first = torch.autograd.grad(out, leaves[:3], grad, create_graph=True)
+    second = torch.autograd.grad(first, leaves, inputs[4:])
+    return [x.detach() for x in (out, *first, *second)]
+
+
+def attention(rank: int, degree: int) -> dict[Any, list[Tensor]]:
+    outputs = {}
+    for (name, case), (layout, batch_dim_idx) in product(ATTENTION.items(), LAYOUTS.items()):
+        ulysses = DistributedAttention(partial(dense, layout=layout, is_causal=case.is_causal))
+        inputs = [swap(local(x, TOKENS, rank, degree), layout) for x in case.inputs(degree)]
+        results = derivatives(partial(ulysses, batch_dim_idx=batch_dim_idx), inputs)
+        outputs[name, layout] = [swap(x, layout) for x in results]
+    return outputs
+
+
+ROTARY = AttentionCase(2, 4, 2, head_dim=6)
+ROTATED_CHANNELS = (6, 4)
+
+
+def angles(degree: int, channels: int) -> Tensor:
+    """`[S, channels / 2]`"""
+    return normal((ROTARY.local_tokens * degree, channels // 2), 7)
+
+
+def rotary(rank: int, degree: int) -> dict[Any, list[Tensor]]:
+    outputs = {}
+    for channels, (layout, batch_dim_idx) in product(ROTATED_CHANNELS, LAYOUTS.items()):
+        table = torch.cat([angles(degree, channels)] * 2, dim=-1)[:, None, None]
+        ulysses = DistributedAttention(partial(dense, layout=layout, is_causal=True))
+        inputs = [swap(local(x, TOKENS, rank, degree), layout) for x in ROTARY.inputs(degree)]
+        attend = partial(
+            ulysses, batch_dim_idx=batch_dim_idx, rotary_pos_emb=(table.cos(), table.sin())
+        )
+        outputs[channels, layout] = [swap(x, layout) for x in derivatives(attend, inputs)]
+    return outputs
+
+
+SUBGROUPS = AttentionCase(2, 4, 2)
+
+
+def subgroups(rank: int, degree: int) -> list[Tensor]:
+    """Two sequences, one for the even ranks and one for the odd."""
+    groups = [dist.new_group(list(range(parity, degree, 2))) for parity in (0, 1)]
+    parity, sub_rank, sub_degree = rank % 2, rank // 2, degree // 2
+    inputs = [
+        local(x[parity : parity + 1], TOKENS, sub_rank, sub_degree)
+        for x in SUBGROUPS.inputs(sub_degree)
+    ]
+    ulysses = DistributedAttention(partial(dense, layout="bshd", is_causal=True), groups[parity])
+    return derivatives(partial(ulysses, batch_dim_idx=0), inputs)
+
+
+def passed_on(rank: int) -> tuple[Tensor, tuple[Any, ...]]:
+    """The output of a local attention that is called with more arguments, and what it was given."""
+    given = []
+
+    def scaled(query, key, value, *args, **kwargs):
+        given.append((args, kwargs))
+        return query * args[0] + kwargs["offset"]
+
+    x = normal((2, 3, 4, 5), rank)
+    out = DistributedAttention(scaled)(x, x, x, 0, None, 2.0, "other", offset=0.5)
+    assert torch.equal(out, x * 2.0 + 0.5)
+    return given[0]
+
+
+def refusals(degree: int) -> dict[str, str]:
+    """By what does not fit, the error of a call with it."""
+    N = 2 * degree
+    q = torch.ones(2, 3, N, 5)
+    attend = DistributedAttention(lambda q, k, v: q)
+
+    def heads(n: int) -> Tensor:
+        return torch.ones(2, 3, n, 5)
+
+    def short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q[:, 1:]
+
+    return {
+        "sp_stream": failure(DistributedAttention, dense, None, 2, 1, object()),
+        "gather_idx of the batch": failure(DistributedAttention(dense, None, 2, 0), q, q, q, 0),
+        "scatter_idx of the channels": failure(DistributedAttention(dense, None, 3), q, q, q, 0),
+        "batch_dim_idx": failure(attend, q, q, q, 2),
+        "query heads": failure(attend, heads(N + 1), q, q, 0),
+        "KV heads and ranks": failure(attend, heads(6 * degree), heads(3), heads(3), 0),
+        "KV heads and query heads": failure(attend, q, heads(2 * N), heads(2 * N), 0),
+        "key and value": failure(attend, q, q, heads(degree), 0),
+        "three axes": failure(attend, q[0], q[0], q[0], 0),
+        "output": failure(DistributedAttention(short), q, q, q, 0),
+        "one axis twice": failure(single_all_to_all, q, 2, 2, 0),
+        "negative axis": failure(single_all_to_all, q, -2, 1, 0),
+        "tokens": failure(single_all_to_all, torch.ones(2, 3 * degree + 1, 2, 5), 1, 2, 0),
+    }
+
+
+def historical(rank: int, degree: int) -> dict[Any, Tensor | str]:
+    """The wrong versions over real ranks, of local parts of integers that are all different."""
+    outputs: dict[Any, Tensor | str] = {}
+    for (version, layout), op in product(product(history.WRONG_VERSIONS, LAYOUTS), OPS):
+        x = historical_inputs(layout, op, degree)[rank]
+        arguments = axis_indices(op, layout)
+        try:
+            outputs[version, layout, op] = history.single_all_to_all(
+                history.WRONG_VERSIONS[version], x, *arguments
+            )
+        except RuntimeError as error:
+            outputs[version, layout, op] = str(error)
+    return outputs
+
+
+def historical_inputs(layout: str, op: str, degree: int) -> Tensor:
+    """`[P, ...]`, as the ranks hold them."""
+    shape = global_shape((2, 3, 4 if degree == 2 else 8, 2), degree)
+    x = torch.arange(int(np.prod(shape))).reshape(shape)
+    return torch.stack([swap(part, layout) for part in x.chunk(degree, OPS[op][0])])

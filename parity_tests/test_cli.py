@@ -1,0 +1,433 @@
+"""`seqpar parity`: what it prints and writes, its exit status, and what it refuses to run."""
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from jax_seqpar import cli, dot_product_attention, sequence_to_heads
+from jax_seqpar.bridge import parity
+from jax_seqpar.bridge.bits_report import BitsReport
+from jax_seqpar.bridge.checks import pipeline, reshard
+from jax_seqpar.bridge.report import parity_table
+
+TINY = ("--batch=2", "--tokens=4", "--heads=4", "--kv-heads=2", "--head-dim=3")
+SHAPE, SHAPE_MHA, SHAPE_MQA = "2x4x4/2x3", "2x4x4x3", "2x4x4/1x3"
+# By name: the shape, the outputs, and at degree 2 the verdict.
+ROWS = {
+    "reshard to heads": (SHAPE_MHA, ("forward", "dq"), "equal"),
+    "reshard to sequence": (SHAPE_MHA, ("forward", "dq"), "equal"),
+    "identity": (SHAPE, ("forward", "dq"), "equal"),
+    "identity sbhd": (SHAPE, ("forward", "dq"), "equal"),
+    "multi-head sdpa": (SHAPE_MHA, ("forward", "dq", "dk", "dv"), "equal"),
+    "multi-query sdpa": (SHAPE_MQA, ("forward", "dq", "dk", "dv"), "equal"),
+    "grouped sdpa": (SHAPE, ("forward", "dq", "dk", "dv"), "equal"),
+    "grouped sdpa sbhd": (SHAPE, ("forward", "dq", "dk", "dv"), "equal"),
+    "grouped dense": (SHAPE, ("forward", "dq", "dk", "dv"), "equal"),
+    "history v1": (SHAPE, (), "caught"),
+    "history v1 sbhd": (SHAPE, ("forward", "dq", "dk", "dv"), "caught"),
+    "history v2": (SHAPE, (), "caught"),
+    "history v2 sbhd": (SHAPE, ("forward", "dq", "dk", "dv"), "caught"),
+    "history v5": (SHAPE, ("forward", "dq", "dk", "dv"), "equal"),
+    "history v5 sbhd": (SHAPE, ("forward",), "caught"),
+}
+
+
+@pytest.fixture(autouse=True)
+def devices(monkeypatch):
+    """The devices of the tests are there already, and their number cannot be changed any more."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def remembered_ranks():
+    """PyTorch runs the same checks once, as nothing that these tests change is on its side."""
+    remembered = {}
+    run_ranks = parity.run_ranks
+
+    def run(fn, degree, checks, *, timeout):
+        bits = (tuple(x.tobytes() for x in check.inputs.values()) for check in checks)
+        key = degree, tuple(check.name for check in checks), tuple(bits)
+        if key not in remembered:
+            remembered[key] = run_ranks(fn, degree, checks, timeout=timeout)
+        return remembered[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "run_ranks", run)
+        yield
+
+
+def seqpar(*arguments):
+    # Wide, so that no message is broken into lines.
+    environment = {"COLUMNS": "500", "TERMINAL_WIDTH": "500"}
+    return CliRunner().invoke(cli.app, ["parity", *map(str, arguments)], env=environment)
+
+
+def rows(output):
+    """The cells of each row of the table, by the name of the check and the degree."""
+    found = {}
+    for line in output.splitlines():
+        cells = re.split(r"\s{2,}", line.strip())
+        if match := re.fullmatch(r"(.*?) +(\d+(?:x[\d/]+)+) +(\d+) +(.*)", " ".join(cells)):
+            name, shape, degree, rest = match.groups()
+            found[name, int(degree)] = [shape, *rest.split()]
+    return found
+
+
+def test_equal_at_two_degrees(tmp_path):
+    file = tmp_path / "results.json"
+    result = seqpar(*TINY, "--degree=2", "--degree=1", "--degree=2", "--json", file)
+    assert result.exit_code == 0, result.output
+    # One rank exchanges nothing, so v1 is right token-first; v2's transpose is wrong all the same.
+    right_alone = {"history v1 sbhd"}
+    table = rows(result.output)
+    assert set(table) == {(name, degree) for name in ROWS for degree in (1, 2)}
+    for (name, degree), (shape, *cells, verdict) in table.items():
+        expected_shape, outputs, expected = ROWS[name]
+        if degree == 1 and name in right_alone:
+            expected = "equal"
+        assert (shape, verdict) == (expected_shape, expected)
+        if verdict == "equal":
+            zeros = ["0"] * len(outputs) + ["-"] * (4 - len(outputs))
+            assert cells == zeros
+
+    payload = json.loads(file.read_text())
+    assert payload["passed"] is True
+    results = {(r["case"], r["degree"]): r for r in payload["results"]}
+    assert list(results) == [(name, degree) for degree in (1, 2) for name in ROWS]
+    total = 0
+    for (name, degree), r in results.items():
+        assert [r["shape"], r["verdict"]] == [table[name, degree][0], table[name, degree][-1]]
+        assert r["must_differ"] == (r["verdict"] == "caught")
+        if r["error"] is not None:
+            assert r["outputs"] == {}
+            continue
+        assert tuple(r["outputs"]) == (ROWS[name][1] or ("forward", "dq", "dk", "dv"))
+        for report in r["outputs"].values():
+            assert report["total"] == sum(leaf["total"] for leaf in report["leaves"])
+            assert report["equal"] == (report["differing"] == 0)
+            assert all(leaf["equal"] for leaf in report["leaves"]) == report["equal"]
+            total += report["total"] if r["verdict"] == "equal" else 0
+    assert all(r["error"] is None for r in results.values() if not r["must_differ"])
+    equal = sum(not r["must_differ"] for r in results.values())
+    assert result.output.rstrip().endswith(
+        f"EQUAL: {equal} checks, {total:,} elements, 0 bits differ; "
+        f"{len(results) - equal} wrong versions caught."
+    )
+
+
+@pytest.fixture
+def different(monkeypatch):
+    """JAX's pipeline gets the value's tokens in reverse, and v5 is said to be wrong batch-first."""
+
+    def reversed_value(query, key, value, **options):
+        return dot_product_attention(query, key, jnp.flip(value, axis=1), **options)
+
+    is_right = pipeline._is_right
+    monkeypatch.setattr(pipeline, "dot_product_attention", reversed_value)
+    monkeypatch.setattr(
+        pipeline,
+        "_is_right",
+        lambda version, *case: version != "v5" and is_right(version, *case),
+    )
+
+
+def test_a_difference_is_reported_and_saved(different, tmp_path):
+    folder, file = tmp_path / "new" / "failing", tmp_path / "results.json"
+    result = seqpar(*TINY, "--degree=2", "--json", file, "--save-failing", folder)
+    assert result.exit_code == 1
+    table = rows(result.output)
+    failed = {name: cells for (name, _), cells in table.items() if cells[-1].isupper()}
+    verdicts = {name: cells[-1] for name, cells in failed.items()}
+    assert verdicts == {"grouped dense": "DIFFERS", "history v5": "CAUGHT"}
+    assert failed["history v5"][-2:] == ["NOT", "CAUGHT"]
+    assert result.output.rstrip().endswith("NOT EQUAL: 2 of 15 checks failed.")
+    assert "grouped dense, degree 2: DIFFERS" in result.output
+    assert "first at batch 0, token 0, head 0, channel 0" in result.output
+
+    names = {f"{stem}.{suffix}" for stem in failed_stems() for suffix in ("json", "safetensors")}
+    assert {path.name for path in folder.iterdir()} == names
+    saved = load_file(folder / f"{failed_stems()[0]}.safetensors")
+    outputs = ("forward", "dq", "dk", "dv")
+    assert set(saved) == {
+        *(f"input.{name}" for name in ("query", "key", "value", "grad")),
+        *(f"{side}.{name}" for side in ("jax", "torch") for name in outputs),
+    }
+    rng = np.random.default_rng(0)
+    for name, heads in (("query", 4), ("key", 2), ("value", 2), ("grad", 4)):
+        expected = rng.standard_normal((2, 4, heads, 3)).astype(np.float32)
+        assert np.array_equal(saved[f"input.{name}"], expected)
+    payload = json.loads(file.read_text())
+    assert payload["passed"] is False
+    (row,) = (r for r in payload["results"] if r["case"] == "grouped dense")
+    assert json.loads((folder / f"{failed_stems()[0]}.json").read_text()) == row
+    for name, cell in zip(outputs, failed["grouped dense"][1:], strict=False):
+        # Finite numbers without a zero: their values differ where their bits do.
+        differing = np.count_nonzero(saved[f"jax.{name}"] != saved[f"torch.{name}"])
+        assert differing > 0
+        assert (int(cell), row["outputs"][name]["differing"]) == (differing, differing)
+
+    not_caught = load_file(folder / f"{failed_stems()[1]}.safetensors")
+    for name in outputs:
+        assert np.array_equal(not_caught[f"jax.{name}"], not_caught[f"torch.{name}"])
+
+
+def failed_stems():
+    return "grouped-dense-degree-2", "history-v5-degree-2"
+
+
+def test_a_reshard_that_differs_is_saved(monkeypatch, tmp_path):
+    def one_token_off(x, axis_name):
+        return jnp.roll(sequence_to_heads(x, axis_name), 1, axis=1)
+
+    monkeypatch.setitem(reshard.RESHARDS, "sequence_to_heads", one_token_off)
+    result = seqpar(*TINY, "--degree=2", "--save-failing", tmp_path)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "NOT EQUAL: 1 of 15 checks failed." in result.output
+    with safe_open(tmp_path / "reshard-to-heads-degree-2.safetensors", "np") as file:
+        for dtype in ("int8", "float32", "uint64"):
+            on_jax, on_torch = (file.get_tensor(f"{x}.forward.{dtype}") for x in ("jax", "torch"))
+            assert np.array_equal(np.roll(on_torch, 1, axis=1).view("u1"), on_jax.view("u1"))
+            assert not np.array_equal(on_torch.view("u1"), on_jax.view("u1"))
+
+
+def random_inputs(dtype, names, heads=4, tokens=4, seed=3):
+    rng = np.random.default_rng(seed)
+    shapes = {"query": heads, "key": 2, "value": 2, "grad": heads}
+    return {name: rng.standard_normal((1, tokens, shapes[name], 3)).astype(dtype) for name in names}
+
+
+def write(path, arrays):
+    if path.suffix == ".npz":
+        np.savez(path, allow_pickle=False, **arrays)
+    else:
+        save_file(arrays, path)
+
+
+def test_files_of_ones_own(tmp_path):
+    """A generated and a given gradient, two formats, two dtypes."""
+    acts = random_inputs(np.float32, ("query", "key", "value"))
+    half = random_inputs(ml_dtypes.bfloat16, ("query", "key", "value", "grad"), tokens=6)
+    paths = tmp_path / "acts.npz", tmp_path / "half.safetensors"
+    for path, arrays in zip(paths, (acts, half), strict=True):
+        write(path, arrays)
+    file = tmp_path / "results.json"
+    result = seqpar("--degree=2", *(f"--input={path}" for path in paths), "--json", file)
+    assert result.exit_code == 0, result.output
+    results = {r["case"]: r for r in json.loads(file.read_text())["results"]}
+    labels = {"acts sdpa", "half sdpa", "half sdpa sbhd", "half dense"}
+    assert {name for name in results if "acts" in name or "half" in name} == labels
+    for name, dtype, shape in (
+        ("acts sdpa", "float32", [1, 4, 4, 3]),
+        ("half sdpa", "bfloat16", [1, 6, 4, 3]),
+        ("half dense", "bfloat16", [1, 6, 4, 3]),
+        ("identity", "bfloat16", [1, 6, 4, 3]),
+    ):
+        leaf = results[name]["outputs"]["forward"]["leaves"][0]
+        assert (leaf["dtype_a"], leaf["shape_a"]) == (dtype, shape)
+
+
+def test_as_a_command_with_one_sequence(tmp_path):
+    """In a process of its own. With batch 1 the bug that was reported does not show."""
+    arguments = [*TINY, "--batch=1", "--degree=2", "--json", tmp_path / "results.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_seqpar", "parity", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    table = rows(done.stdout)
+    assert set(table) == {(name, 2) for name in ROWS}
+    equal = {"history v1", "history v1 sbhd", "history v2 sbhd", "history v5"}
+    for name in ROWS:
+        if name.startswith("history"):
+            assert table[name, 2][-1] == ("equal" if name in equal else "caught"), name
+    assert "EQUAL: 13 checks" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert {r["case"] for r in results if not r["must_differ"]} == set(ROWS) - {
+        "history v2",
+        "history v5 sbhd",
+    }
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """What the command would run, by degree, in place of a run."""
+    runs = {}
+
+    def run_parity(checks, degree, **options):
+        runs[degree] = SimpleNamespace(checks=checks, **options)
+        return []
+
+    monkeypatch.setattr(cli, "run_parity", run_parity)
+    return runs
+
+
+THREE_DTYPES = "(?=.*float32, bfloat16, float16)"
+REFUSALS = {
+    "heads": (
+        ("--degree=3", "--tokens=6"),
+        r"query heads N = 16 is not divisible by the 3 devices .*\(2, 6, 16, 20\)",
+    ),
+    "tokens": (
+        (*TINY, "--degree=2", "--tokens=5"),
+        r"query tokens T = 5 is not divisible by the 2 devices .* Pad it to 6",
+    ),
+    "KV heads and query heads": (
+        ("--heads=8", "--kv-heads=3"),
+        "query heads N = 8 must be a multiple of the KV heads K = 3",
+    ),
+    "KV heads and devices": (
+        ("--heads=12", "--kv-heads=6", "--degree=4"),
+        "KV heads K = 6 neither is divisible by nor divides the 4 devices",
+    ),
+    "one degree of two": (
+        (*TINY, "--degree=2", "--degree=8", "--tokens=8"),
+        "query heads N = 4 is not divisible by the 8 devices",
+    ),
+    "dtype not of the kernels": (("--dtype=float64",), f"(?s)(?=.*float64){THREE_DTYPES}"),
+    "dtype of integers": (("--dtype=int8",), "int8"),
+    "unknown dtype": (("--dtype=float99",), f"(?s)(?=.*float99){THREE_DTYPES}"),
+    "no devices": (("--degree=0",), "'--degree': Input should be greater than or equal to 1"),
+    "no option": (("--head_dim=2",), "No such option"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS.values(), ids=REFUSALS)
+def test_sizes_that_do_not_fit(planned, case):
+    arguments, message = case
+    assert_refused(seqpar(*arguments), message)
+    assert not planned
+
+
+def assert_refused(result, message):
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 2
+    assert re.search(message, result.output), result.output
+
+
+QKV = ("query", "key", "value")
+SINGLE = random_inputs(np.float32, (*QKV, "grad"))
+# The file, what is in it, and the error.
+MISFITS = {
+    "no key": ("a.npz", {n: SINGLE[n] for n in ("query", "value")}, r"a\.npz has no 'key'; it has"),
+    "grad of another shape": (
+        "a.safetensors",
+        {**SINGLE, "grad": SINGLE["grad"][:, :2].copy()},
+        r"grad has shape \(1, 2, 4, 3\), expected the query's \(1, 4, 4, 3\)",
+    ),
+    "grad of another dtype": (
+        "a.npz",
+        {**SINGLE, "grad": SINGLE["grad"].astype(np.float64)},
+        "grad .*float64.*float32",
+    ),
+    "no batch": (
+        "a.npz",
+        {name: x[0] for name, x in SINGLE.items()},
+        r"query must have 4 axes .*\(4, 4, 3\).* query\[None\]",
+    ),
+    "two dtypes": (
+        "a.npz",
+        {**SINGLE, "key": SINGLE["key"].astype(np.float16)},
+        "must have one dtype, got float32, float16 and float32",
+    ),
+    "wrong suffix": ("a.npy", b"", r"a\.npy must end in \.npz or \.safetensors"),
+    "missing .npz": ("a.npz", None, r"No such file.*a\.npz"),
+    "missing .safetensors": ("a.safetensors", None, r"No such file.*a\.safetensors"),
+    "empty .npz": ("a.npz", b"", r"a\.npz"),
+    "cut .npz": ("a.npz", b"PK\x03\x04 and no more", r"a\.npz"),
+    "another .npz": ("a.npz", "npy", r"a\.npz"),
+    "cut .safetensors": ("a.safetensors", b"and no more than this", r"a\.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS.values(), ids=MISFITS)
+def test_files_that_do_not_fit(planned, case, tmp_path):
+    name, content, message = case
+    path = tmp_path / name
+    if content == "npy":
+        with path.open("wb") as file:
+            np.save(file, SINGLE["query"])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        write(path, content)
+    assert_refused(seqpar("--degree=2", "--input", path), message)
+    assert not planned
+
+
+def test_help_lists_every_option():
+    result = seqpar("--help")
+    assert result.exit_code == 0
+    listed = set(re.findall(r"--[a-z][a-z-]*", result.output))
+    assert listed == {
+        *("--degree", "--batch", "--tokens", "--heads", "--kv-heads", "--head-dim", "--dtype"),
+        *("--causal", "--no-causal", "--seed", "--input", "--json", "--save-failing"),
+        *("--timeout", "--help"),
+    }
+    assert "Exit status: 0" in result.output
+    assert "parity" in CliRunner().invoke(cli.app, ["--help"]).output
+
+
+def test_every_option_arrives(planned, tmp_path):
+    result = seqpar("--no-causal", "--dtype=float16", "--seed=5", "--timeout=7")
+    assert result.exit_code == 0
+    assert list(planned) == [4, 8]
+    for degree, run in planned.items():
+        assert [check.name for check in run.checks] == list(ROWS)
+        assert {check.degree for check in run.checks} == {degree}
+        assert (run.timeout, run.save_failing) == (7.0, None)
+        by_name = {check.name: check for check in run.checks}
+        assert not by_name["multi-head sdpa"].is_causal
+        assert not by_name["grouped dense"].is_causal
+        # Without the mask a wrong version may be right by chance.
+        assert by_name["history v1"].is_causal
+        query = by_name["grouped sdpa"].inputs["query"]
+        expected = np.random.default_rng(5).standard_normal((2, 48, 16, 20)).astype(np.float16)
+        assert np.array_equal(query, expected)
+    seqpar(*TINY, "--degree=2", "--save-failing", tmp_path)
+    assert planned[2].save_failing == tmp_path
+    assert planned[2].timeout == 300.0
+
+
+def test_no_file_is_left_out(planned, tmp_path):
+    """Two of one name, from two folders."""
+    paths = [tmp_path / folder / "acts.npz" for folder in ("layer0", "layer1")]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir()
+        write(path, random_inputs(np.float32, QKV, seed=seed))
+    result = seqpar("--degree=2", *(f"--input={path}" for path in paths))
+    assert result.exit_code == 0, result.output
+    attention = [c for c in planned[2].checks if c.name.endswith(" sdpa")]
+    assert len(attention) == 2
+    assert attention[0].name != attention[1].name
+
+
+def row(name, **fields):
+    reports = {output: BitsReport(()) for output in ("forward", "dq", "dk", "dv")}
+    return parity.Result(name, SHAPE, 2, reports, **fields)
+
+
+def test_the_table_shows_everything_at_any_length_of_a_name():
+    """A file's name may be long, or hold what rich would take for a style."""
+    names = ["[red]acts[/red] sdpa", "activations-of-layer-17-after-the-first-epoch-" * 2 + " sdpa"]
+    console = Console(width=80, record=True)
+    console.print(parity_table([row(name, must_differ=True) for name in names]))
+    text = console.export_text()
+    assert "[red]acts[/red]" in text
+    header = text.splitlines()[1].split()
+    assert header == ["case", "shape", "degree", "forward", "dq", "dk", "dv", "verdict"]
+    assert re.findall(r" 0 +0 +0 +0 +(.*)", text) == ["NOT CAUGHT"] * 2
