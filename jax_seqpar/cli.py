@@ -1,8 +1,10 @@
 """The `seqpar` command."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 
@@ -17,9 +19,14 @@ from .bridge.cases import Case
 from .bridge.extras import require_torch
 from .bridge.parity import Result, run_parity
 from .bridge.plan import DTYPES, inputs_by_label, plan
+from .bridge.ranks import RankError
 from .bridge.report import parity_table, summary
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _size(help: str, default: int) -> Any:
+    return typer.Option(min=1, help=f"{help} Default: {default}.")
 
 
 @app.callback()
@@ -32,12 +39,14 @@ def parity(
     degree: Annotated[
         list[int] | None, typer.Option(min=1, help="Devices and ranks; repeat. Default: 4, 8.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1)] = Case.batch,
-    tokens: Annotated[int, typer.Option(min=1, help="Of the whole sequence.")] = Case.tokens,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = Case.heads,
-    kv_heads: Annotated[int, typer.Option(min=1)] = Case.kv_heads,
-    head_dim: Annotated[int, typer.Option(min=1)] = Case.head_dim,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = Case.dtype,
+    batch: Annotated[int | None, _size("Sequences.", Case.batch)] = None,
+    tokens: Annotated[int | None, _size("Of the whole sequence.", Case.tokens)] = None,
+    heads: Annotated[int | None, _size("Query heads.", Case.heads)] = None,
+    kv_heads: Annotated[int | None, _size("KV heads.", Case.kv_heads)] = None,
+    head_dim: Annotated[int | None, _size("Channels of a head.", Case.head_dim)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}. Default: {Case.dtype}.")
+    ] = None,
     causal: Annotated[bool, typer.Option(help="Causal attention.")] = True,
     seed: Annotated[int, typer.Option(help="Of the generated inputs.")] = 0,
     input: Annotated[
@@ -54,11 +63,23 @@ def parity(
 ) -> None:
     """Run the same attention on PyTorch ranks and on JAX devices; compare every bit.
 
-    Exit status: 0 if all is equal, 1 if anything differs, 2 for sizes or files that do not fit.
+    Exit status: 0 if all is equal, 1 if anything differs, 2 for sizes or files that do not fit, 3
+    if the PyTorch ranks failed.
     """
     require_torch()
-    case = Case(batch, tokens, heads, kv_heads, head_dim, dtype, causal)
+    sizes: dict[str, Any] = dict(
+        batch=batch, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim
+    )
+    given: dict[str, Any] = {
+        name: x for name, x in (sizes | {"dtype": dtype}).items() if x is not None
+    }
     try:
+        if input and given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"--input has its own sizes and dtype. Leave out {options}.")
+        case = Case(**given, is_causal=causal)
+        if json_file is not None and not json_file.parent.is_dir():
+            raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}.")
         named = inputs_by_label(case, input or [], seed)
         plans = {d: plan(d, named, causal) for d in sorted(set(degree or (4, 8)))}
         jax.config.update("jax_num_cpu_devices", max(plans))
@@ -68,7 +89,7 @@ def parity(
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     results = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with _ranks_may_fail(console), Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("parity", total=sum(map(len, plans.values())))
         for d, checks in plans.items():
             progress.update(task, description=f"degree {d}: PyTorch ranks, then JAX devices")
@@ -92,8 +113,18 @@ def parity(
         raise typer.Exit(1)
 
 
+@contextmanager
+def _ranks_may_fail(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except (RankError, TimeoutError) as error:
+        console.print(f"The PyTorch ranks failed: {error}", markup=False, highlight=False)
+        raise typer.Exit(3) from None
+
+
 def _explain(console: Console, result: Result) -> None:
-    console.print(f"\n{result.name}, degree {result.degree}: {result.verdict}", style="bold red")
+    head = f"\n{result.name}, degree {result.degree}: {result.verdict}"
+    console.print(head, style="bold red", markup=False, highlight=False)
     for name, report in result.reports.items():
         if not report.equal:
             console.print(f"{name}: {report}", markup=False, highlight=False)

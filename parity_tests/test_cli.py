@@ -20,6 +20,7 @@ from jax_seqpar import cli, dot_product_attention, sequence_to_heads
 from jax_seqpar.bridge import parity
 from jax_seqpar.bridge.bits_report import BitsReport
 from jax_seqpar.bridge.checks import pipeline, reshard
+from jax_seqpar.bridge.ranks import RankError
 from jax_seqpar.bridge.report import parity_table
 
 TINY = ("--batch=2", "--tokens=4", "--heads=4", "--kv-heads=2", "--head-dim=3")
@@ -344,6 +345,11 @@ MISFITS = {
         {**SINGLE, "key": SINGLE["key"].astype(np.float16)},
         "must have one dtype, got float32, float16 and float32",
     ),
+    "float8": (
+        "a.safetensors",
+        {name: x.astype(ml_dtypes.float8_e4m3fn) for name, x in SINGLE.items()},
+        "float8_e4m3fn",
+    ),
     "wrong suffix": ("a.npy", b"", r"a\.npy must end in \.npz or \.safetensors"),
     "missing .npz": ("a.npz", None, r"No such file.*a\.npz"),
     "missing .safetensors": ("a.safetensors", None, r"No such file.*a\.safetensors"),
@@ -431,3 +437,35 @@ def test_the_table_shows_everything_at_any_length_of_a_name():
     header = text.splitlines()[1].split()
     assert header == ["case", "shape", "degree", "forward", "dq", "dk", "dv", "verdict"]
     assert re.findall(r" 0 +0 +0 +0 +(.*)", text) == ["NOT CAUGHT"] * 2
+
+
+def test_a_failing_check_is_named_as_it_is(monkeypatch):
+    failing = row("[red]acts[/red] sdpa", must_differ=True)
+    monkeypatch.setattr(cli, "run_parity", lambda *_, **__: [failing])
+    result = seqpar(*TINY, "--degree=2")
+    assert result.exit_code == 1
+    assert "[red]acts[/red] sdpa, degree 2: NOT CAUGHT" in result.output
+
+
+def test_what_a_file_decides_is_not_asked(planned, tmp_path):
+    path = tmp_path / "a.npz"
+    write(path, SINGLE)
+    result = seqpar("--degree=2", "--input", path, "--heads=8", "--kv-heads=2")
+    assert_refused(result, r"Leave out --heads, --kv-heads")
+    assert not planned
+
+
+def test_a_folder_that_is_not_there_is_said_at_once(planned, tmp_path):
+    result = seqpar(*TINY, "--degree=2", "--json", tmp_path / "none" / "a.json")
+    assert_refused(result, "there is no folder")
+    assert not planned
+
+
+def test_ranks_that_fail_are_not_a_difference(monkeypatch):
+    def fail(*_, **__):
+        raise RankError("rank 1 of 2 failed")
+
+    monkeypatch.setattr(cli, "run_parity", fail)
+    result = seqpar(*TINY, "--degree=2")
+    assert result.exit_code == 3
+    assert "The PyTorch ranks failed: rank 1 of 2 failed" in result.output

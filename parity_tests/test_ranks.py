@@ -39,12 +39,12 @@ def nobody_is_left():
 
 
 def test_values_come_back_in_rank_order_with_their_bits():
-    ranks = run_ranks(rank_functions.describe_rank, 3, "a", {"b": 2}, threads=2)
+    ranks = run_ranks(rank_functions.describe_rank, 3, "a", {"b": 2}, threads=3)
     assert [rank for rank, *_ in ranks] == [0, 1, 2]
     assert len({pid for _, _, _, pid, *_ in ranks} | {os.getpid()}) == 4
     for rank, group, threads, _, args, (tensors, arrays) in ranks:
         assert group == (rank, 3, "gloo")
-        assert threads == 2
+        assert threads == 3
         assert args == ("a", {"b": 2})
         expected_tensors, expected_arrays = rank_functions.return_bits(rank)
         assert list(tensors) == list(expected_tensors)

@@ -89,7 +89,7 @@ def _leaf_to_torch(path: Any, x: Any, torch: Any) -> Any:
         ) from error
 
 
-def _instead(x: jax.Array) -> str:
+def _instead(x: Any) -> str:
     (device,) = x.devices()
     if device.platform == "tpu":
         return 'jax.device_put(x, jax.devices("cpu")[0])'

@@ -17,6 +17,11 @@ from ..ulysses import LocalAttention, gather_tokens
 from .convert import to_jax, to_torch
 from .extras import require_torch
 
+_TRACED = (
+    "staged_attention runs PyTorch between compiled programs, so it cannot be traced. "
+    "Call it outside jax.jit, vmap and scan; jax.grad and jax.vjp are fine."
+)
+
 TorchAttention = Callable[[Any, Any, Any], Any]
 
 
@@ -131,10 +136,7 @@ def _on_shards(attention: TorchAttention) -> LocalAttention:
 def _map_shards(fn: Callable[..., tuple[Any, ...]], *arrays: Array) -> tuple[Array, ...]:
     """`fn` of torch tensors on every addressable shard; each result sharded like the operands."""
     if any(isinstance(x, Tracer) for x in arrays):
-        raise ValueError(
-            "staged_attention runs PyTorch between compiled programs, so it cannot be traced. "
-            "Call it outside jax.jit, vmap and scan; jax.grad and jax.vjp are fine."
-        )
+        raise ValueError(_TRACED)
     pieces = []
     for shards in zip(*(x.addressable_shards for x in arrays), strict=True):
         results = to_jax(fn(*to_torch(tuple(shard.data for shard in shards))))

@@ -22,7 +22,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float | int = 120.0,
     threads: int = 1,
 ) -> list[Any]:
     """`fn(rank, *args)` on every rank of a gloo process group on this machine.
@@ -36,7 +36,8 @@ def run_ranks(
       threads: PyTorch threads of each rank.
 
     Returns:
-      What each rank returned, in rank order.
+      What each rank returned, in rank order. It travels by `pickle`, which PyTorch's float8 and
+      wide unsigned tensors do not survive: return those as NumPy arrays.
 
     Raises:
       RankError: a rank raised or died.
@@ -99,11 +100,14 @@ def _cause(
     processes: list[Any], answers: Any, values: dict[int, Any], rank: int, error: str
 ) -> str:
     """The error, after any death: a rank that dies makes its peers fail, so it is the cause."""
+    time.sleep(0.2)
+    # Looked at before the queue: a rank that is gone may have left its answer there.
+    gone = [r for r, process in enumerate(processes) if process.exitcode is not None]
     answered = {rank, *values}
     with contextlib.suppress(queues.Empty):
         while True:
             answered.add(answers.get(timeout=0.5)[0])
-    dead = [r for r, p in enumerate(processes) if r not in answered and p.exitcode is not None]
+    dead = [r for r in gone if r not in answered]
     cause = _death(processes, dead) + "\n" if dead else ""
     return f"{cause}rank {rank} of {len(processes)} failed:\n{error}"
 
