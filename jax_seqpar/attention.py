@@ -38,8 +38,10 @@ def dot_product_attention(
     """`jax.nn.dot_product_attention` for sequences sharded over a mesh.
 
     Takes and returns global arrays, under `jax.jit` or not; arguments that have the name of one of
-    `jax.nn.dot_product_attention` mean the same, and a query without any key gives 0. The work is
-    `ulysses_attention` inside a `jax.shard_map` that is manual over every axis of the mesh.
+    `jax.nn.dot_product_attention` mean the same, and with the default kernel a query without any
+    key gives 0. The work is `ulysses_attention` inside a `jax.shard_map` that is manual over every
+    axis of the mesh. Inside a `jax.shard_map` over other axes it runs forward only: JAX cannot
+    differentiate nested ones. Make the outer one manual over all, and call `ulysses_attention`.
 
     Args:
       query, key, value: of one floating dtype; K divides N. Sharded as `layout` says; on a mesh
@@ -48,7 +50,8 @@ def dot_product_attention(
       mask: True attends, broadcastable to `[B, N, T, S]`. Each device gets its heads' slice.
       scale: of the logits; `1 / sqrt(H)` if None.
       is_causal: query t attends to keys `s <= t`, both counted from 0.
-      query_seq_lengths, key_value_seq_lengths: valid tokens per batch entry; the rest is padding.
+      query_seq_lengths, key_value_seq_lengths: valid tokens per batch entry; the rest is padding,
+        which is masked but has to be finite.
       local_window_size: `(left, right)` or one integer for both: keys `t - left <= s <= t + right`.
       attention: the local attention, called with all the tokens of some heads and with those
         keywords above that differ from their defaults.
@@ -57,7 +60,7 @@ def dot_product_attention(
       check_vma: of `jax.shard_map`; False for a Pallas kernel that does not state how it varies.
 
     Returns:
-      The attention output, of the query's shape and dtype, sharded like the query.
+      The attention output, of the query's shape and dtype, sharded as `layout` says.
 
     Raises:
       ValueError: before any communication, for everything that does not fit or is not supported.
@@ -67,10 +70,12 @@ def dot_product_attention(
       layout = MeshLayout(tokens="seq", batch="data")
       out = dot_product_attention(q, k, v, is_causal=True, layout=layout, mesh=mesh)
     """
-    mesh = _find_mesh(mesh, query)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
     refusals.check_arrays(query, key, value)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    mesh = jax.sharding.get_abstract_mesh() if manual else _find_mesh(mesh, query)
     refusals.check_mesh(layout, mesh.shape, manual)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        refusals.check_sharding(name, jax.typeof(x).sharding.spec, layout)
     refusals.check_division(query.shape, key.shape, layout, mesh.shape)
     refusals.check_scalars(scale=scale, is_causal=is_causal, local_window_size=local_window_size)
     lengths = {
@@ -93,7 +98,9 @@ def dot_product_attention(
         if whole_kv:
             key, value = (_own_head(x, layout, tensor_parallel) for x in (key, value))
         if layout.tokens is None:
-            return local(query, key, value)
+            out = local(query, key, value)
+            refusals.check_local_output(out, query)
+            return out
         return ulysses_attention(query, key, value, axis_name=layout.tokens, attention=local)
 
     array_specs = {name: _array_spec(x, layout) for name, x in arrays.items()}
@@ -104,7 +111,8 @@ def dot_product_attention(
         mesh=mesh,
         in_specs=specs,
         out_specs=layout.spec,
-        axis_names=set(mesh.axis_names) - set(manual),
+        # None given means all; to name them all forbids a vmap over one more sharded axis.
+        axis_names=set(mesh.axis_names) - set(manual) if manual else frozenset(),
         check_vma=check_vma,
     )(*operands)
 

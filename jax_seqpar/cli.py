@@ -125,6 +125,8 @@ def _ranks_may_fail(console: Console) -> Iterator[None]:
 def _explain(console: Console, result: Result) -> None:
     head = f"\n{result.name}, degree {result.degree}: {result.verdict}"
     console.print(head, style="bold red", markup=False, highlight=False)
+    if result.error is not None:
+        console.print(result.error, markup=False, highlight=False)
     for name, report in result.reports.items():
         if not report.equal:
             console.print(f"{name}: {report}", markup=False, highlight=False)

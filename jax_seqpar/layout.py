@@ -31,6 +31,13 @@ class MeshLayout:
     batch: MeshAxes = None
     heads: MeshAxes = None
 
+    def __post_init__(self) -> None:
+        for field in ("tokens", "batch", "heads"):
+            mesh_axes = getattr(self, field)
+            if not (mesh_axes is None or isinstance(mesh_axes, str)):
+                # A list would make the layout unhashable.
+                object.__setattr__(self, field, tuple(mesh_axes))
+
     @property
     def spec(self) -> PartitionSpec:
         """The sharding of query, key, value and the output: `[B@batch, S@tokens, N@heads, H]`."""

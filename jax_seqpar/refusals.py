@@ -1,13 +1,13 @@
 """Every refusal, made at the door: what does not fit, its sizes, and what to write instead."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .layout import MeshLayout, axes_size
+from .layout import MeshLayout, axes_size, names
 
 Shape = tuple[int, ...]
 
@@ -18,6 +18,10 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
     """Refuses arrays that are not one attention's query, key and value, whatever the mesh."""
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            raise ValueError(
+                f"{name} must be an array, got {type(x).__name__}. Write jnp.asarray({name})."
+            )
         if len(x.shape) != 4:
             raise ValueError(
                 f"{name} must have 4 axes {_AXES[name]}, got shape {x.shape}. "
@@ -35,12 +39,16 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
             f"{value.dtype}. Cast them, for example key.astype(query.dtype)."
         )
     if key.shape != value.shape:
-        raise ValueError(f"key and value must have the same shape [B, S, K, H]. {got}")
+        raise ValueError(
+            f"key and value must have the same shape [B, S, K, H]. {got} "
+            f"Repeat or project the smaller one."
+        )
     for axis, size_name in ((0, "batch size B"), (3, "head dimension H")):
         if query.shape[axis] != key.shape[axis]:
             raise ValueError(
                 f"query and key must agree in the {size_name}, "
-                f"got {query.shape[axis]} and {key.shape[axis]}. {got}"
+                f"got {query.shape[axis]} and {key.shape[axis]}. {got} "
+                f"Project or slice one of them."
             )
     N, K = query.shape[2], key.shape[2]
     if K == 0 or N % K:
@@ -61,11 +69,15 @@ def axis_size(axis_name: Any) -> int:
         ) from None
 
 
-def check_reshard(shape: Shape, split_axis: int, axis_name: Any) -> None:
+def check_reshard(shape: Shape, dtype: Any, split_axis: int, axis_name: Any) -> None:
     """Refuses a reshard of anything but `[B, S, N, H]`, or along an axis that does not divide."""
     degree = axis_size(axis_name)
     if len(shape) != 4:
-        raise ValueError(f"a reshard takes 4 axes [B, S, N, H], got shape {shape}.")
+        raise ValueError(
+            f"a reshard takes 4 axes [B, S, N, H], got shape {shape}. Write x[None] or reshape."
+        )
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 8:
+        raise ValueError(f"a reshard cannot carry {dtype}. Write x.astype(jnp.float8_e4m3fn).")
     if shape[split_axis] % degree:
         what = {1: "tokens S", 2: "heads N"}[split_axis]
         raise ValueError(
@@ -74,42 +86,51 @@ def check_reshard(shape: Shape, split_axis: int, axis_name: Any) -> None:
         )
 
 
-def check_heads(query: Shape, key: Shape, axis_name: Any, degree: int) -> None:
+def check_heads(query: Shape, key: Shape, axis_name: Any, degree: int, shards: int = 1) -> None:
     """Refuses heads that the devices of the token axis cannot share evenly.
 
     Args:
-      query, key: shapes whose axis 2 counts the heads of one tensor-parallel shard.
+      query, key: the shapes.
       axis_name: the mesh axis (or axes) of the tokens.
       degree: its size.
+      shards: tensor-parallel devices that the heads are sharded over already.
     """
-    N, K = query[2], key[2]
+    N, K = query[2] // shards, max(key[2] // shards, 1)
+    per_shard = f" in each of {shards} tensor-parallel shards" if shards > 1 else ""
     devices = f"the {degree} devices of mesh axis {axis_name!r}"
     got = f"Got query {query}, key {key}."
     if N % degree:
         raise ValueError(
-            f"query heads N = {N} is not divisible by {devices}. {got} "
+            f"query heads N = {N}{per_shard} is not divisible by {devices}. {got} "
             f"Use a degree that divides N: {_divisors(N)}."
         )
     if K % degree and degree % K:
         fits = [d for d in _divisors(N) if K % d == 0 or d % K == 0]
         raise ValueError(
-            f"KV heads K = {K} neither is divisible by nor divides {devices}. {got} "
+            f"KV heads K = {K}{per_shard} neither is divisible by nor divides {devices}. {got} "
             f"Use a degree that does: {fits}; or repeat the KV heads: "
             f"jnp.repeat(key, {N // K}, axis=2), and value alike."
         )
 
 
-def check_local_output(out: Shape, query: Shape) -> None:
+def check_local_output(out: Any, query: Any) -> None:
     """Refuses a local attention's output of another shape, which a reshard would scramble."""
-    if out != query:
+    if out.shape != query.shape:
         raise ValueError(
-            f"attention returned shape {out}, expected {query} = [B, T, N, H], the shape of the "
-            f"query it was given. Transpose the output of a kernel that puts heads before tokens."
+            f"attention returned shape {out.shape}, expected {query.shape} = [B, T, N, H], that of "
+            f"the query it was given. Transpose the output of a kernel that puts heads first."
+        )
+    if out.dtype != query.dtype:
+        raise ValueError(
+            f"attention returned dtype {out.dtype}, expected the query's {query.dtype}. "
+            f"Write .astype(query.dtype) at its end."
         )
 
 
 def check_mesh(layout: MeshLayout, mesh_shape: Mapping[str, int], manual: Sequence[str]) -> None:
     """Refuses a layout that names what the mesh does not have, or has already given away."""
+    if not isinstance(layout, MeshLayout):
+        raise ValueError(f"layout must be a MeshLayout, got {layout!r}. Write MeshLayout(tokens=).")
     for axis in layout.axis_names:
         if axis not in mesh_shape:
             raise ValueError(
@@ -117,10 +138,15 @@ def check_mesh(layout: MeshLayout, mesh_shape: Mapping[str, int], manual: Sequen
                 f"{dict(mesh_shape)}. Name its axes in MeshLayout(tokens=, batch=, heads=)."
             )
         if axis in manual:
+            instead = (
+                f"Call jax_seqpar.ulysses_attention(query, key, value, axis_name={axis!r}, "
+                f"attention=...) here instead."
+                if axis in names(layout.tokens)
+                else f"Leave {axis!r} out of the MeshLayout."
+            )
             raise ValueError(
                 f"mesh axis {axis!r} is already manual: this is inside a jax.shard_map, where "
-                f"arrays are per-device. Call jax_seqpar.ulysses_attention(query, key, value, "
-                f"axis_name={axis!r}, attention=...) here instead."
+                f"arrays are per-device. {instead}"
             )
     twice = [a for a in layout.axis_names if layout.axis_names.count(a) > 1]
     if twice:
@@ -136,22 +162,24 @@ def check_division(
     """Refuses sizes that the mesh does not divide."""
     got = f"Got query {query}, key {key}."
 
-    def divide(tensor: str, size_name: str, size: int, field: str, mesh_axes: Any) -> int:
+    def divide(
+        tensor: str, size_name: str, size: int, field: str, mesh_axes: Any, advice: str
+    ) -> None:
         parts = axes_size(mesh_axes, mesh_shape)
         if size % parts:
             raise ValueError(
                 f"{tensor} {size_name} = {size} is not divisible by the {parts} devices of mesh "
-                f"axis {mesh_axes!r}. {got} Pad it to {-(-size // parts) * parts}, or use "
-                f"MeshLayout({field}=None) to leave it whole."
+                f"axis {mesh_axes!r}. {got} {advice.format(-(-size // parts) * parts)} "
+                f"MeshLayout({field}=None) leaves it whole."
             )
-        return size // parts
 
-    B, T, N, H = query
+    B, T, N, _ = query
     S, K = key[1:3]
-    divide("query", "batch B", B, "batch", layout.batch)
-    divide("query", "tokens T", T, "tokens", layout.tokens)
-    divide("key", "tokens S", S, "tokens", layout.tokens)
-    local_N = divide("query", "heads N", N, "heads", layout.heads)
+    pad = "Pad to {} and pass the true length as %s=, so that nobody attends to padding."
+    divide("query", "batch B", B, "batch", layout.batch, "Pad to {} and cut the output.")
+    divide("query", "tokens T", T, "tokens", layout.tokens, pad % "query_seq_lengths")
+    divide("key", "tokens S", S, "tokens", layout.tokens, pad % "key_value_seq_lengths")
+    divide("query", "heads N", N, "heads", layout.heads, "Use a mesh axis whose size divides it.")
     tensor_parallel = axes_size(layout.heads, mesh_shape)
     if K % tensor_parallel and tensor_parallel % K:
         raise ValueError(
@@ -159,10 +187,22 @@ def check_division(
             f"of mesh axis {layout.heads!r}. {got} Use jnp.repeat(key, {N // K}, axis=2), and "
             f"value alike, or MeshLayout(heads=None)."
         )
-    local_K = max(K // tensor_parallel, 1)
-    check_heads(
-        (B, T, local_N, H), (B, S, local_K, H), layout.tokens, axes_size(layout.tokens, mesh_shape)
-    )
+    check_heads(query, key, layout.tokens, axes_size(layout.tokens, mesh_shape), tensor_parallel)
+
+
+def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
+    """Refuses an array sharded, by its type, over an axis that the layout does not name.
+
+    It would be gathered first: right numbers, at the price of the parallelism.
+    """
+    fields = ("batch", "tokens", "heads")
+    for field, mesh_axes in zip(fields, spec, strict=False):
+        for axis in names(mesh_axes):
+            if axis not in layout.axis_names:
+                raise ValueError(
+                    f"{name} is sharded over mesh axis {axis!r}, which {layout!r} does not name, "
+                    f"so it would be gathered first. Write MeshLayout(..., {field}={axis!r})."
+                )
 
 
 def check_masks(
@@ -181,7 +221,7 @@ def check_masks(
             other = (
                 "mask= takes a boolean array, True attends"
                 if name == "bias"
-                else ("bias= takes numbers added to the logits")
+                else "write mask.astype(bool), or bias= for numbers added to the logits"
             )
             raise ValueError(f"{name} must be {kind_name}, got dtype {x.dtype}; {other}.")
         fits = len(x.shape) == 4 and all(n in (1, m) for n, m in zip(x.shape, full, strict=True))
@@ -195,29 +235,30 @@ def check_masks(
             continue
         if x.shape != (B,) or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(
-                f"{name} must be integers of shape (B,) = ({B},), got {x.dtype}{list(x.shape)}."
+                f"{name} must be integers of shape (B,) = ({B},), got {x.dtype}{list(x.shape)}. "
+                f"Write jnp.array([...], jnp.int32), one length per batch entry."
             )
 
 
 def check_scalars(*, scale: Any, is_causal: Any, local_window_size: Any) -> None:
     """Refuses options that are not plain Python values."""
-    if not (scale is None or isinstance(scale, int | float)):
+    if isinstance(scale, bool) or not (scale is None or isinstance(scale, int | float)):
         raise ValueError(
             f"scale must be a Python number, got {type(scale).__name__}. "
             f"Multiply the query by a scale that is an array."
         )
     if not isinstance(is_causal, bool):
         raise ValueError(
-            f"is_causal must be True or False, got {type(is_causal).__name__}. "
-            f"Choose between two calls with jax.lax.cond if it is an array."
+            f"is_causal must be True or False, got {type(is_causal).__name__}. Under jax.jit name "
+            f"it in static_argnames; choose between two calls with jax.lax.cond if it is an array."
         )
     if local_window_size is None:
         return
     sizes = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
-    if len(sizes) != 2 or not all(isinstance(n, int) and n >= 0 for n in sizes):
+    if len(sizes) != 2 or not all(type(n) is int and n >= 0 for n in sizes):
         raise ValueError(
             f"local_window_size must be one integer or (left, right), none negative, "
-            f"got {local_window_size!r}."
+            f"got {local_window_size!r}. (255, 0) is a query and the 255 keys before it."
         )
 
 

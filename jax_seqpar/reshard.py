@@ -4,9 +4,10 @@ They move a label and nothing else. `[B, S@seq, N, H]` is a slice of the tokens 
 `[B, S, N@seq, H]` all the tokens with some heads; the global array is the same before and after.
 Rank p of P holds tokens `p*S/P ... (p+1)*S/P` before and heads `p*N/P ... (p+1)*N/P` after.
 
-Any dtype, any bits. XLA:CPU widens bfloat16 and float8 collectives to float32 and float16, which
-doubles the bytes and replaces the payload of a NaN; such dtypes therefore travel as integers. The
-same widening remains for their *cotangents*, which a derivative has to carry as floats.
+Any dtype of whole bytes, and int4; any bits. XLA:CPU widens bfloat16 and float8 collectives to
+float32 and float16, which doubles the bytes and replaces the payload of a NaN; such dtypes
+therefore travel as integers. The same widening remains for their *cotangents*, which a derivative
+has to carry as floats.
 """
 
 from functools import partial
@@ -52,7 +53,7 @@ def heads_to_sequence(
 
 
 def _all_to_all(x: Array, axis_name: AxisName, *, split_axis: int, concat_axis: int) -> Array:
-    refusals.check_reshard(x.shape, split_axis, axis_name)
+    refusals.check_reshard(x.shape, x.dtype, split_axis, axis_name)
     narrow_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     exchange = _exchange_bits if narrow_float else _exchange
     return exchange(x, axis_name, split_axis, concat_axis)

@@ -38,11 +38,11 @@ def ulysses_attention(
       This device's tokens of the output, all heads.
 
     Raises:
-      ValueError: heads that do not divide, or an `attention` that returns another shape.
+      ValueError: sizes or dtypes that do not fit, or an `attention` that returns another shape.
     """
     q, k, v = gather_tokens(query, key, value, axis_name=axis_name)
     out = attention(q, k, v)
-    refusals.check_local_output(out.shape, q.shape)
+    refusals.check_local_output(out, q)
     return heads_to_sequence(out, axis_name)
 
 
@@ -54,6 +54,7 @@ def gather_tokens(
     axis_name: AxisName,
 ) -> tuple[Array, Array, Array]:
     """The way in: query, key and value as the local attention gets them, `[B, S, N@seq, H]`."""
+    refusals.check_arrays(query, key, value)
     degree = refusals.axis_size(axis_name)
     refusals.check_heads(query.shape, key.shape, axis_name, degree)
     key, value = (repeat_heads(x, degree) for x in (key, value))
@@ -64,7 +65,8 @@ def gather_tokens(
 def repeat_heads(x: Shaped[Array, "B S K H"], parts: int) -> Shaped[Array, "B S K2 H"]:
     """Each KV head as often as it takes to give every one of `parts` devices a head.
 
-    The copies are stacked, so that the derivative adds their gradients one by one, in order.
+    The copies are stacked, so that the derivative adds their gradients one by one, in order, in the
+    dtype of x.
     """
     B, S, K, H = x.shape
     if parts <= K:

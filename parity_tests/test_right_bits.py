@@ -35,8 +35,9 @@ def test_output_and_gradients(degree):
         f"{r.name}: {r.verdict} {r.error or ''} {[str(x) for x in r.reports.values()]}"
         for r in failed
     )
-    outputs = {name for r in results for name in r.reports}
-    assert outputs == {"forward", "dq", "dk", "dv"}
+    for r in results:
+        if r.name.endswith(("sdpa", "dense", "sdpa sbhd")) and "history" not in r.name:
+            assert set(r.reports) == {"forward", "dq", "dk", "dv"}
     caught = {r.name for r in results if r.must_differ}
     assert caught == {f"history {name}" for name in WRONG} - (RIGHT_ALONE if degree == 1 else set())
 

@@ -1,15 +1,26 @@
 """Right communication: right numbers can hide wrong collectives, so they are counted."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 from cases import CASES, MESH_CASES, MESHES, ONE_AXIS
 from jax.sharding import AxisType
-from questions import attend, collectives, right_communication, sharded_inputs
+from questions import (
+    all_to_all_bytes,
+    attend,
+    bytes_by_formula,
+    collectives,
+    compiled,
+    right_communication,
+    sharded_inputs,
+)
 
+from jax_seqpar import MeshLayout, dot_product_attention
 from jax_seqpar.bridge.cases import Case
 
-# XLA:CPU widens the bfloat16 cotangents; their bytes are counted by the rows of float32.
+# XLA:CPU widens 16-bit cotangents; forward their bytes are counted below.
 FLOAT32 = {name: case for name, case in CASES.items() if case.dtype == "float32"}
 
 
@@ -26,6 +37,29 @@ def test_four_and_eight_all_to_alls_by_mesh(case, where, kind):
     right_communication(case, where, kind)
 
 
+@pytest.mark.parametrize("name", ("bfloat16", "float16"))
+def test_16_bit_inputs_move_16_bits(name):
+    case, where = CASES[name], ONE_AXIS[4]
+    *inputs, _ = sharded_inputs(case, where)
+    program = compiled(attend(case, where), *inputs)
+    assert collectives(program) == {"all-to-all": 4}
+    assert all_to_all_bytes(program) == bytes_by_formula(case, where, 1)
+
+
+def test_vmap_adds_none():
+    """Over an axis that is not sharded, and with `spmd_axis_name` over one that is."""
+    case, where = CASES["grouped"], MESHES[2]
+    mesh, layout = where.mesh(), MeshLayout()
+    stacked = []
+    for x in list(case.inputs().values())[:3]:
+        spec = jax.sharding.PartitionSpec("data", *layout.spec)
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        stacked.append(jax.device_put(jnp.stack([jnp.asarray(x)] * 2), sharding))
+    function = partial(dot_product_attention, layout=layout, mesh=mesh)
+    vmapped = jax.vmap(function, spmd_axis_name="data")
+    assert collectives(compiled(vmapped, *stacked)) == {"all-to-all": 4}
+
+
 def test_seven_where_the_output_is_not_used():
     """A gradient alone needs no output, so its reshard is dropped."""
     case, where = CASES["grouped"], ONE_AXIS[4]
@@ -34,7 +68,7 @@ def test_seven_where_the_output_is_not_used():
     def gradients(query, key, value, grad):
         return jax.vjp(attend(case, where), query, key, value)[1](grad)
 
-    assert collectives(gradients, *inputs, grad) == {"all-to-all": 7}
+    assert collectives(compiled(gradients, *inputs, grad)) == {"all-to-all": 7}
 
 
 def test_masks_add_no_communication():
@@ -52,10 +86,10 @@ def test_masks_add_no_communication():
     def function(query, key, value, masks):
         return attend(case, where, **masks)(query, key, value)
 
-    assert collectives(function, *inputs, masks) == {"all-to-all": 4}
+    assert collectives(compiled(function, *inputs, masks)) == {"all-to-all": 4}
 
 
 def test_one_device_communicates_nothing():
     case, where = CASES["grouped"], ONE_AXIS[1]
     *inputs, _ = sharded_inputs(case, where)
-    assert collectives(attend(case, where), *inputs) == {}
+    assert collectives(compiled(attend(case, where), *inputs)) == {}

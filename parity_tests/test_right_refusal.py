@@ -89,7 +89,8 @@ CALLS = {
     "query tokens": (
         qkv(tokens=18),
         {},
-        r"query tokens T = 18 is not divisible by the 4 devices of mesh axis 'seq'.*Pad it to 20",
+        r"query tokens T = 18 is not divisible by the 4 devices of mesh axis 'seq'.*Pad to 20 and "
+        r"pass the true length as query_seq_lengths=",
     ),
     "key tokens": (
         (qkv()[0], *qkv(tokens=18)[1:]),
@@ -126,7 +127,7 @@ CALLS = {
     "a mask of numbers": (
         qkv(),
         {"mask": array(1, 1, 16, 16)},
-        r"mask must be boolean, got dtype float32; bias= takes numbers",
+        r"mask must be boolean, got dtype float32; write mask.astype\(bool\), or bias=",
     ),
     "a bias of booleans": (
         qkv(),
@@ -185,6 +186,22 @@ CALLS = {
         {"attention": identity, "bias": array(1, 1, 16, 16)},
         r"attention=identity does not name the parameter 'bias'",
     ),
+    "a list": (
+        (qkv()[0].tolist(), *qkv()[1:]),
+        {},
+        r"query must be an array, got list. Write jnp.asarray\(query\)",
+    ),
+    "a string as layout": (qkv(), {"layout": "seq"}, r"layout must be a MeshLayout, got 'seq'"),
+    "a kernel of another dtype": (
+        tuple(x.astype(jnp.bfloat16) for x in qkv()),
+        {"attention": lambda query, key, value: query.astype(jnp.float32)},
+        r"attention returned dtype float32, expected the query's bfloat16",
+    ),
+    "a kernel that transposes, no token axis": (
+        qkv(),
+        {"layout": MeshLayout(tokens=None), "attention": lambda q, k, v: q.swapaxes(1, 2)},
+        r"attention returned shape \(2, 8, 16, 4\), expected \(2, 16, 8, 4\)",
+    ),
     "a kernel that transposes": (
         qkv(),
         {"attention": lambda query, key, value: query.swapaxes(1, 2)},
@@ -199,6 +216,16 @@ def test_the_front_door(arrays, options, message, compile):
     call = partial(dot_product_attention, **({"mesh": MESH} | options))
     with pytest.raises(ValueError, match=f"(?s){message}"):
         (jax.jit(call) if compile else call)(*arrays)
+
+
+def test_an_axis_that_the_layout_forgets():
+    """Gathering the batch would give the right numbers."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"))
+    q, k, v = (jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data"))) for x in qkv())
+    message = r"query is sharded over mesh axis 'data', .*MeshLayout\(..., batch='data'\)"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(partial(dot_product_attention, mesh=mesh))(q, k, v)
+    dot_product_attention(q, k, v, layout=MeshLayout(batch=("data",)), mesh=mesh)
 
 
 def test_no_mesh():

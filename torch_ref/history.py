@@ -170,6 +170,29 @@ TRUTH_TABLE: dict[tuple[str, Layout, Op], Callable[[int, int, int, int], Outcome
 }
 
 
+def expected_outcome(
+    name: str, layout: Layout, P: int, b: int, s: int, heads: Sequence[int]
+) -> Outcome:
+    """What a whole pipeline with this version must show, by the truth table.
+
+    Args:
+      name: of the version.
+      layout: "sbhd" or "bshd".
+      P, b, s: ranks, sequences, local tokens.
+      heads: per rank, of the query first and then of key and value.
+
+    Returns:
+      The worst of its reshards: an error ends it, a wrong shape shows before wrong data.
+    """
+    op1, op2 = TRUTH_TABLE[name, layout, "op1"], TRUTH_TABLE[name, layout, "op2"]
+    outcomes: set[Outcome] = {op2(P, b, s, heads[0]), *(op1(P, b, s, hl) for hl in heads)}
+    # v5's wrong shape [b, P*S, hl/P, d] can happen to be the right one.
+    if "reshaped" in outcomes and (P, b) == (1, s):
+        outcomes.remove("reshaped")
+    worst_first: tuple[Outcome, ...] = ("error", "reshaped", "scrambled", "right")
+    return next(outcome for outcome in worst_first if outcome in {*outcomes, "right"})
+
+
 def classify(version: Version, layout: Layout, op: Op, P: int, b: int, s: int, hl: int) -> Outcome:
     """Runs a version on unique labels, with 2 channels, and says what it did.
 

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
+from .. import refusals
 from ..reshard import heads_to_sequence
 from ..ulysses import LocalAttention, gather_tokens
 from .convert import to_jax, to_torch
@@ -60,7 +61,10 @@ def staged_attention(
         shard_map(partial(heads_to_sequence, axis_name=axis_name), in_specs=heads, out_specs=tokens)
     )
     sharded = (jax.device_put(x, NamedSharding(mesh, tokens)) for x in (query, key, value))
-    return scatter(_on_shards(attention)(*gather(*sharded)))
+    q, k, v = gather(*sharded)
+    out = _on_shards(attention)(q, k, v)
+    refusals.check_local_output(out, q)
+    return scatter(out)
 
 
 def as_torch_attention(attention: LocalAttention) -> TorchAttention:

@@ -26,30 +26,41 @@ class Result:
 
     Attributes:
       reports: by output, `forward`, `dq`, `dk`, `dv`; fewer where the check has fewer.
-      error: what PyTorch raised in a control, in place of reports.
-      must_differ: whether the check is a control, which passes by being caught.
+      expected: "right", or for a control what it must show: "error", "reshaped" or "scrambled".
+      error: what went wrong in PyTorch, in place of reports.
     """
 
     name: str
     shape: str
     degree: int
     reports: dict[str, BitsReport]
-    must_differ: bool = False
+    expected: str = "right"
     error: str | None = None
 
     @property
-    def equal(self) -> bool:
-        return self.error is None and all(r.equal for r in self.reports.values())
+    def outcome(self) -> str:
+        """What the comparison found, in the words of the truth table."""
+        if self.error is not None:
+            return "error"
+        leaves = [leaf for report in self.reports.values() for leaf in report.leaves]
+        if any(leaf.shape_a != leaf.shape_b for leaf in leaves):
+            return "reshaped"
+        return "right" if all(leaf.equal for leaf in leaves) else "scrambled"
+
+    @property
+    def must_differ(self) -> bool:
+        """Whether the check is a control, which passes by being caught."""
+        return self.expected != "right"
 
     @property
     def passed(self) -> bool:
-        return self.equal != self.must_differ
+        return self.outcome == self.expected
 
     @property
     def verdict(self) -> str:
         if self.must_differ:
-            return "NOT CAUGHT" if self.equal else "caught"
-        return "equal" if self.equal else "DIFFERS"
+            return "caught" if self.passed else "NOT CAUGHT"
+        return "equal" if self.passed else "DIFFERS"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,6 +68,8 @@ class Result:
             "shape": self.shape,
             "degree": self.degree,
             "must_differ": self.must_differ,
+            "expected": self.expected,
+            "outcome": self.outcome,
             "verdict": self.verdict,
             "error": self.error,
             "outputs": {name: report.to_json() for name, report in self.reports.items()},
@@ -122,16 +135,20 @@ def _compare(
     errors = [part for part in parts if isinstance(part, str)]
     arrays = [part for part in parts if not isinstance(part, str)]
     if errors:
-        result = Result(check.name, check.shape, degree, {}, check.must_differ, errors[0])
+        result = Result(check.name, check.shape, degree, {}, check.expected, errors[0])
         return result, {}, {}
     jax_side, torch_side, truth = check.run_jax(mesh), check.joined(arrays), check.truth()
+    missing = sorted(jax_side.keys() - torch_side.keys())
+    if missing and check.expected == "right":
+        error = f"PyTorch gave no {', '.join(missing)}."
+        return Result(check.name, check.shape, degree, {}, error=error), jax_side, torch_side
     reports = {}
     for name in torch_side:
         references = {"torch": torch_side[name]}
         if name in truth:
             references["truth"] = truth[name]
         reports[name] = compare_bits(dict.fromkeys(references, jax_side[name]), references)
-    result = Result(check.name, check.shape, degree, reports, check.must_differ)
+    result = Result(check.name, check.shape, degree, reports, check.expected)
     return result, jax_side, torch_side
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .. import refusals
 from ..layout import MeshLayout
-from .cases import Arrays, Case, load_inputs
+from .cases import Arrays, Case, case_of, load_inputs
 from .checks import Check, PipelineCheck, history_checks, reshard_checks
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -25,7 +25,10 @@ def inputs_by_label(case: Case, files: list[Path], seed: int) -> dict[str, Array
 
 
 def plan(degree: int, named: dict[str, Arrays], causal: bool) -> list[Check]:
-    """The checks of one degree: attention for all the inputs, the rest for the last of them."""
+    """The checks of one degree: attention for all the inputs, the rest for the last of them.
+
+    The controls get generated inputs of its sizes: a constant, say, would hide any permutation.
+    """
     for inputs in named.values():
         _refuse_misfits(degree, inputs)
     label, last = list(named.items())[-1]
@@ -35,7 +38,7 @@ def plan(degree: int, named: dict[str, Arrays], causal: bool) -> list[Check]:
         *(PipelineCheck(degree, x, "sdpa", causal, label=name) for name, x in named.items()),
         PipelineCheck(degree, last, "sdpa", causal, "sbhd", label=label),
         PipelineCheck(degree, last, "dense", causal, label=label),
-        *history_checks(degree, last),
+        *history_checks(degree, case_of(last).inputs()),
     ]
 
 

@@ -22,9 +22,10 @@ def dense_attention(
 ) -> Float[Array, "B T N H"]:
     """`softmax(query . key * scale + bias) . value`, on one device.
 
-    Query head n reads KV head `n // (N / K)`. Logits, weights and sums are float32 for 16-bit
-    inputs, otherwise of the input's dtype. Holds the `[B, N, T, S]` weights in memory. A query
-    that may attend to no key gives 0 (`jax.nn.dot_product_attention` gives the mean of the values).
+    Query head n reads KV head `n // (N / K)`. Logits and sums are float32 for 16-bit inputs, the
+    weights are rounded to the values' dtype; all is float64 for float64 inputs. Holds the
+    `[B, N, T, S]` weights in memory. A query that may attend to no key gives 0, where
+    `jax.nn.dot_product_attention` gives the mean of the values.
 
     Args:
       query, key, value: of one floating dtype; K divides N.
@@ -62,9 +63,10 @@ def dense_attention(
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1, total)
+    total = jnp.sum(weights, axis=-1)
 
     weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value, preferred_element_type=accumulated)
-    return out.reshape(B, T, N, H).astype(query.dtype)
+    # Divided last: H numbers a row instead of S.
+    total = jnp.where(total == 0, 1, total).swapaxes(1, 2)[..., None]
+    return (out.reshape(B, T, N, H) / total).astype(query.dtype)

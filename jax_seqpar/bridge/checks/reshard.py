@@ -34,7 +34,7 @@ class ReshardCheck:
     op: Op
     degree: int
     inputs: Arrays
-    must_differ: bool = False
+    expected: str = "right"
 
     @property
     def name(self) -> str:
