@@ -86,7 +86,7 @@ class PipelineCheck:
         try:
             out = attention(*leaves, batch_dim_idx=int(token_first))
             if out.shape != grad.shape:
-                return {"forward": torch_to_numpy(out)}
+                return {"forward": torch_to_numpy(swap(out))}
             unused = self.kernel == "identity"
             gradients = torch.autograd.grad(out, leaves, grad, allow_unused=unused)
         except RuntimeError as error:
