@@ -63,10 +63,9 @@ def dense_attention(
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1, total)
 
     weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value, preferred_element_type=accumulated)
-    # Divided last: H numbers a row instead of S.
-    total = jnp.where(total == 0, 1, total).swapaxes(1, 2)[..., None]
-    return (out.reshape(B, T, N, H) / total).astype(query.dtype)
+    return out.reshape(B, T, N, H).astype(query.dtype)
