@@ -287,7 +287,7 @@ REFUSALS = {
     ),
     "tokens": (
         (*TINY, "--degree=2", "--tokens=5"),
-        r"query tokens T = 5 is not divisible by the 2 devices .* Pad it to 6",
+        r"query tokens T = 5 is not divisible by the 2 devices .* Pad to 6",
     ),
     "KV heads and query heads": (
         ("--heads=8", "--kv-heads=3"),
