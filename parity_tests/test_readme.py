@@ -21,6 +21,7 @@ def run(*command):
 
 def test_there_is_code_to_run():
     assert len(BLOCKS) >= 4
+    assert "@@" not in README
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
