@@ -7,6 +7,7 @@ prints it.
 """
 
 from .attention import dot_product_attention as dot_product_attention
+from .exact import exact_attention as exact_attention
 from .kernels import dense_attention as dense_attention
 from .layout import MeshLayout as MeshLayout
 from .reshard import heads_to_sequence as heads_to_sequence

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from . import refusals
 from .kernels import dense_attention
 from .layout import MeshLayout, axes_size, names
-from .masks import Window
+from .masks import SegmentIds, Window
+from .shared_heads import tell_shared_heads
 from .ulysses import ulysses_attention
 
 AnyMesh = Mesh | AbstractMesh
@@ -30,6 +31,8 @@ def dot_product_attention(
     query_seq_lengths: Int[Array, "B"] | None = None,
     key_value_seq_lengths: Int[Array, "B"] | None = None,
     local_window_size: Window | None = None,
+    segment_ids: SegmentIds | None = None,
+    logits_soft_cap: float | None = None,
     attention: Callable[..., Array] = dense_attention,
     layout: MeshLayout = MeshLayout(),
     mesh: AnyMesh | None = None,
@@ -53,6 +56,9 @@ def dot_product_attention(
       query_seq_lengths, key_value_seq_lengths: valid tokens per batch entry; the rest is padding,
         which is masked but has to be finite.
       local_window_size: `(left, right)` or one integer for both: keys `t - left <= s <= t + right`.
+      segment_ids: a query attends to the keys of its own segment (packed documents): `[B, S]`, or a
+        pair `[B, T]`, `[B, S]`. Every device gets those of the whole sequence.
+      logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
       attention: the local attention, called with all the tokens of some heads and with those
         keywords above that differ from their defaults.
       layout: the mesh axes of tokens, batch and heads.
@@ -77,15 +83,24 @@ def dot_product_attention(
     for name, x in (("query", query), ("key", key), ("value", value)):
         refusals.check_sharding(name, jax.typeof(x).sharding.spec, layout)
     refusals.check_division(query.shape, key.shape, layout, mesh.shape)
-    refusals.check_scalars(scale=scale, is_causal=is_causal, local_window_size=local_window_size)
-    lengths = {
+    static = {
+        "scale": scale,
+        "is_causal": is_causal,
+        "local_window_size": local_window_size,
+        "logits_soft_cap": logits_soft_cap,
+    }
+    refusals.check_scalars(**static)
+    arrays = {
+        "bias": bias,
+        "mask": mask,
         "query_seq_lengths": query_seq_lengths,
         "key_value_seq_lengths": key_value_seq_lengths,
+        "segment_ids": segment_ids,
     }
-    refusals.check_masks(query.shape, key.shape, bias=bias, mask=mask, lengths=lengths)
+    refusals.check_masks(query.shape, key.shape, **arrays)
 
-    static = _given(scale=scale, is_causal=is_causal or None, local_window_size=local_window_size)
-    arrays = _given(bias=bias, mask=mask, **lengths)
+    static = _given(static | {"is_causal": is_causal or None})
+    arrays = _given(arrays)
     refusals.check_keywords(attention, [*static, *arrays])
 
     # Fewer KV heads than tensor-parallel shards: they stay whole, and each shard takes its one.
@@ -93,9 +108,13 @@ def dot_product_attention(
     whole_kv = key.shape[2] % tensor_parallel != 0
     kv_spec = replace(layout, heads=None).spec if whole_kv else layout.spec
 
-    def per_device(query: Array, key: Array, value: Array, arrays: dict[str, Array]) -> Array:
+    def per_device(query: Array, key: Array, value: Array, arrays: dict[str, Any]) -> Array:
         local = partial(attention, **static, **arrays)
         if whole_kv:
+            shared = ((names(layout.heads), tensor_parallel // key.shape[2]),)
+            if layout.tokens is not None:
+                shared += ((layout.tokens, axes_size(layout.tokens, mesh.shape)),)
+            local = tell_shared_heads(local, shared)
             key, value = (_own_head(x, layout, tensor_parallel) for x in (key, value))
         if layout.tokens is None:
             out = local(query, key, value)
@@ -103,7 +122,10 @@ def dot_product_attention(
             return out
         return ulysses_attention(query, key, value, axis_name=layout.tokens, attention=local)
 
-    array_specs = {name: _array_spec(x, layout) for name, x in arrays.items()}
+    array_specs = {
+        name: jax.tree.map(partial(_array_spec, name, layout=layout), x)
+        for name, x in arrays.items()
+    }
     specs = (layout.spec, kv_spec, kv_spec, array_specs)
     operands = jax.tree.map(partial(_reshard, mesh=mesh), (query, key, value, arrays), specs)
     return jax.shard_map(
@@ -132,7 +154,7 @@ def _find_mesh(mesh: AnyMesh | None, query: Any) -> AnyMesh:
     raise refusals.no_mesh()
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -142,10 +164,11 @@ def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
 
 
-def _array_spec(x: Array, layout: MeshLayout) -> PartitionSpec:
-    """`[B, N, T, S]` or `[B]`: the batch as the layout has it, heads as the reshard leaves them."""
+def _array_spec(name: str, x: Array, *, layout: MeshLayout) -> PartitionSpec:
+    """The batch as the layout has it, heads as the reshard leaves them, and the tokens whole."""
     heads = (*names(layout.heads), *names(layout.tokens))
-    sharded = (layout.batch, heads, None, None)[: x.ndim]
+    per_token = (layout.batch, None)  # segment ids
+    sharded = per_token if name == "segment_ids" else (layout.batch, heads, None, None)[: x.ndim]
     return PartitionSpec(
         *(axes if n > 1 else None for n, axes in zip(x.shape, sharded, strict=True))
     )

@@ -3,57 +3,111 @@
 Under Ulysses a device sees whole sequences, so nothing here knows of devices or offsets.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 Window = int | tuple[int, int]
+# Of queries and keys; one array is for both.
+SegmentIds = Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
 
-def attends(
-    query_tokens: int,
-    key_tokens: int,
-    *,
-    mask: Bool[Array, "..."] | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: Int[Array, "B"] | None = None,
-    key_value_seq_lengths: Int[Array, "B"] | None = None,
-    local_window_size: Window | None = None,
-) -> Bool[Array, "..."] | None:
-    """True where a query may attend to a key; None where everything may.
+class Block(NamedTuple):
+    """Tokens `start ... start + size`; start may be traced."""
+
+    start: int | Int[Array, ""]
+    size: int
+
+    @property
+    def tokens(self) -> Int[Array, "size"]:
+        return self.start + jnp.arange(self.size)
+
+    def of(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        """These tokens of an array; all of an axis of size 1, which stands for every token."""
+        if x.shape[axis] == 1:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What attends to what: the conjunction of everything given.
 
     Position t of the queries and position s of the keys both count from 0, so with T != S the
     causal diagonal starts in the top left corner, as in `jax.nn` and PyTorch.
 
-    Args:
-      query_tokens: T.
-      key_tokens: S.
-      mask: True attends; 4-D, each axis of full size or 1.
+    Attributes:
+      mask: True attends; 4-D, each axis that of `[B, N, T, S]` or 1.
       is_causal: keys `s <= t`.
       query_seq_lengths: queries `t < length`, per batch entry.
       key_value_seq_lengths: keys `s < length`, per batch entry.
       local_window_size: keys `t - left <= s <= t + right`; one integer means both.
-
-    Returns:
-      The conjunction, broadcastable to `[B, N, T, S]`.
+      segment_ids: a query attends to the keys of its own segment: `[B, S]`, or a pair `[B, T]`,
+        `[B, S]`.
     """
-    t = jnp.arange(query_tokens)[:, None]
-    s = jnp.arange(key_tokens)[None, :]
-    conditions = [] if mask is None else [mask]
-    if is_causal:
-        conditions.append((s <= t)[None, None])
-    if local_window_size is not None:
-        left, right = window(local_window_size)
-        conditions.append(((t - left <= s) & (s <= t + right))[None, None])
-    if query_seq_lengths is not None:
-        conditions.append(t[None, None] < query_seq_lengths[:, None, None, None])
-    if key_value_seq_lengths is not None:
-        conditions.append(s[None, None] < key_value_seq_lengths[:, None, None, None])
-    if not conditions:
-        return None
-    allowed, *rest = conditions
-    for condition in rest:
-        allowed = allowed & condition
-    return allowed
+
+    mask: Bool[Array, "..."] | None = None
+    is_causal: bool = False
+    query_seq_lengths: Int[Array, "B"] | None = None
+    key_value_seq_lengths: Int[Array, "B"] | None = None
+    local_window_size: Window | None = None
+    segment_ids: SegmentIds | None = None
+
+    def attends(self, queries: Block, keys: Block) -> Bool[Array, "..."] | None:
+        """True where a query of a block may attend to a key of a block; None where all may.
+
+        Broadcastable to `[B, N, queries.size, keys.size]`.
+        """
+        t, s = queries.tokens[:, None], keys.tokens[None, :]
+        conditions = [] if self.mask is None else [keys.of(queries.of(self.mask, 2), 3)]
+        if self.is_causal:
+            conditions.append((s <= t)[None, None])
+        if self.local_window_size is not None:
+            left, right = window(self.local_window_size)
+            conditions.append(((t - left <= s) & (s <= t + right))[None, None])
+        if self.query_seq_lengths is not None:
+            conditions.append(t[None, None] < self.query_seq_lengths[:, None, None, None])
+        if self.key_value_seq_lengths is not None:
+            conditions.append(s[None, None] < self.key_value_seq_lengths[:, None, None, None])
+        if self.segment_ids is not None:
+            pair = self.segment_ids
+            of_query, of_key = pair if isinstance(pair, tuple) else (pair, pair)
+            of_query, of_key = queries.of(of_query, 1), keys.of(of_key, 1)
+            conditions.append(of_query[:, None, :, None] == of_key[:, None, None, :])
+        if not conditions:
+            return None
+        allowed, *rest = conditions
+        for condition in rest:
+            allowed = allowed & condition
+        return allowed
+
+    def keys_of(self, queries: Block, key_tokens: int) -> tuple[Array, Array]:
+        """First key, and one past the last, that causality and window leave to some query."""
+        first, last = queries.start, queries.start + queries.size - 1
+        left, right = self._reach()
+        low = 0 if left is None else first - left
+        high = key_tokens if right is None else last + right + 1
+        return jnp.clip(low, 0, key_tokens), jnp.clip(high, 0, key_tokens)
+
+    def queries_of(self, keys: Block, query_tokens: int) -> tuple[Array, Array]:
+        """First query, and one past the last, that causality and window leave to some key."""
+        first, last = keys.start, keys.start + keys.size - 1
+        left, right = self._reach()
+        low = 0 if right is None else first - right
+        high = query_tokens if left is None else last + left + 1
+        return jnp.clip(low, 0, query_tokens), jnp.clip(high, 0, query_tokens)
+
+    def _reach(self) -> tuple[int | None, int | None]:
+        """How far a query sees to the left and to the right; None without limit."""
+        left = right = None
+        if self.local_window_size is not None:
+            left, right = window(self.local_window_size)
+        if self.is_causal:
+            right = 0
+        return left, right
 
 
 def window(local_window_size: Window) -> tuple[int, int]:

@@ -206,9 +206,16 @@ def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
 
 
 def check_masks(
-    query: Shape, key: Shape, *, bias: Any, mask: Any, lengths: Mapping[str, Any]
+    query: Shape,
+    key: Shape,
+    *,
+    bias: Any,
+    mask: Any,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    segment_ids: Any,
 ) -> None:
-    """Refuses a bias, mask or lengths that do not fit `[B, N, T, S]`."""
+    """Refuses a bias, mask, lengths or segment ids that do not fit `[B, N, T, S]`."""
     (B, T, N, _), S = query, key[1]
     full = (B, N, T, S)
     for name, x, kind, kind_name in (
@@ -230,7 +237,10 @@ def check_masks(
                 f"{name} must have 4 axes, each 1 or that of [B, N, T, S] = {full}, "
                 f"got shape {x.shape}. Add missing axes, for example {name}[None, None]."
             )
-    for name, x in lengths.items():
+    for name, x in (
+        ("query_seq_lengths", query_seq_lengths),
+        ("key_value_seq_lengths", key_value_seq_lengths),
+    ):
         if x is None:
             continue
         if x.shape != (B,) or not jnp.issubdtype(x.dtype, jnp.integer):
@@ -238,10 +248,63 @@ def check_masks(
                 f"{name} must be integers of shape (B,) = ({B},), got {x.dtype}{list(x.shape)}. "
                 f"Write jnp.array([...], jnp.int32), one length per batch entry."
             )
+    _check_segment_ids(segment_ids, B, T, S)
 
 
-def check_scalars(*, scale: Any, is_causal: Any, local_window_size: Any) -> None:
+def _check_segment_ids(segment_ids: Any, batch: int, query_tokens: int, key_tokens: int) -> None:
+    if segment_ids is None:
+        return
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    shapes = ((batch, query_tokens), (batch, key_tokens))
+    if len(pair) != 2 or any(
+        x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer)
+        for x, shape in zip(pair, shapes, strict=True)
+    ):
+        got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in pair)
+        raise ValueError(
+            f"segment_ids must be integers of shape [B, S] = {list(shapes[1])}, or a pair of "
+            f"{list(shapes[0])} for queries and {list(shapes[1])} for keys, got {got}. "
+            f"A query attends to the keys that have its own number."
+        )
+
+
+def check_exact(query: Any, key: Any, devices: int, *, query_chunk: Any, key_chunk: Any) -> None:
+    """Refuses what exact attention is not defined for."""
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"exact attention takes float32, bfloat16 and float16, got {query.dtype}. "
+            f"Write query.astype(jnp.float32), and key and value alike."
+        )
+    S, rows = key.shape[1], query.shape[1] * (query.shape[2] // key.shape[2]) * devices
+    if S > 1 << 23 or rows > 1 << 26:
+        raise ValueError(
+            f"exact attention has room for 2^23 keys and for 2^26 queries of one KV head, got "
+            f"{S} and {rows}. Got query {query.shape}, key {key.shape}. Split the sequence."
+        )
+    for name, chunk in (("query_chunk", query_chunk), ("key_chunk", key_chunk)):
+        if chunk is not None and (type(chunk) is not int or chunk < 1):
+            raise ValueError(f"{name} must be a positive integer or None, got {chunk!r}.")
+
+
+def no_gradient(name: str) -> ValueError:
+    """The refusal of a derivative that is not defined."""
+    return ValueError(
+        f"exact attention has no gradient for {name}. Write jax.lax.stop_gradient({name}), "
+        f"or use another attention."
+    )
+
+
+def check_scalars(
+    *, scale: Any, is_causal: Any, local_window_size: Any, logits_soft_cap: Any = None
+) -> None:
     """Refuses options that are not plain Python values."""
+    cap = logits_soft_cap
+    number = isinstance(cap, int | float) and not isinstance(cap, bool)
+    if cap is not None and not (number and 0 < cap < float("inf")):
+        raise ValueError(
+            f"logits_soft_cap must be a positive Python number, got {cap!r}. "
+            f"None, and not 0, leaves the logits as they are."
+        )
     if isinstance(scale, bool) or not (scale is None or isinstance(scale, int | float)):
         raise ValueError(
             f"scale must be a Python number, got {type(scale).__name__}. "

@@ -7,6 +7,7 @@ from jaxtyping import Array, Shaped
 
 from . import refusals
 from .reshard import AxisName, heads_to_sequence, sequence_to_heads
+from .shared_heads import tell_shared_heads
 
 # (query [B, T, n, H], key [B, S, k, H], value [B, S, k, H]) -> [B, T, n, H], k dividing n.
 LocalAttention = Callable[[Array, Array, Array], Array]
@@ -32,7 +33,8 @@ def ulysses_attention(
         and K divides P or P divides K: with fewer KV heads than devices each is sent to P/K of
         them.
       attention: any attention of one device, called as `attention(query, key, value)` with N/P
-        query heads. Bind masks and options beforehand, with `functools.partial`.
+        query heads. Bind masks and options beforehand, with `functools.partial`. If it has a
+        parameter `shared_heads`, it is told which devices have the same KV head.
 
     Returns:
       This device's tokens of the output, all heads.
@@ -41,7 +43,8 @@ def ulysses_attention(
       ValueError: sizes or dtypes that do not fit, or an `attention` that returns another shape.
     """
     q, k, v = gather_tokens(query, key, value, axis_name=axis_name)
-    out = attention(q, k, v)
+    copies = refusals.axis_size(axis_name) // key.shape[2]
+    out = tell_shared_heads(attention, ((axis_name, copies),))(q, k, v)
     refusals.check_local_output(out, q)
     return heads_to_sequence(out, axis_name)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..masks import Window, attends
+from ..masks import Block, Masks, SegmentIds, Window
 
 
 def dense_attention(
@@ -19,6 +19,8 @@ def dense_attention(
     query_seq_lengths: Int[Array, "B"] | None = None,
     key_value_seq_lengths: Int[Array, "B"] | None = None,
     local_window_size: Window | None = None,
+    segment_ids: SegmentIds | None = None,
+    logits_soft_cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """`softmax(query . key * scale + bias) . value`, on one device.
 
@@ -32,8 +34,9 @@ def dense_attention(
       bias: added to the logits, broadcastable to `[B, N, T, S]`.
       mask: True attends, broadcastable to `[B, N, T, S]`.
       scale: of the logits; `1 / sqrt(H)` if None.
-      is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size: as in
-        `jax_seqpar.masks.attends`.
+      is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, segment_ids: as in
+        `jax_seqpar.masks.Masks`.
+      logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
 
     Returns:
       The attention output, of the query's dtype.
@@ -45,17 +48,19 @@ def dense_attention(
     grouped = query.reshape(B, T, K, N // K, H)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=accumulated)
     logits = logits.reshape(B, N, T, S) * (H**-0.5 if scale is None else scale)
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     if bias is not None:
         logits = logits + bias.astype(accumulated)
-    allowed = attends(
-        T,
-        S,
+    masks = Masks(
         mask=mask,
         is_causal=is_causal,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
+        segment_ids=segment_ids,
     )
+    allowed = masks.attends(Block(0, T), Block(0, S))
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
 

@@ -1,0 +1,160 @@
+"""One exact attention, block by block: its operands on their grids, its logits, its loops.
+
+No bit depends on the blocks: sums are exact, and what two blocks both write is the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..masks import Block, Masks, Window
+from ..shared_heads import SharedHeads
+from .arithmetic import TokenSums, flush, on_grid, round32, sum_dtype
+from .elementary import exp, soft_cap, soft_cap_slope
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is known before any number is: part of the compiled program."""
+
+    scale: float
+    logits_soft_cap: float | None
+    is_causal: bool
+    local_window_size: Window | None
+    shared_heads: SharedHeads | None
+    query_chunk: int
+    key_chunk: int
+    sum_limit: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Float64, query heads grouped by KV head: queries `[B, K, G, T, H]`, keys `[B, K, S, H]`."""
+
+    options: Options
+    masks: Masks
+    bias: Array | None  # [B, N, T, S], each axis that or 1
+    query: Array
+    key: Array
+    value: Array
+    query_on_grid: Array
+    key_on_grid: Array
+
+    @classmethod
+    def of(cls, options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any):
+        masks = Masks(
+            **arrays, is_causal=options.is_causal, local_window_size=options.local_window_size
+        )
+        q = by_kv_head(query, key.shape[2])
+        k, v = (flush(x.transpose(0, 2, 1, 3)) for x in (key, value))
+        bias = None if bias is None else flush(bias)
+        return cls(options, masks, bias, q, k, v, on_grid(q), on_grid(k))
+
+    def logits(self, queries: Block, keys: Block) -> Array:
+        """`[B, K, G, t, s]`; -inf where a query may not attend."""
+        z = self._scaled_dots(queries, keys)
+        if self.options.logits_soft_cap is not None:
+            z = soft_cap(z, self.options.logits_soft_cap)
+        if self.bias is not None:
+            z = z + self._grouped(keys.of(queries.of(self.bias, 2), 3))
+        allowed = self.masks.attends(queries, keys)
+        return z if allowed is None else jnp.where(self._grouped(allowed), z, -jnp.inf)
+
+    def through_soft_cap(self, gradient: Array, queries: Block, keys: Block) -> Array:
+        """The gradient of the logits before the soft cap, from that after it."""
+        if self.options.logits_soft_cap is None:
+            return gradient
+        z = self._scaled_dots(queries, keys)
+        return gradient * soft_cap_slope(z, self.options.logits_soft_cap)
+
+    def _scaled_dots(self, queries: Block, keys: Block) -> Array:
+        q, k = queries.of(self.query_on_grid, 3), keys.of(self.key_on_grid, 2)
+        dots = jnp.einsum("BKGTH,BKSH->BKGTS", q, k)
+        return round32(dots).astype(jnp.float64) * self.options.scale
+
+    def _grouped(self, x: Array) -> Array:
+        """`[B, N, t, s]` with the heads as `[K, G]`."""
+        if x.shape[1] == 1:
+            return x[:, :, None]
+        return x.reshape(x.shape[0], *self.query.shape[1:3], *x.shape[2:])
+
+    def for_queries(self, body: Callable[..., Any], carry: Any, keys: Block | None = None) -> Any:
+        """A loop over the blocks of queries, all of them or those that see some of the keys."""
+        T = self.query.shape[3]
+        bounds = (0, T) if keys is None else self.masks.queries_of(keys, T)
+        return _for_blocks(T, self.options.query_chunk, bounds, body, carry)
+
+    def for_keys(self, body: Callable[..., Any], carry: Any, queries: Block | None = None) -> Any:
+        """A loop over the blocks of keys, all of them or those that some of the queries see."""
+        S = self.key.shape[2]
+        bounds = (0, S) if queries is None else self.masks.keys_of(queries, S)
+        return _for_blocks(S, self.options.key_chunk, bounds, body, carry)
+
+    def full(self, shape: tuple[int, ...], value: float = 0.0, dtype: Any = jnp.float64) -> Array:
+        """A constant that varies over the mesh as the operands do, to start a loop with."""
+        operands = (self.query, self.key, self.value)
+        never = sum(jnp.isnan(x.ravel()[0]).astype(dtype) for x in operands) * 0
+        return jnp.full(shape, value, dtype) + jnp.asarray(never, dtype)
+
+    def no_sums(self, shape: tuple[int, ...], tokens: int) -> TokenSums:
+        """Sums over tokens before the first is added."""
+        dtype = sum_dtype(tokens, self.options.sum_limit)
+        return TokenSums(self.full(shape, 0, dtype), self.full(shape, 0, dtype))
+
+
+def _for_blocks(
+    tokens: int, size: int, bounds: tuple[Any, Any], body: Callable[..., Any], carry: Any
+) -> Any:
+    """`carry = body(block, fresh, carry)` for the blocks that meet `bounds`.
+
+    The last block ends with the last token, so it may begin inside the one before. `fresh` is False
+    for the tokens that they share, and None where no blocks do.
+    """
+
+    def step(i: Array, carry: Any) -> Any:
+        if tokens % size == 0:
+            return body(Block(i * size, size), None, carry)
+        block = Block(jnp.minimum(i * size, tokens - size), size)
+        return body(block, block.tokens >= i * size, carry)
+
+    low, high = bounds
+    return jax.lax.fori_loop(low // size, (high + size - 1) // size, step, carry)
+
+
+def by_kv_head(x: Array, kv_heads: int) -> Array:
+    """`[B, T, N, H]` as `[B, K, G, T, H]`, float64 and flushed."""
+    B, T, N, H = x.shape
+    return flush(x.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 3, 1, 4))
+
+
+def by_token(x: Array) -> Array:
+    """`[B, K, G, T, H]` as `[B, T, N, H]`."""
+    B, K, G, T, H = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+def write(x: Array, part: Array, block: Block, axis: int) -> Array:
+    """x with a block of tokens replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(x, part, block.start, axis)
+
+
+def fresh_only(x: Array, fresh: Array | None, axis: int) -> Array:
+    """x with 0 for the tokens of an axis that an earlier block has had."""
+    if fresh is None:
+        return x
+    return jnp.where(jnp.expand_dims(fresh, [i for i in range(x.ndim) if i != axis]), x, 0)
+
+
+def top_of(logits: Array, top: Array) -> Array:
+    """The largest logit of each row, `[..., t, 1]`, of those seen before and these."""
+    return jnp.maximum(top, logits.max(-1, keepdims=True))
+
+
+def weights_of(logits: Array, top: Array) -> Array:
+    """`p`: exp(logits - top) correctly rounded to float32; 0 where a logit is -inf."""
+    p = exp(round32(logits - top))
+    return jnp.where(logits == -jnp.inf, jnp.float32(0), p)

@@ -1,0 +1,82 @@
+"""Devices that share a KV head: what a kernel needs to add up over them, passed in to it."""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Shaped
+
+from .reshard import AxisName
+
+
+@dataclass(frozen=True)
+class SharedHeads:
+    """The devices that have the same KV heads, each with some of their query heads.
+
+    They are the product, over mesh axes, of a number of consecutive devices along each. For use
+    inside `jax.shard_map`.
+
+    Attributes:
+      axes: mesh axis (or axes) and how many consecutive devices along it share; the number divides
+        the size of the axis.
+    """
+
+    axes: tuple[tuple[AxisName, int], ...]
+
+    @property
+    def devices(self) -> int:
+        return math.prod(count for _, count in self.axes)
+
+    def max(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """The largest of their values, on each of them."""
+        for axis_name, count in self.axes:
+            x = jax.lax.pmax(x, axis_name, axis_index_groups=_groups(axis_name, count))
+        return x
+
+    def sum(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """The sum of their values, on each of them."""
+        for axis_name, count in self.axes:
+            groups = _groups(axis_name, count)
+            if groups is None:
+                x = jax.lax.psum(x, axis_name)
+            else:
+                # JAX has no psum of groups where it checks how values vary over the mesh.
+                x = jax.lax.all_gather(x, axis_name, axis_index_groups=groups).sum(0)
+        return x
+
+    def is_first(self) -> Bool[Array, ""]:
+        """True on one of them."""
+        first = jnp.bool_(True)
+        for axis_name, count in self.axes:
+            first = first & (jax.lax.axis_index(axis_name) % count == 0)
+        return first
+
+
+def tell_shared_heads(
+    attention: Callable[..., Array], axes: tuple[tuple[AxisName, int], ...]
+) -> Callable[..., Array]:
+    """A local attention that knows which devices share its KV heads, if it asks.
+
+    It asks by a parameter `shared_heads`, unless that is bound already. Others compute as if alone,
+    and the gradients of a shared head are added up outside.
+    """
+    try:
+        parameter = inspect.signature(attention).parameters.get("shared_heads")
+    except (TypeError, ValueError):  # builtins have no signature
+        return attention
+    axes = tuple((axis_name, count) for axis_name, count in axes if count > 1)
+    if parameter is None or parameter.default is not None or not axes:
+        return attention
+    return partial(attention, shared_heads=SharedHeads(axes))
+
+
+def _groups(axis_name: AxisName, count: int) -> list[list[int]] | None:
+    """Runs of consecutive devices; None if one run is the whole axis."""
+    size = jax.lax.axis_size(axis_name)
+    if count == size:
+        return None
+    return [list(range(start, start + count)) for start in range(0, size, count)]
