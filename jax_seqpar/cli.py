@@ -16,6 +16,7 @@ except ImportError as error:
     raise SystemExit('The seqpar command needs: pip install "jax-seqpar[parity]"') from error
 
 from .bridge.cases import Case
+from .bridge.certify import certificate_table, certificates
 from .bridge.extras import require_torch
 from .bridge.parity import Result, run_parity
 from .bridge.plan import DTYPES, inputs_by_label, plan
@@ -110,6 +111,31 @@ def parity(
         payload = {"passed": passed, "results": [result.to_json() for result in results]}
         json_file.write_text(json.dumps(payload, indent=2) + "\n")
     if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def certify(
+    backend: Annotated[
+        str | None, typer.Option(help="cpu, gpu or tpu. Default: JAX's default.")
+    ] = None,
+) -> None:
+    """Ask JAX's backend, and PyTorch, whether exact attention has its bits on this machine.
+
+    Exit status: 0 if both can be trusted, 1 if not, 2 if JAX has no such backend.
+    """
+    require_torch()
+    console = Console()
+    try:
+        with console.status("asking"):
+            found = certificates(backend)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from None
+    console.print(certificate_table(found))
+    for certificate in found:
+        style = "bold green" if certificate.trusted else "bold red"
+        console.print(str(certificate), style=style, markup=False, highlight=False)
+    if not all(certificate.trusted for certificate in found):
         raise typer.Exit(1)
 
 

@@ -1,10 +1,11 @@
 """The oracle: attention in float64, all the weights at once, gradients by autograd."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .masks import attends
 
 
 def dense_attention(
@@ -18,6 +19,7 @@ def dense_attention(
     is_causal: bool = False,
     local_window_size: int | tuple[int, int] | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    logits_soft_cap: float | None = None,
 ) -> Tensor:
     """`softmax(query . key * scale + bias) . value` in float64; 0 for a query without a key.
 
@@ -30,6 +32,7 @@ def dense_attention(
       is_causal: query t attends to keys `s <= t`, both counted from 0 (top left, as in `jax.nn`).
       local_window_size: `(left, right)` or one integer for both: keys `t - left <= s <= t + right`.
       segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to its own segment.
+      logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
 
     Returns:
       `[B, T, N, H]`, float64, differentiable.
@@ -40,27 +43,23 @@ def dense_attention(
 
     logits = torch.einsum("btnh,bsnh->bnts", q, k)
     logits = logits * (1 / math.sqrt(query.shape[3]) if scale is None else scale)
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
     if bias is not None:
         logits = logits + bias.double()
 
-    allowed = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
-    t = torch.arange(query.shape[1])[:, None]
-    s = torch.arange(key.shape[1])[None, :]
-    if is_causal:
-        allowed = allowed & (s <= t)
-    if local_window_size is not None:
-        left, right = _pair(local_window_size)
-        allowed = allowed & (s >= t - left) & (s <= t + right)
-    if segment_ids is not None:
-        of_query, of_key = _pair(segment_ids)
-        allowed = allowed & (of_query[:, None, :, None] == of_key[:, None, None, :])
-
-    logits = logits.masked_fill(~allowed, -math.inf)
+    allowed = attends(
+        query.shape[1],
+        key.shape[1],
+        mask=mask,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        segment_ids=segment_ids,
+        device=query.device,
+    )
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)
     no_key = (logits == -math.inf).all(-1, keepdim=True)
     # The softmax of a row of -inf is NaN, forward and backward: such a row is replaced before it.
     weights = torch.softmax(logits.masked_fill(no_key, 0.0), dim=-1).masked_fill(no_key, 0.0)
     return torch.einsum("bnts,bsnh->btnh", weights, v)
-
-
-def _pair(x: Any) -> tuple[Any, Any]:
-    return x if isinstance(x, tuple) else (x, x)

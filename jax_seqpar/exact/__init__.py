@@ -74,3 +74,4 @@ up to S * 2^-31 of its mass (3e-5 at 65 536 tokens).
 from .arithmetic import contract as contract
 from .arithmetic import exact_dot as exact_dot
 from .attention import exact_attention as exact_attention
+from .certificate import certify as certify

@@ -1,5 +1,6 @@
 """Exact attention of one device: the specification in `jax_seqpar.exact`, as a JAX function."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -77,8 +78,7 @@ def exact_attention(
     static = {"is_causal": is_causal, "local_window_size": local_window_size}
     refusals.check_scalars(scale=scale, logits_soft_cap=logits_soft_cap, **static)
 
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
+    (_, T, N, H), (_, S, K, _) = query.shape, key.shape
     if 0 in (*query.shape, S):
         return jnp.zeros_like(query)
     limit = arithmetic.CONTRACT_TOKENS
@@ -87,8 +87,8 @@ def exact_attention(
         logits_soft_cap=None if logits_soft_cap is None else _float32(logits_soft_cap),
         **static,
         shared_heads=shared_heads,
-        query_chunk=min(T, query_chunk or max(32, 1024 // (B * N)), max(limit * K // N, 1)),
-        key_chunk=min(S, key_chunk or 512, limit),
+        query_chunk=min(T, query_chunk or max(256 * K // N, 16), max(limit * K // N, 1)),
+        key_chunk=min(S, key_chunk or 1024, limit),
         sum_limit=limit,
     )
     bias = None if bias is None else _without_gradient(bias)
@@ -121,20 +121,74 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 @partial(jax.jit, static_argnums=0)
 def _forward(options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any) -> Array:
     """The output in float32."""
+    B, T, N, H = query.shape
+    K = key.shape[2]
+
+    def one(index: Array, q: Array, k: Array, v: Array) -> Array:
+        return output(Problem.of(options, q, k, v, *_of_head(index, B, K, bias, arrays)))
+
     with jax.enable_x64(True):
-        return output(Problem.of(options, query, key, value, bias, arrays))
+        out = _map_heads(one, _grouped(query, K), _heads_first(key), _heads_first(value))
+        return out.reshape(B, N, T, H).transpose(0, 2, 1, 3)
 
 
 @partial(jax.jit, static_argnums=0)
 def _backward(
     options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any, out: Any, grad: Any
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """The gradients, of the dtype of the operands."""
-    with jax.enable_x64(True):
-        problem = Problem.of(options, query, key, value, bias, arrays)
+    B, T, N, H = query.shape
+    S, K = key.shape[1:3]
+
+    def one(index: Array, q: Array, k: Array, v: Array, out: Array, grad: Array):
+        problem = Problem.of(options, q, k, v, *_of_head(index, B, K, bias, arrays))
         dq, rows = query_gradient(problem, out, grad)
-        dk, dv = key_value_gradients(problem, rows, grad)
-    return dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype)
+        return (dq, *key_value_gradients(problem, rows, grad))
+
+    with jax.enable_x64(True):
+        operands = (_grouped(query, K), _heads_first(key), _heads_first(value))
+        gradients = _map_heads(one, *operands, _grouped(out, K), _grouped(grad, K))
+        shapes = ((B, N, T, H), (B, K, S, H), (B, K, S, H))
+        return tuple(
+            x.reshape(shape).transpose(0, 2, 1, 3).astype(query.dtype)
+            for x, shape in zip(gradients, shapes, strict=True)
+        )
+
+
+def _map_heads(one: Callable[..., Any], *operands: Array) -> Any:
+    """One KV head of one sequence after another: large matrices, and the memory of one."""
+    indices = jnp.arange(operands[0].shape[0])
+    return jax.lax.map(lambda xs: one(*xs), (indices, *operands))
+
+
+def _heads_first(x: Array) -> Array:
+    """`[B, S, K, H]` as `[B K, S, H]`."""
+    B, S, K, H = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B * K, S, H)
+
+
+def _grouped(x: Array, kv_heads: int) -> Array:
+    """`[B, T, N, H]` as `[B K, G, T, H]`."""
+    B, T, N, H = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B * kv_heads, N // kv_heads, T, H)
+
+
+def _of_head(index: Array, batch: int, kv_heads: int, bias: Any, arrays: Any) -> tuple[Any, Any]:
+    """The bias and the masks of one KV head's query heads, in a batch of one."""
+    b, k = index // kv_heads, index % kv_heads
+
+    def of_sequence(x: Array) -> Array:
+        return x if x.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(x, b, 1)
+
+    def of_heads(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        x, N = of_sequence(x), x.shape[1]
+        G = N // kv_heads
+        return x if N == 1 else jax.lax.dynamic_slice_in_dim(x, k * G, G, axis=1)
+
+    own = {name: jax.tree.map(of_sequence, x) for name, x in arrays.items() if name != "mask"}
+    return of_heads(bias), {**own, "mask": of_heads(arrays["mask"])}
 
 
 @jax.custom_jvp

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..masks import Block
+from ..shared_heads import SharedHeads
 from . import arithmetic
 from .arithmetic import (
     LEAST_EXPONENT,
@@ -14,17 +15,18 @@ from .arithmetic import (
     WEIGHT_BITS,
     TokenSums,
     exponent,
+    flush,
     grid,
     on_grid,
     power_of_two,
     token_sums,
 )
-from .forward import integer_weights, reciprocal, row_logits
-from .problem import Problem, by_kv_head, by_token, fresh_only, weights_of, write
+from .forward import as_integers, reciprocal, row_logits
+from .problem import Problem, dots, fresh_only, weights_of, write
 
 
 class Rows(NamedTuple):
-    """What the keys' pass reads of each query, `[B, K, G, T, 1]`."""
+    """What the pass over the keys reads of each query, `[G, T, 1]`."""
 
     top: Array  # m
     normaliser: Array  # r * 2^30
@@ -32,161 +34,127 @@ class Rows(NamedTuple):
 
 
 def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Rows]:
-    """`dq [B, T, N, H]` in float32, and what it found of each query.
+    """`dq [G, T, H]` in float32, and what it found of each query.
 
     Args:
-      out, grad: the float32 output and its gradient, `[B, T, N, H]`.
+      out, grad: `[G, T, H]`, the float32 output and its gradient.
     """
-    B, K, G, T, H = problem.query.shape
-    S = problem.key.shape[2]
-    grad_rows = on_grid(by_kv_head(grad, K))
-    out_rows = on_grid(by_kv_head(out, K))
-    corrections = jnp.einsum("BKGTH,BKGTH->BKGT", grad_rows, out_rows)[..., None]
-    value_rows = on_grid(problem.value)
-    key_exponent = exponent(problem.key, -2)
-    keys_as_integers = grid(problem.key, key_exponent, TOKEN_BITS)
-    key_unit = power_of_two(key_exponent - TOKEN_BITS)[:, :, None]
+    G, T, H = problem.query.shape
+    S = problem.key.shape[0]
+    value_rows, grad_rows, out_rows = (on_grid(flush(x)) for x in (problem.value, grad, out))
+    corrections = jnp.einsum("GTH,GTH->GT", grad_rows, out_rows)[..., None]
+    key_exponent = exponent(problem.key, 0)
+    columns = grid(problem.key, key_exponent, TOKEN_BITS)
 
     def chunk(queries: Block, _, carry: tuple[Array, Rows]) -> tuple[Array, Rows]:
-        dq, rows = carry
-        logits, top = row_logits(problem, queries)
-        empty = top == -jnp.inf
-        top = jnp.where(empty, 0.0, top)
-        own_grad, correction = queries.of(grad_rows, 3), queries.of(corrections, 3)
+        logits, top, empty = row_logits(problem, queries)
 
         def weigh(keys: Block, fresh: Array | None, carry):
             weights, total = carry
-            p = weights_of(keys.of(logits, 4), top)
-            integers = fresh_only(integer_weights(p), fresh, 4)
-            return write(weights, p, keys, 4), total + integers.sum(-1, keepdims=True)
+            p = weights_of(keys.of(logits, 2), top)
+            integers = fresh_only(as_integers(p), fresh, 2)
+            return write(weights, p, keys, 2), total + integers.sum(-1, keepdims=True)
 
-        start = (problem.full(logits.shape, dtype=jnp.float32), problem.full(top.shape))
+        start = (problem.full(*logits.shape, dtype=jnp.float32), problem.full(*top.shape))
         weights, total = problem.for_keys(weigh, start, queries)
-        normaliser = reciprocal(total) * 2.0**WEIGHT_BITS
+        rows = Rows(top, reciprocal(total) * 2.0**WEIGHT_BITS, queries.of(corrections, 1))
 
         def differentiate(keys: Block, _, carry):
             gradients, e = carry
-            dp = jnp.einsum("BKGTH,BKSH->BKGTS", own_grad, keys.of(value_rows, 2))
-            p = keys.of(weights, 4)
-            ds = logit_gradient(problem, p, normaliser, dp - correction, queries, keys)
-            return write(gradients, ds, keys, 4), jnp.maximum(e, exponent(ds, -1))
+            dp = dots(queries.of(grad_rows, 1), keys.of(value_rows, 0))
+            ds = logit_gradient(problem, keys.of(weights, 2), rows, dp, queries, keys)
+            return write(gradients, ds, keys, 2), jnp.maximum(e, exponent(ds, 2))
 
         # In place of the logits, which nothing reads any more.
-        start = (logits, problem.full(top.shape, LEAST_EXPONENT, jnp.int64))
+        start = (logits, problem.full(*top.shape, value=LEAST_EXPONENT, dtype=jnp.int64))
         gradients, e = problem.for_keys(differentiate, start, queries)
 
         def add(keys: Block, fresh: Array | None, sums: TokenSums) -> TokenSums:
-            integers = fresh_only(grid(keys.of(gradients, 4), e, WEIGHT_BITS), fresh, 4)
-            values = keys.of(keys_as_integers, 2)
-            part = token_sums("BKGTS,BKSH->BKGTH", integers, values, sums.high.dtype)
+            integers = fresh_only(grid(keys.of(gradients, 2), e, WEIGHT_BITS), fresh, 2)
+            part = token_sums("GTS,SH->GTH", integers, keys.of(columns, 0), sums.high.dtype)
             return jax.tree.map(jnp.add, sums, part)
 
-        sums = problem.for_keys(add, problem.no_sums((B, K, G, queries.size, H), S), queries)
-        part = sums.total() * power_of_two(e - WEIGHT_BITS) * key_unit * problem.options.scale
-        part = arithmetic.out(jnp.where(empty, 0.0, part))
-        found = Rows(top, normaliser, correction)
-        return write(dq, part, queries, 3), jax.tree.map(
-            lambda x, part: write(x, part, queries, 3), rows, found
-        )
+        start = problem.no_sums(G, queries.size, H, tokens=S)
+        sums = problem.for_keys(add, start, queries).total()
+        dq = sums * power_of_two(e - WEIGHT_BITS) * power_of_two(key_exponent - TOKEN_BITS)[None]
+        dq = arithmetic.out(jnp.where(empty, 0.0, dq * problem.options.scale))
+        return jax.tree.map(lambda x, part: write(x, part, queries, 1), carry, (dq, rows))
 
-    nothing = problem.full((B, K, G, T, 1))
-    start = (problem.full((B, K, G, T, H), dtype=jnp.float32), Rows(nothing, nothing, nothing))
-    dq, rows = problem.for_queries(chunk, start)
-    return by_token(dq), rows
+    start = (problem.full(G, T, H, dtype=jnp.float32), Rows(*[problem.full(G, T, 1)] * 3))
+    return problem.for_queries(chunk, start)
 
 
 def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Array, Array]:
-    """`dk` and `dv [B, S, K, H]` in float32, summed over all the query heads of each KV head."""
-    B, K, G, T, H = problem.query.shape
-    S = problem.key.shape[2]
-    shared = problem.options.shared_heads
-    grads = by_kv_head(grad, K)
-    grad_rows, value_rows = on_grid(grads), on_grid(problem.value)
-    # What the two contractions read of each query: q for dk, the gradient for dv.
-    exponents = [over_devices(shared, exponent(x, (2, 3))) for x in (problem.query, grads)]
+    """`dk` and `dv [S, H]` in float32, summed over all the query heads of the KV head.
+
+    Args:
+      rows: of `query_gradient`.
+      grad: `[G, T, H]`, the gradient of the output.
+    """
+    (G, T, H), S = problem.query.shape, problem.key.shape[0]
+    shared = problem.options.shared_heads or SharedHeads(())
+    grad = flush(grad)
+    value_rows, grad_rows = on_grid(problem.value), on_grid(grad)
+    # What dk and dv multiply: ds with the queries, w with the gradient of the output.
+    exponents = [shared.max(exponent(x, (0, 1))) for x in (problem.query, grad)]
     columns = [
-        grid(x, e, TOKEN_BITS) for x, e in zip((problem.query, grads), exponents, strict=True)
+        grid(x, e, TOKEN_BITS) for x, e in zip((problem.query, grad), exponents, strict=True)
     ]
-    units = [power_of_two(e - TOKEN_BITS)[:, :, 0] for e in exponents]
+    units = [power_of_two(e - TOKEN_BITS)[0] for e in exponents]
+    scales = (problem.options.scale, 1.0)
 
-    def chunk(keys: Block, _, gradients: tuple[Array, Array]) -> tuple[Array, ...]:
-        values = keys.of(value_rows, 2)
-
-        def differentiate(queries: Block, _, carry):
-            buffers, exponents = carry
-            top, normaliser, correction = (queries.of(x, 3) for x in rows)
-            p = weights_of(problem.logits(queries, keys), top)
-            dp = jnp.einsum("BKGTH,BKSH->BKGTS", queries.of(grad_rows, 3), values)
-            ds = logit_gradient(problem, p, normaliser, dp - correction, queries, keys)
-            parts = (ds, normalised(p, normaliser))
-            return (
-                tuple(write(x, part, queries, 3) for x, part in zip(buffers, parts, strict=True)),
-                tuple(
-                    jnp.maximum(e, exponent(part, (2, 3)))
-                    for e, part in zip(exponents, parts, strict=True)
-                ),
+    def chunk(keys: Block, _, carry: list[Array]) -> list[Array]:
+        def differentiate(queries: Block, _, carry: list[tuple[Array, Array]]):
+            own = Rows(*(queries.of(x, 1) for x in rows))
+            p = weights_of(problem.logits(queries, keys), own.top)
+            dp = dots(queries.of(grad_rows, 1), keys.of(value_rows, 0))
+            parts = (
+                logit_gradient(problem, p, own, dp, queries, keys),
+                normalised(p, own.normaliser),
             )
+            return [
+                (write(x, part, queries, 1), jnp.maximum(e, exponent(part, (0, 1))))
+                for (x, e), part in zip(carry, parts, strict=True)
+            ]
 
-        buffer = problem.full((B, K, G, T, keys.size))
-        e = problem.full((B, K, 1, 1, keys.size), LEAST_EXPONENT, jnp.int64)
-        buffers, exponents = problem.for_queries(differentiate, ((buffer,) * 2, (e,) * 2), keys)
-        exponents = [over_devices(shared, e) for e in exponents]
+        buffer = problem.full(G, T, keys.size)
+        e = problem.full(1, 1, keys.size, value=LEAST_EXPONENT, dtype=jnp.int64)
+        filled = problem.for_queries(differentiate, [(buffer, e)] * 2, keys)
+        filled = [(x, shared.max(e)) for x, e in filled]
 
-        def add(queries: Block, fresh: Array | None, sums):
-            return tuple(
-                jax.tree.map(
-                    jnp.add,
-                    total,
-                    token_sums(
-                        "BKGTS,BKGTH->BKSH",
-                        fresh_only(grid(queries.of(x, 3), e, WEIGHT_BITS), fresh, 3),
-                        queries.of(column, 3),
-                        total.high.dtype,
-                    ),
-                )
-                for total, x, e, column in zip(sums, buffers, exponents, columns, strict=True)
-            )
+        def add(queries: Block, fresh: Array | None, carry: list[TokenSums]) -> list[TokenSums]:
+            totals = []
+            for sums, (x, e), column in zip(carry, filled, columns, strict=True):
+                integers = fresh_only(grid(queries.of(x, 1), e, WEIGHT_BITS), fresh, 1)
+                column = queries.of(column, 1)
+                part = token_sums("GTS,GTH->SH", integers, column, sums.high.dtype)
+                totals.append(jax.tree.map(jnp.add, sums, part))
+            return totals
 
-        tokens = G * T * (1 if shared is None else shared.devices)
-        start = (problem.no_sums((B, K, keys.size, H), tokens),) * 2
-        sums = problem.for_queries(add, start, keys)
-        if shared is not None:
-            sums = jax.tree.map(shared.sum, sums)
-        scales = (problem.options.scale, 1.0)
-        parts = (
-            arithmetic.out(
-                total.total() * power_of_two(e - WEIGHT_BITS).reshape(B, K, -1, 1) * unit * scale
-            )
-            for total, e, unit, scale in zip(sums, exponents, units, scales, strict=True)
-        )
-        return tuple(write(x, part, keys, 2) for x, part in zip(gradients, parts, strict=True))
+        start = problem.no_sums(keys.size, H, tokens=G * T * shared.devices)
+        sums = [
+            jax.tree.map(shared.sum, x).total() for x in problem.for_queries(add, [start] * 2, keys)
+        ]
+        gradients = []
+        for x, total, (_, e), unit, scale in zip(carry, sums, filled, units, scales, strict=True):
+            part = total * power_of_two(e - WEIGHT_BITS)[0, 0, :, None] * unit * scale
+            gradients.append(write(x, arithmetic.out(part), keys, 0))
+        return gradients
 
-    start = (problem.full((B, K, S, H), dtype=jnp.float32),) * 2
-    gradients = problem.for_keys(chunk, start)
-    if shared is not None:
-        gradients = tuple(jnp.where(shared.is_first(), x, 0) for x in gradients)
-    dk, dv = (x.transpose(0, 2, 1, 3) for x in gradients)
-    return dk, dv
+    dk, dv = problem.for_keys(chunk, [problem.full(S, H, dtype=jnp.float32)] * 2)
+    if shared.devices == 1:
+        return dk, dv
+    return jnp.where(shared.is_first(), dk, 0), jnp.where(shared.is_first(), dv, 0)
 
 
 def normalised(p: Array, normaliser: Array) -> Array:
-    """`w`: weights that add up to 1, in float64."""
+    """`w`: weights that add up to 1, float64."""
     return jnp.where(p == 0, 0.0, p.astype(jnp.float64) * normaliser)
 
 
 def logit_gradient(
-    problem: Problem,
-    p: Array,
-    normaliser: Array,
-    difference: Array,
-    queries: Block,
-    keys: Block,
+    problem: Problem, p: Array, rows: Rows, dp: Array, queries: Block, keys: Block
 ) -> Array:
-    """`ds`: the gradient of the scaled logits; difference is `dp - D`."""
-    ds = normalised(p, normaliser) * difference
+    """`ds [G, t, s]`: the gradient of the scaled logits, before any soft cap."""
+    ds = normalised(p, rows.normaliser) * (dp - rows.correction)
     return jnp.where(p == 0, 0.0, problem.through_soft_cap(ds, queries, keys))
-
-
-def over_devices(shared, e: Array) -> Array:
-    """The exponent of what all the devices of a KV head hold."""
-    return e if shared is None else shared.max(e)

@@ -7,53 +7,57 @@ from jax import Array
 from ..masks import Block
 from . import arithmetic
 from .arithmetic import TOKEN_BITS, WEIGHT_BITS, exponent, grid, power_of_two, token_sums
-from .problem import Problem, by_token, fresh_only, top_of, weights_of, write
+from .problem import Problem, fresh_only, weights_of, write
 
 
 def output(problem: Problem) -> Array:
-    """`[B, T, N, H]` in float32, before any rounding to 16 bits."""
-    B, K, G, T, H = problem.query.shape
-    S = problem.key.shape[2]
-    e = exponent(problem.value, -2)
+    """`[G, T, H]` in float32, before any rounding to 16 bits."""
+    G, T, H = problem.query.shape
+    S = problem.key.shape[0]
+    e = exponent(problem.value, 0)
     values, unit = grid(problem.value, e, TOKEN_BITS), power_of_two(e - TOKEN_BITS)
 
     def chunk(queries: Block, _, out: Array) -> Array:
-        logits, top = row_logits(problem, queries)
-        empty = top == -jnp.inf
-        top = jnp.where(empty, 0.0, top)
+        logits, top, empty = row_logits(problem, queries)
 
         def add(keys: Block, fresh: Array | None, sums):
             total, weighted = sums
-            weights = fresh_only(integer_weights(weights_of(keys.of(logits, 4), top)), fresh, 4)
-            part = token_sums("BKGTS,BKSH->BKGTH", weights, keys.of(values, 2), weighted.high.dtype)
+            p = weights_of(keys.of(logits, 2), top)
+            weights = fresh_only(as_integers(p), fresh, 2)
+            part = token_sums("GTS,SH->GTH", weights, keys.of(values, 0), weighted.high.dtype)
             total = total + weights.sum(-1, keepdims=True)
             return total, jax.tree.map(jnp.add, weighted, part)
 
-        rows = (B, K, G, queries.size)
-        sums = (problem.full((*rows, 1)), problem.no_sums((*rows, H), tokens=S))
-        total, weighted = problem.for_keys(add, sums, queries)
-        rows = weighted.total() * unit[:, :, None] * reciprocal(total)
-        return write(out, arithmetic.out(jnp.where(empty, 0.0, rows)), queries, 3)
+        t = queries.size
+        start = (problem.full(G, t, 1), problem.no_sums(G, t, H, tokens=S))
+        total, weighted = problem.for_keys(add, start, queries)
+        rows = weighted.total() * unit[None] * reciprocal(total)
+        return write(out, arithmetic.out(jnp.where(empty, 0.0, rows)), queries, 1)
 
-    start = problem.full((B, K, G, T, H), dtype=jnp.float32)
-    return by_token(problem.for_queries(chunk, start))
+    return problem.for_queries(chunk, problem.full(G, T, H, dtype=jnp.float32))
 
 
-def row_logits(problem: Problem, queries: Block) -> tuple[Array, Array]:
-    """The logits of whole rows `[B, K, G, t, S]`, where they are read, and the largest of each."""
-    rows = (*problem.query.shape[:3], queries.size)
+def row_logits(problem: Problem, queries: Block) -> tuple[Array, Array, Array]:
+    """The logits of whole rows, the largest of each (0 for a row of -inf), and which have none.
+
+    Returns:
+      `[G, t, S]`, defined where a query may attend; `[G, t, 1]`; `[G, t, 1]`.
+    """
+    G, t, S = problem.query.shape[0], queries.size, problem.key.shape[0]
 
     def fill(keys: Block, _, carry):
         logits, top = carry
         part = problem.logits(queries, keys)
-        return write(logits, part, keys, 4), top_of(part, top)
+        return write(logits, part, keys, 2), jnp.maximum(top, part.max(-1, keepdims=True))
 
-    start = (problem.full((*rows, problem.key.shape[2])), problem.full((*rows, 1), -jnp.inf))
-    return problem.for_keys(fill, start, queries)
+    start = (problem.full(G, t, S), problem.full(G, t, 1, value=-jnp.inf))
+    logits, top = problem.for_keys(fill, start, queries)
+    empty = top == -jnp.inf
+    return logits, jnp.where(empty, 0.0, top), empty
 
 
-def integer_weights(p: Array) -> Array:
-    """`P`: weights as integers."""
+def as_integers(p: Array) -> Array:
+    """`P`: weights in units of 2^-30."""
     return jnp.rint(p.astype(jnp.float64) * 2.0**WEIGHT_BITS)
 
 

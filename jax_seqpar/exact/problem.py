@@ -1,4 +1,4 @@
-"""One exact attention, block by block: its operands on their grids, its logits, its loops.
+"""The attention of one KV head, block by block: operands on their grids, logits, loops.
 
 No bit depends on the blocks: sums are exact, and what two blocks both write is the same.
 """
@@ -33,11 +33,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Problem:
-    """Float64, query heads grouped by KV head: queries `[B, K, G, T, H]`, keys `[B, K, S, H]`."""
+    """One sequence, one KV head and its G query heads; float64, flushed.
+
+    Attributes:
+      masks: arrays for a batch of one.
+      bias: `[1, G, T, S]`, any axis 1; or None.
+      query: `[G, T, H]`.
+      key, value: `[S, H]`.
+      query_on_grid, key_on_grid: the same, rows rounded to their grids.
+    """
 
     options: Options
     masks: Masks
-    bias: Array | None  # [B, N, T, S], each axis that or 1
+    bias: Array | None
     query: Array
     key: Array
     value: Array
@@ -49,20 +57,19 @@ class Problem:
         masks = Masks(
             **arrays, is_causal=options.is_causal, local_window_size=options.local_window_size
         )
-        q = by_kv_head(query, key.shape[2])
-        k, v = (flush(x.transpose(0, 2, 1, 3)) for x in (key, value))
+        q, k, v = map(flush, (query, key, value))
         bias = None if bias is None else flush(bias)
         return cls(options, masks, bias, q, k, v, on_grid(q), on_grid(k))
 
     def logits(self, queries: Block, keys: Block) -> Array:
-        """`[B, K, G, t, s]`; -inf where a query may not attend."""
+        """`[G, t, s]`; -inf where a query may not attend."""
         z = self._scaled_dots(queries, keys)
         if self.options.logits_soft_cap is not None:
             z = soft_cap(z, self.options.logits_soft_cap)
         if self.bias is not None:
-            z = z + self._grouped(keys.of(queries.of(self.bias, 2), 3))
+            z = z + keys.of(queries.of(self.bias, 2), 3)[0]
         allowed = self.masks.attends(queries, keys)
-        return z if allowed is None else jnp.where(self._grouped(allowed), z, -jnp.inf)
+        return z if allowed is None else jnp.where(allowed[0], z, -jnp.inf)
 
     def through_soft_cap(self, gradient: Array, queries: Block, keys: Block) -> Array:
         """The gradient of the logits before the soft cap, from that after it."""
@@ -72,38 +79,36 @@ class Problem:
         return gradient * soft_cap_slope(z, self.options.logits_soft_cap)
 
     def _scaled_dots(self, queries: Block, keys: Block) -> Array:
-        q, k = queries.of(self.query_on_grid, 3), keys.of(self.key_on_grid, 2)
-        dots = jnp.einsum("BKGTH,BKSH->BKGTS", q, k)
-        return round32(dots).astype(jnp.float64) * self.options.scale
-
-    def _grouped(self, x: Array) -> Array:
-        """`[B, N, t, s]` with the heads as `[K, G]`."""
-        if x.shape[1] == 1:
-            return x[:, :, None]
-        return x.reshape(x.shape[0], *self.query.shape[1:3], *x.shape[2:])
+        q, k = queries.of(self.query_on_grid, 1), keys.of(self.key_on_grid, 0)
+        return round32(dots(q, k)).astype(jnp.float64) * self.options.scale
 
     def for_queries(self, body: Callable[..., Any], carry: Any, keys: Block | None = None) -> Any:
         """A loop over the blocks of queries, all of them or those that see some of the keys."""
-        T = self.query.shape[3]
+        T = self.query.shape[1]
         bounds = (0, T) if keys is None else self.masks.queries_of(keys, T)
         return _for_blocks(T, self.options.query_chunk, bounds, body, carry)
 
     def for_keys(self, body: Callable[..., Any], carry: Any, queries: Block | None = None) -> Any:
         """A loop over the blocks of keys, all of them or those that some of the queries see."""
-        S = self.key.shape[2]
+        S = self.key.shape[0]
         bounds = (0, S) if queries is None else self.masks.keys_of(queries, S)
         return _for_blocks(S, self.options.key_chunk, bounds, body, carry)
 
-    def full(self, shape: tuple[int, ...], value: float = 0.0, dtype: Any = jnp.float64) -> Array:
+    def full(self, *shape: int, value: float | int = 0, dtype: Any = jnp.float64) -> Array:
         """A constant that varies over the mesh as the operands do, to start a loop with."""
         operands = (self.query, self.key, self.value)
-        never = sum(jnp.isnan(x.ravel()[0]).astype(dtype) for x in operands) * 0
-        return jnp.full(shape, value, dtype) + jnp.asarray(never, dtype)
+        nothing = sum(jnp.isnan(x.ravel()[0]).astype(dtype) for x in operands) * 0
+        return jnp.full(shape, value, dtype) + jnp.asarray(nothing, dtype)
 
-    def no_sums(self, shape: tuple[int, ...], tokens: int) -> TokenSums:
-        """Sums over tokens before the first is added."""
+    def no_sums(self, *shape: int, tokens: int) -> TokenSums:
+        """Sums before the first of so many tokens is added."""
         dtype = sum_dtype(tokens, self.options.sum_limit)
-        return TokenSums(self.full(shape, 0, dtype), self.full(shape, 0, dtype))
+        return TokenSums(self.full(*shape, dtype=dtype), self.full(*shape, dtype=dtype))
+
+
+def dots(queries: Array, keys: Array) -> Array:
+    """`[G, t, H] x [s, H] -> [G, t, s]`, exact for operands on their grids."""
+    return jnp.einsum("GTH,SH->GTS", queries, keys)
 
 
 def _for_blocks(
@@ -125,33 +130,16 @@ def _for_blocks(
     return jax.lax.fori_loop(low // size, (high + size - 1) // size, step, carry)
 
 
-def by_kv_head(x: Array, kv_heads: int) -> Array:
-    """`[B, T, N, H]` as `[B, K, G, T, H]`, float64 and flushed."""
-    B, T, N, H = x.shape
-    return flush(x.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 3, 1, 4))
-
-
-def by_token(x: Array) -> Array:
-    """`[B, K, G, T, H]` as `[B, T, N, H]`."""
-    B, K, G, T, H = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
-
-
 def write(x: Array, part: Array, block: Block, axis: int) -> Array:
     """x with a block of tokens replaced."""
     return jax.lax.dynamic_update_slice_in_dim(x, part, block.start, axis)
 
 
 def fresh_only(x: Array, fresh: Array | None, axis: int) -> Array:
-    """x with 0 for the tokens of an axis that an earlier block has had."""
+    """`[G, t, s]` with 0 for the tokens of an axis that an earlier block has had."""
     if fresh is None:
         return x
-    return jnp.where(jnp.expand_dims(fresh, [i for i in range(x.ndim) if i != axis]), x, 0)
-
-
-def top_of(logits: Array, top: Array) -> Array:
-    """The largest logit of each row, `[..., t, 1]`, of those seen before and these."""
-    return jnp.maximum(top, logits.max(-1, keepdims=True))
+    return jnp.where(jnp.expand_dims(fresh, [i for i in range(3) if i != axis]), x, 0)
 
 
 def weights_of(logits: Array, top: Array) -> Array:

@@ -1,0 +1,67 @@
+"""The certificate's questions, put to PyTorch, and certificates as a table."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from ..exact.certificate import Certificate, Operations, ask, certify
+from .arrays import numpy_to_torch, torch_to_numpy
+from .extras import require_torch
+
+
+def certificates(backend: str | None = None) -> list[Certificate]:
+    """Those of the JAX backend and of PyTorch on CPU."""
+    return [certify(backend), certify_torch()]
+
+
+def certify_torch() -> Certificate:
+    """Asks `torch_ref.exact`, on CPU, what `jax_seqpar.exact.certify` asks JAX."""
+    torch = require_torch()
+    return Certificate(f"PyTorch {torch.__version__} on cpu", ask(_operations()))
+
+
+def certificate_table(found: list[Certificate]) -> Table:
+    """One row per question, one column per backend: how many answers are wrong."""
+    table = Table(title="What exact attention relies on: wrong answers", box=box.SIMPLE)
+    table.add_column("question")
+    for certificate in found:
+        table.add_column(certificate.backend, justify="right")
+    for checks in zip(*(certificate.checks for certificate in found), strict=True):
+        cells = (
+            f"[{'green' if c.passed else 'bold red'}]{c.wrong:,} of {c.total:,}[/]" for c in checks
+        )
+        table.add_row(checks[0].name, *cells)
+    return table
+
+
+def _operations() -> Operations:
+    torch = require_torch()
+    from torch_ref import exact
+
+    def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arrays: torch_to_numpy(function(*map(numpy_to_torch, arrays)))
+
+    def attention(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        query, key, value, grad = map(numpy_to_torch, arrays)
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+        out = exact.exact_attention(*leaves, is_causal=True)
+        gradients = torch.autograd.grad(out, leaves, grad)
+        return tuple(map(torch_to_numpy, (out.detach(), *gradients)))
+
+    def matmul(a: Any, b: Any) -> Any:
+        return torch._int_mm(a, b) if a.dtype == torch.int8 else a @ b
+
+    return Operations(
+        exp=on_arrays(lambda x: exact.exp(x.double()).float()),
+        dot=on_arrays(lambda a, b: exact.dot(exact.flush(a), exact.flush(b))),
+        contract=on_arrays(lambda a, b: exact.contract(a.mT, b)),
+        matmul=on_arrays(matmul),
+        flush=on_arrays(exact.flush),
+        round32=on_arrays(lambda x: exact.round32(x).float()),
+        out=on_arrays(exact.out),
+        reciprocal=on_arrays(lambda x: 1 / x),
+        attention=attention,
+    )

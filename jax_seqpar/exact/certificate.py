@@ -1,0 +1,293 @@
+"""Whether a backend's arithmetic is what exact attention relies on.
+
+The questions are data: inputs, and answers found without the backend by Python integers and NumPy.
+Who is asked is a set of operations: those of `jax_seqpar.exact` on the backend at hand, or another
+implementation's.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import arithmetic, elementary
+from .attention import exact_attention
+
+# float32 bits of x and of e^x: the inputs whose results come nearest to a rounding boundary, of all
+# in [-87.3, -2^-26]. The first leaves 1.27 units of float64, the next 2.42.
+EXP_HARD_CASES = {
+    0xC16912CD: 0x34FD331B,
+    0xBBF0EDF1: 0x3F7E1FE9,
+    0xBAE0E25C: 0x3F7F8FA7,
+    0xB3000000: 0x3F800000,
+    0xBC2A461A: 0x3F7D5A6E,
+    0xC0781533: 0x3CA9CCB8,
+    0xBBB70EE8: 0x3F7E92E8,
+    0xC13D6631: 0x36F28E33,
+    0xBCB8F40F: 0x3F7A48F4,
+}
+
+# SHA-256 of output, dq, dk and dv of `_attention_inputs`: the same on every machine.
+ATTENTION_HASH = "2baf34752cef0268443ffcd99ca4f1ba33b275e62bc0490e5a95eccf61301519"
+
+
+@dataclass(frozen=True)
+class Operations:
+    """One implementation, from and to NumPy arrays.
+
+    Attributes:
+      exp: of float32.
+      dot: `[M, H] x [N, H] -> [M, N]`, float32 to float64, as `exact_dot`.
+      contract: `[S, M] x [S, H] -> [M, H]`, float64 integers, as `arithmetic.contract`.
+      matmul: `[M, H] x [H, N]`, of float64, or of int8 to int32.
+      flush, round32, out: as in `arithmetic`.
+      reciprocal: of float64.
+      attention: `(query, key, value, grad) -> (out, dq, dk, dv)`, causal.
+    """
+
+    exp: Callable[..., np.ndarray]
+    dot: Callable[..., np.ndarray]
+    contract: Callable[..., np.ndarray]
+    matmul: Callable[..., np.ndarray]
+    flush: Callable[..., np.ndarray]
+    round32: Callable[..., np.ndarray]
+    out: Callable[..., np.ndarray]
+    reciprocal: Callable[..., np.ndarray]
+    attention: Callable[..., tuple[np.ndarray, ...]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The answers to one question.
+
+    Attributes:
+      name: what was asked.
+      wrong: how many of the answers differ in any bit.
+      total: of how many.
+    """
+
+    name: str
+    wrong: int
+    total: int
+
+    @property
+    def passed(self) -> bool:
+        return self.wrong == 0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a backend answered. `trusted`: exact attention has the specified bits on it."""
+
+    backend: str
+    checks: tuple[Check, ...]
+
+    @property
+    def trusted(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def __str__(self) -> str:
+        failed = [f"{c.name} ({c.wrong} of {c.total} wrong)" for c in self.checks if not c.passed]
+        if failed:
+            return f"{self.backend}: NOT TRUSTED, its bits may differ: {', '.join(failed)}."
+        return f"{self.backend}: trusted, its bits are those of the specification."
+
+
+def certify(backend: str | None = None) -> Certificate:
+    """Asks a JAX backend, compiled, whatever exact attention relies on. Takes seconds.
+
+    Args:
+      backend: "cpu", "gpu", "tpu"; None for the default one.
+
+    Raises:
+      RuntimeError: of JAX, if there is no such backend.
+    """
+    device = jax.devices(backend)[0]
+    with jax.default_device(device):
+        checks = ask(_jax_operations())
+    return Certificate(f"JAX {jax.__version__} on {device.device_kind} ({device.platform})", checks)
+
+
+def ask(operations: Operations) -> tuple[Check, ...]:
+    """Every question, put to one implementation."""
+    return tuple(check(operations) for check in _QUESTIONS)
+
+
+def _exp_hard_cases(ask: Operations) -> Check:
+    x, expected = (
+        np.array(bits, np.uint32).view(np.float32)
+        for bits in zip(*EXP_HARD_CASES.items(), strict=True)
+    )
+    return _compare("exp: the hardest cases", ask.exp(x), expected)
+
+
+def _exp_sample(ask: Operations) -> Check:
+    """NumPy's exp of float64 has an error below the 1.27 units that matter."""
+    bits = np.linspace(0xB2800000, 0xC2A00000, 1 << 20).astype(np.uint32)  # -2^-26 to -80
+    x = bits.view(np.float32)
+    return _compare(
+        "exp: a million others", ask.exp(x), np.exp(x.astype(np.float64)).astype(np.float32)
+    )
+
+
+def _exp_ends(ask: Operations) -> Check:
+    x = np.array([0.0, -0.0, -(2.0**-149), -80.0, -80.00001, -104.0, -np.inf], np.float32)
+    tail = np.exp(np.float64(-80.0)).astype(np.float32)
+    return _compare("exp: its ends", ask.exp(x), np.array([1, 1, 1, tail, 0, 0, 0], np.float32))
+
+
+def _dots(ask: Operations) -> Check:
+    """Integers that fill the bit budget of their number of channels, with sums up to 2^53."""
+    got, expected = [], []
+    for channels in (1, 2, 64, 128, 512):
+        bits = min(arithmetic.channel_bits(channels), 24)
+        a, b = (integers((64, channels), bits, seed) for seed in (1, 2))
+        a[0], b[0] = (1 << bits) - 1, (1 << bits) - 1
+        a[:, 0] = (1 << bits) - 1  # the largest of its row, so that the grid is as fine as can be
+        b[:, 0] = 1 - (1 << bits)
+        got.append(ask.dot(a.astype(np.float32), b.astype(np.float32)))
+        expected.append((a @ b.T).astype(np.float64))
+    return _compare("dot: the bit budget at its edge", np.stack(got), np.stack(expected))
+
+
+def _contractions(ask: Operations) -> Check:
+    tokens = arithmetic.CONTRACT_TOKENS
+    weights = np.abs(integers((tokens, 4), arithmetic.WEIGHT_BITS, 3))
+    x = integers((tokens, 3), arithmetic.TOKEN_BITS, 4)
+    weights[:, 0], weights[:, 1] = 1 << arithmetic.WEIGHT_BITS, (1 << arithmetic.WEIGHT_BITS) - 1
+    x[:, 0], x[:, 1] = 1 << arithmetic.TOKEN_BITS, 1 - (1 << arithmetic.TOKEN_BITS)
+    exact = [[sum(map(int.__mul__, w, v)) for v in x.T.tolist()] for w in weights.T.tolist()]
+    got = ask.contract(weights.astype(np.float64), x.astype(np.float64))
+    return _compare("contract: the bit budget at its edge", got, np.array(exact, np.float64))
+
+
+def _products64(ask: Operations) -> Check:
+    a, b = integers((512, 64), 23, 5), integers((64, 2048), 23, 6)
+    got = ask.matmul(a.astype(np.float64), b.astype(np.float64))
+    return _compare("matrix product: float64", got, (a @ b).astype(np.float64))
+
+
+def _products8(ask: Operations) -> Check:
+    a, b = integers((512, 1024), 7, 7), integers((1024, 256), 7, 8)
+    got = ask.matmul(a.astype(np.int8), b.astype(np.int8))
+    return _compare("matrix product: int8", got, (a @ b).astype(np.int32))
+
+
+def _flushes(ask: Operations) -> Check:
+    x = np.array([0, 1, 0x007FFFFF, 0x00800000, 0x00800001, 0x3F800001], np.uint32).view(np.float32)
+    kept = np.array([0, 0, 0, 1, 1, 1])
+    x, kept = np.concatenate([x, -x]), np.concatenate([kept, kept])
+    return _compare(
+        "flush: subnormals are 0", ask.flush(x) + 0.0, x.astype(np.float64) * kept + 0.0
+    )
+
+
+def _roundings(ask: Operations) -> Check:
+    """To float32: ties, both ends of the range, and what is only just no subnormal."""
+    one = 1 + np.array([1, 3, 1 + 2.0**-20, 3 - 2.0**-20]) * 2.0**-24
+    x = np.concatenate([one, one * 2.0**-126, one * 2.0**127])
+    odd = np.array([0.0, 2.0**-126 - 2.0**-170, 2.0**-149, 2.0**128 - 2.0**103, np.inf])
+    expected = np.concatenate(
+        [x.astype(np.float32), np.array([0, 0, 0, np.inf, np.inf], np.float32)]
+    )
+    return _compare("round32: ties and ends", ask.round32(np.concatenate([x, odd])), expected)
+
+
+def _outputs(ask: Operations) -> Check:
+    nans = np.array([0x7FF8000000000000, 0xFFF8000000000000, 0x7FF0000000000001], np.uint64)
+    x = np.concatenate([nans.view(np.float64), [-0.0, 0.0, -(2.0**-127), -1.0, -np.inf]])
+    expected = np.array([0x7FC00000] * 3 + [0, 0, 0, 0xBF800000, 0xFF800000], np.uint32)
+    return _compare("out: one NaN, no -0", ask.out(x), expected.view(np.float32))
+
+
+def _reciprocals(ask: Operations) -> Check:
+    x = np.abs(integers((1 << 16,), 50, 9)).astype(np.float64) + 1
+    return _compare("division: float64", ask.reciprocal(x), 1 / x)
+
+
+def _attention(ask: Operations) -> Check:
+    digest = hashlib.sha256()
+    for x in ask.attention(*_attention_inputs()):
+        digest.update(np.ascontiguousarray(x, "<f4").tobytes())
+    wrong = int(digest.hexdigest() != ATTENTION_HASH)
+    return Check("attention and its gradients", wrong, 1)
+
+
+def _attention_inputs() -> tuple[np.ndarray, ...]:
+    """Query, key, value and grad; grouped, in 24 bits, with a few outliers."""
+    shapes = ((2, 40, 4, 24), (2, 40, 2, 24), (2, 40, 2, 24), (2, 40, 4, 24))
+    arrays = [integers(s, 23, i).astype(np.float32) * 2.0**-21 for i, s in enumerate(shapes)]
+    for x in arrays:
+        x[:, ::13] *= 8
+    return tuple(arrays)
+
+
+_QUESTIONS = (
+    _exp_hard_cases,
+    _exp_sample,
+    _exp_ends,
+    _dots,
+    _contractions,
+    _products64,
+    _products8,
+    _flushes,
+    _roundings,
+    _outputs,
+    _reciprocals,
+    _attention,
+)
+
+
+def integers(shape: tuple[int, ...], bits: int, seed: int) -> np.ndarray:
+    """Scrambled int64 below 2^bits in magnitude: the same from every version of NumPy."""
+    n = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint64) + np.uint64(seed << 32)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        n = (n ^ (n >> np.uint64(shift))) * np.uint64(factor)
+    magnitude = (n >> np.uint64(64 - bits)).astype(np.int64)
+    return np.where(n & np.uint64(1), -magnitude, magnitude).reshape(shape)
+
+
+def _compare(name: str, got: np.ndarray, expected: np.ndarray) -> Check:
+    assert got.shape == expected.shape, name
+    assert got.dtype == expected.dtype, name
+    unsigned = f"u{got.dtype.itemsize}"
+    wrong = np.count_nonzero(got.view(unsigned) != np.ascontiguousarray(expected).view(unsigned))
+    return Check(name, int(wrong), got.size)
+
+
+def _jax_operations() -> Operations:
+    def wide(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = jax.jit(function)
+
+        def call(*arrays: np.ndarray) -> Any:
+            with jax.enable_x64(True):
+                return jax.tree.map(np.asarray, compiled(*map(jnp.asarray, arrays)))
+
+        return call
+
+    def attention(query, key, value, grad):
+        def attend(*operands):
+            return exact_attention(*operands, is_causal=True)
+
+        out, pull = jax.vjp(attend, query, key, value)
+        return (out, *pull(grad))
+
+    def matmul(a, b):
+        accumulated = jnp.int32 if a.dtype == jnp.int8 else a.dtype
+        return jnp.matmul(a, b, preferred_element_type=accumulated)
+
+    return Operations(
+        exp=wide(elementary.exp),
+        dot=wide(arithmetic.exact_dot),
+        contract=wide(arithmetic.contract),
+        matmul=wide(matmul),
+        flush=wide(arithmetic.flush),
+        round32=wide(arithmetic.round32),
+        out=wide(arithmetic.out),
+        reciprocal=wide(lambda x: 1.0 / x),
+        attention=wide(attention),
+    )
