@@ -19,7 +19,7 @@ from .bridge.cases import Case
 from .bridge.certify import certificate_table, certificates
 from .bridge.extras import require_torch
 from .bridge.parity import Result, run_parity
-from .bridge.plan import DTYPES, inputs_by_label, plan
+from .bridge.plan import DTYPES, Kernels, inputs_by_label, plan
 from .bridge.ranks import RankError
 from .bridge.report import parity_table, summary
 
@@ -38,8 +38,13 @@ def seqpar() -> None:
 @app.command()
 def parity(
     degree: Annotated[
-        list[int] | None, typer.Option(min=1, help="Devices and ranks; repeat. Default: 4, 8.")
+        list[int] | None,
+        typer.Option(min=1, help="Devices and ranks; repeat. Default: 1, 2, 4, 8."),
     ] = None,
+    kernel: Annotated[
+        Kernels,
+        typer.Option(help="The attention: exact in each framework, one shared, or plain in each."),
+    ] = Kernels.EXACT,
     batch: Annotated[int | None, _size("Sequences.", Case.batch)] = None,
     tokens: Annotated[int | None, _size("Of the whole sequence.", Case.tokens)] = None,
     heads: Annotated[int | None, _size("Query heads.", Case.heads)] = None,
@@ -81,8 +86,8 @@ def parity(
         case = Case(**given, is_causal=causal)
         if json_file is not None and not json_file.parent.is_dir():
             raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}.")
-        named = inputs_by_label(case, input or [], seed)
-        plans = {d: plan(d, named, causal) for d in sorted(set(degree or (4, 8)))}
+        named = inputs_by_label(case, input or [], seed, kernel)
+        plans = {d: plan(d, named, causal, kernel) for d in sorted(set(degree or (1, 2, 4, 8)))}
         jax.config.update("jax_num_cpu_devices", max(plans))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -36,6 +36,29 @@ class Case:
         return {name: rng.standard_normal(s).astype(jnp.dtype(self.dtype)) for name, s in shapes}
 
 
+def adversarial(inputs: Arrays) -> Arrays:
+    """The same shapes, with what breaks a kernel that is only nearly exact.
+
+    Logits of 1e3, outliers, zeros of either sign, subnormals, one-hot and equal rows; and in the
+    last KV head of the last sequence a NaN in query and value and an infinity in key.
+    """
+    dtype = inputs["query"].dtype
+    inputs = {name: x.astype(np.float32) for name, x in inputs.items()}
+    query, key, value, grad = inputs.values()
+    query[:, ::7] *= 300
+    value[:, 1::11] *= 1000
+    grad[:, 2::9] *= 2.0**-60
+    for step, x in enumerate((query, key, value, grad)):
+        x[:, 3 + step :: 13] = 0
+        x[:, 4 + step :: 13] *= -0.0
+        x[:, 5 + step :: 13] = 2.0**-140
+        x[:, 6 + step :: 13, :, 1:] = 0
+        x[:, 7 + step :: 13] = 1
+    query[-1, -3, -1, 0] = value[-1, -2, -1, 0] = np.nan
+    key[-1, -1, -1, -1] = np.inf
+    return {name: x.astype(dtype) for name, x in inputs.items()}
+
+
 def case_of(inputs: Arrays, is_causal: bool = True) -> Case:
     """The case that inputs belong to."""
     B, S, N, H = inputs["query"].shape

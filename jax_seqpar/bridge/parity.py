@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from .bits import compare_bits
 from .bits_report import BitsReport
 from .cases import Arrays
-from .checks import Check
+from .checks import Check, PipelineCheck
 from .checks.sides import Outputs
+from .golden import digest, expected_digest
 from .ranks import run_ranks
 
 COLUMNS = ("forward", "dq", "dk", "dv")
@@ -26,8 +27,11 @@ class Result:
 
     Attributes:
       reports: by output, `forward`, `dq`, `dk`, `dv`; fewer where the check has fewer.
-      expected: "right", or for a control what it must show: "error", "reshaped" or "scrambled".
+      expected: "right", or for a control what it must show: "error", "reshaped" or "scrambled" of
+        a wrong version, "rounded" of attention that is not exact.
       error: what went wrong in PyTorch, in place of reports.
+      sha256: of output and gradients, where the kernel is exact.
+      golden: what sha256 has to be, for inputs whose hash is kept.
     """
 
     name: str
@@ -36,6 +40,8 @@ class Result:
     reports: dict[str, BitsReport]
     expected: str = "right"
     error: str | None = None
+    sha256: str | None = None
+    golden: str | None = None
 
     @property
     def outcome(self) -> str:
@@ -45,7 +51,9 @@ class Result:
         leaves = [leaf for report in self.reports.values() for leaf in report.leaves]
         if any(leaf.shape_a != leaf.shape_b for leaf in leaves):
             return "reshaped"
-        return "right" if all(leaf.equal for leaf in leaves) else "scrambled"
+        if all(leaf.equal for leaf in leaves):
+            return "right"
+        return "rounded" if self.expected == "rounded" else "scrambled"
 
     @property
     def must_differ(self) -> bool:
@@ -54,12 +62,16 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        return self.outcome == self.expected
+        return self.outcome == self.expected and self.golden in (None, self.sha256)
 
     @property
     def verdict(self) -> str:
+        if self.expected == "rounded":
+            return "differs" if self.passed else "SEES NOTHING"
         if self.must_differ:
             return "caught" if self.passed else "NOT CAUGHT"
+        if self.outcome == "right" and not self.passed:
+            return "NOT GOLDEN"
         return "equal" if self.passed else "DIFFERS"
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +84,8 @@ class Result:
             "outcome": self.outcome,
             "verdict": self.verdict,
             "error": self.error,
+            "sha256": self.sha256,
+            "golden": self.golden,
             "outputs": {name: report.to_json() for name, report in self.reports.items()},
         }
 
@@ -148,7 +162,11 @@ def _compare(
         if name in truth:
             references["truth"] = truth[name]
         reports[name] = compare_bits(dict.fromkeys(references, jax_side[name]), references)
-    result = Result(check.name, check.shape, degree, reports, check.expected)
+    hashes = {}
+    if isinstance(check, PipelineCheck) and check.kernel == "exact" and check.expected == "right":
+        golden = expected_digest(check.inputs, check.is_causal)
+        hashes = {"sha256": digest(jax_side), "golden": golden}
+    result = Result(check.name, check.shape, degree, reports, check.expected, **hashes)
     return result, jax_side, torch_side
 
 

@@ -17,6 +17,8 @@ def parity_table(results: Sequence[Result]) -> Table:
         table.add_column(column, justify="right" if column == "degree" else "left", overflow="fold")
     for column in (*COLUMNS, "verdict"):
         table.add_column(column, justify="right", no_wrap=True)
+    if any(result.sha256 for result in results):
+        table.add_column("SHA-256", no_wrap=True)
     degree = None
     for result in results:
         if degree not in (None, result.degree):
@@ -30,6 +32,7 @@ def parity_table(results: Sequence[Result]) -> Table:
             str(result.degree),
             *cells,
             f"[{style}]{result.verdict}[/{style}]",
+            *([(result.sha256 or "")[:8]] if len(table.columns) > 3 + len(COLUMNS) + 1 else []),
         )
     return table
 
@@ -37,13 +40,20 @@ def parity_table(results: Sequence[Result]) -> Table:
 def summary(results: Sequence[Result]) -> str:
     """The verdict in one line."""
     failed = sum(not r.passed for r in results)
-    controls = [r for r in results if r.must_differ]
+    controls = [r for r in results if r.must_differ and r.expected != "rounded"]
+    plain = [report for r in results if r.expected == "rounded" for report in r.reports.values()]
     equal = [r for r in results if not r.must_differ]
     if failed:
         return f"NOT EQUAL: {failed} of {len(results)} checks failed."
     bits = sum(report.total for r in equal for report in r.reports.values())
     caught = f"; {len(controls)} wrong versions caught" if controls else ""
-    return f"EQUAL: {len(equal)} checks, {bits:,} elements, 0 bits differ{caught}."
+    rounded = ""
+    if plain:
+        share = sum(x.differing for x in plain) / sum(x.total for x in plain)
+        rounded = f"; attention that is not exact differs in {100 * share:.0f} % of the elements"
+    if not equal:
+        return f"DIFFERENT, as plain kernels must be{rounded.removeprefix(';')}."
+    return f"EQUAL: {len(equal)} checks, {bits:,} elements, 0 bits differ{caught}{rounded}."
 
 
 def _cell(result: Result, column: str) -> str:

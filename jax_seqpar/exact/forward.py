@@ -48,7 +48,10 @@ def row_logits(problem: Problem, queries: Block) -> tuple[Array, Array, Array]:
     def fill(keys: Block, _, carry):
         logits, top = carry
         part = problem.logits(queries, keys)
-        return write(logits, part, keys, 2), jnp.maximum(top, part.max(-1, keepdims=True))
+        part_top = part.max(-1, keepdims=True)
+        # A maximum that passes over a NaN is what some libraries under XLA:CPU give.
+        part_top = jnp.where(jnp.isnan(part).any(-1, keepdims=True), jnp.nan, part_top)
+        return write(logits, part, keys, 2), jnp.maximum(top, part_top)
 
     start = (problem.full(G, t, S), problem.full(G, t, 1, value=-jnp.inf))
     logits, top = problem.for_keys(fill, start, queries)

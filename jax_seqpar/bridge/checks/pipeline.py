@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import jax
@@ -10,22 +10,26 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ...attention import dot_product_attention
+from ...exact import exact_attention
 from ...kernels import dense_attention
 from ..arrays import torch_to_numpy
 from ..cases import Arrays, case_of
 from ..kernels import as_torch_attention, staged_attention
 from .sides import SPECS, TOKENS, Outputs, join, local_part
 
-Kernel = Literal["identity", "sdpa", "dense"]  # none, PyTorch's, JAX's
+# None; PyTorch's or JAX's in both; each framework's own, float32 or exact.
+Kernel = Literal["identity", "sdpa", "dense", "plain", "exact"]
 Layout = Literal["bshd", "sbhd"]
 
 
 @dataclass(frozen=True)
 class PipelineCheck:
-    """Ulysses attention and its gradients, with one kernel shared by both frameworks.
+    """Ulysses attention and its gradients, with one kernel in both frameworks or one in each.
 
-    `identity` is the pipeline of the original report, whose output must be its query. A historical
-    version in PyTorch's pipeline makes it a control, which must differ where that version is wrong.
+    `identity` is the pipeline of the original report, whose output must be its query; `sdpa` and
+    `dense` are shared; `exact` is written twice, and must agree all the same; `plain` is PyTorch's
+    attention against JAX's, a control: without exact sums their bits must differ. A historical
+    version in PyTorch's pipeline makes it a control, too, where that version is wrong.
     """
 
     degree: int
@@ -48,6 +52,8 @@ class PipelineCheck:
     @property
     def expected(self) -> str:
         """What the comparison must find: "right", or what the truth table says of the version."""
+        if self.kernel == "plain":
+            return "rounded"
         if self.version is None:
             return "right"
         from torch_ref.history import expected_outcome
@@ -74,7 +80,7 @@ class PipelineCheck:
         def swap(x):
             return x.transpose(0, 1).contiguous() if token_first else x
 
-        kernel = _torch_kernel(self.kernel, self.is_causal)
+        kernel = self._torch_kernel(rank)
         attention = DistributedAttention(
             lambda q, k, v: swap(kernel(swap(q), swap(k), swap(v))), exchange=exchange
         )
@@ -96,25 +102,23 @@ class PipelineCheck:
         results = dict(zip(("forward", "dq", "dk", "dv"), (out, *gradients), strict=True))
         return {name: torch_to_numpy(swap(x)) for name, x in results.items() if x is not None}
 
+    def _torch_kernel(self, rank: int) -> Callable[..., Any]:
+        """Batch-first, on whole sequences."""
+        if self.kernel == "identity":
+            return lambda q, k, v: q.clone()
+        if self.kernel == "dense":
+            return as_torch_attention(partial(dense_attention, is_causal=self.is_causal))
+        if self.kernel == "exact":
+            from torch_ref.exact import exact_attention
+
+            shared = _ranks_of_the_same_head(rank, self.degree, self.inputs["key"].shape[2])
+            return partial(exact_attention, is_causal=self.is_causal, shared_by=shared)
+        return partial(_sdpa, self.is_causal)
+
     def run_jax(self, mesh: Mesh) -> Outputs:
         sharding = NamedSharding(mesh, SPECS[TOKENS])
         operands = {name: jax.device_put(x, sharding) for name, x in self.inputs.items()}
-
-        def attend(query, key, value):
-            return pipeline(query, key, value, attention=kernel, mesh=mesh)
-
-        def run(query, key, value, grad):
-            out, pull = jax.vjp(attend, query, key, value)
-            return dict(zip(("forward", "dq", "dk", "dv"), (out, *pull(grad)), strict=True))
-
-        if self.kernel == "sdpa":
-            kernel = _torch_kernel(self.kernel, self.is_causal)
-            pipeline = staged_attention
-        else:
-            kernel = _jax_kernel(self.kernel, self.is_causal)
-            pipeline = dot_product_attention
-            run = jax.jit(run)
-        results = run(**operands)
+        results = _jax_program(self.kernel, self.is_causal, mesh)(**operands)
         if self.kernel == "identity":
             del results["dk"], results["dv"]
         return jax.tree.map(np.asarray, results)
@@ -137,24 +141,44 @@ def history_checks(degree: int, inputs: Arrays) -> list[PipelineCheck]:
     ]
 
 
-def _torch_kernel(name: Kernel, is_causal: bool) -> Callable[..., Any]:
-    """Batch-first, on whole sequences."""
+@cache
+def _jax_program(kernel: Kernel, is_causal: bool, mesh: Mesh) -> Callable[..., Outputs]:
+    """Compiled once for inputs of the same sizes; PyTorch's kernel runs outside `jax.jit`."""
+    if kernel == "sdpa":
+        attend = partial(staged_attention, attention=partial(_sdpa, is_causal), mesh=mesh)
+    else:
+        local = {"identity": _identity, "exact": exact_attention}.get(kernel, dense_attention)
+        options = {} if kernel == "identity" else {"is_causal": is_causal}
+        attend = partial(dot_product_attention, attention=local, mesh=mesh, **options)
+
+    def run(query: Any, key: Any, value: Any, grad: Any) -> Outputs:
+        out, pull = jax.vjp(attend, query, key, value)
+        return dict(zip(("forward", "dq", "dk", "dv"), (out, *pull(grad)), strict=True))
+
+    return run if kernel == "sdpa" else jax.jit(run)
+
+
+def _identity(query: Any, key: Any, value: Any) -> Any:
+    return query
+
+
+def _sdpa(is_causal: bool, q: Any, k: Any, v: Any) -> Any:
+    """PyTorch's attention, batch-first."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    if name == "identity":
-        return lambda q, k, v: q.clone()
-    if name == "dense":
-        return as_torch_attention(partial(dense_attention, is_causal=is_causal))
-
-    def sdpa(q, k, v):
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
-        return out.transpose(1, 2).contiguous()
-
-    return sdpa
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+    return out.transpose(1, 2).contiguous()
 
 
-def _jax_kernel(name: Kernel, is_causal: bool) -> Callable[..., Any]:
-    if name == "identity":
-        return lambda query, key, value: query
-    return partial(dense_attention, is_causal=is_causal)
+def _ranks_of_the_same_head(rank: int, degree: int, kv_heads: int) -> Any:
+    """The process group that has a rank's KV head; None where no other rank has it."""
+    import torch.distributed as dist
+
+    copies = degree // kv_heads
+    if copies <= 1:
+        return None
+    # Every rank has to make every group.
+    starts = range(0, degree, copies)
+    groups = [dist.new_group(list(range(start, start + copies))) for start in starts]
+    return groups[rank // copies]
