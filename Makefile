@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: parity test lint format benchmark clean
+.PHONY: parity test test-slow lint format benchmark clean
 
 parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 	$(BIN)/seqpar parity
 
 test: $(VENV)/.test  ## every test
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """The table of exact attention: inputs and options, for both frameworks."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -75,18 +76,25 @@ SHAPES = {
 
 def jax_exact(inputs: Arrays, compiled: bool = True, /, **options: Any) -> Arrays:
     """Output and gradients on one JAX device."""
+    static = tuple((k, x) for k, x in options.items() if not is_array(x))
+    arrays = jax.tree.map(jnp.asarray, {k: x for k, x in options.items() if is_array(x)})
+    run = _with_gradients(static)
+    results = (jax.jit(run) if compiled else run)(**inputs, arrays=arrays)
+    return jax.tree.map(np.asarray, results)
+
+
+@cache
+def _with_gradients(static: tuple[tuple[str, Any], ...]) -> Any:
+    """One function for one set of options, so that it is compiled once."""
 
     def run(query, key, value, grad, arrays):
         def attend(*operands):
-            return exact_attention(*operands, **arrays, **static)
+            return exact_attention(*operands, **arrays, **dict(static))
 
         out, pull = jax.vjp(attend, query, key, value)
         return dict(zip(NAMES, (out, *pull(grad)), strict=True))
 
-    static = {k: x for k, x in options.items() if not is_array(x)}
-    arrays = jax.tree.map(jnp.asarray, {k: x for k, x in options.items() if is_array(x)})
-    results = (jax.jit(run) if compiled else run)(**inputs, arrays=arrays)
-    return jax.tree.map(np.asarray, results)
+    return run
 
 
 def torch_exact(inputs: Arrays, **options: Any) -> Arrays:

@@ -17,8 +17,11 @@ import numpy as np
 
 LEAST = -400
 LEAST_NORMAL = Fraction(1, 2**126)
-TOKEN_BITS = 22
-WEIGHT_BITS = 30
+CHANNEL_BITS = 31
+WEIGHT_BITS = 32
+TOKEN_BITS = 32
+DIGIT_BITS = 11
+EXACT_TOKENS = 2048
 # Of a dtype: its significant bits, the exponent of its finest step, and that of its overflow.
 FORMATS = {
     np.dtype(np.float32): (24, -149, 128),
@@ -111,18 +114,32 @@ def grid(x: np.ndarray, exponent: np.ndarray, bits: int) -> np.ndarray:
 
 def dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Every row of `[T, H]` with every row of `[S, H]`: `[T, S]`."""
-    bits = (53 - (x.shape[1] - 1).bit_length()) // 2
+    bits = min(32, 38 - (x.shape[1] - 1).bit_length())
     e_x, e_y = exponents(x, axis=1), exponents(y, axis=1)
-    sums = grid(x, e_x, bits) @ grid(y, e_y, bits).T
+    integers_x, integers_y = grid(x, e_x, CHANNEL_BITS), grid(y, e_y, bits).T
+    high = rint(integers_x * Fraction(1, 2**16))
+    low = integers_x - high * 2**16
+    sums = round64(unrounded(high @ integers_y) * 2**16 + unrounded(low @ integers_y))
+    return sums * power(e_x - CHANNEL_BITS) * power(e_y.T - bits)
+
+
+def unrounded(sums: np.ndarray) -> np.ndarray:
+    """The same integers: float64 holds them."""
     assert all(abs(integer) <= 2**53 for integer in sums.flat)
-    return sums * power(e_x + e_y.T - 2 * bits)
+    return sums
 
 
 def contract(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Integers `[M, S]` and `[S, H]` summed over the tokens S: `[M, H]`."""
-    high = rint(a * Fraction(1, 2**15))
-    low = a - high * 2**15
-    return round64(round64(high @ b) * 2**15 + round64(low @ b))
+    digit = 2**DIGIT_BITS
+    b2 = rint(b * Fraction(1, digit**2))
+    rest = b - b2 * digit**2
+    b1 = rint(rest * Fraction(1, digit))
+    b0 = rest - b1 * digit
+    # Sums of more tokens are int64, and rounded to float64.
+    finish = unrounded if len(b) <= EXACT_TOKENS else round64
+    s2, s1, s0 = (finish(a @ b_i) for b_i in (b2, b1, b0))
+    return round64(round64(s2 * digit + s1) * digit + s0)
 
 
 def token_sum(a: np.ndarray, over: int, b: np.ndarray) -> np.ndarray:
@@ -136,11 +153,11 @@ def token_sum(a: np.ndarray, over: int, b: np.ndarray) -> np.ndarray:
       `[the other axis of a, H]`.
     """
     e_a, e_b = exponents(a, axis=over), exponents(b, axis=0)
-    integers = grid(a, e_a, WEIGHT_BITS)
+    integers = grid(a, e_a, TOKEN_BITS)
     if over == 0:
         integers, e_a = integers.T, e_a.T
     sums = contract(integers, grid(b, e_b, TOKEN_BITS))
-    return sums * power(e_a - WEIGHT_BITS) * power(e_b - TOKEN_BITS)
+    return sums * power(e_a - TOKEN_BITS) * power(e_b - TOKEN_BITS)
 
 
 def exp_bounds(x: Fraction) -> tuple[Fraction, Fraction]:

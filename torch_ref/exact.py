@@ -18,10 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from .masks import attends
 
-TOKEN_BITS = 22
-WEIGHT_BITS = 30
-# Up to here the sums of `contract` are below 2^53: 15 + 22 + 16 bits.
-EXACT_TOKENS = 65_536
+CHANNEL_BITS = 31
+WEIGHT_BITS = 32
+TOKEN_BITS = 32
+DIGIT_BITS = 11
+# Up to here the sums of `contract` are at most 2^53: 32 + 10 + 11 bits.
+EXACT_TOKENS = 2048
+# Below here they are below 2^63, and the sum of P is below 2^53.
+TOO_MANY_TOKENS = 2**21
 # Rows of `[R, S]` at a time. No bit depends on it; that they stay in the cache makes it 3 times
 # as fast.
 BLOCK = 256
@@ -63,9 +67,11 @@ def exact_attention(
       `[B, T, N, H]` of the query's dtype. Differentiable once, in query, key and value.
 
     Raises:
-      ValueError: dtypes or shapes that do not fit, or a bias that wants a gradient.
+      ValueError: dtypes or shapes that do not fit, a bias that wants a gradient, or 2^21 keys, or
+        as many rows of one KV head: queries, times the query heads that read it on every rank.
     """
     _check(query, key, value, bias, logits_soft_cap)
+    _check_length(query, key, shared_by)
     allowed = attends(
         query.shape[1],
         key.shape[1],
@@ -230,8 +236,8 @@ def _sum_over_tokens(a: Tensor, b: Tensor, shared_by: Any = None) -> Tensor:
     blocks = []
     for rows in a.split(BLOCK):
         ea = meet(exponent(rows, dim=1))
-        sums = contract(grid(rows, ea, WEIGHT_BITS), b, shared_by=shared_by)
-        blocks.append(sums * power(ea - WEIGHT_BITS))
+        sums = contract(grid(rows, ea, TOKEN_BITS), b, shared_by=shared_by)
+        blocks.append(sums * power(ea - TOKEN_BITS))
     return torch.cat(blocks) * power(eb - TOKEN_BITS)
 
 
@@ -285,14 +291,17 @@ def grid(x: Tensor, e: Tensor, bits: int) -> Tensor:
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Of every row of x with every row of y: `[..., M, H]` and `[..., L, H]` to `[..., M, L]`."""
-    R = (53 - (x.shape[-1] - 1).bit_length()) // 2
+    C = min(32, 38 - (x.shape[-1] - 1).bit_length())
     ex, ey = exponent(x, dim=-1), exponent(y, dim=-1)
-    sums = grid(x, ex, R) @ grid(y, ey, R).mT
-    return sums * power(ex - R) * power(ey - R).mT
+    X, Y = grid(x, ex, CHANNEL_BITS), grid(y, ey, C).mT
+    hi = torch.round(X * 2.0**-16)
+    lo = X - hi * 2.0**16
+    sums = (hi @ Y) * 2.0**16 + lo @ Y
+    return sums * power(ex - CHANNEL_BITS) * power(ey - C).mT
 
 
 def contract(a: Tensor, b: Tensor, *, limit: int | None = None, shared_by: Any = None) -> Tensor:
-    """The sum over tokens of integers, up to 2^30 in `a` and 2^22 in `b`.
+    """The sum over tokens of integers, up to 2^32.
 
     Args:
       a, b: `[M, tokens]`, `[tokens, H]`.
@@ -302,10 +311,15 @@ def contract(a: Tensor, b: Tensor, *, limit: int | None = None, shared_by: Any =
     Returns:
       `[M, H]`.
     """
-    hi = torch.round(a * 2.0**-15)
-    lo = a - hi * 2.0**15
-    of_hi, of_lo = (_exact_sum(x, b, limit or EXACT_TOKENS, shared_by) for x in (hi, lo))
-    return of_hi * 2.0**15 + of_lo
+    digit = 2.0**DIGIT_BITS
+    b2 = torch.round(b / digit**2)
+    rest = b - b2 * digit**2
+    b1 = torch.round(rest / digit)
+    b0 = rest - b1 * digit
+    # Side by side: one product of matrices is faster than three.
+    sums = _exact_sum(a, torch.cat((b2, b1, b0), dim=-1), limit or EXACT_TOKENS, shared_by)
+    s2, s1, s0 = sums.chunk(3, dim=-1)
+    return (s2 * digit + s1) * digit + s0
 
 
 def _exact_sum(a: Tensor, b: Tensor, limit: int, shared_by: Any) -> Tensor:
@@ -404,4 +418,15 @@ def _check(
     if cap is not None and not 0 < nearest32(cap) < math.inf:
         raise ValueError(
             f"logits_soft_cap must be a positive finite float32, got {cap!r}. Write None for none."
+        )
+
+
+def _check_length(query: Tensor, key: Tensor, shared_by: Any) -> None:
+    (_, T, N, _), (S, K) = query.shape, key.shape[1:3]
+    ranks = 1 if shared_by is None else dist.get_world_size(shared_by)
+    rows = N // K * T * ranks
+    if max(S, rows) >= TOO_MANY_TOKENS:
+        raise ValueError(
+            f"Exact sums have room for fewer than 2^21 = {TOO_MANY_TOKENS} tokens. Got {S} keys, and "
+            f"{rows} rows of one KV head: {T} queries * {N // K} query heads * {ranks} ranks."
         )

@@ -14,13 +14,17 @@ below 2^53. rint rounds half to even. Inputs are float32, bfloat16 or float16.
                     and -400 for 0. Any NaN or infinity on that axis: not a number
     grid(x, e, b)   rint(x * 2^(b - e)), an integer of magnitude at most 2^b; NaN if e is not a
                     number
-    R               floor((53 - ceil(log2 H)) / 2): bits of an operand of a sum over H channels
-    dot(x, y)       sum over channels of grid(x, E(x), R) * grid(y, E(y), R), times
-                    2^(E(x) + E(y) - 2R), E along the channels: exact
-    contract(a, b)  sum over tokens of a * b, |a| <= 2^30 and |b| <= 2^22. With
-                    hi = rint(a * 2^-15) and lo = a - hi * 2^15 it is (sum hi * b) * 2^15 +
-                    (sum lo * b): both sums exact, each rounded once to float64 (a rounding only
-                    beyond 65 536 tokens, where they are int64), then one rounding of the addition
+    C               min(32, 38 - ceil(log2 H)): 32 up to H = 64, 31 for 128
+    dot(x, y)       sum over channels. X = grid(x, E(x), 31) and Y = grid(y, E(y), C), E along the
+                    channels; hi = rint(X * 2^-16), lo = X - hi * 2^16. It is
+                    ((sum hi * Y) * 2^16 + (sum lo * Y)) * 2^(E(x) - 31) * 2^(E(y) - C): both sums
+                    exact (15 bits, C and log2 H), one rounding in the addition
+    contract(a, b)  sum over tokens of a * b, |a|, |b| at most 2^32. b in three digits of 11 bits:
+                    b2 = rint(b * 2^-22), b' = b - b2 * 2^22, b1 = rint(b' * 2^-11),
+                    b0 = b' - b1 * 2^11; S_i = sum a * b_i. It is
+                    (S2 * 2^11 + S1) * 2^11 + S0: each S_i exact (32 + 10 + 11 bits for 2048 tokens;
+                    more are added as int64 and rounded once to float64), and two roundings of
+                    additions
     exp(x)          of a float32: the float32 nearest to e^x; 0 for x < -80
     out(x, dtype)   round32(x), -0 as +0, any NaN as the quiet NaN with sign and payload 0; a
                     16-bit dtype is rounded from that
@@ -34,21 +38,21 @@ Forward, for query i and the keys j of one head; q, k, v, do and bias are flushe
     z   = -inf                             where i may not attend to j
     m_i = max_j z                          NaN if any z is; 0 in its place where it is -inf
     p   = exp(round32(z - m_i))            0 where z = -inf
-    P   = rint(p * 2^30)
+    P   = rint(p * 2^32)
     r_i = 1 / sum_j P                      0 where the sum is 0
-    o_i = out(contract(P, grid(v, E, 22)) * 2^(E - 22) * r_i)      E = E(v) over all the keys
+    o_i = out(contract(P, grid(v, E, 32)) * 2^(E - 32) * r_i)      E = E(v) over all the keys
 
 Where m_i = -inf (no key to attend to), o_i is 0 and dq_i is 0, whatever v, k and do hold.
 
 Backward, with the gradient do and o in float32, before any rounding to 16 bits:
 
     dp  = dot(do_i, v_j),  D_i = dot(do_i, o_i)
-    w   = p * (r_i * 2^30)                 0 where p = 0
+    w   = p * (r_i * 2^32)                 0 where p = 0
     ds  = w * (dp - D_i)                   0 where p = 0
     ds  = ds * slope                       where there is a logits_soft_cap; 0 where p = 0
-    dq  = out(contract(grid(ds, E, 30), grid(k, E', 22)) * 2^(E - 30) * 2^(E' - 22) * scale)
-    dk  = out(contract(grid(ds, E, 30), grid(q, E', 22)) * 2^(E - 30) * 2^(E' - 22) * scale)
-    dv  = out(contract(grid(w,  E, 30), grid(do, E', 22)) * 2^(E - 30) * 2^(E' - 22))
+    dq  = out(contract(grid(ds, E, 32), grid(k, E', 32)) * 2^(E - 32) * 2^(E' - 32) * scale)
+    dk  = out(contract(grid(ds, E, 32), grid(q, E', 32)) * 2^(E - 32) * 2^(E' - 32) * scale)
+    dv  = out(contract(grid(w,  E, 32), grid(do, E', 32)) * 2^(E - 32) * 2^(E' - 32))
 
 dq sums over keys: E(ds) over the keys of query i, E'(k) over all the keys. dk and dv sum over the
 queries of every query head that shares the KV head, on whatever device: E(ds), E(w) over all those
@@ -67,8 +71,9 @@ A NaN or infinity follows these rules like any number: E of its row and of its c
 number, 2^E of that is NaN, and NaN times 0 is NaN. So one in query i makes row i of o and dq NaN,
 one in v its channel of o in the whole head; a masked key can do no more than its column does.
 
-What it costs: a weight below 2^-31 of its row's largest is 0, so a flat tail under one peak loses
-up to S * 2^-31 of its mass (3e-5 at 65 536 tokens).
+What it costs: numbers are rounded to 31 or 32 bits below the largest of their row or column, where
+float32 keeps 24 bits of each. A weight below 2^-33 of its row's largest is 0: where the values of
+the heavy keys are 0 and others have all the say, that is an error float32 does not make.
 """
 
 from .arithmetic import contract as contract

@@ -5,18 +5,19 @@ The words are those of the specification in `jax_seqpar.exact`. Call everything 
 BLAS, thread count or order of additions can change a bit of any result.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 Axes = int | tuple[int, ...]
 
-TOKEN_BITS = 22  # of an operand summed over tokens
-WEIGHT_BITS = 30  # of a weight summed over tokens, in two digits of 15
-DIGIT_BITS = 15
-CONTRACT_TOKENS = 1 << (53 - DIGIT_BITS - TOKEN_BITS)  # that one float64 sum has room for
+TOKEN_BITS = 32  # of a number, or of a weight, in a sum over tokens
+DIGIT_BITS = 11  # of one of the three digits of such a number
+CONTRACT_TOKENS = 1 << (53 - TOKEN_BITS - (DIGIT_BITS - 1))  # that one float64 sum has room for
+MOST_TOKENS = 1 << (63 - TOKEN_BITS - (DIGIT_BITS - 1))  # that an int64 sum has room for
+
+LEFT_BITS = 31  # of the left operand of a dot product, in two digits
+LEFT_DIGIT_BITS = 16
 
 LEAST_EXPONENT = -400
 NOT_A_NUMBER = 1 << 20  # the exponent of an axis with a NaN or infinity; the largest, under max
@@ -60,59 +61,63 @@ def grid(x: Float[Array, "..."], e: Int[Array, "..."], bits: int) -> Float[Array
     return jnp.rint(x * power_of_two(bits - e))
 
 
-def channel_bits(channels: int) -> int:
-    """R: how many bits an operand may have whose products are summed over that many channels."""
-    return (53 - max(channels - 1, 0).bit_length()) // 2
+def right_bits(channels: int) -> int:
+    """C: bits of the right operand of a dot product over so many channels."""
+    room = 53 - (LEFT_DIGIT_BITS - 1) - max(channels - 1, 0).bit_length()
+    return min(TOKEN_BITS, room)
 
 
-def on_grid(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """x rounded to the grid of its row, an operand of a dot product over H.
+def left_digits(x: Float[Array, "*shape H"]) -> Float[Array, "2 *shape H"]:
+    """x rounded to the grid of its row, as the sum of two digits: a left operand."""
+    e = exponent(x, -1)
+    integers = grid(x, e, LEFT_BITS)
+    high = jnp.rint(integers * 2.0**-LEFT_DIGIT_BITS) * 2.0**LEFT_DIGIT_BITS
+    return jnp.stack([high, integers - high]) * power_of_two(e - LEFT_BITS)[None]
 
-    Products of two of them are multiples of one power of two along a sum, and the sum stays below
-    2^53 of those: `einsum` over H is exact.
+
+def right_on_grid(x: Float[Array, "*shape H"]) -> Float[Array, "*shape H"]:
+    """x rounded to the grid of its row: a right operand.
+
+    Its products with a left digit are multiples of one power of two all along a sum, which stays
+    below 2^53 of those: `einsum` over H is exact.
     """
-    bits = channel_bits(x.shape[-1])
+    bits = right_bits(x.shape[-1])
     e = exponent(x, -1)
     return grid(x, e, bits) * power_of_two(e - bits)
 
 
 def exact_dot(a: Shaped[Array, "... M H"], b: Shaped[Array, "... N H"]) -> Float[Array, "... M N"]:
-    """Every row of a times every row of b, summed over H without rounding; float64.
+    """Every row of a times every row of b, summed over H with one rounding at the end; float64.
 
-    Each row is first rounded to `channel_bits(H)` bits below its largest element: 23 for H = 64
-    and 128, so a float32 loses at most its last bit there.
+    Rows are first rounded to 31 (a) and 32 bits (b, up to H = 64) below their largest element.
 
     Args:
       a, b: float32, bfloat16 or float16, or float64 of their range; leading axes broadcast.
     """
-    return jnp.einsum("...MH,...NH->...MN", on_grid(flush(a)), on_grid(flush(b)))
+    high, low = jnp.einsum("d...MH,...NH->d...MN", left_digits(flush(a)), right_on_grid(flush(b)))
+    return high + low
 
 
-class TokenSums(NamedTuple):
-    """Two exact sums over tokens, one for each digit of the weights; integers."""
-
-    high: Array
-    low: Array
-
-    def total(self) -> Float[Array, "..."]:
-        """Their value: one rounding each, where they are int64, and one in the addition."""
-        return self.high.astype(jnp.float64) * 2.0**DIGIT_BITS + self.low.astype(jnp.float64)
+def digits(x: Float[Array, "... H"]) -> Float[Array, "... H3"]:
+    """Integers up to 2^32 as three digits of 11 bits, the highest first, side by side."""
+    high = jnp.rint(x * 2.0 ** (-2 * DIGIT_BITS))
+    rest = x - high * 2.0 ** (2 * DIGIT_BITS)
+    middle = jnp.rint(rest * 2.0**-DIGIT_BITS)
+    return jnp.concatenate([high, middle, rest - middle * 2.0**DIGIT_BITS], axis=-1)
 
 
 def token_sums(
     equation: str, weights: Float[Array, "..."], x: Float[Array, "..."], dtype: jnp.dtype
-) -> TokenSums:
-    """`einsum(equation, weights, x)` over at most `CONTRACT_TOKENS` tokens, by digits.
+) -> Shaped[Array, "..."]:
+    """`einsum(equation, weights, x)` over at most `CONTRACT_TOKENS` tokens: exact.
 
     Args:
       equation: of `einsum`.
-      weights: integers up to 2^30.
-      x: integers up to 2^22.
-      dtype: of the sums, `sum_dtype(all the tokens that they will be added over)`.
+      weights: integers up to 2^32.
+      x: `digits` of integers up to 2^32.
+      dtype: `sum_dtype(all the tokens that the sums will be added over)`.
     """
-    high = jnp.rint(weights * 2.0**-DIGIT_BITS)
-    low = weights - high * 2.0**DIGIT_BITS
-    return TokenSums(*(jnp.einsum(equation, digit, x).astype(dtype) for digit in (high, low)))
+    return jnp.einsum(equation, weights, x).astype(dtype)
 
 
 def sum_dtype(tokens: int, limit: int = CONTRACT_TOKENS) -> jnp.dtype:
@@ -120,27 +125,34 @@ def sum_dtype(tokens: int, limit: int = CONTRACT_TOKENS) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if tokens <= limit else jnp.int64)
 
 
+def total(sums: Shaped[Array, "... H3"]) -> Float[Array, "... H"]:
+    """What sums of digits are worth, with two roundings; and one each where they are int64."""
+    high, middle, low = jnp.split(sums.astype(jnp.float64), 3, axis=-1)
+    return (high * 2.0**DIGIT_BITS + middle) * 2.0**DIGIT_BITS + low
+
+
 def contract(
     weights: Float[Array, "... S M"], x: Float[Array, "... S H"], limit: int = CONTRACT_TOKENS
 ) -> Float[Array, "... M H"]:
-    """The sum over S tokens of weights * x, rounded once (S <= 65 536) at its end.
+    """The sum over S tokens of weights * x: exact sums, rounded at the end.
 
     Args:
-      weights: integers up to 2^30, as `grid(weights, e, WEIGHT_BITS)`.
-      x: integers up to 2^22, as `grid(x, e, TOKEN_BITS)`.
+      weights: integers up to 2^32, as `grid(weights, e, TOKEN_BITS)`.
+      x: integers up to 2^32, as `grid(x, e, TOKEN_BITS)`.
       limit: tokens of one float64 sum; more are added in int64.
     """
     S = x.shape[-2]
     dtype = sum_dtype(S, limit)
+    x = digits(x)
 
-    def sums(start: int) -> TokenSums:
+    def piece(start: int) -> Array:
         a, b = (y[..., start : start + limit, :] for y in (weights, x))
         return token_sums("...SM,...SH->...MH", a, b, dtype)
 
-    total = sums(0)
+    sums = piece(0)
     for start in range(limit, S, limit):
-        total = jax.tree.map(jnp.add, total, sums(start))
-    return total.total()
+        sums = sums + piece(start)
+    return total(sums)
 
 
 def out(x: Float[Array, "..."]) -> Float[Array, "..."]:

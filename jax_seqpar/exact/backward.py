@@ -12,13 +12,13 @@ from . import arithmetic
 from .arithmetic import (
     LEAST_EXPONENT,
     TOKEN_BITS,
-    WEIGHT_BITS,
-    TokenSums,
+    digits,
     exponent,
     flush,
     grid,
-    on_grid,
+    left_digits,
     power_of_two,
+    right_on_grid,
     token_sums,
 )
 from .forward import as_integers, reciprocal, row_logits
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     """What the pass over the keys reads of each query, `[G, T, 1]`."""
 
     top: Array  # m
-    normaliser: Array  # r * 2^30
+    normaliser: Array  # r * 2^32
     correction: Array  # D
 
 
@@ -41,10 +41,11 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
     """
     G, T, H = problem.query.shape
     S = problem.key.shape[0]
-    value_rows, grad_rows, out_rows = (on_grid(flush(x)) for x in (problem.value, grad, out))
-    corrections = jnp.einsum("GTH,GTH->GT", grad_rows, out_rows)[..., None]
+    value_rows, grad_rows = right_on_grid(problem.value), left_digits(flush(grad))
+    high, low = jnp.einsum("DGTH,GTH->DGT", grad_rows, right_on_grid(flush(out)))
+    corrections = (high + low)[..., None]
     key_exponent = exponent(problem.key, 0)
-    columns = grid(problem.key, key_exponent, TOKEN_BITS)
+    columns = digits(grid(problem.key, key_exponent, TOKEN_BITS))
 
     def chunk(queries: Block, _, carry: tuple[Array, Rows]) -> tuple[Array, Rows]:
         logits, top, empty = row_logits(problem, queries)
@@ -57,11 +58,11 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
 
         start = (problem.full(*logits.shape, dtype=jnp.float32), problem.full(*top.shape))
         weights, total = problem.for_keys(weigh, start, queries)
-        rows = Rows(top, reciprocal(total) * 2.0**WEIGHT_BITS, queries.of(corrections, 1))
+        rows = Rows(top, reciprocal(total) * 2.0**TOKEN_BITS, queries.of(corrections, 1))
 
         def differentiate(keys: Block, _, carry):
             gradients, e = carry
-            dp = dots(queries.of(grad_rows, 1), keys.of(value_rows, 0))
+            dp = dots(queries.of(grad_rows, 2), keys.of(value_rows, 0))
             ds = logit_gradient(problem, keys.of(weights, 2), rows, dp, queries, keys)
             return write(gradients, ds, keys, 2), jnp.maximum(e, exponent(ds, 2))
 
@@ -69,14 +70,13 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
         start = (logits, problem.full(*top.shape, value=LEAST_EXPONENT, dtype=jnp.int64))
         gradients, e = problem.for_keys(differentiate, start, queries)
 
-        def add(keys: Block, fresh: Array | None, sums: TokenSums) -> TokenSums:
-            integers = fresh_only(grid(keys.of(gradients, 2), e, WEIGHT_BITS), fresh, 2)
-            part = token_sums("GTS,SH->GTH", integers, keys.of(columns, 0), sums.high.dtype)
-            return jax.tree.map(jnp.add, sums, part)
+        def add(keys: Block, fresh: Array | None, sums: Array) -> Array:
+            integers = fresh_only(grid(keys.of(gradients, 2), e, TOKEN_BITS), fresh, 2)
+            return sums + token_sums("GTS,SH->GTH", integers, keys.of(columns, 0), sums.dtype)
 
         start = problem.no_sums(G, queries.size, H, tokens=S)
-        sums = problem.for_keys(add, start, queries).total()
-        dq = sums * power_of_two(e - WEIGHT_BITS) * power_of_two(key_exponent - TOKEN_BITS)[None]
+        dq = arithmetic.total(problem.for_keys(add, start, queries))
+        dq = dq * power_of_two(e - TOKEN_BITS) * power_of_two(key_exponent - TOKEN_BITS)[None]
         dq = arithmetic.out(jnp.where(empty, 0.0, dq * problem.options.scale))
         return jax.tree.map(lambda x, part: write(x, part, queries, 1), carry, (dq, rows))
 
@@ -94,11 +94,12 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
     (G, T, H), S = problem.query.shape, problem.key.shape[0]
     shared = problem.options.shared_heads or SharedHeads(())
     grad = flush(grad)
-    value_rows, grad_rows = on_grid(problem.value), on_grid(grad)
+    value_rows, grad_rows = right_on_grid(problem.value), left_digits(grad)
     # What dk and dv multiply: ds with the queries, w with the gradient of the output.
     exponents = [shared.max(exponent(x, (0, 1))) for x in (problem.query, grad)]
     columns = [
-        grid(x, e, TOKEN_BITS) for x, e in zip((problem.query, grad), exponents, strict=True)
+        digits(grid(x, e, TOKEN_BITS))
+        for x, e in zip((problem.query, grad), exponents, strict=True)
     ]
     units = [power_of_two(e - TOKEN_BITS)[0] for e in exponents]
     scales = (problem.options.scale, 1.0)
@@ -107,7 +108,7 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
         def differentiate(queries: Block, _, carry: list[tuple[Array, Array]]):
             own = Rows(*(queries.of(x, 1) for x in rows))
             p = weights_of(problem.logits(queries, keys), own.top)
-            dp = dots(queries.of(grad_rows, 1), keys.of(value_rows, 0))
+            dp = dots(queries.of(grad_rows, 2), keys.of(value_rows, 0))
             parts = (
                 logit_gradient(problem, p, own, dp, queries, keys),
                 normalised(p, own.normaliser),
@@ -122,22 +123,20 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
         filled = problem.for_queries(differentiate, [(buffer, e)] * 2, keys)
         filled = [(x, shared.max(e)) for x, e in filled]
 
-        def add(queries: Block, fresh: Array | None, carry: list[TokenSums]) -> list[TokenSums]:
+        def add(queries: Block, fresh: Array | None, carry: list[Array]) -> list[Array]:
             totals = []
             for sums, (x, e), column in zip(carry, filled, columns, strict=True):
-                integers = fresh_only(grid(queries.of(x, 1), e, WEIGHT_BITS), fresh, 1)
+                integers = fresh_only(grid(queries.of(x, 1), e, TOKEN_BITS), fresh, 1)
                 column = queries.of(column, 1)
-                part = token_sums("GTS,GTH->SH", integers, column, sums.high.dtype)
-                totals.append(jax.tree.map(jnp.add, sums, part))
+                totals.append(sums + token_sums("GTS,GTH->SH", integers, column, sums.dtype))
             return totals
 
         start = problem.no_sums(keys.size, H, tokens=G * T * shared.devices)
-        sums = [
-            jax.tree.map(shared.sum, x).total() for x in problem.for_queries(add, [start] * 2, keys)
-        ]
+        sums = problem.for_queries(add, [start] * 2, keys)
+        totals = [arithmetic.total(shared.sum(x)) for x in sums]
         gradients = []
-        for x, total, (_, e), unit, scale in zip(carry, sums, filled, units, scales, strict=True):
-            part = total * power_of_two(e - WEIGHT_BITS)[0, 0, :, None] * unit * scale
+        for x, total, (_, e), unit, scale in zip(carry, totals, filled, units, scales, strict=True):
+            part = total * power_of_two(e - TOKEN_BITS)[0, 0, :, None] * unit * scale
             gradients.append(write(x, arithmetic.out(part), keys, 0))
         return gradients
 

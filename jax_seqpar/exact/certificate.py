@@ -8,6 +8,7 @@ implementation's.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ class Operations:
 
     Attributes:
       exp: of float32.
-      dot: `[M, H] x [N, H] -> [M, N]`, float32 to float64, as `exact_dot`.
+      dot: `[M, H] x [N, H] -> [M, N]`, float64, as `exact_dot`.
       contract: `[S, M] x [S, H] -> [M, H]`, float64 integers, as `arithmetic.contract`.
       matmul: `[M, H] x [H, N]`, of float64, or of int8 to int32.
       flush, round32, out: as in `arithmetic`.
@@ -144,25 +145,40 @@ def _dots(ask: Operations) -> Check:
     """Integers that fill the bit budget of their number of channels, with sums up to 2^53."""
     got, expected = [], []
     for channels in (1, 2, 64, 128, 512):
-        bits = min(arithmetic.channel_bits(channels), 24)
-        a, b = (integers((64, channels), bits, seed) for seed in (1, 2))
-        a[0], b[0] = (1 << bits) - 1, (1 << bits) - 1
-        a[:, 0] = (1 << bits) - 1  # the largest of its row, so that the grid is as fine as can be
-        b[:, 0] = 1 - (1 << bits)
-        got.append(ask.dot(a.astype(np.float32), b.astype(np.float32)))
-        expected.append((a @ b.T).astype(np.float64))
+        bits = arithmetic.LEFT_BITS, arithmetic.right_bits(channels)
+        a, b = (integers((16, channels), n, seed) for seed, n in enumerate(bits))
+        for x, n in zip((a, b), bits, strict=True):
+            x[0] = (1 << n) - 1
+            x[:, 0] = (1 << n) - 1  # the largest of its row, so that its grid is the integers
+        got.append(ask.dot(a.astype(np.float64), b.astype(np.float64)))
+        expected.append((a.astype(object) @ b.T.astype(object)).astype(np.float64))
     return _compare("dot: the bit budget at its edge", np.stack(got), np.stack(expected))
 
 
 def _contractions(ask: Operations) -> Check:
-    tokens = arithmetic.CONTRACT_TOKENS
-    weights = np.abs(integers((tokens, 4), arithmetic.WEIGHT_BITS, 3))
-    x = integers((tokens, 3), arithmetic.TOKEN_BITS, 4)
-    weights[:, 0], weights[:, 1] = 1 << arithmetic.WEIGHT_BITS, (1 << arithmetic.WEIGHT_BITS) - 1
-    x[:, 0], x[:, 1] = 1 << arithmetic.TOKEN_BITS, 1 - (1 << arithmetic.TOKEN_BITS)
-    exact = [[sum(map(int.__mul__, w, v)) for v in x.T.tolist()] for w in weights.T.tolist()]
+    """As many integers of the most bits as a float64 sum has room for."""
+    shape, bits = (arithmetic.CONTRACT_TOKENS, 4), arithmetic.TOKEN_BITS
+    weights, x = np.abs(integers(shape, bits, 3)), integers(shape, bits, 4)
+    weights[:, 0], weights[:, 1] = 1 << bits, (1 << bits) - 1
+    x[:, 0], x[:, 1] = 1 << bits, 1 - (1 << bits)
     got = ask.contract(weights.astype(np.float64), x.astype(np.float64))
-    return _compare("contract: the bit budget at its edge", got, np.array(exact, np.float64))
+    return _compare("contract: the bit budget at its edge", got, _contracted(weights, x))
+
+
+def _contracted(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The contraction by Python integers; `float` of one rounds half to even."""
+    weights, rest = weights.astype(object), x.astype(object)
+    sums = []
+    for shift in (2 * arithmetic.DIGIT_BITS, arithmetic.DIGIT_BITS, 0):
+        digit = np.vectorize(lambda n, unit=1 << shift: round(Fraction(n, unit)), "O")(rest)
+        rest = rest - digit * (1 << shift)
+        sums.append(weights.T @ digit)
+    total = sums[0]
+    for following in sums[1:]:
+        total = np.vectorize(lambda n: int(float(n)), "O")(
+            (total << arithmetic.DIGIT_BITS) + following
+        )
+    return total.astype(np.float64)
 
 
 def _products64(ask: Operations) -> Check:

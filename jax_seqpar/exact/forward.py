@@ -1,12 +1,11 @@
 """The output: queries in chunks, each against its whole row of keys."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ..masks import Block
 from . import arithmetic
-from .arithmetic import TOKEN_BITS, WEIGHT_BITS, exponent, grid, power_of_two, token_sums
+from .arithmetic import TOKEN_BITS, digits, exponent, grid, power_of_two, token_sums
 from .problem import Problem, fresh_only, weights_of, write
 
 
@@ -15,23 +14,23 @@ def output(problem: Problem) -> Array:
     G, T, H = problem.query.shape
     S = problem.key.shape[0]
     e = exponent(problem.value, 0)
-    values, unit = grid(problem.value, e, TOKEN_BITS), power_of_two(e - TOKEN_BITS)
+    values = digits(grid(problem.value, e, TOKEN_BITS))
+    unit = power_of_two(e - TOKEN_BITS)[None]
 
     def chunk(queries: Block, _, out: Array) -> Array:
         logits, top, empty = row_logits(problem, queries)
 
         def add(keys: Block, fresh: Array | None, sums):
-            total, weighted = sums
+            weight, weighted = sums
             p = weights_of(keys.of(logits, 2), top)
             weights = fresh_only(as_integers(p), fresh, 2)
-            part = token_sums("GTS,SH->GTH", weights, keys.of(values, 0), weighted.high.dtype)
-            total = total + weights.sum(-1, keepdims=True)
-            return total, jax.tree.map(jnp.add, weighted, part)
+            part = token_sums("GTS,SH->GTH", weights, keys.of(values, 0), weighted.dtype)
+            return weight + weights.sum(-1, keepdims=True), weighted + part
 
         t = queries.size
         start = (problem.full(G, t, 1), problem.no_sums(G, t, H, tokens=S))
-        total, weighted = problem.for_keys(add, start, queries)
-        rows = weighted.total() * unit[None] * reciprocal(total)
+        weight, weighted = problem.for_keys(add, start, queries)
+        rows = arithmetic.total(weighted) * unit * reciprocal(weight)
         return write(out, arithmetic.out(jnp.where(empty, 0.0, rows)), queries, 1)
 
     return problem.for_queries(chunk, problem.full(G, T, H, dtype=jnp.float32))
@@ -60,8 +59,8 @@ def row_logits(problem: Problem, queries: Block) -> tuple[Array, Array, Array]:
 
 
 def as_integers(p: Array) -> Array:
-    """`P`: weights in units of 2^-30."""
-    return jnp.rint(p.astype(jnp.float64) * 2.0**WEIGHT_BITS)
+    """`P`: weights in units of 2^-32."""
+    return jnp.rint(p.astype(jnp.float64) * 2.0**TOKEN_BITS)
 
 
 def reciprocal(total: Array) -> Array:

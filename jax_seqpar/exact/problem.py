@@ -13,7 +13,7 @@ from jax import Array
 
 from ..masks import Block, Masks, Window
 from ..shared_heads import SharedHeads
-from .arithmetic import TokenSums, flush, on_grid, round32, sum_dtype
+from .arithmetic import flush, left_digits, right_on_grid, round32, sum_dtype
 from .elementary import exp, soft_cap, soft_cap_slope
 
 
@@ -40,7 +40,7 @@ class Problem:
       bias: `[1, G, T, S]`, any axis 1; or None.
       query: `[G, T, H]`.
       key, value: `[S, H]`.
-      query_on_grid, key_on_grid: the same, rows rounded to their grids.
+      query_digits, key_on_grid: the same as operands of dot products, `[2, G, T, H]`, `[S, H]`.
     """
 
     options: Options
@@ -49,7 +49,7 @@ class Problem:
     query: Array
     key: Array
     value: Array
-    query_on_grid: Array
+    query_digits: Array
     key_on_grid: Array
 
     @classmethod
@@ -59,7 +59,7 @@ class Problem:
         )
         q, k, v = map(flush, (query, key, value))
         bias = None if bias is None else flush(bias)
-        return cls(options, masks, bias, q, k, v, on_grid(q), on_grid(k))
+        return cls(options, masks, bias, q, k, v, left_digits(q), right_on_grid(k))
 
     def logits(self, queries: Block, keys: Block) -> Array:
         """`[G, t, s]`; -inf where a query may not attend."""
@@ -79,7 +79,7 @@ class Problem:
         return gradient * soft_cap_slope(z, self.options.logits_soft_cap)
 
     def _scaled_dots(self, queries: Block, keys: Block) -> Array:
-        q, k = queries.of(self.query_on_grid, 1), keys.of(self.key_on_grid, 0)
+        q, k = queries.of(self.query_digits, 2), keys.of(self.key_on_grid, 0)
         return round32(dots(q, k)).astype(jnp.float64) * self.options.scale
 
     def for_queries(self, body: Callable[..., Any], carry: Any, keys: Block | None = None) -> Any:
@@ -100,15 +100,16 @@ class Problem:
         nothing = sum(jnp.isnan(x.ravel()[0]).astype(dtype) for x in operands) * 0
         return jnp.full(shape, value, dtype) + jnp.asarray(nothing, dtype)
 
-    def no_sums(self, *shape: int, tokens: int) -> TokenSums:
-        """Sums before the first of so many tokens is added."""
+    def no_sums(self, *shape: int, tokens: int) -> Array:
+        """Sums of digits `[..., 3H]` before the first of so many tokens is added."""
         dtype = sum_dtype(tokens, self.options.sum_limit)
-        return TokenSums(self.full(*shape, dtype=dtype), self.full(*shape, dtype=dtype))
+        return self.full(*shape[:-1], 3 * shape[-1], dtype=dtype)
 
 
 def dots(queries: Array, keys: Array) -> Array:
-    """`[G, t, H] x [s, H] -> [G, t, s]`, exact for operands on their grids."""
-    return jnp.einsum("GTH,SH->GTS", queries, keys)
+    """`[2, G, t, H] x [s, H] -> [G, t, s]`: a left and a right operand."""
+    high, low = jnp.einsum("DGTH,SH->DGTS", queries, keys)
+    return high + low
 
 
 def _for_blocks(

@@ -1,0 +1,398 @@
+"""The certificate: both implementations are trusted here, and no question is asked in vain.
+
+A sabotage is one operation done a little wrong, as a backend might. The questions that see it are
+stated: fewer would be a hole, more would blame what works.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jax_seqpar.bridge.certify import certify_torch
+from jax_seqpar.exact import arithmetic, certificate, certify
+from jax_seqpar.exact.certificate import Check, Operations
+from jax_seqpar.kernels import dense_attention
+
+Operation = Callable[..., Any]
+
+HARD, SAMPLE, ENDS = "exp: the hardest cases", "exp: a million others", "exp: its ends"
+DOT = "dot: the bit budget at its edge"
+CONTRACT = "contract: the bit budget at its edge"
+FLOAT64, INT8 = "matrix product: float64", "matrix product: int8"
+FLUSH, ROUND32 = "flush: subnormals are 0", "round32: ties and ends"
+OUT, DIVISION = "out: one NaN, no -0", "division: float64"
+ATTENTION = "attention and its gradients"
+
+LEAST_NORMAL = np.float32(2.0**-126)
+
+
+def answer(where: Operation, wrong: Operation) -> Callable[[Operation], Operation]:
+    """A sabotage: the wrong answer for the elements that `where` picks by input and answer."""
+
+    def sabotage(right: Operation) -> Operation:
+        def answered(x: np.ndarray) -> np.ndarray:
+            y = right(x)
+            return np.where(where(x, y), wrong(x, y), y).astype(y.dtype)
+
+        return answered
+
+    return sabotage
+
+
+def in_place_of(wrong: Operation) -> Callable[[Operation], Operation]:
+    """A sabotage that asks the right operation nothing."""
+    return lambda right: wrong
+
+
+def everywhere(x: np.ndarray, y: np.ndarray) -> bool:
+    return True
+
+
+def one_up(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The next number."""
+    return np.nextafter(y, y.dtype.type(np.inf))
+
+
+def narrow(x: np.ndarray) -> np.ndarray:
+    """float32, and infinite beyond it."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32)
+
+
+def tf32(x: np.ndarray) -> np.ndarray:
+    """float32 with 10 bits after the point, half to even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    bits = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def exp32(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.exp(x)
+
+
+def exp64(units: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """As a library of float64 might have it, so many units of the last place off."""
+    return np.exp(x.astype(np.float64)) * (1 + units * 2.0**-53)
+
+
+def dot32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a @ b.T).astype(np.float64)
+
+
+def dot_of_tf32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return tf32(a).astype(np.float64) @ tf32(b).T.astype(np.float64)
+
+
+def dot_with_fewer_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The grid one bit coarser than the budget."""
+    unit = 2.0 ** (1 - min(arithmetic.channel_bits(a.shape[-1]), 24))
+
+    def on_grid(x: np.ndarray) -> np.ndarray:
+        e = np.frexp(np.abs(x).max(-1, keepdims=True))[1]
+        return np.rint(np.ldexp(x.astype(np.float64), -e) / unit) * unit * np.ldexp(1.0, e)
+
+    return on_grid(a) @ on_grid(b).T
+
+
+def last_product_lost(right: Operation) -> Operation:
+    """A kernel whose last channel is cut off: where the others fill the budget."""
+    return lambda a, b: right(a[:, :-1], b[:, :-1]) if a.shape[1] > 64 else right(a, b)
+
+
+def contract_in_one(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return weights.T @ x
+
+
+def contract32(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """By digits, but with sums of float32."""
+    high = np.rint(weights * 2.0**-15)
+    digits = (digit.astype(np.float32).T for digit in (high, weights - high * 2.0**15))
+    high, low = ((digit @ x.astype(np.float32)).astype(np.float64) for digit in digits)
+    return high * 2.0**15 + low
+
+
+def low_digit_lost(right: Operation) -> Operation:
+    return lambda weights, x: right(np.rint(weights * 2.0**-15) * 2.0**15, x)
+
+
+def only_for(dtype: type, wrong: Operation) -> Callable[[Operation], Operation]:
+    """A matrix product that is wrong for one dtype."""
+    return lambda right: lambda a, b: wrong(a, b) if a.dtype == dtype else right(a, b)
+
+
+def product32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a.astype(np.float32) @ b.astype(np.float32)).astype(np.float64)
+
+
+def product_of_two_floats(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """float64 by a pair of float32, with sums of float32: what emulation might be."""
+    high_a, high_b = a.astype(np.float32), b.astype(np.float32)
+    low_a, low_b = (a - high_a).astype(np.float32), (b - high_b).astype(np.float32)
+    parts = (high_a @ high_b, high_a @ low_b, low_a @ high_b)
+    return np.sum(np.stack(parts).astype(np.float64), axis=0)
+
+
+def product8(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.int32)
+
+
+def product_saturating(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sums that stop at the ends of int16."""
+    return np.clip(product8(a, b), -(1 << 15), (1 << 15) - 1).astype(np.int32)
+
+
+def product_wrapping(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return product8(a, b).astype(np.int16).astype(np.int32)
+
+
+def product_bfloat16(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A result that has been a bfloat16."""
+    return product8(a, b).astype(jax.numpy.bfloat16).astype(np.int32)
+
+
+def truncated(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(y) > np.abs(x), np.nextafter(y, np.float32(0)), y)
+
+
+def half_away(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The tie that went to the even neighbour below goes up."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        up = one_up(x, y)
+        tied = x == (y.astype(np.float64) + up.astype(np.float64)) / 2
+    return np.where(tied, up, y)
+
+
+def reciprocal_by_newton(x: np.ndarray) -> np.ndarray:
+    """A float32 guess and two steps: right but for the last bit of some."""
+    y = (1 / x.astype(np.float32)).astype(np.float64)
+    for _ in range(2):
+        y = y * (2 - x * y)
+    return y
+
+
+def one_bit(output: int) -> Callable[[Operation], Operation]:
+    """The last bit of one element of one output flipped."""
+
+    def sabotage(right: Operation) -> Operation:
+        def attention(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+            results = [x.copy() for x in right(*arrays)]
+            results[output].view(np.uint32)[-1, -1, -1, -1] ^= 1
+            return tuple(results)
+
+        return attention
+
+    return sabotage
+
+
+def gradients_swapped(right: Operation) -> Operation:
+    def attention(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        out, dq, dk, dv = right(*arrays)
+        return out, dq, dv, dk
+
+    return attention
+
+
+def plain_attention(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    *operands, grad = arrays
+    out, pull = jax.vjp(partial(dense_attention, is_causal=True), *operands)
+    return tuple(map(np.asarray, (out, *pull(grad))))
+
+
+def bits64(x: np.ndarray) -> np.ndarray:
+    """The sign, quiet bit and payload of a float64 NaN, where float32 has them."""
+    bits = x.view(np.uint64)
+    sign = (bits >> np.uint64(63)) << np.uint64(31)
+    payload = (bits >> np.uint64(29)) & np.uint64(0x7FFFFF)
+    return (sign | np.uint64(0x7FC00000) | payload).astype(np.uint32).view(np.float32)
+
+
+def with_sign(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.copysign(y, x).astype(np.float32)
+
+
+# By name: the operation, what is done to it, and the questions that it gets wrong.
+SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
+    "exp one ulp off at the hardest case": (
+        "exp",
+        answer(lambda x, y: x.view(np.uint32) == 0xC16912CD, one_up),
+        {HARD},
+    ),
+    "exp two units of float64 high": ("exp", answer(everywhere, partial(exp64, 2)), {HARD}),
+    "exp of float32": ("exp", answer(lambda x, y: x >= -80, exp32), {HARD, SAMPLE}),
+    "exp of float32 for small results": (
+        "exp",
+        answer(lambda x, y: (x >= -79) & (x < -20), exp32),
+        {SAMPLE},
+    ),
+    "exp goes on below -80": ("exp", answer(everywhere, partial(exp64, 0)), {ENDS}),
+    "exp ends at -80 itself": ("exp", answer(lambda x, y: x <= -80, np.zeros_like), {ENDS, SAMPLE}),
+    "exp of -inf is NaN": ("exp", answer(lambda x, y: np.isinf(x), lambda x, y: np.nan), {ENDS}),
+    "exp of 0 is less than 1": (
+        "exp",
+        answer(lambda x, y: x == 0, lambda x, y: np.nextafter(y, np.float32(0))),
+        {ENDS},
+    ),
+    "dot of float32": ("dot", in_place_of(dot32), {DOT}),
+    "dot of TF32": ("dot", in_place_of(dot_of_tf32), {DOT}),
+    "dot with one bit fewer": ("dot", in_place_of(dot_with_fewer_bits), {DOT}),
+    "dot without a channel": ("dot", last_product_lost, {DOT}),
+    "contract in one product": ("contract", in_place_of(contract_in_one), {CONTRACT}),
+    "contract with sums of float32": ("contract", in_place_of(contract32), {CONTRACT}),
+    "contract without the low digit": ("contract", low_digit_lost, {CONTRACT}),
+    "float64 by float32": ("matmul", only_for(np.float64, product32), {FLOAT64}),
+    "float64 by pairs of float32": (
+        "matmul",
+        only_for(np.float64, product_of_two_floats),
+        {FLOAT64},
+    ),
+    "int8 saturates to int16": ("matmul", only_for(np.int8, product_saturating), {INT8}),
+    "int8 wraps in int16": ("matmul", only_for(np.int8, product_wrapping), {INT8}),
+    "int8 by way of bfloat16": ("matmul", only_for(np.int8, product_bfloat16), {INT8}),
+    "flush keeps subnormals": ("flush", answer(everywhere, lambda x, y: x), {FLUSH}),
+    "flush takes the smallest normal, too": (
+        "flush",
+        answer(lambda x, y: np.abs(x) <= LEAST_NORMAL, lambda x, y: 0),
+        {FLUSH},
+    ),
+    "flush by way of TF32": ("flush", answer(everywhere, lambda x, y: tf32(x)), {FLUSH}),
+    "round32 truncates": ("round32", answer(everywhere, truncated), {ROUND32}),
+    "round32 takes a tie away from 0": ("round32", answer(everywhere, half_away), {ROUND32}),
+    "round32 rounds before it flushes": (
+        "round32",
+        answer(
+            lambda x, y: np.abs(narrow(x)) == LEAST_NORMAL, lambda x, y: np.sign(x) * LEAST_NORMAL
+        ),
+        {ROUND32},
+    ),
+    "round32 keeps subnormals": ("round32", answer(everywhere, lambda x, y: narrow(x)), {ROUND32}),
+    "round32 has no infinity": (
+        "round32",
+        answer(lambda x, y: np.isinf(y), lambda x, y: np.finfo(np.float32).max),
+        {ROUND32},
+    ),
+    "out keeps -0": (
+        "out",
+        answer(lambda x, y: (x == 0) & np.signbit(x), lambda x, y: np.float32(-0.0)),
+        {OUT},
+    ),
+    "out flushes to -0": (
+        "out",
+        answer(lambda x, y: (x != 0) & (y == 0), with_sign),
+        {OUT},
+    ),
+    "out keeps subnormals": (
+        "out",
+        answer(lambda x, y: (x != 0) & (y == 0), lambda x, y: narrow(x)),
+        {OUT},
+    ),
+    "out keeps the payload of a NaN": (
+        "out",
+        answer(lambda x, y: np.isnan(x), lambda x, y: bits64(x)),
+        {OUT},
+    ),
+    "out keeps the sign of a NaN": ("out", answer(lambda x, y: np.isnan(x), with_sign), {OUT}),
+    "1/x one ulp off": ("reciprocal", answer(everywhere, one_up), {DIVISION}),
+    "1/x one ulp off for one x in 4096": (
+        "reciprocal",
+        answer(lambda x, y: x % 4096 == 1, one_up),
+        {DIVISION},
+    ),
+    "1/x by Newton's steps": ("reciprocal", in_place_of(reciprocal_by_newton), {DIVISION}),
+    "1/x of float32": ("reciprocal", answer(everywhere, lambda x, y: narrow(y)), {DIVISION}),
+    **{
+        f"one bit of {output}": ("attention", one_bit(index), {ATTENTION})
+        for index, output in enumerate(("out", "dq", "dk", "dv"))
+    },
+    "dk and dv swapped": ("attention", gradients_swapped, {ATTENTION}),
+    "attention that is not exact": ("attention", in_place_of(plain_attention), {ATTENTION}),
+}
+
+
+@cache
+def jax_operations() -> Operations:
+    return certificate._jax_operations()
+
+
+@cache
+def questions() -> list[tuple[Operation, set[str], Check]]:
+    """Each question, the operations that it puts to work, and JAX's answer."""
+    asked = []
+    for question in certificate._QUESTIONS:
+        used: set[str] = set()
+        asked.append((question, used, question(recorded(jax_operations(), used))))
+    return asked
+
+
+def recorded(operations: Operations, used: set[str]) -> Operations:
+    """The same operations, which write down their names when they are used."""
+
+    def record(name: str) -> Operation:
+        def operation(*arrays: np.ndarray) -> Any:
+            used.add(name)
+            return getattr(operations, name)(*arrays)
+
+        return operation
+
+    return Operations(**{field.name: record(field.name) for field in fields(Operations)})
+
+
+def ask_again(operations: Operations, changed: str) -> list[Check]:
+    """What `ask` gives; a question that does without the changed operation keeps its answer."""
+    return [
+        question(operations) if changed in used else check for question, used, check in questions()
+    ]
+
+
+def test_jax_is_trusted():
+    found = certify()
+    assert found.trusted, str(found)
+    assert str(found).endswith(": trusted, its bits are those of the specification.")
+    assert f"JAX {jax.__version__} on cpu" in found.backend
+    assert len(found.checks) == 12
+    assert all(check.total > 0 for check in found.checks)
+
+
+def test_torch_is_trusted():
+    found = certify_torch()
+    assert found.trusted, str(found)
+    assert "PyTorch" in found.backend
+    same = [(check.name, check.total) for _, _, check in questions()]
+    assert [(check.name, check.total) for check in found.checks] == same
+
+
+def test_a_backend_that_is_not_there():
+    with pytest.raises(RuntimeError, match="no_such_backend"):
+        certify("no_such_backend")
+
+
+@pytest.mark.parametrize(("name", "sabotage", "expected"), SABOTAGES.values(), ids=SABOTAGES)
+def test_each_sabotage_is_caught(name, sabotage, expected):
+    right = jax_operations()
+    checks = ask_again(replace(right, **{name: sabotage(getattr(right, name))}), name)
+    assert {check.name for check in checks if not check.passed} == expected
+    assert all(0 <= check.wrong <= check.total for check in checks)
+
+
+def test_no_question_is_asked_in_vain():
+    """Each is there because of a sabotage that it sees, and each operation is asked for."""
+    assert set.union(*(expected for *_, expected in SABOTAGES.values())) == {
+        check.name for *_, check in questions()
+    }
+    assert set.union(*(used for _, used, _ in questions())) == {f.name for f in fields(Operations)}
+
+
+def test_what_is_wrong_is_said(monkeypatch):
+    """By `certify` itself, whose operations a backend may get wrong."""
+    right = jax_operations()
+    wrong = replace(right, flush=lambda x: x.astype(np.float64))
+    monkeypatch.setattr(certificate, "_jax_operations", lambda: wrong)
+    found = certify()
+    assert not found.trusted
+    assert str(found).endswith(
+        f": NOT TRUSTED, its bits may differ: {FLUSH} (4 of 12 wrong)."
+    )

@@ -1,0 +1,89 @@
+"""Exact attention against Python integers, in which nothing is rounded that is not said to be."""
+
+import integer_oracle
+import numpy as np
+import pytest
+from exact_cases import jax_exact, torch_exact
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_seqpar.bridge import compare_bits
+from jax_seqpar.bridge.cases import Case
+
+
+def of_integers(inputs, *, bias=None, scale=None, logits_soft_cap=None, **masks):
+    query, key, value, grad = inputs.values()
+    return integer_oracle.attention(
+        query,
+        key,
+        value,
+        grad=grad,
+        bias=bias,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        allowed=attends(query.shape[1], key.shape[1], **masks),
+    )
+
+
+def attends(T, S, is_causal=False, local_window_size=None, mask=True):
+    """`[B, N, T, S]` or fewer, by comparisons of positions."""
+    t, s = np.arange(T)[:, None], np.arange(S)[None, :]
+    allowed = np.ones((1, 1, T, S), bool) & mask
+    if is_causal:
+        allowed = allowed & (s <= t)
+    if local_window_size is not None:
+        left, right = local_window_size
+        allowed = allowed & (t - left <= s) & (s <= t + right)
+    return allowed
+
+
+CASE = Case(batch=2, tokens=9, heads=4, kv_heads=2, head_dim=5)
+RNG = np.random.default_rng(5)
+FEW = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "window": {"local_window_size": (2, 1), "scale": -0.7},
+    "mask": {"mask": RNG.random((2, 4, 9, 9)) < 0.4},
+    "bias": {"bias": RNG.standard_normal((2, 1, 9, 9)).astype(np.float32)},
+    "soft cap": {"logits_soft_cap": 2.5},
+    "soft cap of small logits": {"logits_soft_cap": 50.0, "is_causal": True},
+    "soft cap and bias": {
+        "logits_soft_cap": 1.0,
+        "bias": np.where(RNG.random((1, 4, 9, 9)) < 0.2, -np.inf, 0.3).astype(np.float32),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+@pytest.mark.parametrize("options", FEW.values(), ids=FEW)
+def test_both_frameworks_are_the_integers(options, dtype):
+    inputs = Case(**{**vars(CASE), "dtype": dtype}).inputs()
+    expected = of_integers(inputs, **options)
+    for ours in (jax_exact(inputs, **options), torch_exact(inputs, **options)):
+        report = compare_bits(ours, expected)
+        assert report.equal, str(report)
+
+
+# Magnitudes that meet: subnormals, ties, outliers, zeros of both signs, and what they do to logits.
+NUMBERS = st.one_of(
+    st.floats(-4, 4, width=32),
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0**-140, 2.0**-126, 3.0 * 2.0**-30, 300.0, -1e4]),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), is_causal=st.booleans())
+def test_any_numbers(data, is_causal):
+    """One shape, so that JAX compiles once for each of the two masks."""
+    shapes = {"query": (1, 4, 2, 3), "key": (1, 4, 1, 3), "value": (1, 4, 1, 3)}
+    inputs = {
+        name: np.array(
+            data.draw(st.lists(NUMBERS, min_size=int(np.prod(shape)), max_size=int(np.prod(shape)))),
+            np.float32,
+        ).reshape(shape)
+        for name, shape in (shapes | {"grad": shapes["query"]}).items()
+    }
+    expected = of_integers(inputs, is_causal=is_causal)
+    for ours in (jax_exact(inputs, is_causal=is_causal), torch_exact(inputs, is_causal=is_causal)):
+        report = compare_bits(ours, expected)
+        assert report.equal, str(report)
