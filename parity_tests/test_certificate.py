@@ -60,7 +60,7 @@ def one_up(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def narrow(x: np.ndarray) -> np.ndarray:
     """float32, and infinite beyond it."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return x.astype(np.float32)
 
 
@@ -81,27 +81,35 @@ def exp64(units: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def dot32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a @ b.T).astype(np.float64)
+    return (a.astype(np.float32) @ b.T.astype(np.float32)).astype(np.float64)
 
 
 def dot_of_tf32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return tf32(a).astype(np.float64) @ tf32(b).T.astype(np.float64)
 
 
-def dot_with_fewer_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The grid one bit coarser than the budget."""
-    unit = 2.0 ** (1 - min(arithmetic.channel_bits(a.shape[-1]), 24))
-
-    def on_grid(x: np.ndarray) -> np.ndarray:
-        e = np.frexp(np.abs(x).max(-1, keepdims=True))[1]
-        return np.rint(np.ldexp(x.astype(np.float64), -e) / unit) * unit * np.ldexp(1.0, e)
-
-    return on_grid(a) @ on_grid(b).T
+def dot_in_one(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sums of float64, from the last channel to the first, that have to round."""
+    return a[:, ::-1] @ b[:, ::-1].T
 
 
-def last_product_lost(right: Operation) -> Operation:
-    """A kernel whose last channel is cut off: where the others fill the budget."""
-    return lambda a, b: right(a[:, :-1], b[:, :-1]) if a.shape[1] > 64 else right(a, b)
+def with_fewer_bits(x: np.ndarray, bits: int) -> np.ndarray:
+    """Every row on a grid of so many bits."""
+    unit = np.ldexp(1.0, np.frexp(np.abs(x).max(-1, keepdims=True))[1] - bits)
+    return np.rint(x / unit) * unit
+
+
+def left_with_fewer_bits(right: Operation) -> Operation:
+    return lambda a, b: right(with_fewer_bits(a, arithmetic.LEFT_BITS - 1), b)
+
+
+def right_with_fewer_bits(right: Operation) -> Operation:
+    return lambda a, b: right(a, with_fewer_bits(b, arithmetic.right_bits(b.shape[-1]) - 1))
+
+
+def last_channel_lost(right: Operation) -> Operation:
+    """A kernel that cuts off what does not fill a tile of 8."""
+    return lambda a, b: right(a[:, :-1], b[:, :-1]) if a.shape[1] > 8 else right(a, b)
 
 
 def contract_in_one(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -110,14 +118,22 @@ def contract_in_one(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 def contract32(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     """By digits, but with sums of float32."""
-    high = np.rint(weights * 2.0**-15)
-    digits = (digit.astype(np.float32).T for digit in (high, weights - high * 2.0**15))
-    high, low = ((digit @ x.astype(np.float32)).astype(np.float64) for digit in digits)
-    return high * 2.0**15 + low
+    total = np.zeros((weights.shape[1], x.shape[1]))
+    for unit in (2.0 ** (2 * arithmetic.DIGIT_BITS), 2.0**arithmetic.DIGIT_BITS, 1.0):
+        digit = np.rint(x / unit)
+        x = x - digit * unit
+        part = weights.T.astype(np.float32) @ digit.astype(np.float32)
+        total = total * 2.0**arithmetic.DIGIT_BITS + part
+    return total
 
 
 def low_digit_lost(right: Operation) -> Operation:
-    return lambda weights, x: right(np.rint(weights * 2.0**-15) * 2.0**15, x)
+    unit = 2.0**arithmetic.DIGIT_BITS
+    return lambda weights, x: right(weights, np.rint(x / unit) * unit)
+
+
+def last_token_lost(right: Operation) -> Operation:
+    return lambda weights, x: right(weights[:-1], x[:-1])
 
 
 def only_for(dtype: type, wrong: Operation) -> Callable[[Operation], Operation]:
@@ -222,7 +238,8 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
         answer(lambda x, y: x.view(np.uint32) == 0xC16912CD, one_up),
         {HARD},
     ),
-    "exp two units of float64 high": ("exp", answer(everywhere, partial(exp64, 2)), {HARD}),
+    # Two units high are right everywhere: what is nearest to a boundary is above it.
+    "exp two units of float64 low": ("exp", answer(everywhere, partial(exp64, -2)), {HARD}),
     "exp of float32": ("exp", answer(lambda x, y: x >= -80, exp32), {HARD, SAMPLE}),
     "exp of float32 for small results": (
         "exp",
@@ -230,7 +247,11 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
         {SAMPLE},
     ),
     "exp goes on below -80": ("exp", answer(everywhere, partial(exp64, 0)), {ENDS}),
-    "exp ends at -80 itself": ("exp", answer(lambda x, y: x <= -80, np.zeros_like), {ENDS, SAMPLE}),
+    "exp ends at -80 itself": (
+        "exp",
+        answer(lambda x, y: x <= -80, lambda x, y: 0),
+        {ENDS, SAMPLE},
+    ),
     "exp of -inf is NaN": ("exp", answer(lambda x, y: np.isinf(x), lambda x, y: np.nan), {ENDS}),
     "exp of 0 is less than 1": (
         "exp",
@@ -239,11 +260,14 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
     ),
     "dot of float32": ("dot", in_place_of(dot32), {DOT}),
     "dot of TF32": ("dot", in_place_of(dot_of_tf32), {DOT}),
-    "dot with one bit fewer": ("dot", in_place_of(dot_with_fewer_bits), {DOT}),
-    "dot without a channel": ("dot", last_product_lost, {DOT}),
+    "dot in one product": ("dot", in_place_of(dot_in_one), {DOT}),
+    "dot with one bit fewer on the left": ("dot", left_with_fewer_bits, {DOT}),
+    "dot with one bit fewer on the right": ("dot", right_with_fewer_bits, {DOT}),
+    "dot without the last channel": ("dot", last_channel_lost, {DOT}),
     "contract in one product": ("contract", in_place_of(contract_in_one), {CONTRACT}),
     "contract with sums of float32": ("contract", in_place_of(contract32), {CONTRACT}),
     "contract without the low digit": ("contract", low_digit_lost, {CONTRACT}),
+    "contract without the last token": ("contract", last_token_lost, {CONTRACT}),
     "float64 by float32": ("matmul", only_for(np.float64, product32), {FLOAT64}),
     "float64 by pairs of float32": (
         "matmul",
@@ -393,6 +417,4 @@ def test_what_is_wrong_is_said(monkeypatch):
     monkeypatch.setattr(certificate, "_jax_operations", lambda: wrong)
     found = certify()
     assert not found.trusted
-    assert str(found).endswith(
-        f": NOT TRUSTED, its bits may differ: {FLUSH} (4 of 12 wrong)."
-    )
+    assert f": NOT TRUSTED, its bits may differ: {FLUSH} (4 of 12 wrong)" in str(found)

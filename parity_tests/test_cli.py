@@ -1,9 +1,11 @@
-"""`seqpar parity`: what it prints and writes, its exit status, and what it refuses to run."""
+"""`seqpar parity` and `seqpar certify`: what they print and write, their exit status, and what
+they refuse to run."""
 
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -11,39 +13,69 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from exact_cases import torch_exact
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from jax_seqpar import cli, dot_product_attention, sequence_to_heads
-from jax_seqpar.bridge import parity
+from jax_seqpar.bridge import certify, compare_bits, parity
 from jax_seqpar.bridge.bits_report import BitsReport
+from jax_seqpar.bridge.cases import Case
 from jax_seqpar.bridge.checks import pipeline, reshard
+from jax_seqpar.bridge.golden import digest, expected_digest
+from jax_seqpar.bridge.plan import DTYPES, Kernels, inputs_by_label
 from jax_seqpar.bridge.ranks import RankError
-from jax_seqpar.bridge.report import parity_table
+from jax_seqpar.bridge.report import parity_table, summary
+from jax_seqpar.exact import certificate
 from torch_ref import history
 
 TINY = ("--batch=2", "--tokens=4", "--heads=4", "--kv-heads=2", "--head-dim=3")
 SHAPE, SHAPE_MHA, SHAPE_MQA = "2x4x4/2x3", "2x4x4x3", "2x4x4/1x3"
-# By name: the shape, the outputs, and at degree 2 the verdict.
-ROWS = {
+OUTPUTS = ("forward", "dq", "dk", "dv")
+# By kernel and name: the shape, the outputs, and at degree 2 the verdict.
+RESHARDS = {
     "reshard to heads": (SHAPE_MHA, ("forward", "dq"), "equal"),
     "reshard to sequence": (SHAPE_MHA, ("forward", "dq"), "equal"),
     "identity": (SHAPE, ("forward", "dq"), "equal"),
     "identity sbhd": (SHAPE, ("forward", "dq"), "equal"),
-    "multi-head sdpa": (SHAPE_MHA, ("forward", "dq", "dk", "dv"), "equal"),
-    "multi-query sdpa": (SHAPE_MQA, ("forward", "dq", "dk", "dv"), "equal"),
-    "grouped sdpa": (SHAPE, ("forward", "dq", "dk", "dv"), "equal"),
-    "grouped sdpa sbhd": (SHAPE, ("forward", "dq", "dk", "dv"), "equal"),
-    "grouped dense": (SHAPE, ("forward", "dq", "dk", "dv"), "equal"),
+}
+HISTORY = {
     "history v1": (SHAPE, (), "caught"),
-    "history v1 sbhd": (SHAPE, ("forward", "dq", "dk", "dv"), "caught"),
+    "history v1 sbhd": (SHAPE, OUTPUTS, "caught"),
     "history v2": (SHAPE, (), "caught"),
-    "history v2 sbhd": (SHAPE, ("forward", "dq", "dk", "dv"), "caught"),
-    "history v5": (SHAPE, ("forward", "dq", "dk", "dv"), "equal"),
+    "history v2 sbhd": (SHAPE, OUTPUTS, "caught"),
+    "history v5": (SHAPE, OUTPUTS, "equal"),
     "history v5 sbhd": (SHAPE, ("forward",), "caught"),
 }
+ROWS = {
+    "exact": {
+        **RESHARDS,
+        "multi-head exact": (SHAPE_MHA, OUTPUTS, "equal"),
+        "multi-query exact": (SHAPE_MQA, OUTPUTS, "equal"),
+        "adversarial exact": (SHAPE, OUTPUTS, "equal"),
+        "grouped exact": (SHAPE, OUTPUTS, "equal"),
+        "grouped exact sbhd": (SHAPE, OUTPUTS, "equal"),
+        "generated plain": (SHAPE, OUTPUTS, "differs"),
+        **HISTORY,
+    },
+    "shared": {
+        **RESHARDS,
+        "multi-head sdpa": (SHAPE_MHA, OUTPUTS, "equal"),
+        "multi-query sdpa": (SHAPE_MQA, OUTPUTS, "equal"),
+        "grouped sdpa": (SHAPE, OUTPUTS, "equal"),
+        "grouped sdpa sbhd": (SHAPE, OUTPUTS, "equal"),
+        "grouped dense": (SHAPE, OUTPUTS, "equal"),
+        **HISTORY,
+    },
+    "plain": {
+        "multi-head plain": (SHAPE_MHA, OUTPUTS, "differs"),
+        "multi-query plain": (SHAPE_MQA, OUTPUTS, "differs"),
+        "grouped plain": (SHAPE, OUTPUTS, "differs"),
+    },
+}
+EXACT = [name for name in ROWS["exact"] if " exact" in name]
 
 
 @pytest.fixture(autouse=True)
@@ -78,25 +110,39 @@ def seqpar(*arguments):
 
 def rows(output):
     """The cells of each row of the table, by the name of the check and the degree."""
+    return {key: cells for key, (cells, _) in table_of(output).items()}
+
+
+def hashes(output):
+    """What the rows that have a hash show of it."""
+    return {key: sha256 for key, (_, sha256) in table_of(output).items() if sha256 is not None}
+
+
+def table_of(output):
     found = {}
     for line in output.splitlines():
-        cells = re.split(r"\s{2,}", line.strip())
-        if match := re.fullmatch(r"(.*?) +(\d+(?:x[\d/]+)+) +(\d+) +(.*)", " ".join(cells)):
-            name, shape, degree, rest = match.groups()
-            found[name, int(degree)] = [shape, *rest.split()]
+        line = " ".join(line.split())
+        pattern = r"(.*?) (\d+(?:x[\d/]+)+) (\d+) (.*?)(?: ([0-9a-f]{8}))?"
+        if match := re.fullmatch(pattern, line):
+            name, shape, degree, rest, sha256 = match.groups()
+            found[name, int(degree)] = [shape, *rest.split()], sha256
     return found
 
 
-def test_equal_at_two_degrees(tmp_path):
+@pytest.mark.parametrize(("kernel", "degrees"), (("exact", (1, 2)), ("shared", (2,))))
+def test_equal_at_every_degree(kernel, degrees, tmp_path):
     file = tmp_path / "results.json"
-    result = seqpar(*TINY, "--degree=2", "--degree=1", "--degree=2", "--json", file)
+    # Exact is what runs unasked.
+    asked = () if kernel == "exact" else ("--kernel", kernel)
+    repeated = [f"--degree={degree}" for degree in (2, *degrees[::-1], 2)]
+    result = seqpar(*TINY, *asked, *repeated, "--json", file)
     assert result.exit_code == 0, result.output
     # One rank exchanges nothing, so v1 is right token-first; v2's transpose is wrong all the same.
     right_alone = {"history v1 sbhd"}
-    table = rows(result.output)
-    assert set(table) == {(name, degree) for name in ROWS for degree in (1, 2)}
+    expected_rows, table = ROWS[kernel], rows(result.output)
+    assert set(table) == {(name, degree) for name in expected_rows for degree in degrees}
     for (name, degree), (shape, *cells, verdict) in table.items():
-        expected_shape, outputs, expected = ROWS[name]
+        expected_shape, outputs, expected = expected_rows[name]
         if degree == 1 and name in right_alone:
             expected = "equal"
         assert (shape, verdict) == (expected_shape, expected)
@@ -107,26 +153,156 @@ def test_equal_at_two_degrees(tmp_path):
     payload = json.loads(file.read_text())
     assert payload["passed"] is True
     results = {(r["case"], r["degree"]): r for r in payload["results"]}
-    assert list(results) == [(name, degree) for degree in (1, 2) for name in ROWS]
+    assert list(results) == [(name, degree) for degree in degrees for name in expected_rows]
     total = 0
     for (name, degree), r in results.items():
         assert [r["shape"], r["verdict"]] == [table[name, degree][0], table[name, degree][-1]]
-        assert r["must_differ"] == (r["verdict"] == "caught")
+        assert r["must_differ"] == (r["verdict"] in ("caught", "differs"))
         if r["error"] is not None:
             assert r["outputs"] == {}
             continue
-        assert tuple(r["outputs"]) == (ROWS[name][1] or ("forward", "dq", "dk", "dv"))
+        assert tuple(r["outputs"]) == (expected_rows[name][1] or OUTPUTS)
         for report in r["outputs"].values():
             assert report["total"] == sum(leaf["total"] for leaf in report["leaves"])
             assert report["equal"] == (report["differing"] == 0)
             assert all(leaf["equal"] for leaf in report["leaves"]) == report["equal"]
             total += report["total"] if r["verdict"] == "equal" else 0
     assert all(r["error"] is None for r in results.values() if not r["must_differ"])
-    equal = sum(not r["must_differ"] for r in results.values())
+    verdicts = [r["verdict"] for r in results.values()]
+    plain = [
+        x for r in results.values() if r["verdict"] == "differs" for x in r["outputs"].values()
+    ]
+    assert len(plain) == (8 if kernel == "exact" else 0)
+    differing = ""
+    if plain:
+        share = sum(x["differing"] for x in plain) / sum(x["total"] for x in plain)
+        differing = f"; attention that is not exact differs in {share:.0%} of the elements"
+        differing = differing.replace("%", " %")
     assert result.output.rstrip().endswith(
-        f"EQUAL: {equal} checks, {total:,} elements, 0 bits differ; "
-        f"{len(results) - equal} wrong versions caught."
+        f"EQUAL: {verdicts.count('equal')} checks, {total:,} elements, 0 bits differ; "
+        f"{verdicts.count('caught')} wrong versions caught{differing}."
     )
+    assert_hashes(kernel, hashes(result.output), results)
+
+
+def assert_hashes(kernel, shown, results):
+    """Every exact row has one, of the same bits whatever the degree and the layout."""
+    names = EXACT if kernel == "exact" else []
+    assert set(shown) == {(name, degree) for name in names for degree in (1, 2)}
+    for key, r in results.items():
+        assert (r["sha256"] is not None) == (key in shown)
+        assert r["golden"] is None  # Sizes of which nobody keeps a hash.
+    for name, degree in shown:
+        sha256 = results[name, degree]["sha256"]
+        assert re.fullmatch("[0-9a-f]{64}", sha256)
+        assert shown[name, degree] == sha256[:8]
+        assert sha256 == results[name, 1]["sha256"]
+    if names:
+        assert len(set(shown.values())) == len(names) - 1
+        assert shown["grouped exact", 2] == shown["grouped exact sbhd", 2]
+        # By PyTorch alone, on one rank.
+        alone = torch_exact(Case(2, 4, 4, 2, 3).inputs(), is_causal=True)
+        assert results["grouped exact", 2]["sha256"] == digest(alone)
+
+
+def test_plain_kernels_differ(tmp_path):
+    """Where neither framework's sums are exact, equal bits would say that nothing is compared."""
+    file = tmp_path / "results.json"
+    result = seqpar(*TINY, "--kernel=plain", "--degree=2", "--json", file)
+    assert result.exit_code == 0, result.output
+    table = rows(result.output)
+    assert set(table) == {(name, 2) for name in ROWS["plain"]}
+    assert not hashes(result.output)
+    for r in json.loads(file.read_text())["results"]:
+        shape, outputs, verdict = ROWS["plain"][r["case"]]
+        differing = [r["outputs"][name]["differing"] for name in outputs]
+        assert table[r["case"], 2] == [shape, *map(str, differing), verdict]
+        assert (r["expected"], r["outcome"], r["verdict"]) == ("rounded", "rounded", "differs")
+        assert r["must_differ"]
+        assert sum(differing) > 0
+        # By roundings, and by no more.
+        leaves = [leaf for x in r["outputs"].values() for leaf in x["leaves"]]
+        assert all(leaf["max_abs"] is None or leaf["max_abs"] < 1e-5 for leaf in leaves)
+    assert "EQUAL" not in result.output
+    assert result.output.splitlines()[-1].startswith("DIFFERENT, as plain kernels must be")
+
+
+def test_a_plain_row_without_a_difference_sees_nothing(monkeypatch):
+    blind = row("grouped plain", expected="rounded")
+    assert (blind.outcome, blind.verdict, blind.passed) == ("right", "SEES NOTHING", False)
+    assert blind.must_differ
+    monkeypatch.setattr(cli, "run_parity", lambda *_, **__: [blind])
+    result = seqpar(*TINY, "--kernel=plain", "--degree=2")
+    assert result.exit_code == 1
+    assert rows(result.output)["grouped plain", 2][-2:] == ["SEES", "NOTHING"]
+    assert "grouped plain, degree 2: SEES NOTHING" in result.output
+    assert "NOT EQUAL: 1 of 1 checks failed." in result.output
+
+
+def test_a_plain_row_differs_by_one_bit():
+    x = np.ones((2, 3), np.float32)
+    y = x.copy()
+    y.view(np.uint32)[1, 2] ^= 1
+    reports = {"forward": compare_bits(x, x), "dq": compare_bits(x, y)}
+    seeing = replace(row("grouped plain", expected="rounded"), reports=reports)
+    assert (seeing.outcome, seeing.verdict, seeing.passed) == ("rounded", "differs", True)
+    assert summary([seeing]).startswith("DIFFERENT")
+    # The same difference in a row that has to be equal.
+    exact = replace(seeing, expected="right")
+    assert (exact.outcome, exact.verdict, exact.passed) == ("scrambled", "DIFFERS", False)
+
+
+def test_a_golden_hash_that_does_not_match(monkeypatch, tmp_path):
+    """Both frameworks agree, and on something else than on every other machine."""
+    asked = []
+
+    def expected(inputs, is_causal):
+        asked.append((digest(inputs), is_causal))
+        return "0" * 64
+
+    monkeypatch.setattr(parity, "expected_digest", expected)
+    file = tmp_path / "results.json"
+    result = seqpar(*TINY, "--degree=2", "--json", file)
+    assert result.exit_code == 1
+    failed = {
+        name: cells for (name, _), cells in rows(result.output).items() if cells[-1].isupper()
+    }
+    assert failed == {name: [ROWS["exact"][name][0], *("0" * 4), "NOT", "GOLDEN"] for name in EXACT}
+    assert "grouped exact, degree 2: NOT GOLDEN" in result.output
+    assert f"NOT EQUAL: {len(EXACT)} of {len(ROWS['exact'])} checks failed." in result.output
+    named = inputs_by_label(Case(2, 4, 4, 2, 3), [], 0, Kernels.EXACT)
+    assert set(asked) == {(digest(inputs), True) for inputs in named.values()}
+    for r in json.loads(file.read_text())["results"]:
+        assert r["golden"] == ("0" * 64 if r["case"] in EXACT else None)
+        assert r["sha256"] != r["golden"] or r["sha256"] is None
+
+
+def test_a_hash_is_golden_or_is_not():
+    kept, other = "a" * 64, "b" * 64
+    golden = row("grouped exact", sha256=kept, golden=kept)
+    assert (golden.verdict, golden.passed) == ("equal", True)
+    nobody_kept_one = replace(golden, golden=None)
+    assert (nobody_kept_one.verdict, nobody_kept_one.passed) == ("equal", True)
+    wrong = replace(golden, golden=other)
+    assert (wrong.verdict, wrong.passed, wrong.outcome) == ("NOT GOLDEN", False, "right")
+    unequal = {"forward": compare_bits(np.zeros(2), np.ones(2))}
+    different = replace(golden, reports=unequal)
+    assert (different.verdict, different.passed) == ("DIFFERS", False)
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_of_default_size_have_golden_hashes(dtype, causal):
+    named = inputs_by_label(Case(dtype=dtype), [], 0, Kernels.EXACT)
+    assert list(named) == ["multi-head", "multi-query", "adversarial", "grouped"]
+    kept = [expected_digest(inputs, causal) for inputs in named.values()]
+    assert all(re.fullmatch("[0-9a-f]{64}", str(sha256)) for sha256 in kept)
+    others = [expected_digest(inputs, not causal) for inputs in named.values()]
+    assert len({*kept, *others}) == 8
+    # One bit of the inputs, and it is another question.
+    query = named["grouped"]["query"].copy()
+    query.view(np.uint8)[0, 0, 0, 0] ^= 1
+    assert expected_digest({**named["grouped"], "query": query}, causal) is None
 
 
 @pytest.fixture
@@ -136,6 +312,8 @@ def different(monkeypatch):
     def reversed_value(query, key, value, **options):
         return dot_product_attention(query, key, jnp.flip(value, axis=1), **options)
 
+    # Not the programs that other tests have compiled, nor any for them.
+    monkeypatch.setattr(pipeline, "_jax_program", pipeline._jax_program.__wrapped__)
     monkeypatch.setattr(pipeline, "dot_product_attention", reversed_value)
     expected = history.expected_outcome
 
@@ -148,7 +326,8 @@ def different(monkeypatch):
 
 def test_a_difference_is_reported_and_saved(different, tmp_path):
     folder, file = tmp_path / "new" / "failing", tmp_path / "results.json"
-    result = seqpar(*TINY, "--degree=2", "--json", file, "--save-failing", folder)
+    arguments = ("--kernel=shared", "--degree=2", "--json", file, "--save-failing", folder)
+    result = seqpar(*TINY, *arguments)
     assert result.exit_code == 1
     table = rows(result.output)
     failed = {name: cells for (name, _), cells in table.items() if cells[-1].isupper()}
@@ -198,7 +377,7 @@ def test_a_reshard_that_differs_is_saved(monkeypatch, tmp_path):
     result = seqpar(*TINY, "--degree=2", "--save-failing", tmp_path)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert "NOT EQUAL: 1 of 15 checks failed." in result.output
+    assert "NOT EQUAL: 1 of 16 checks failed." in result.output
     with safe_open(tmp_path / "reshard-to-heads-degree-2.safetensors", "np") as file:
         for dtype in ("int8", "float32", "uint64"):
             on_jax, on_torch = (file.get_tensor(f"{x}.forward.{dtype}") for x in ("jax", "torch"))
@@ -230,16 +409,29 @@ def test_files_of_ones_own(tmp_path):
     result = seqpar("--degree=2", *(f"--input={path}" for path in paths), "--json", file)
     assert result.exit_code == 0, result.output
     results = {r["case"]: r for r in json.loads(file.read_text())["results"]}
-    labels = {"acts sdpa", "half sdpa", "half sdpa sbhd", "half dense"}
+    labels = {"acts exact", "half exact", "half exact sbhd"}
     assert {name for name in results if "acts" in name or "half" in name} == labels
+    assert {name for name, r in results.items() if r["sha256"]} == labels
     for name, dtype, shape in (
-        ("acts sdpa", "float32", [1, 4, 4, 3]),
-        ("half sdpa", "bfloat16", [1, 6, 4, 3]),
-        ("half dense", "bfloat16", [1, 6, 4, 3]),
+        ("acts exact", "float32", [1, 4, 4, 3]),
+        ("half exact", "bfloat16", [1, 6, 4, 3]),
+        ("generated plain", "bfloat16", [1, 6, 4, 3]),
         ("identity", "bfloat16", [1, 6, 4, 3]),
     ):
         leaf = results[name]["outputs"]["forward"]["leaves"][0]
         assert (leaf["dtype_a"], leaf["shape_a"]) == (dtype, shape)
+    given = torch_exact({name: half[name] for name in (*QKV, "grad")}, is_causal=True)
+    assert results["half exact"]["sha256"] == digest(given)
+
+
+def test_the_label_of_a_file_of_ones_own_with_shared_kernels(planned, tmp_path):
+    for name in ("acts.npz", "half.safetensors"):
+        write(tmp_path / name, random_inputs(np.float32, ("query", "key", "value")))
+    inputs = [f"--input={tmp_path / name}" for name in ("acts.npz", "half.safetensors")]
+    result = seqpar("--degree=2", "--kernel=shared", *inputs)
+    assert result.exit_code == 0, result.output
+    labels = ["acts sdpa", "half sdpa", "half sdpa sbhd", "half dense"]
+    assert [c.name for c in planned[2].checks if c.name.startswith(("acts", "half"))] == labels
 
 
 def test_as_a_command_with_one_sequence(tmp_path):
@@ -253,14 +445,16 @@ def test_as_a_command_with_one_sequence(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     table = rows(done.stdout)
-    assert set(table) == {(name, 2) for name in ROWS}
+    assert set(table) == {(name, 2) for name in ROWS["exact"]}
+    assert set(hashes(done.stdout)) == {(name, 2) for name in EXACT}
     equal = {"history v1", "history v1 sbhd", "history v2 sbhd", "history v5"}
-    for name in ROWS:
-        if name.startswith("history"):
-            assert table[name, 2][-1] == ("equal" if name in equal else "caught"), name
+    for name in HISTORY:
+        assert table[name, 2][-1] == ("equal" if name in equal else "caught"), name
+    assert table["generated plain", 2][-1] == "differs"
     assert "EQUAL: 13 checks" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert {r["case"] for r in results if not r["must_differ"]} == set(ROWS) - {
+    assert {r["case"] for r in results if not r["must_differ"]} == set(ROWS["exact"]) - {
+        "generated plain",
         "history v2",
         "history v5 sbhd",
     }
@@ -306,6 +500,7 @@ REFUSALS = {
     "unknown dtype": (("--dtype=float99",), f"(?s)(?=.*float99){THREE_DTYPES}"),
     "no devices": (("--degree=0",), "'--degree': Input should be greater than or equal to 1"),
     "no option": (("--head_dim=2",), "No such option"),
+    "no kernel": (("--kernel=flash",), "--kernel.*'flash' .*'exact', 'shared', 'plain'"),
 }
 
 
@@ -384,28 +579,39 @@ def test_help_lists_every_option():
     assert listed == {
         *("--degree", "--batch", "--tokens", "--heads", "--kv-heads", "--head-dim", "--dtype"),
         *("--causal", "--no-causal", "--seed", "--input", "--json", "--save-failing"),
-        *("--timeout", "--help"),
+        *("--kernel", "--timeout", "--help"),
     }
     assert "Exit status: 0" in result.output
-    assert "parity" in CliRunner().invoke(cli.app, ["--help"]).output
+    commands = CliRunner().invoke(cli.app, ["--help"]).output
+    assert "parity" in commands
+    assert "certify" in commands
 
 
-def test_every_option_arrives(planned, tmp_path):
-    result = seqpar("--no-causal", "--dtype=float16", "--seed=5", "--timeout=7")
+@pytest.mark.parametrize("kernel", ROWS)
+def test_every_option_arrives(planned, kernel):
+    result = seqpar(
+        f"--kernel={kernel}", "--no-causal", "--dtype=float16", "--seed=5", "--timeout=7"
+    )
     assert result.exit_code == 0
-    assert list(planned) == [4, 8]
+    assert list(planned) == [1, 2, 4, 8]
+    last = {"exact": "generated plain", "shared": "grouped dense", "plain": "grouped plain"}[kernel]
+    grouped = {"exact": "grouped exact", "shared": "grouped sdpa", "plain": "grouped plain"}[kernel]
     for degree, run in planned.items():
-        assert [check.name for check in run.checks] == list(ROWS)
+        assert [check.name for check in run.checks] == list(ROWS[kernel])
         assert {check.degree for check in run.checks} == {degree}
         assert (run.timeout, run.save_failing) == (7.0, None)
         by_name = {check.name: check for check in run.checks}
-        assert not by_name["multi-head sdpa"].is_causal
-        assert not by_name["grouped dense"].is_causal
-        # Without the mask a wrong version may be right by chance.
-        assert by_name["history v1"].is_causal
-        query = by_name["grouped sdpa"].inputs["query"]
+        assert not by_name[grouped.replace("grouped", "multi-head")].is_causal
+        assert not by_name[last].is_causal
+        if kernel != "plain":
+            # Without the mask a wrong version may be right by chance.
+            assert by_name["history v1"].is_causal
+        query = by_name[grouped].inputs["query"]
         expected = np.random.default_rng(5).standard_normal((2, 48, 16, 20)).astype(np.float16)
         assert np.array_equal(query, expected)
+
+
+def test_where_to_save_arrives(planned, tmp_path):
     seqpar(*TINY, "--degree=2", "--save-failing", tmp_path)
     assert planned[2].save_failing == tmp_path
     assert planned[2].timeout == 300.0
@@ -419,13 +625,13 @@ def test_no_file_is_left_out(planned, tmp_path):
         write(path, random_inputs(np.float32, QKV, seed=seed))
     result = seqpar("--degree=2", *(f"--input={path}" for path in paths))
     assert result.exit_code == 0, result.output
-    attention = [c for c in planned[2].checks if c.name.endswith(" sdpa")]
+    attention = [c for c in planned[2].checks if c.name.endswith(" exact")]
     assert len(attention) == 2
     assert attention[0].name != attention[1].name
 
 
 def row(name, **fields):
-    reports = {output: BitsReport(()) for output in ("forward", "dq", "dk", "dv")}
+    reports = {output: BitsReport(()) for output in OUTPUTS}
     return parity.Result(name, SHAPE, 2, reports, **fields)
 
 
@@ -439,6 +645,20 @@ def test_the_table_shows_everything_at_any_length_of_a_name():
     header = text.splitlines()[1].split()
     assert header == ["case", "shape", "degree", "forward", "dq", "dk", "dv", "verdict"]
     assert re.findall(r" 0 +0 +0 +0 +(.*)", text) == ["NOT CAUGHT"] * 2
+
+
+def test_the_table_has_hashes_only_where_a_row_has_one():
+    rows_without, rows_with = (
+        [row("grouped sdpa")],
+        [row("identity"), row("a exact", sha256="c" * 64)],
+    )
+    for shown, count in ((rows_without, 0), (rows_with, 1)):
+        console = Console(width=100, record=True)
+        console.print(parity_table(shown))
+        text = console.export_text()
+        assert text.count("SHA-256") == count
+        assert text.count("c" * 8) == count
+        assert "c" * 9 not in text
 
 
 def test_a_failing_check_is_named_as_it_is(monkeypatch):
@@ -471,3 +691,72 @@ def test_ranks_that_fail_are_not_a_difference(monkeypatch):
     result = seqpar(*TINY, "--degree=2")
     assert result.exit_code == 3
     assert "The PyTorch ranks failed: rank 1 of 2 failed" in result.output
+
+
+def seqpar_certify(*arguments):
+    environment = {"COLUMNS": "500", "TERMINAL_WIDTH": "500"}
+    return CliRunner().invoke(cli.app, ["certify", *arguments], env=environment)
+
+
+def answers(output):
+    """By question: how many answers of JAX and of PyTorch are wrong, and of how many."""
+    cells = r" +([\d,]+) of ([\d,]+)"
+    found = re.findall(rf"^ *(\S.*?){cells}{cells} *$", output, re.MULTILINE)
+    return {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in found}
+
+
+def test_this_machine_is_certified():
+    result = seqpar_certify()
+    assert result.exit_code == 0, result.output
+    expected = [(check.name, check.total) for check in certificate.certify().checks]
+    assert len(expected) == len(certificate._QUESTIONS)
+    assert answers(result.output) == {name: [0, total] * 2 for name, total in expected}
+    jax_line, torch_line = result.output.splitlines()[-2:]
+    assert re.fullmatch(r"JAX \S+ on cpu \(cpu\): trusted, .*", jax_line)
+    assert re.fullmatch(r"PyTorch \S+ on cpu: trusted, .*", torch_line)
+
+
+@pytest.mark.parametrize("framework", ("JAX", "PyTorch"))
+def test_one_wrong_answer_is_not_trusted(monkeypatch, framework):
+    module, name = {
+        "JAX": (certificate, "_jax_operations"),
+        "PyTorch": (certify, "_operations"),
+    }[framework]
+    operations = getattr(module, name)()
+
+    def last_bit(x):
+        y = operations.reciprocal(x)
+        y.view(np.uint64)[7] ^= np.uint64(1)
+        return y
+
+    monkeypatch.setattr(module, name, lambda: replace(operations, reciprocal=last_bit))
+    result = seqpar_certify()
+    assert result.exit_code == 1
+    table = answers(result.output)
+    wrong = table["division: float64"]
+    assert wrong[::2] == ([1, 0] if framework == "JAX" else [0, 1])
+    del table["division: float64"]
+    assert all(numbers[::2] == [0, 0] for numbers in table.values())
+    lines = result.output.splitlines()[-2:]
+    said = f": NOT TRUSTED, its bits may differ: division: float64 (1 of {wrong[1]} wrong)."
+    for line in lines:
+        assert line.endswith(said) == line.startswith(f"{framework} ")
+        assert ("NOT TRUSTED" in line) == line.startswith(f"{framework} ")
+
+
+def test_certify_says_which_backend_there_is_none_of():
+    try:
+        jax.devices("gpu")
+    except RuntimeError:
+        assert_refused(
+            seqpar_certify("--backend=gpu"), "gpu.*no platforms that are instances of gpu"
+        )
+    else:
+        pytest.skip("there is a GPU")
+
+
+def test_certify_lists_its_options():
+    result = seqpar_certify("--help")
+    assert result.exit_code == 0
+    assert set(re.findall(r"--[a-z][a-z-]*", result.output)) == {"--backend", "--help"}
+    assert "Exit status: 0" in result.output

@@ -117,7 +117,7 @@ def test_every_float32(capsys):
     assert hardest[: len(EXP_HARD_CASES)] == list(EXP_HARD_CASES)
     # Of every other, NumPy's float64 is further from a tie than it errs.
     for bits in hardest:
-        x = np.uint32([bits]).view(np.float32)
+        x = np.array([bits], np.uint32).view(np.float32)
         assert int(RAW_EXPS["jax"](x).view(np.uint32)[0]) == correctly_rounded(bits)
     with capsys.disabled():
         print("nearest to a tie:", [f"{float(distance_to_tie(x)):.2f}" for x in hardest])

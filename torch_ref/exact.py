@@ -427,6 +427,6 @@ def _check_length(query: Tensor, key: Tensor, shared_by: Any) -> None:
     rows = N // K * T * ranks
     if max(S, rows) >= TOO_MANY_TOKENS:
         raise ValueError(
-            f"Exact sums have room for fewer than 2^21 = {TOO_MANY_TOKENS} tokens. Got {S} keys, and "
-            f"{rows} rows of one KV head: {T} queries * {N // K} query heads * {ranks} ranks."
+            f"Exact sums have room for fewer than {TOO_MANY_TOKENS} tokens. Got {S} keys and, of "
+            f"one KV head, {rows} rows: {T} queries * {N // K} query heads * {ranks} ranks."
         )

@@ -36,6 +36,15 @@ def round32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return flush(x).astype(jnp.float32)
 
 
+def pinned(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x itself, for |x| < 2^600 whose last bit is above 2^-400.
+
+    With fast-math flags a compiler reorders sums and products of three; not across a rounding to
+    integers, and this is one that changes nothing.
+    """
+    return jnp.rint(x * 2.0**400) * 2.0**-400
+
+
 def exponent(x: Float[Array, "..."], axis: Axes) -> Int[Array, "..."]:
     """The smallest e with max |x| < 2^e along axes (kept, of size 1), as int64.
 
@@ -128,7 +137,7 @@ def sum_dtype(tokens: int, limit: int = CONTRACT_TOKENS) -> jnp.dtype:
 def total(sums: Shaped[Array, "... H3"]) -> Float[Array, "... H"]:
     """What sums of digits are worth, with two roundings; and one each where they are int64."""
     high, middle, low = jnp.split(sums.astype(jnp.float64), 3, axis=-1)
-    return (high * 2.0**DIGIT_BITS + middle) * 2.0**DIGIT_BITS + low
+    return pinned(high * 2.0**DIGIT_BITS + middle) * 2.0**DIGIT_BITS + low
 
 
 def contract(

@@ -17,6 +17,7 @@ from .arithmetic import (
     flush,
     grid,
     left_digits,
+    pinned,
     power_of_two,
     right_on_grid,
     token_sums,
@@ -43,7 +44,7 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
     S = problem.key.shape[0]
     value_rows, grad_rows = right_on_grid(problem.value), left_digits(flush(grad))
     high, low = jnp.einsum("DGTH,GTH->DGT", grad_rows, right_on_grid(flush(out)))
-    corrections = (high + low)[..., None]
+    corrections = pinned(high + low)[..., None]
     key_exponent = exponent(problem.key, 0)
     columns = digits(grid(problem.key, key_exponent, TOKEN_BITS))
 
@@ -148,12 +149,12 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
 
 def normalised(p: Array, normaliser: Array) -> Array:
     """`w`: weights that add up to 1, float64."""
-    return jnp.where(p == 0, 0.0, p.astype(jnp.float64) * normaliser)
+    return jnp.where(p == 0, 0.0, pinned(p.astype(jnp.float64) * normaliser))
 
 
 def logit_gradient(
     problem: Problem, p: Array, rows: Rows, dp: Array, queries: Block, keys: Block
 ) -> Array:
     """`ds [G, t, s]`: the gradient of the scaled logits, before any soft cap."""
-    ds = normalised(p, rows.normaliser) * (dp - rows.correction)
+    ds = normalised(p, rows.normaliser) * (pinned(dp) - rows.correction)
     return jnp.where(p == 0, 0.0, problem.through_soft_cap(ds, queries, keys))

@@ -4,7 +4,7 @@ approximated. Call inside `with jax.enable_x64(True):`."""
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .arithmetic import round32
+from .arithmetic import pinned, round32
 
 LEAST_ARGUMENT = -80.0  # exp is 0 below
 
@@ -40,7 +40,7 @@ def soft_cap_slope(z: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
     """The derivative of `soft_cap`: `1 - tanh^2`, as a product, which nothing can fuse."""
     _, t = _argument(z, cap)
     g = 1 / (1 + t)
-    return ((4 * t) * g) * g
+    return pinned((4 * t) * g) * g
 
 
 def _argument(z: Float[Array, "..."], cap: float) -> tuple[Array, Array]:

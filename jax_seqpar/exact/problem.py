@@ -13,7 +13,7 @@ from jax import Array
 
 from ..masks import Block, Masks, Window
 from ..shared_heads import SharedHeads
-from .arithmetic import flush, left_digits, right_on_grid, round32, sum_dtype
+from .arithmetic import flush, left_digits, pinned, right_on_grid, round32, sum_dtype
 from .elementary import exp, soft_cap, soft_cap_slope
 
 
@@ -67,7 +67,7 @@ class Problem:
         if self.options.logits_soft_cap is not None:
             z = soft_cap(z, self.options.logits_soft_cap)
         if self.bias is not None:
-            z = z + keys.of(queries.of(self.bias, 2), 3)[0]
+            z = pinned(z + keys.of(queries.of(self.bias, 2), 3)[0])
         allowed = self.masks.attends(queries, keys)
         return z if allowed is None else jnp.where(allowed[0], z, -jnp.inf)
 

@@ -1,0 +1,50 @@
+"""Prints, in a process of its own, what exact attention hashes to: `python exact_hash.py`.
+
+On one device and on four, so that a flag of the process meets the collectives, too; with a grouped
+query head on several devices, a soft cap, and inputs of every magnitude.
+"""
+
+import hashlib
+
+import jax
+import numpy as np
+
+from jax_seqpar import dot_product_attention, exact_attention
+from jax_seqpar.bridge.cases import Case, adversarial
+
+CASE = Case(batch=2, tokens=40, heads=8, kv_heads=2, head_dim=24)
+OPTIONS = {"is_causal": True, "logits_soft_cap": 20.0}
+
+
+def inputs() -> list[np.ndarray]:
+    return list(adversarial(CASE.inputs()).values())
+
+
+def sha256(arrays: list) -> str:
+    digest = hashlib.sha256()
+    for x in arrays:
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
+
+
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 4)
+    mesh = jax.make_mesh((4,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def alone(*operands):
+        return exact_attention(*operands, query_chunk=16, key_chunk=24, **OPTIONS)
+
+    def sharded(*operands):
+        return dot_product_attention(*operands, attention=exact_attention, mesh=mesh, **OPTIONS)
+
+    for attend in (alone, sharded):
+
+        def run(query, key, value, grad, attend=attend):
+            out, pull = jax.vjp(attend, query, key, value)
+            return [out, *pull(grad)]
+
+        print(sha256(jax.jit(run)(*inputs())))
+
+
+if __name__ == "__main__":
+    main()
