@@ -132,10 +132,11 @@ def certify(
     require_torch()
     console = Console()
     try:
-        with console.status("asking"):
-            found = certificates(backend)
+        jax.devices(backend)
     except RuntimeError as error:
         raise typer.BadParameter(str(error)) from None
+    with console.status("asking"):
+        found = certificates(backend)
     console.print(certificate_table(found))
     for certificate in found:
         style = "bold green" if certificate.trusted else "bold red"
@@ -158,6 +159,8 @@ def _explain(console: Console, result: Result) -> None:
     console.print(head, style="bold red", markup=False, highlight=False)
     if result.error is not None:
         console.print(result.error, markup=False, highlight=False)
+    if result.golden not in (None, result.sha256):
+        console.print(f"SHA-256 {result.sha256}, expected {result.golden}", highlight=False)
     for name, report in result.reports.items():
         if not report.equal:
             console.print(f"{name}: {report}", markup=False, highlight=False)

@@ -23,7 +23,8 @@ class Block(NamedTuple):
 
     @property
     def tokens(self) -> Int[Array, "size"]:
-        return self.start + jnp.arange(self.size)
+        # One dtype, whether the caller has switched 64 bits on or not.
+        return jnp.asarray(self.start, jnp.int32) + jnp.arange(self.size, dtype=jnp.int32)
 
     def of(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         """These tokens of an array; all of an axis of size 1, which stands for every token."""
@@ -69,9 +70,9 @@ class Masks:
             left, right = window(self.local_window_size)
             conditions.append(((t - left <= s) & (s <= t + right))[None, None])
         if self.query_seq_lengths is not None:
-            conditions.append(t[None, None] < self.query_seq_lengths[:, None, None, None])
+            conditions.append(t[None, None] < _per_sequence(self.query_seq_lengths))
         if self.key_value_seq_lengths is not None:
-            conditions.append(s[None, None] < self.key_value_seq_lengths[:, None, None, None])
+            conditions.append(s[None, None] < _per_sequence(self.key_value_seq_lengths))
         if self.segment_ids is not None:
             pair = self.segment_ids
             of_query, of_key = pair if isinstance(pair, tuple) else (pair, pair)
@@ -108,6 +109,10 @@ class Masks:
         if self.is_causal:
             right = 0
         return left, right
+
+
+def _per_sequence(lengths: Int[Array, "B"]) -> Int[Array, "B 1 1 1"]:
+    return lengths.astype(jnp.int32)[:, None, None, None]
 
 
 def window(local_window_size: Window) -> tuple[int, int]:

@@ -276,9 +276,9 @@ def check_exact(query: Any, key: Any, devices: int, *, query_chunk: Any, key_chu
             f"Write query.astype(jnp.float32), and key and value alike."
         )
     S, rows = key.shape[1], query.shape[1] * (query.shape[2] // key.shape[2]) * devices
-    if max(S, rows) > 1 << 21:
+    if max(S, rows) >= 1 << 21:
         raise ValueError(
-            f"exact attention has room for 2^21 keys, and queries of one KV head, got "
+            f"exact attention has room for fewer than 2^21 keys, and queries of one KV head, got "
             f"{S} and {rows}. Got query {query.shape}, key {key.shape}. Split the sequence."
         )
     for name, chunk in (("query_chunk", query_chunk), ("key_chunk", key_chunk)):

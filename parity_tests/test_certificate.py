@@ -215,7 +215,8 @@ def gradients_swapped(right: Operation) -> Operation:
 
 def plain_attention(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     *operands, grad = arrays
-    out, pull = jax.vjp(partial(dense_attention, is_causal=True), *operands)
+    attend = jax.jit(partial(dense_attention, is_causal=True))
+    out, pull = jax.vjp(attend, *operands)
     return tuple(map(np.asarray, (out, *pull(grad))))
 
 
@@ -239,8 +240,12 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
         {HARD},
     ),
     # Two units high are right everywhere: what is nearest to a boundary is above it.
-    "exp two units of float64 low": ("exp", answer(everywhere, partial(exp64, -2)), {HARD}),
-    "exp of float32": ("exp", answer(lambda x, y: x >= -80, exp32), {HARD, SAMPLE}),
+    "exp two units of float64 low": (
+        "exp",
+        answer(lambda x, y: x >= -80, partial(exp64, -2)),
+        {HARD},
+    ),
+    "exp of float32": ("exp", answer(lambda x, y: x >= -79, exp32), {HARD, SAMPLE}),
     "exp of float32 for small results": (
         "exp",
         answer(lambda x, y: (x >= -79) & (x < -20), exp32),
@@ -415,6 +420,12 @@ def test_what_is_wrong_is_said(monkeypatch):
     right = jax_operations()
     wrong = replace(right, flush=lambda x: x.astype(np.float64))
     monkeypatch.setattr(certificate, "_jax_operations", lambda: wrong)
+    few = (certificate._flushes, certificate._roundings)
+    monkeypatch.setattr(certificate, "_QUESTIONS", few)
     found = certify()
     assert not found.trusted
-    assert f": NOT TRUSTED, its bits may differ: {FLUSH} (4 of 12 wrong)" in str(found)
+    assert [(check.name, check.passed) for check in found.checks] == [
+        (FLUSH, False),
+        (ROUND32, True),
+    ]
+    assert str(found).endswith(f": NOT TRUSTED, its bits may differ: {FLUSH} (4 of 12 wrong).")

@@ -78,7 +78,9 @@ def test_any_numbers(data, is_causal):
     shapes = {"query": (1, 4, 2, 3), "key": (1, 4, 1, 3), "value": (1, 4, 1, 3)}
     inputs = {
         name: np.array(
-            data.draw(st.lists(NUMBERS, min_size=int(np.prod(shape)), max_size=int(np.prod(shape)))),
+            data.draw(
+                st.lists(NUMBERS, min_size=int(np.prod(shape)), max_size=int(np.prod(shape)))
+            ),
             np.float32,
         ).reshape(shape)
         for name, shape in (shapes | {"grad": shapes["query"]}).items()

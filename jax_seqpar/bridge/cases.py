@@ -54,8 +54,9 @@ def adversarial(inputs: Arrays) -> Arrays:
         x[:, 5 + step :: 13] = 2.0**-140
         x[:, 6 + step :: 13, :, 1:] = 0
         x[:, 7 + step :: 13] = 1
-    query[-1, -3, -1, 0] = value[-1, -2, -1, 0] = np.nan
-    key[-1, -1, -1, -1] = np.inf
+    last = query.shape[1] - 1
+    query[-1, max(last - 2, 0), -1, 0] = value[-1, max(last - 1, 0), -1, 0] = np.nan
+    key[-1, last, -1, -1] = np.inf
     return {name: x.astype(dtype) for name, x in inputs.items()}
 
 

@@ -67,7 +67,8 @@ class Result:
     @property
     def verdict(self) -> str:
         if self.expected == "rounded":
-            return "differs" if self.passed else "SEES NOTHING"
+            found = "SEES NOTHING" if self.outcome == "right" else "DIFFERS"
+            return "differs" if self.passed else found
         if self.must_differ:
             return "caught" if self.passed else "NOT CAUGHT"
         if self.outcome == "right" and not self.passed:

@@ -50,10 +50,11 @@ def summary(results: Sequence[Result]) -> str:
     rounded = ""
     if plain:
         share = sum(x.differing for x in plain) / sum(x.total for x in plain)
-        rounded = f"; attention that is not exact differs in {100 * share:.0f} % of the elements"
+        rounded = f"attention that is not exact differs in {100 * share:.0f} % of the elements"
     if not equal:
-        return f"DIFFERENT, as plain kernels must be{rounded.removeprefix(';')}."
-    return f"EQUAL: {len(equal)} checks, {bits:,} elements, 0 bits differ{caught}{rounded}."
+        return f"As it must be: {rounded}."
+    parts = [f"EQUAL: {len(equal)} checks, {bits:,} elements, 0 bits differ{caught}", rounded]
+    return "; ".join(filter(None, parts)) + "."
 
 
 def _cell(result: Result, column: str) -> str:

@@ -23,8 +23,8 @@ below 2^53. rint rounds half to even. Inputs are float32, bfloat16 or float16.
                     b2 = rint(b * 2^-22), b' = b - b2 * 2^22, b1 = rint(b' * 2^-11),
                     b0 = b' - b1 * 2^11; S_i = sum a * b_i. It is
                     (S2 * 2^11 + S1) * 2^11 + S0: each S_i exact (32 + 10 + 11 bits for 2048 tokens;
-                    more are added as int64 and rounded once to float64), and two roundings of
-                    additions
+                    more, but fewer than 2^21, are added as int64 and rounded once to float64), and
+                    two roundings of additions
     exp(x)          of a float32: the float32 nearest to e^x; 0 for x < -80
     out(x, dtype)   round32(x), -0 as +0, any NaN as the quiet NaN with sign and payload 0; a
                     16-bit dtype is rounded from that

@@ -14,7 +14,7 @@ Axes = int | tuple[int, ...]
 TOKEN_BITS = 32  # of a number, or of a weight, in a sum over tokens
 DIGIT_BITS = 11  # of one of the three digits of such a number
 CONTRACT_TOKENS = 1 << (53 - TOKEN_BITS - (DIGIT_BITS - 1))  # that one float64 sum has room for
-MOST_TOKENS = 1 << (63 - TOKEN_BITS - (DIGIT_BITS - 1))  # that an int64 sum has room for
+TOO_MANY_TOKENS = 1 << (63 - TOKEN_BITS - (DIGIT_BITS - 1))  # for an int64 sum
 
 LEFT_BITS = 31  # of the left operand of a dot product, in two digits
 LEFT_DIGIT_BITS = 16
@@ -62,7 +62,7 @@ def power_of_two(n: Int[Array, "..."]) -> Float[Array, "..."]:
     """2^n for -1022 <= n <= 1023, built from its bits; NaN beyond, so for `NOT_A_NUMBER`, too."""
     bits = (n.astype(jnp.int64) + 1023) << 52
     power = jax.lax.bitcast_convert_type(bits, jnp.float64)
-    return jnp.where(jnp.abs(n) > 1022, jnp.nan, power)
+    return jnp.where((n < -1022) | (n > 1023), jnp.nan, power)
 
 
 def grid(x: Float[Array, "..."], e: Int[Array, "..."], bits: int) -> Float[Array, "..."]:
@@ -147,7 +147,8 @@ def contract(
 
     Args:
       weights: integers up to 2^32, as `grid(weights, e, TOKEN_BITS)`.
-      x: integers up to 2^32, as `grid(x, e, TOKEN_BITS)`.
+      x: integers up to 2^32, as `grid(x, e, TOKEN_BITS)`. A NaN of theirs is lost in int64, and
+        comes back with `power_of_two(e - TOKEN_BITS)`. Fewer than `TOO_MANY_TOKENS`.
       limit: tokens of one float64 sum; more are added in int64.
     """
     S = x.shape[-2]

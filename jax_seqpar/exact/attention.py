@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import refusals
@@ -15,7 +16,7 @@ from ..shared_heads import SharedHeads
 from . import arithmetic
 from .backward import key_value_gradients, query_gradient
 from .forward import output
-from .problem import Options, Problem
+from .problem import INNER, Options, Problem
 
 
 def exact_attention(
@@ -56,8 +57,8 @@ def exact_attention(
       shared_heads: other devices with the same KV heads and query heads of their own. Their parts
         of the gradients of key and value are added without rounding, and one of the devices returns
         the sum, the others 0. `ulysses_attention` passes it where it is needed.
-      query_chunk, key_chunk: queries and keys that are worked on at a time; None chooses. No bit
-        depends on them.
+      query_chunk, key_chunk: queries, and keys, whose whole rows, and columns, are held at a time;
+        None chooses. No bit depends on them.
 
     Returns:
       The attention output, of the query's dtype; 0 for a query that may attend to no key.
@@ -87,8 +88,8 @@ def exact_attention(
         logits_soft_cap=None if logits_soft_cap is None else _float32(logits_soft_cap),
         **static,
         shared_heads=shared_heads,
-        query_chunk=min(T, query_chunk or max(256 * K // N, 16), max(limit * K // N, 1)),
-        key_chunk=min(S, key_chunk or 1024, limit),
+        query_chunk=min(T, query_chunk or max(256 * K // N, 16), max(limit * K // N // INNER, 1)),
+        key_chunk=min(S, key_chunk or 256, max(limit // INNER, 1)),
         sum_limit=limit,
     )
     bias = None if bias is None else _without_gradient(bias)
@@ -101,20 +102,43 @@ def _float32(x: float) -> float:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any) -> Any:
-    return _forward(options, query, key, value, bias, arrays).astype(query.dtype)
+    return _attention_fwd(options, query, key, value, bias, arrays)[0]
 
 
 def _attention_fwd(options: Options, *operands: Any):
-    out = _forward(options, *operands)
+    out = _looped_by_vmap(partial(_forward, options))(*operands)
     return out.astype(operands[0].dtype), (operands, out)
 
 
 def _attention_bwd(options: Options, residuals: Any, grad: Any):
     operands, out = residuals
-    return (*_backward(options, *operands, out, grad), None, None)
+    return (*_looped_by_vmap(partial(_backward, options))(*operands, out, grad), None, None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _looped_by_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which `jax.vmap` turns into a loop instead of rewriting its operations.
+
+    Rewritten, outside the scope that switches float64 on, they would be rounded to float32.
+    """
+    function = custom_vmap(function)
+
+    @function.def_vmap
+    def loop(axis_size: int, batched: Any, *operands: Any):
+        leaves, tree = jax.tree.flatten(operands)
+        varies = jax.tree.leaves(batched)
+
+        def one(rows: list[Array]) -> Any:
+            rest = iter(rows)
+            own = [next(rest) if vary else x for x, vary in zip(leaves, varies, strict=True)]
+            return function(*jax.tree.unflatten(tree, own))
+
+        out = jax.lax.map(one, [x for x, vary in zip(leaves, varies, strict=True) if vary])
+        return out, jax.tree.map(lambda _: True, out)
+
+    return function
 
 
 # Compiled in an eager call, too: a loop that is traced anew each time would compile each time.

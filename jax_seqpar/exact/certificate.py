@@ -33,7 +33,7 @@ EXP_HARD_CASES = {
 }
 
 # SHA-256 of output, dq, dk and dv of `_attention_inputs`: the same on every machine.
-ATTENTION_HASH = "2baf34752cef0268443ffcd99ca4f1ba33b275e62bc0490e5a95eccf61301519"
+ATTENTION_HASH = "4f4a6a6a8184608ca0eeb6f2f71101771e4c1df833d0cf45472b379a18ecd6e1"
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,10 @@ def _roundings(ask: Operations) -> Check:
     one = 1 + np.array([1, 3, 1 + 2.0**-20, 3 - 2.0**-20]) * 2.0**-24
     x = np.concatenate([one, one * 2.0**-126, one * 2.0**127])
     odd = np.array([0.0, 2.0**-126 - 2.0**-170, 2.0**-149, 2.0**128 - 2.0**103, np.inf])
-    expected = np.concatenate(
-        [x.astype(np.float32), np.array([0, 0, 0, np.inf, np.inf], np.float32)]
-    )
-    return _compare("round32: ties and ends", ask.round32(np.concatenate([x, odd])), expected)
+    rounded = np.array([0, 0, 0, np.inf, np.inf], np.float32)
+    expected = np.concatenate([x.astype(np.float32), -x.astype(np.float32), rounded])
+    got = ask.round32(np.concatenate([x, -x, odd]))
+    return _compare("round32: ties and ends", got, expected)
 
 
 def _outputs(ask: Operations) -> Check:
@@ -234,11 +234,13 @@ def _attention(ask: Operations) -> Check:
 
 
 def _attention_inputs() -> tuple[np.ndarray, ...]:
-    """Query, key, value and grad; grouped, in 24 bits, with a few outliers."""
+    """Query, key, value and grad; grouped; outliers, and small numbers that the grids round."""
     shapes = ((2, 40, 4, 24), (2, 40, 2, 24), (2, 40, 2, 24), (2, 40, 4, 24))
     arrays = [integers(s, 23, i).astype(np.float32) * 2.0**-21 for i, s in enumerate(shapes)]
     for x in arrays:
         x[:, ::13] *= 8
+        x[:, 1::5] *= 2.0**-12
+        x[..., 3::7] *= 2.0**-10
     return tuple(arrays)
 
 
@@ -268,8 +270,8 @@ def integers(shape: tuple[int, ...], bits: int, seed: int) -> np.ndarray:
 
 
 def _compare(name: str, got: np.ndarray, expected: np.ndarray) -> Check:
-    assert got.shape == expected.shape, name
-    assert got.dtype == expected.dtype, name
+    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+        return Check(name, expected.size, expected.size)
     unsigned = f"u{got.dtype.itemsize}"
     wrong = np.count_nonzero(got.view(unsigned) != np.ascontiguousarray(expected).view(unsigned))
     return Check(name, int(wrong), got.size)

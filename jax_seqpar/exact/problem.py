@@ -16,6 +16,9 @@ from ..shared_heads import SharedHeads
 from .arithmetic import flush, left_digits, pinned, right_on_grid, round32, sum_dtype
 from .elementary import exp, soft_cap, soft_cap_slope
 
+# Chunks at a time in the loop inside, which holds no more than that of a row or column.
+INNER = 4
+
 
 @dataclass(frozen=True)
 class Options:
@@ -84,15 +87,17 @@ class Problem:
 
     def for_queries(self, body: Callable[..., Any], carry: Any, keys: Block | None = None) -> Any:
         """A loop over the blocks of queries, all of them or those that see some of the keys."""
-        T = self.query.shape[1]
-        bounds = (0, T) if keys is None else self.masks.queries_of(keys, T)
-        return _for_blocks(T, self.options.query_chunk, bounds, body, carry)
+        T, size = self.query.shape[1], self.options.query_chunk
+        if keys is None:
+            return _for_blocks(T, size, (0, T), body, carry)
+        return _for_blocks(T, min(T, INNER * size), self.masks.queries_of(keys, T), body, carry)
 
     def for_keys(self, body: Callable[..., Any], carry: Any, queries: Block | None = None) -> Any:
         """A loop over the blocks of keys, all of them or those that some of the queries see."""
-        S = self.key.shape[0]
-        bounds = (0, S) if queries is None else self.masks.keys_of(queries, S)
-        return _for_blocks(S, self.options.key_chunk, bounds, body, carry)
+        S, size = self.key.shape[0], self.options.key_chunk
+        if queries is None:
+            return _for_blocks(S, size, (0, S), body, carry)
+        return _for_blocks(S, min(S, INNER * size), self.masks.keys_of(queries, S), body, carry)
 
     def full(self, *shape: int, value: float | int = 0, dtype: Any = jnp.float64) -> Array:
         """A constant that varies over the mesh as the operands do, to start a loop with."""
