@@ -23,8 +23,8 @@ The inputs, all causal:
     empty peak        the same, but the value of key 0 is 0: the output is what the tail holds
     sink              every logit is about 10 below that of key 0, whose value is 0
 
-A weight of `exact_attention` has 30 bits below the largest of its row, so most weights of a tail 21
-below its peak, e^-21 = 2^-30.3, are rounded to 1 unit or to 0. The gradients dq and dk of `peak`
+A weight of `exact_attention` has 32 bits below the largest of its row, so the weights of a tail 21
+below its peak, e^-21 = 2^-30.3, are rounded to a few units. The gradients dq and dk of `peak`
 are differences that almost vanish: every float32 kernel is far off there.
 """
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from jax_seqpar import MeshLayout, dot_product_attention
+from jax_seqpar import MeshLayout, dense_attention, dot_product_attention, exact_attention
 from jax_seqpar.bridge.cases import Case
 
 
@@ -29,17 +29,19 @@ def main(process: int, processes: int, devices: int, address: str, folder: str) 
             for x in Case(batch=2, tokens=24, heads=16, kv_heads=2, head_dim=5).inputs().values()
         ]
 
-        def run(query, key, value, grad, mesh=mesh):
-            def attend(*qkv):
-                return dot_product_attention(*qkv, is_causal=True, mesh=mesh)
+        for kernel in (dense_attention, exact_attention):
 
-            out, pull = jax.vjp(attend, query, key, value)
-            return (out, *pull(grad))
+            def run(query, key, value, grad, mesh=mesh, kernel=kernel):
+                def attend(*qkv):
+                    return dot_product_attention(*qkv, is_causal=True, attention=kernel, mesh=mesh)
 
-        for name, x in zip(("out", "dq", "dk", "dv"), jax.jit(run)(*inputs), strict=True):
-            for shard in x.addressable_shards:
-                start = shard.index[1].start or 0
-                np.save(f"{folder}/{kind.name}-{name}-{start:03}.npy", np.asarray(shard.data))
+                out, pull = jax.vjp(attend, query, key, value)
+                return (out, *pull(grad))
+
+            for name, x in zip(("out", "dq", "dk", "dv"), jax.jit(run)(*inputs), strict=True):
+                for shard in x.addressable_shards:
+                    where = f"{kind.name}-{kernel.__name__}-{name}-{shard.index[1].start or 0:03}"
+                    np.save(f"{folder}/{where}.npy", np.asarray(shard.data))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Ulysses attention in PyTorch: the corrected reference, its oracles, and the versions it corrects.
 
 `dense` is attention in float64, `layout` the two reshards with the rank as a visible axis,
-`ulysses` the same over `torch.distributed`, `history` the wrong published versions.
+`ulysses` the same over `torch.distributed`, `exact` attention whose bits do not depend on how it is
+computed, `masks` who attends to whom, `history` the wrong published versions.
 """
