@@ -17,6 +17,7 @@ from jax_seqpar.bridge.parity import COLUMNS, run_parity
 from torch_ref.dense import dense_attention
 
 DEGREE = 4
+KERNELS = ("sdpa", "exact")  # one in both frameworks; one in each, written apart
 LAYERS = range(6)
 EXAMPLE = Path(__file__).parents[1] / "examples" / "capture_activations.py"
 
@@ -43,9 +44,13 @@ def results(layers):
     """Every layer and every historical version, in one launch of the ranks."""
     inputs = [{name: layer[name] for name in NAMES} for layer in layers]
     checks = [
-        PipelineCheck(DEGREE, x, "sdpa", is_causal, label=_label(i, is_causal))
+        PipelineCheck(DEGREE, x, kernel, is_causal, label=_label(i, is_causal))
+        for kernel in KERNELS
         for i, x in enumerate(inputs)
         for is_causal in (False, True)
+    ]
+    checks += [
+        PipelineCheck(DEGREE, x, "plain", label=_label(i, True)) for i, x in enumerate(inputs)
     ]
     checks += history_checks(DEGREE, inputs[0])
     return {result.name: result for result in run_parity(checks, DEGREE)}
@@ -94,13 +99,21 @@ def test_gradient_knows_the_padding(layers):
         assert layer["grad"][mask].any(axis=-1).all()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("is_causal", (False, True))
 @pytest.mark.parametrize("layer", LAYERS)
-def test_every_layer_is_equal_bit_for_bit(results, layer, is_causal):
-    result = results[f"{_label(layer, is_causal)} sdpa"]
+def test_every_layer_is_equal_bit_for_bit(results, layer, is_causal, kernel):
+    result = results[f"{_label(layer, is_causal)} {kernel}"]
     assert tuple(result.reports) == COLUMNS
     assert result.passed, _explain(result)
     assert not result.must_differ
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_plain_attention_differs_on_every_layer(results, layer):
+    """Most of the elements, of the output and of each gradient."""
+    for report in results[f"{_label(layer, True)} plain"].reports.values():
+        assert report.differing > report.total / 2
 
 
 def test_historical_versions_are_caught(results):
