@@ -11,7 +11,7 @@ parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 	$(BIN)/seqpar parity
 
 test: $(VENV)/.test  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/.test  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

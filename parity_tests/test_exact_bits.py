@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import MESH_CASES, MESHES, ONE_AXIS
-from exact_cases import CASE, NAMES, OPTIONS, SHAPES, S, T, is_array, jax_exact, torch_exact
+from exact_cases import CASE, NAMES, OPTIONS, SHAPES, N, S, T, is_array, jax_exact, torch_exact
 from jax.sharding import AxisType
 from questions import collectives, compiled, output_and_gradients, sharded_inputs
 
@@ -82,7 +82,7 @@ def sharded(case, where, kind, **options):
     return dict(zip(NAMES, map(np.asarray, results), strict=True))
 
 
-@pytest.mark.parametrize(("i", "where"), enumerate(MESHES), ids=str)
+@pytest.mark.parametrize(("i", "where"), list(enumerate(MESHES)), ids=str)
 @pytest.mark.parametrize("case", (*MESH_CASES.values(), FEW_KV_HEADS), ids=str)
 def test_no_bit_depends_on_the_mesh(case, i, where):
     """With fewer KV heads than devices, too: their gradients are added before any rounding."""
@@ -185,6 +185,18 @@ def test_special_numbers(case):
     for x in ours.values():
         assert np.isnan(x.astype(np.float32)).any()
         assert np.isfinite(x.astype(np.float32)).any()
+
+
+def test_subnormal_inputs_are_zeros():
+    """Keys that PyTorch would keep and XLA flushes, against queries that make them logits of 1."""
+    inputs = CASE.inputs()
+    inputs["query"] *= np.float32(2.0**124)
+    inputs["key"] *= np.float32(2.0**-130)
+    assert (inputs["key"] != 0).all()
+    ours = jax_exact(inputs)
+    check_equal(ours, torch_exact(inputs))
+    mean = inputs["value"].astype(np.float64).mean(1, keepdims=True).repeat(N // 2, axis=2)
+    assert np.abs(ours["forward"] - mean).max() < 1e-6, "every key counts the same"
 
 
 def test_where_a_nan_goes():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,14 @@ def run_parity(
       RankError, TimeoutError: of `run_ranks`.
     """
     mesh = cpu_mesh(degree)
-    by_rank = run_ranks(_run_rank, degree, list(checks), timeout=timeout)
+    # JAX compiles while the ranks start.
+    with ThreadPoolExecutor(1) as pool:
+        ranks = pool.submit(run_ranks, _run_rank, degree, list(checks), timeout=timeout)
+        by_device = [check.run_jax(mesh) for check in checks]
+        by_rank = ranks.result()
     results = []
-    for check, parts in zip(checks, zip(*by_rank, strict=True), strict=True):
-        result, jax_side, torch_side = _compare(check, degree, parts, mesh)
+    for check, jax_side, parts in zip(checks, by_device, zip(*by_rank, strict=True), strict=True):
+        result, torch_side = _compare(check, degree, parts, jax_side)
         if save_failing is not None and not result.passed:
             _save(save_failing, result, check.inputs, jax_side, torch_side)
         if on_result is not None:
@@ -145,18 +150,18 @@ def _run_rank(rank: int, checks: Sequence[Check]) -> list[Outputs | str]:
 
 
 def _compare(
-    check: Check, degree: int, parts: Sequence[Outputs | str], mesh: Mesh
-) -> tuple[Result, Outputs, Outputs]:
+    check: Check, degree: int, parts: Sequence[Outputs | str], jax_side: Outputs
+) -> tuple[Result, Outputs]:
     errors = [part for part in parts if isinstance(part, str)]
     arrays = [part for part in parts if not isinstance(part, str)]
     if errors:
         result = Result(check.name, check.shape, degree, {}, check.expected, errors[0])
-        return result, {}, {}
-    jax_side, torch_side, truth = check.run_jax(mesh), check.joined(arrays), check.truth()
+        return result, {}
+    torch_side, truth = check.joined(arrays), check.truth()
     missing = sorted(jax_side.keys() - torch_side.keys())
     if missing and check.expected == "right":
         error = f"PyTorch gave no {', '.join(missing)}."
-        return Result(check.name, check.shape, degree, {}, error=error), jax_side, torch_side
+        return Result(check.name, check.shape, degree, {}, error=error), torch_side
     reports = {}
     for name in torch_side:
         references = {"torch": torch_side[name]}
@@ -168,7 +173,7 @@ def _compare(
         golden = expected_digest(check.inputs, check.is_causal)
         hashes = {"sha256": digest(jax_side), "golden": golden}
     result = Result(check.name, check.shape, degree, reports, check.expected, **hashes)
-    return result, jax_side, torch_side
+    return result, torch_side
 
 
 def _save(folder: Path, result: Result, inputs: Arrays, jax_side: Outputs, torch_side: Outputs):

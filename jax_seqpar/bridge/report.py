@@ -52,7 +52,7 @@ def summary(results: Sequence[Result]) -> str:
         share = sum(x.differing for x in plain) / sum(x.total for x in plain)
         rounded = f"attention that is not exact differs in {100 * share:.0f} % of the elements"
     if not equal:
-        return f"DIFFERENT, as it must be: {rounded}."
+        return f"DIFFERENT, as plain kernels must be: {rounded}."
     parts = [f"EQUAL: {len(equal)} checks, {bits:,} elements, 0 bits differ{caught}", rounded]
     return "; ".join(filter(None, parts)) + "."
 
