@@ -70,6 +70,7 @@ SHAPES = {
     "one token": Case(batch=1, tokens=1, heads=1, kv_heads=1, head_dim=4),
     "one channel": Case(batch=1, tokens=9, heads=2, kv_heads=1, head_dim=1),
     "many channels": Case(batch=1, tokens=6, heads=1, kv_heads=1, head_dim=512),
+    "more than one sum of float64": Case(batch=1, tokens=2100, heads=1, kv_heads=1, head_dim=4),
     "more than a chunk": Case(batch=1, tokens=300, heads=2, kv_heads=1, head_dim=64),
 }
 

@@ -12,6 +12,7 @@ from jax_seqpar import (
     MeshLayout,
     dense_attention,
     dot_product_attention,
+    exact_attention,
     heads_to_sequence,
     sequence_to_heads,
     ulysses_attention,
@@ -155,6 +156,32 @@ CALLS = {
         {"query_seq_lengths": array(2)},
         r"query_seq_lengths must be integers of shape \(B,\) = \(2,\), got float32\[2\]",
     ),
+    "segments of other tokens": (
+        qkv(),
+        {"segment_ids": array(2, 15, dtype=jnp.int32)},
+        r"segment_ids must be integers of shape \[B, S\] = \[2, 16\], or a pair "
+        r".*got int32\[2, 15\]",
+    ),
+    "segments of another kind": (
+        qkv(),
+        {"segment_ids": (array(2, 16), array(2, 16, dtype=jnp.int32))},
+        r"segment_ids must be integers .*got float32\[2, 16\], int32\[2, 16\]",
+    ),
+    "a soft cap of 0": (
+        qkv(),
+        {"logits_soft_cap": 0.0},
+        r"logits_soft_cap must be a positive Python number, got 0.0. None, and not 0",
+    ),
+    "an array as soft cap": (
+        qkv(),
+        {"logits_soft_cap": jnp.ones(())},
+        r"logits_soft_cap must be a positive Python number",
+    ),
+    "a dtype that is not exact": (
+        tuple(x.astype(jnp.float8_e5m2) for x in qkv()),
+        {"attention": exact_attention},
+        r"exact attention takes float32, bfloat16 and float16, got float8_e5m2. Write query.astype",
+    ),
     "an array as scale": (
         qkv(),
         {"scale": jnp.ones(())},
@@ -216,6 +243,21 @@ def test_the_front_door(arrays, options, message, compile):
     call = partial(dot_product_attention, **({"mesh": MESH} | options))
     with pytest.raises(ValueError, match=f"(?s){message}"):
         (jax.jit(call) if compile else call)(*arrays)
+
+
+@pytest.mark.parametrize("chunk", (0, -1, 2.0, True))
+@pytest.mark.parametrize("name", ("query_chunk", "key_chunk"))
+def test_chunks_of_exact_attention(name, chunk):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer or None, got {chunk}"):
+        exact_attention(*qkv(), **{name: chunk})
+
+
+@pytest.mark.parametrize(("tokens", "heads"), ((1 << 21, 1), (1 << 18, 8)))
+def test_more_tokens_than_exact_sums_have_room_for(tokens, heads):
+    shapes = (jax.ShapeDtypeStruct((1, tokens, n, 1), jnp.float32) for n in (heads, 1, 1))
+    message = rf"fewer than 2\^21 keys, and queries of one KV head, got {tokens} and {1 << 21}"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(exact_attention, *shapes)
 
 
 def test_an_axis_that_the_layout_forgets():
