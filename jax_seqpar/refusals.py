@@ -286,11 +286,19 @@ def check_exact(query: Any, key: Any, devices: int, *, query_chunk: Any, key_chu
             raise ValueError(f"{name} must be a positive integer or None, got {chunk!r}.")
 
 
-def no_gradient(name: str) -> ValueError:
+def no_gradient_for_bias() -> ValueError:
     """The refusal of a derivative that is not defined."""
     return ValueError(
-        f"exact attention has no gradient for {name}. Write jax.lax.stop_gradient({name}), "
-        f"or use another attention."
+        "exact attention has no gradient for bias. Write jax.lax.stop_gradient(bias), or use "
+        "another attention."
+    )
+
+
+def no_second_derivative() -> ValueError:
+    """The refusal of a derivative of a gradient."""
+    return ValueError(
+        "exact attention can be differentiated once, not twice, as its gradients are rounded like "
+        "its output. Use jax_seqpar.dense_attention for second derivatives."
     )
 
 

@@ -289,6 +289,22 @@ def test_a_gradient_for_bias_is_refused():
     jax.grad(lambda q: exact_attention(q, *operands[1:], bias=bias).sum())(operands[0])
 
 
+def test_derivatives_that_it_does_not_have_are_refused():
+    query, key, value, grad = map(jnp.asarray, CASE.inputs().values())
+
+    def loss(query):
+        return (exact_attention(query, key, value) * grad).sum()
+
+    def gradient_norm(query):
+        return (jax.grad(loss)(query) ** 2).sum()
+
+    for second in (jax.hessian(loss), jax.grad(gradient_norm), jax.jit(jax.grad(gradient_norm))):
+        with pytest.raises(ValueError, match=r"once, not twice, .*jax_seqpar\.dense_attention"):
+            second(query)
+    with pytest.raises(TypeError, match=r"forward-mode .* custom_vjp"):
+        jax.jvp(loss, (query,), (query,))
+
+
 def test_the_flag_of_the_user_is_left_alone():
     inputs = CASE.inputs()
     out = exact_attention(*map(jnp.asarray, list(inputs.values())[:3]))

@@ -92,7 +92,7 @@ def exact_attention(
         key_chunk=min(S, key_chunk or 256, max(limit // INNER, 1)),
         sum_limit=limit,
     )
-    bias = None if bias is None else _without_gradient(bias)
+    bias = None if bias is None else _undifferentiated(refusals.no_gradient_for_bias, bias)
     return _attention(options, query, key, value, bias, arrays)
 
 
@@ -105,14 +105,18 @@ def _attention(options: Options, query: Any, key: Any, value: Any, bias: Any, ar
     return _attention_fwd(options, query, key, value, bias, arrays)[0]
 
 
-def _attention_fwd(options: Options, *operands: Any):
+def _attention_fwd(options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any):
+    query, key, value = map(_once, (query, key, value))
+    operands = (query, key, value, bias, arrays)
     out = _looped_by_vmap(partial(_forward, options))(*operands)
-    return out.astype(operands[0].dtype), (operands, out)
+    return out.astype(query.dtype), (operands, out)
 
 
 def _attention_bwd(options: Options, residuals: Any, grad: Any):
-    operands, out = residuals
-    return (*_looped_by_vmap(partial(_backward, options))(*operands, out, grad), None, None)
+    (query, key, value, bias, arrays), out = residuals
+    query, key, value, out, grad = map(_once, (query, key, value, out, grad))
+    gradient = _looped_by_vmap(partial(_backward, options))
+    return (*gradient(query, key, value, bias, arrays, out, grad), None, None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -215,11 +219,16 @@ def _of_head(index: Array, batch: int, kv_heads: int, bias: Any, arrays: Any) ->
     return of_heads(bias), {**own, "mask": of_heads(arrays["mask"])}
 
 
-@jax.custom_jvp
-def _without_gradient(bias: Array) -> Array:
-    return bias
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _undifferentiated(refusal: Callable[[], ValueError], x: Array) -> Array:
+    """x, through which no derivative goes."""
+    return x
 
 
-@_without_gradient.defjvp
-def _refuse_gradient(primals: Any, tangents: Any):
-    raise refusals.no_gradient("bias")
+@_undifferentiated.defjvp
+def _refuse(refusal: Callable[[], ValueError], primals: Any, tangents: Any):
+    raise refusal()
+
+
+# What is seen here is differentiated already, if at all.
+_once = partial(_undifferentiated, refusals.no_second_derivative)
