@@ -220,7 +220,7 @@ def _of_head(index: Array, batch: int, kv_heads: int, bias: Any, arrays: Any) ->
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _undifferentiated(refusal: Callable[[], ValueError], x: Array) -> Array:
+def _undifferentiated(refusal: Callable[[], ValueError], x: Any) -> Any:
     """x, through which no derivative goes."""
     return x
 
