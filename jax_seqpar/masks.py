@@ -117,6 +117,6 @@ def _per_sequence(lengths: Int[Array, "B"]) -> Int[Array, "B 1 1 1"]:
 
 def window(local_window_size: Window) -> tuple[int, int]:
     """`(left, right)` of a window given as one integer or two."""
-    if isinstance(local_window_size, int):
-        return local_window_size, local_window_size
-    return local_window_size
+    pair = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
+    left, right = (min(n, 1 << 30) for n in pair)  # more would leave int32 when a token is added
+    return left, right

@@ -308,7 +308,7 @@ def check_scalars(
     """Refuses options that are not plain Python values."""
     cap = logits_soft_cap
     number = isinstance(cap, int | float) and not isinstance(cap, bool)
-    if cap is not None and not (number and 0 < cap < float("inf")):
+    if cap is not None and not (number and 1e-30 < cap < 1e30):
         raise ValueError(
             f"logits_soft_cap must be a positive Python number, got {cap!r}. "
             f"None, and not 0, leaves the logits as they are."

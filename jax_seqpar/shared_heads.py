@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Shaped
 from .reshard import AxisName
 
 
+# Static, so that it passes through a kernel that is compiled or rematerialised by itself.
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class SharedHeads:
     """The devices that have the same KV heads, each with some of their query heads.

@@ -34,7 +34,8 @@ def ulysses_attention(
         them.
       attention: any attention of one device, called as `attention(query, key, value)` with N/P
         query heads. Bind masks and options beforehand, with `functools.partial`. If it has a
-        parameter `shared_heads`, it is told which devices have the same KV head.
+        parameter `shared_heads`, it is told which devices have the same KV head; a `lambda` around
+        it hides the parameter.
 
     Returns:
       This device's tokens of the output, all heads.
