@@ -103,8 +103,10 @@ def exact_dot(a: Shaped[Array, "... M H"], b: Shaped[Array, "... N H"]) -> Float
     Args:
       a, b: float32, bfloat16 or float16, or float64 of their range; leading axes broadcast.
     """
-    high, low = jnp.einsum("d...MH,...NH->d...MN", left_digits(flush(a)), right_on_grid(flush(b)))
-    return high + low
+    with jax.enable_x64(True):
+        left, right = left_digits(flush(a)), right_on_grid(flush(b))
+        high, low = jnp.einsum("d...MH,...NH->d...MN", left, right)
+        return high + low
 
 
 def digits(x: Float[Array, "... H"]) -> Float[Array, "... H3"]:
