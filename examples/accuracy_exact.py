@@ -68,11 +68,13 @@ def gaussian(rng: np.random.Generator, case: Case) -> Arrays:
 
 
 def heavy_tails(rng: np.random.Generator, case: Case) -> Arrays:
+    """Query, key and value of Student's t with 2 degrees of freedom."""
     inputs = _normal(rng, case)
     return inputs | {name: rng.standard_t(2, inputs[name].shape) for name in NAMES[:3]}
 
 
 def outlier_channels(rng: np.random.Generator, case: Case) -> Arrays:
+    """Two channels of query, key and value, each its own, 100 times as large."""
     inputs = _normal(rng, case)
     for name in NAMES[:3]:
         inputs[name][..., rng.choice(case.head_dim, 2, replace=False)] *= 100
@@ -80,6 +82,7 @@ def outlier_channels(rng: np.random.Generator, case: Case) -> Arrays:
 
 
 def outlier_tokens(rng: np.random.Generator, case: Case) -> Arrays:
+    """Four tokens of query, key and value, each its own, 300 times as large."""
     inputs = _normal(rng, case)
     for name in NAMES[:3]:
         inputs[name][:, rng.choice(case.tokens, 4, replace=False)] *= 300
@@ -87,16 +90,19 @@ def outlier_tokens(rng: np.random.Generator, case: Case) -> Arrays:
 
 
 def peak(rng: np.random.Generator, case: Case) -> Arrays:
+    """Key 0 far above the others."""
     return _first_key_above(rng, case, 21.0)
 
 
 def empty_peak(rng: np.random.Generator, case: Case) -> Arrays:
+    """The same, with a value of 0: the output is what the others hold."""
     inputs = peak(rng, case)
     inputs["value"][:, 0] = 0
     return inputs
 
 
 def sink(rng: np.random.Generator, case: Case) -> Arrays:
+    """Key 0 above the others by less, with a value of 0."""
     inputs = _first_key_above(rng, case, 10.0)
     inputs["value"][:, 0] = 0
     return inputs
@@ -175,10 +181,12 @@ def with_torch(inputs: Arrays) -> Arrays:
 
 
 def exact(inputs: Arrays) -> Arrays:
+    """Output and gradients of `exact_attention`."""
     return with_jax(exact_attention, inputs)
 
 
 def jax_nn(inputs: Arrays) -> Arrays:
+    """Output and gradients of `jax.nn.dot_product_attention`."""
     return with_jax(jax.nn.dot_product_attention, inputs)
 
 

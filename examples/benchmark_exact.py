@@ -61,6 +61,7 @@ def jax_runs(attention: Callable[..., Any], inputs: Arrays, dtype: Any = jnp.flo
 
 
 def torch_runs(attention: Callable[..., Any], inputs: Arrays, heads_first: bool) -> list[Run]:
+    """Forward without and with gradients, batch-first or heads first."""
     *leaves, grad = (numpy_to_torch(x) for x in inputs.values())
     if heads_first:
         *leaves, grad = (x.transpose(1, 2).contiguous() for x in (*leaves, grad))

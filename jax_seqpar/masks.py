@@ -87,19 +87,13 @@ class Masks:
 
     def keys_of(self, queries: Block, key_tokens: int) -> tuple[Array, Array]:
         """First key, and one past the last, that causality and window leave to some query."""
-        first, last = queries.start, queries.start + queries.size - 1
         left, right = self._reach()
-        low = 0 if left is None else first - left
-        high = key_tokens if right is None else last + right + 1
-        return jnp.clip(low, 0, key_tokens), jnp.clip(high, 0, key_tokens)
+        return _around(queries, left, right, key_tokens)
 
     def queries_of(self, keys: Block, query_tokens: int) -> tuple[Array, Array]:
         """First query, and one past the last, that causality and window leave to some key."""
-        first, last = keys.start, keys.start + keys.size - 1
         left, right = self._reach()
-        low = 0 if right is None else first - right
-        high = query_tokens if left is None else last + left + 1
-        return jnp.clip(low, 0, query_tokens), jnp.clip(high, 0, query_tokens)
+        return _around(keys, right, left, query_tokens)
 
     def _reach(self) -> tuple[int | None, int | None]:
         """How far a query sees to the left and to the right; None without limit."""
@@ -113,6 +107,15 @@ class Masks:
 
 def _per_sequence(lengths: Int[Array, "B"]) -> Int[Array, "B 1 1 1"]:
     return lengths.astype(jnp.int32)[:, None, None, None]
+
+
+def _around(
+    block: Block, before: int | None, after: int | None, tokens: int
+) -> tuple[Array, Array]:
+    """The tokens at most so far from one of a block; None without limit."""
+    low = 0 if before is None else block.start - before
+    high = tokens if after is None else block.start + block.size + after
+    return jnp.clip(low, 0, tokens), jnp.clip(high, 0, tokens)
 
 
 def window(local_window_size: Window) -> tuple[int, int]:

@@ -18,10 +18,7 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
     """Refuses arrays that are not one attention's query, key and value, whatever the mesh."""
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
-        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
-            raise ValueError(
-                f"{name} must be an array, got {type(x).__name__}. Write jnp.asarray({name})."
-            )
+        _check_is_array(name, x)
         if len(x.shape) != 4:
             raise ValueError(
                 f"{name} must have 4 axes {_AXES[name]}, got shape {x.shape}. "
@@ -55,6 +52,13 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
         raise ValueError(
             f"query heads N = {N} must be a multiple of the KV heads K = {K}. {got} "
             f"Query head n reads KV head n // (N / K)."
+        )
+
+
+def _check_is_array(name: str, x: Any) -> None:
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        raise ValueError(
+            f"{name} must be an array, got {type(x).__name__}. Write jnp.asarray({name})."
         )
 
 
@@ -224,6 +228,7 @@ def check_masks(
     ):
         if x is None:
             continue
+        _check_is_array(name, x)
         if not jnp.issubdtype(x.dtype, kind):
             other = (
                 "mask= takes a boolean array, True attends"
@@ -243,6 +248,7 @@ def check_masks(
     ):
         if x is None:
             continue
+        _check_is_array(name, x)
         if x.shape != (B,) or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(
                 f"{name} must be integers of shape (B,) = ({B},), got {x.dtype}{list(x.shape)}. "
@@ -255,6 +261,8 @@ def _check_segment_ids(segment_ids: Any, batch: int, query_tokens: int, key_toke
     if segment_ids is None:
         return
     pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    for x in pair:
+        _check_is_array("segment_ids", x)
     shapes = ((batch, query_tokens), (batch, key_tokens))
     if len(pair) != 2 or any(
         x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer)
@@ -268,8 +276,15 @@ def _check_segment_ids(segment_ids: Any, batch: int, query_tokens: int, key_toke
         )
 
 
-def check_exact(query: Any, key: Any, devices: int, *, query_chunk: Any, key_chunk: Any) -> None:
+def check_exact(
+    query: Any, key: Any, bias: Any, devices: int, *, query_chunk: Any, key_chunk: Any
+) -> None:
     """Refuses what exact attention is not defined for."""
+    if bias is not None and bias.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"the bias of exact attention is float32, bfloat16 or float16, got {bias.dtype}. "
+            f"Write bias.astype(jnp.float32)."
+        )
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(
             f"exact attention takes float32, bfloat16 and float16, got {query.dtype}. "
@@ -310,13 +325,17 @@ def check_scalars(
     number = isinstance(cap, int | float) and not isinstance(cap, bool)
     if cap is not None and not (number and 1e-30 < cap < 1e30):
         raise ValueError(
-            f"logits_soft_cap must be a positive Python number, got {cap!r}. "
+            f"logits_soft_cap must be a Python number between 1e-30 and 1e30, got {cap!r}. "
             f"None, and not 0, leaves the logits as they are."
         )
     if isinstance(scale, bool) or not (scale is None or isinstance(scale, int | float)):
         raise ValueError(
             f"scale must be a Python number, got {type(scale).__name__}. "
             f"Multiply the query by a scale that is an array."
+        )
+    if scale is not None and not abs(scale) < 1e30:
+        raise ValueError(
+            f"scale must be finite and below 1e30, got {scale!r}. None is 1 / sqrt(H)."
         )
     if not isinstance(is_causal, bool):
         raise ValueError(

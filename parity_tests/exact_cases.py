@@ -114,4 +114,5 @@ def torch_exact(inputs: Arrays, **options: Any) -> Arrays:
 
 
 def is_array(x: Any) -> bool:
+    """Whether an option is an array, or a pair of them."""
     return isinstance(x, np.ndarray) or (isinstance(x, tuple) and isinstance(x[0], np.ndarray))

@@ -17,10 +17,12 @@ OPTIONS = {"is_causal": True, "logits_soft_cap": 20.0}
 
 
 def inputs() -> list[np.ndarray]:
+    """Query, key, value and grad."""
     return list(adversarial(CASE.inputs()).values())
 
 
 def sha256(arrays: list) -> str:
+    """Of the bits of arrays, one after the other."""
     digest = hashlib.sha256()
     for x in arrays:
         digest.update(np.ascontiguousarray(x).tobytes())
@@ -28,6 +30,7 @@ def sha256(arrays: list) -> str:
 
 
 def main() -> None:
+    """One line for one device, one for four."""
     jax.config.update("jax_num_cpu_devices", 4)
     mesh = jax.make_mesh((4,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
 

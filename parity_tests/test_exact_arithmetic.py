@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_seqpar.exact import arithmetic, elementary
+from jax_seqpar.exact import arithmetic, contract, elementary, exact_dot
 from jax_seqpar.exact.certificate import EXP_HARD_CASES
 from torch_ref import exact as reference
 
@@ -488,3 +488,15 @@ def test_soft_cap_at_its_ends(of):
     capped, slope = of.soft_cap(np.array([np.inf, -np.inf, 1e30, np.nan]), 30.0)
     np.testing.assert_array_equal(capped, [30, -30, 30, np.nan])
     np.testing.assert_array_equal(slope, [0, 0, 0, np.nan])
+
+
+def test_float64_is_switched_on_for_the_public_functions():
+    """Called as a user does, without any scope."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((5, 64)).astype(np.float32) for _ in range(2))
+    dots = exact_dot(jnp.asarray(a), jnp.asarray(b))
+    assert dots.dtype == jnp.float64
+    assert np.abs(np.asarray(dots) - a.astype(np.float64) @ b.T.astype(np.float64)).max() < 1e-7
+    ones = jnp.ones((3, 2))
+    assert contract(ones, ones).dtype == jnp.float64
+    assert np.array_equal(contract(ones, ones), np.full((2, 2), 3.0))

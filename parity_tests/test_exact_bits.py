@@ -1,5 +1,6 @@
 """Exact attention: PyTorch and JAX, written apart, agree in every bit; and nothing moves a bit."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -123,6 +124,25 @@ def test_queries_and_keys_of_two_lengths(vma):
     attend = partial(dot_product_attention, attention=exact_attention, mesh=mesh, check_vma=vma)
     ours = output_and_gradients(attend)(**inputs)
     check_equal(dict(zip(NAMES, ours, strict=True)), torch_exact(inputs))
+
+
+@pytest.mark.parametrize("wrap", (partial(jax.jit, static_argnames="is_causal"), jax.checkpoint))
+def test_a_kernel_that_is_wrapped_still_knows_who_shares_its_heads(wrap):
+    attention = wrap(exact_attention)
+    case = replace(FEW_KV_HEADS, batch=1, is_causal=False)
+    attend = partial(dot_product_attention, attention=attention, mesh=ONE_AXIS[8].mesh())
+    results = output_and_gradients(attend)(**case.inputs())
+    check_equal(dict(zip(NAMES, map(np.asarray, results), strict=True)), single_device(case))
+
+
+@pytest.mark.parametrize("size", (2**31 - 1, (2**40, 2**31)))
+def test_a_window_wider_than_any_sequence(size):
+    inputs = CASE.inputs()
+    check_equal(jax_exact(inputs, local_window_size=size), jax_exact(inputs))
+    operands = [jnp.asarray(inputs[name]) for name in ("query", "key", "value")]
+    assert jnp.array_equal(
+        dense_attention(*operands, local_window_size=size), dense_attention(*operands)
+    )
 
 
 def test_lengths_are_masks():
@@ -303,6 +323,15 @@ def test_derivatives_that_it_does_not_have_are_refused():
             second(query)
     with pytest.raises(TypeError, match=r"forward-mode .* custom_vjp"):
         jax.jvp(loss, (query,), (query,))
+
+
+def test_bias_is_refused_a_gradient_where_nothing_is_to_attend():
+    empty = jnp.zeros((1, 0, 1, 4))
+    query = jnp.zeros((1, 3, 1, 4))
+    with pytest.raises(ValueError, match="no gradient for bias"):
+        jax.grad(lambda bias: exact_attention(query, empty, empty, bias=bias).sum())(
+            jnp.zeros((1, 1, 3, 1))
+        )
 
 
 def test_the_flag_of_the_user_is_left_alone():

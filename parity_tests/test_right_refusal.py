@@ -170,12 +170,28 @@ CALLS = {
     "a soft cap of 0": (
         qkv(),
         {"logits_soft_cap": 0.0},
-        r"logits_soft_cap must be a positive Python number, got 0.0. None, and not 0",
+        r"logits_soft_cap must be a Python number between 1e-30 and 1e30, got 0.0. None, and not 0",
     ),
     "an array as soft cap": (
         qkv(),
         {"logits_soft_cap": jnp.ones(())},
-        r"logits_soft_cap must be a positive Python number",
+        r"logits_soft_cap must be a Python number between",
+    ),
+    "a soft cap that is 0 in float32": (
+        qkv(),
+        {"logits_soft_cap": 1e-50},
+        r"logits_soft_cap must be a Python number between 1e-30 and 1e30, got 1e-50",
+    ),
+    "a scale of NaN": (qkv(), {"scale": float("nan")}, r"scale must be finite .*got nan"),
+    "a mask that is a list": (
+        qkv(),
+        {"mask": [[[[True]]]]},
+        r"mask must be an array, got list. Write jnp.asarray\(mask\)",
+    ),
+    "segments that are a list": (
+        qkv(),
+        {"segment_ids": [[0] * 16] * 2},
+        r"segment_ids must be an array, got list",
     ),
     "a dtype that is not exact": (
         tuple(x.astype(jnp.float8_e5m2) for x in qkv()),
@@ -243,6 +259,12 @@ def test_the_front_door(arrays, options, message, compile):
     call = partial(dot_product_attention, **({"mesh": MESH} | options))
     with pytest.raises(ValueError, match=f"(?s){message}"):
         (jax.jit(call) if compile else call)(*arrays)
+
+
+def test_a_bias_of_exact_attention_that_jax_would_round():
+    """To float32, or not, as `jax_enable_x64` says."""
+    with pytest.raises(ValueError, match=r"bias of exact .*got float64. Write bias.astype"):
+        exact_attention(*qkv(), bias=np.zeros((1, 1, 16, 16)))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("chunk", (0, -1, 2.0, True))

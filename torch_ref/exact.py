@@ -413,6 +413,10 @@ def _check(
         raise ValueError(f"query and key must agree in B and H. {got}")
     if K == 0 or N % K:
         raise ValueError(f"KV heads K = {K} must divide the query heads N = {N}. {got}")
+    if bias is not None and bias.dtype not in DTYPES:
+        raise ValueError(
+            f"bias must be float32, bfloat16 or float16, got {bias.dtype}. Write bias.float()."
+        )
     if bias is not None and bias.requires_grad:
         raise ValueError("bias has no gradient here, but requires one. Write bias.detach().")
     if cap is not None and not 0 < nearest32(cap) < math.inf:

@@ -1,8 +1,9 @@
 """Sums without rounding: numbers on grids, whose products add up exactly in float64.
 
-The words are those of the specification in `jax_seqpar.exact`. Call everything here inside
-`with jax.enable_x64(True):`, as float64 needs. On a backend that `certify` passes, no compiler,
-BLAS, thread count or order of additions can change a bit of any result.
+The words are those of the specification in `jax_seqpar.exact`. `exact_dot` and `contract` switch
+float64 on for themselves; call the rest inside `with jax.enable_x64(True):`. On a backend that
+`certify` passes, no compiler, BLAS, thread count or order of additions can change a bit of any
+result.
 """
 
 import jax
@@ -154,17 +155,17 @@ def contract(
       limit: tokens of one float64 sum; more are added in int64.
     """
     S = x.shape[-2]
-    dtype = sum_dtype(S, limit)
-    x = digits(x)
 
     def piece(start: int) -> Array:
-        a, b = (y[..., start : start + limit, :] for y in (weights, x))
-        return token_sums("...SM,...SH->...MH", a, b, dtype)
+        own = slice(start, start + limit)
+        a, b = (y[..., own, :].astype(jnp.float64) for y in (weights, x))
+        return token_sums("...SM,...SH->...MH", a, digits(b), sum_dtype(S, limit))
 
-    sums = piece(0)
-    for start in range(limit, S, limit):
-        sums = sums + piece(start)
-    return total(sums)
+    with jax.enable_x64(True):
+        sums = piece(0)
+        for start in range(limit, S, limit):
+            sums = sums + piece(start)
+        return total(sums)
 
 
 def out(x: Float[Array, "..."]) -> Float[Array, "..."]:

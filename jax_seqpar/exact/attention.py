@@ -41,9 +41,9 @@ def exact_attention(
 
     Output and gradients are the function that `jax_seqpar.exact` specifies: equal in every bit to
     `torch_ref.exact.exact_attention`, compiled or not, on any number of devices, on every backend
-    that `jax_seqpar.exact.certify` passes. As accurate as float32 attention, and not equal to a
-    stock kernel. Memory grows linearly with the tokens. Float64 inside, whatever `jax_enable_x64`
-    says. Reverse-mode derivatives, once.
+    that `jax_seqpar.exact.certify` passes. Not equal to a stock kernel, and nearer to float64 than
+    float32 kernels are, but for a row whose heavy keys have no value. Memory grows linearly with
+    the tokens. Float64 inside, whatever `jax_enable_x64` says. Reverse-mode derivatives, once.
 
     Args:
       query, key, value: float32, bfloat16 or float16, all the same; K divides N.
@@ -64,11 +64,11 @@ def exact_attention(
       The attention output, of the query's dtype; 0 for a query that may attend to no key.
 
     Raises:
-      ValueError: another dtype, sizes that do not fit, or a derivative with respect to bias.
+      ValueError: another dtype, sizes that do not fit, a derivative with respect to bias, or a
+        second derivative.
+      TypeError: of JAX, for a forward-mode derivative.
     """
     refusals.check_arrays(query, key, value)
-    devices = 1 if shared_heads is None else shared_heads.devices
-    refusals.check_exact(query, key, devices, query_chunk=query_chunk, key_chunk=key_chunk)
     arrays = {
         "mask": mask,
         "query_seq_lengths": query_seq_lengths,
@@ -76,9 +76,12 @@ def exact_attention(
         "segment_ids": segment_ids,
     }
     refusals.check_masks(query.shape, key.shape, bias=bias, **arrays)
+    devices = 1 if shared_heads is None else shared_heads.devices
+    refusals.check_exact(query, key, bias, devices, query_chunk=query_chunk, key_chunk=key_chunk)
     static = {"is_causal": is_causal, "local_window_size": local_window_size}
     refusals.check_scalars(scale=scale, logits_soft_cap=logits_soft_cap, **static)
 
+    bias = None if bias is None else _undifferentiated(refusals.no_gradient_for_bias, bias)
     (_, T, N, H), (_, S, K, _) = query.shape, key.shape
     if 0 in (*query.shape, S):
         return jnp.zeros_like(query)
@@ -92,7 +95,6 @@ def exact_attention(
         key_chunk=min(S, key_chunk or 256, max(limit // INNER, 1)),
         sum_limit=limit,
     )
-    bias = None if bias is None else _undifferentiated(refusals.no_gradient_for_bias, bias)
     return _attention(options, query, key, value, bias, arrays)
 
 
