@@ -35,23 +35,30 @@ Forward, for query i and the keys j of one head; q, k, v, do and bias are flushe
     z   = s * scale                        scale: the nearest float32, 1 / sqrt(H) by default
     z   = cap * tanh(z, cap)               where there is a logits_soft_cap, see below
     z   = z + bias_ij                      where there is a bias
+    z   = z - alibi * d_ij                 where the head has an ALiBi slope; d_ij is the distance
+                                           of their positions, but at most 2^29
     z   = -inf                             where i may not attend to j
-    m_i = max_j z                          NaN if any z is; 0 in its place where it is -inf
+    m_i = max_j z                          NaN if any z is; the larger of it and the head's sink,
+                                           where there are sinks; 0 in its place where it is -inf
     p   = exp(round32(z - m_i))            0 where z = -inf
     P   = rint(p * 2^32)
-    r_i = 1 / sum_j P                      0 where the sum is 0
-    o_i = out(contract(P, grid(v, E, 32)) * 2^(E - 32) * r_i)      E = E(v) over all the keys
+    r_i = 1 / sum_j P                      0 where the sum is 0; a sink adds the P of z = sink
+    P   = 0                                where the weight of i and j is dropped, see below
+    o_i = out(contract(P, grid(v, E, 32)) * 2^(E - 32) * (r_i * c))   E = E(v) over all the keys
 
-Where m_i = -inf (no key to attend to), o_i is 0 and dq_i is 0, whatever v, k and do hold.
+c is 1 without dropout. Slopes and sinks are float32 and flushed. Where every z is -inf (no key to
+attend to), o_i is 0 and dq_i is 0, whatever v, k and do hold.
 
 Backward, with the gradient do and o in float32, before any rounding to 16 bits:
 
-    dp  = dot(do_i, v_j),  D_i = dot(do_i, o_i)
+    dp  = dot(do_i, v_j) * c               0 where the weight is dropped
+    D_i = dot(do_i, o_i)
     w   = p * (r_i * 2^32)                 0 where p = 0
     ds  = w * (dp - D_i)                   0 where p = 0
     ds  = ds * slope                       where there is a logits_soft_cap; 0 where p = 0
     dq  = out(contract(grid(ds, E, 32), grid(k, E', 32)) * 2^(E - 32) * 2^(E' - 32) * scale)
     dk  = out(contract(grid(ds, E, 32), grid(q, E', 32)) * 2^(E - 32) * 2^(E' - 32) * scale)
+    w   = p * ((r_i * c) * 2^32)           0 where p = 0 and where the weight is dropped
     dv  = out(contract(grid(w,  E, 32), grid(do, E', 32)) * 2^(E - 32) * 2^(E' - 32))
 
 dq sums over keys: E(ds) over the keys of query i, E'(k) over all the keys. dk and dv sum over the
@@ -64,6 +71,14 @@ Soft cap (cap: the nearest float32; u and the result of tanh are float32):
     tanh  = round32(f(|u|)) with the sign of u, where f(u) = (1 - t) / (1 + t), but for |u| < 1/2
             the fraction u / (1 + u^2/(3 + u^2/(5 + u^2/(7 + u^2/(9 + u^2/11)))))
     slope = ((4 t) * g) * g,  g = 1 / (1 + t)
+
+Dropout at a rate below 1 - 2^-32, with the two words of a threefry key: threefry(key, x) is
+threefry2x32 of 20 rounds (Salmon et al. 2011), two words of 32 bits from two. b, n, t and s count
+the batch, the query heads, the queries and the keys of the whole attention, from 0:
+
+    word  = the first of threefry(threefry(key, (b, n)), (t, s))
+    limit = rint(rate * 2^32);  the weight is dropped where word < limit
+    c     = 2^32 / (2^32 - limit)
 
 So every product that feeds an addition is exact, and no compiler can change a bit by fusing them.
 
