@@ -7,9 +7,13 @@ prints it.
 """
 
 from .attention import dot_product_attention as dot_product_attention
+from .compiler import compiler_options as compiler_options
 from .exact import exact_attention as exact_attention
+from .kernels import blockwise_attention as blockwise_attention
 from .kernels import dense_attention as dense_attention
 from .layout import MeshLayout as MeshLayout
+from .padding import Padded as Padded
+from .padding import pad_to_degree as pad_to_degree
 from .reshard import heads_to_sequence as heads_to_sequence
 from .reshard import sequence_to_heads as sequence_to_heads
 from .ulysses import ulysses_attention as ulysses_attention

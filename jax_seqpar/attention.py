@@ -10,10 +10,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, Bool, Float, Int
 
 from . import refusals
-from .kernels import dense_attention
+from .description import AXES, PerToken, Window, describe
+from .heads import HeadPlan, plan_heads
+from .kernels import blockwise_attention
 from .layout import MeshLayout, axes_size, names
-from .masks import SegmentIds, Window
-from .shared_heads import tell_shared_heads
+from .shared_heads import adds_without_rounding, tell_shared_heads
 from .ulysses import ulysses_attention
 
 AnyMesh = Mesh | AbstractMesh
@@ -22,51 +23,54 @@ AnyMesh = Mesh | AbstractMesh
 def dot_product_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     *,
     bias: Float[Array, "..."] | None = None,
     mask: Bool[Array, "..."] | None = None,
     scale: float | None = None,
     is_causal: bool = False,
+    query_offset: int = 0,
+    positions: PerToken | None = None,
     query_seq_lengths: Int[Array, "B"] | None = None,
     key_value_seq_lengths: Int[Array, "B"] | None = None,
     local_window_size: Window | None = None,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: PerToken | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
     logits_soft_cap: float | None = None,
-    attention: Callable[..., Array] = dense_attention,
+    sinks: Float[Array, "N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Any = None,
+    attention: Callable[..., Array] = blockwise_attention,
     layout: MeshLayout = MeshLayout(),
     mesh: AnyMesh | None = None,
+    head_chunks: int = 1,
+    overlap: bool = True,
     check_vma: bool = True,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """`jax.nn.dot_product_attention` for sequences sharded over a mesh.
 
     Takes and returns global arrays, under `jax.jit` or not; arguments that have the name of one of
-    `jax.nn.dot_product_attention` mean the same, and with the default kernel a query without any
-    key gives 0. The work is `ulysses_attention` inside a `jax.shard_map` that is manual over every
-    axis of the mesh. Inside a `jax.shard_map` over other axes it runs forward only: JAX cannot
+    `jax.nn.dot_product_attention` mean the same, and with the kernels here a query without any key
+    gives 0. The work is `ulysses_attention` inside a `jax.shard_map` that is manual over every axis
+    of the mesh. Inside a `jax.shard_map` over other axes it runs forward only: JAX cannot
     differentiate nested ones. Make the outer one manual over all, and call `ulysses_attention`.
 
     Args:
       query, key, value: of one floating dtype; K divides N. Sharded as `layout` says; on a mesh
-        with Explicit axes they are resharded where their type says otherwise.
-      bias: added to the logits, broadcastable to `[B, N, T, S]`. Each device gets its heads' slice.
-      mask: True attends, broadcastable to `[B, N, T, S]`. Each device gets its heads' slice.
-      scale: of the logits; `1 / sqrt(H)` if None.
-      is_causal: query t attends to keys `s <= t`, both counted from 0.
-      query_seq_lengths, key_value_seq_lengths: valid tokens per batch entry; the rest is padding,
-        which is masked but has to be finite.
-      local_window_size: `(left, right)` or one integer for both: keys `t - left <= s <= t + right`.
-      segment_ids: a query attends to the keys of its own segment (packed documents): `[B, S]`, or a
-        pair `[B, T]`, `[B, S]`. Every device gets those of the whole sequence.
-      logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
+        with Explicit axes they are resharded where their type says otherwise. The degree divides T
+        and S (`pad_to_degree` sees to it), the heads need not be divisible.
+      bias, mask, ... dropout_rng: as `jax_seqpar.description.Description` says. Arrays with a head
+        axis are sharded like the heads, so each device gets its part; those of tokens, and what is
+        small, every device gets whole.
       attention: the local attention, called with all the tokens of some heads and with those
         keywords above that differ from their defaults.
       layout: the mesh axes of tokens, batch and heads.
       mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one query is sharded over.
+      head_chunks, overlap: as in `ulysses_attention`.
       check_vma: of `jax.shard_map`; False for a Pallas kernel that does not state how it varies.
 
     Returns:
-      The attention output, of the query's shape and dtype, sharded as `layout` says.
+      The attention output, of the query's dtype, sharded as `layout` says.
 
     Raises:
       ValueError: before any communication, for everything that does not fit or is not supported.
@@ -76,51 +80,71 @@ def dot_product_attention(
       layout = MeshLayout(tokens="seq", batch="data")
       out = dot_product_attention(q, k, v, is_causal=True, layout=layout, mesh=mesh)
     """
-    refusals.check_arrays(query, key, value)
+    description = describe(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_offset=query_offset,
+        positions=positions,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        segment_ids=segment_ids,
+        alibi_slopes=alibi_slopes,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+    )
     manual = jax.sharding.get_abstract_mesh().manual_axes
     mesh = jax.sharding.get_abstract_mesh() if manual else _find_mesh(mesh, query)
     refusals.check_mesh(layout, mesh.shape, manual)
     for name, x in (("query", query), ("key", key), ("value", value)):
         refusals.check_sharding(name, jax.typeof(x).sharding.spec, layout)
     refusals.check_division(query.shape, key.shape, layout, mesh.shape)
-    static = {
-        "scale": scale,
-        "is_causal": is_causal,
-        "local_window_size": local_window_size,
-        "logits_soft_cap": logits_soft_cap,
-    }
-    refusals.check_scalars(**static)
+    refusals.check_keywords(attention, list(description.keywords))
+    refusals.check_chunks_have_an_axis(head_chunks, layout)
+
+    degree, tensor_parallel = (axes_size(x, mesh.shape) for x in (layout.tokens, layout.heads))
+    N, K = query.shape[2] // tensor_parallel, max(key.shape[2] // tensor_parallel, 1)
+    plan = plan_heads(N, K, degree, may_copy=not adds_without_rounding(attention))
     arrays = {
-        "bias": bias,
-        "mask": mask,
-        "query_seq_lengths": query_seq_lengths,
-        "key_value_seq_lengths": key_value_seq_lengths,
-        "segment_ids": segment_ids,
+        name: jax.tree.map(partial(_with_added_heads, name, plan=plan, heads=N), x)
+        for name, x in description.arrays.items()
     }
-    refusals.check_masks(query.shape, key.shape, **arrays)
-
-    static = _given(static | {"is_causal": is_causal or None})
-    arrays = _given(arrays)
-    refusals.check_keywords(attention, [*static, *arrays])
-
     # Fewer KV heads than tensor-parallel shards: they stay whole, and each shard takes its one.
-    tensor_parallel = axes_size(layout.heads, mesh.shape)
     whole_kv = key.shape[2] % tensor_parallel != 0
     kv_spec = replace(layout, heads=None).spec if whole_kv else layout.spec
+    static = {n: x for n, x in description.keywords.items() if n not in AXES}
 
     def per_device(query: Array, key: Array, value: Array, arrays: dict[str, Any]) -> Array:
-        local = partial(attention, **static, **arrays)
+        per_head = {name: x for name, x in arrays.items() if "heads" in AXES[name]}
+        rest = {name: x for name, x in arrays.items() if name not in per_head}
+        local = partial(attention, **static, **rest)
         if whole_kv:
             shared = ((names(layout.heads), tensor_parallel // key.shape[2]),)
             if layout.tokens is not None:
-                shared += ((layout.tokens, axes_size(layout.tokens, mesh.shape)),)
+                shared += ((layout.tokens, plan.copies),)
             local = tell_shared_heads(local, shared)
             key, value = (_own_head(x, layout, tensor_parallel) for x in (key, value))
         if layout.tokens is None:
-            out = local(query, key, value)
-            refusals.check_local_output(out, query)
+            out = local(query, key, value, **per_head)
+            refusals.check_local_output(out, query, value)
             return out
-        return ulysses_attention(query, key, value, axis_name=layout.tokens, attention=local)
+        return ulysses_attention(
+            query,
+            key,
+            value,
+            axis_name=layout.tokens,
+            attention=local,
+            per_head=per_head,
+            head_chunks=head_chunks,
+            overlap=overlap,
+        )
 
     array_specs = {
         name: jax.tree.map(partial(_array_spec, name, layout=layout), x)
@@ -154,23 +178,31 @@ def _find_mesh(mesh: AnyMesh | None, query: Any) -> AnyMesh:
     raise refusals.no_mesh()
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:
     """The one KV head that this tensor-parallel shard's query heads read."""
     head = jax.lax.axis_index(names(layout.heads)) * x.shape[2] // tensor_parallel
     return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
 
 
+def _with_added_heads(name: str, x: Array, *, plan: HeadPlan, heads: int) -> Array:
+    """An array as it is sharded: with the heads that are added to those of each shard."""
+    if "heads" not in AXES[name]:
+        return x
+    axis = AXES[name].index("heads")
+    if x.shape[axis] == 1 or plan.is_trivial:
+        return x
+    by_shard = x.reshape(*x.shape[:axis], -1, heads, *x.shape[axis + 1 :])
+    return plan.pad_queries(by_shard, axis + 1).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+
 def _array_spec(name: str, x: Array, *, layout: MeshLayout) -> PartitionSpec:
     """The batch as the layout has it, heads as the reshard leaves them, and the tokens whole."""
-    heads = (*names(layout.heads), *names(layout.tokens))
-    per_token = (layout.batch, None)  # segment ids
-    sharded = per_token if name == "segment_ids" else (layout.batch, heads, None, None)[: x.ndim]
+    mesh_axes = {"batch": layout.batch, "heads": (*names(layout.heads), *names(layout.tokens))}
     return PartitionSpec(
-        *(axes if n > 1 else None for n, axes in zip(x.shape, sharded, strict=True))
+        *(
+            mesh_axes[axis] if axis is not None and n > 1 else None
+            for n, axis in zip(x.shape, AXES[name], strict=True)
+        )
     )
 
 

@@ -11,7 +11,7 @@ from .layout import MeshLayout, axes_size, names
 
 Shape = tuple[int, ...]
 
-_AXES = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, H]"}
+_AXES = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, V]"}
 
 
 def check_arrays(query: Any, key: Any, value: Any) -> None:
@@ -35,9 +35,9 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
             f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and "
             f"{value.dtype}. Cast them, for example key.astype(query.dtype)."
         )
-    if key.shape != value.shape:
+    if key.shape[:3] != value.shape[:3]:
         raise ValueError(
-            f"key and value must have the same shape [B, S, K, H]. {got} "
+            f"key [B, S, K, H] and value [B, S, K, V] must agree in B, S and K. {got} "
             f"Repeat or project the smaller one."
         )
     for axis, size_name in ((0, "batch size B"), (3, "head dimension H")):
@@ -90,39 +90,69 @@ def check_reshard(shape: Shape, dtype: Any, split_axis: int, axis_name: Any) -> 
         )
 
 
-def check_heads(query: Shape, key: Shape, axis_name: Any, degree: int, shards: int = 1) -> None:
-    """Refuses heads that the devices of the token axis cannot share evenly.
-
-    Args:
-      query, key: the shapes.
-      axis_name: the mesh axis (or axes) of the tokens.
-      degree: its size.
-      shards: tensor-parallel devices that the heads are sharded over already.
-    """
-    N, K = query[2] // shards, max(key[2] // shards, 1)
-    per_shard = f" in each of {shards} tensor-parallel shards" if shards > 1 else ""
-    devices = f"the {degree} devices of mesh axis {axis_name!r}"
-    got = f"Got query {query}, key {key}."
-    if N % degree:
+def check_head_chunks(chunks: Any, heads: int, kv_heads: int, *, sums_exactly: bool) -> None:
+    """Refuses slices of a device's heads that are not equal, or whose sums would round."""
+    if type(chunks) is not int or chunks < 1 or heads % chunks:
         raise ValueError(
-            f"query heads N = {N}{per_shard} is not divisible by {devices}. {got} "
-            f"Use a degree that divides N: {_divisors(N)}."
+            f"head_chunks must divide the {heads} query heads of a device, got {chunks!r}. "
+            f"Use one of {_divisors(heads)}."
         )
-    if K % degree and degree % K:
-        fits = [d for d in _divisors(N) if K % d == 0 or d % K == 0]
+    if kv_heads % chunks and chunks % kv_heads:
+        fits = [c for c in _divisors(heads) if kv_heads % c == 0 or c % kv_heads == 0]
         raise ValueError(
-            f"KV heads K = {K}{per_shard} neither is divisible by nor divides {devices}. {got} "
-            f"Use a degree that does: {fits}; or repeat the KV heads: "
-            f"jnp.repeat(key, {N // K}, axis=2), and value alike."
+            f"head_chunks = {chunks} neither divides nor is divisible by the {kv_heads} KV heads "
+            f"of a device. Use one of {fits}."
+        )
+    if sums_exactly and kv_heads % chunks:
+        raise ValueError(
+            f"head_chunks = {chunks} would split the {kv_heads} KV heads of a device, whose "
+            f"gradients this attention adds up without rounding. Use one of {_divisors(kv_heads)}."
         )
 
 
-def check_local_output(out: Any, query: Any) -> None:
+def check_degree(degree: Any) -> None:
+    """Refuses a number of devices that is none."""
+    if type(degree) is not int or degree < 1:
+        raise ValueError(
+            f"degree must be a positive integer, got {degree!r}. It is the size of the mesh axis "
+            f'of the tokens, as mesh.shape["seq"].'
+        )
+
+
+def check_platform(platform: Any, known: Sequence[str]) -> None:
+    """Refuses the name of a platform that nothing is known of."""
+    if platform not in known:
+        raise ValueError(
+            f"platform must be one of {list(known)}, got {platform!r}. Write jax.default_backend()."
+        )
+
+
+def check_chunks_have_an_axis(chunks: Any, layout: MeshLayout) -> None:
+    """Refuses slices of the heads where there is no reshard to slice."""
+    if layout.tokens is None and chunks != 1:
+        raise ValueError(
+            f"head_chunks = {chunks!r} has no reshard to work on: {layout!r} shards no tokens. "
+            f"Leave it out, or name the mesh axis in MeshLayout(tokens=)."
+        )
+
+
+def check_per_head(name: str, shape: Shape, axis: int, heads: int, local_heads: int) -> None:
+    """Refuses an array whose head axis is that of neither all the heads nor a device's."""
+    if shape[axis] != heads:
+        raise ValueError(
+            f"{name} has {shape[axis]} heads on axis {axis}, expected all {heads}, a device's "
+            f"{local_heads}, or 1 for all alike. Got shape {shape}."
+        )
+
+
+def check_local_output(out: Any, query: Any, value: Any) -> None:
     """Refuses a local attention's output of another shape, which a reshard would scramble."""
-    if out.shape != query.shape:
+    expected = (*query.shape[:3], value.shape[3])
+    if out.shape != expected:
         raise ValueError(
-            f"attention returned shape {out.shape}, expected {query.shape} = [B, T, N, H], that of "
-            f"the query it was given. Transpose the output of a kernel that puts heads first."
+            f"attention returned shape {out.shape}, expected {expected} = [B, T, N, V], the axes "
+            f"of query and value it was given. Transpose the output of a kernel that puts heads "
+            f"first."
         )
     if out.dtype != query.dtype:
         raise ValueError(
@@ -179,10 +209,11 @@ def check_division(
 
     B, T, N, _ = query
     S, K = key[1:3]
-    pad = "Pad to {} and pass the true length as %s=, so that nobody attends to padding."
+    degree = axes_size(layout.tokens, mesh_shape)
+    pad = f"Use jax_seqpar.pad_to_degree(query, key, value, degree={degree}), which pads to {{}}."
     divide("query", "batch B", B, "batch", layout.batch, "Pad to {} and cut the output.")
-    divide("query", "tokens T", T, "tokens", layout.tokens, pad % "query_seq_lengths")
-    divide("key", "tokens S", S, "tokens", layout.tokens, pad % "key_value_seq_lengths")
+    divide("query", "tokens T", T, "tokens", layout.tokens, pad)
+    divide("key", "tokens S", S, "tokens", layout.tokens, pad)
     divide("query", "heads N", N, "heads", layout.heads, "Use a mesh axis whose size divides it.")
     tensor_parallel = axes_size(layout.heads, mesh_shape)
     if K % tensor_parallel and tensor_parallel % K:
@@ -191,7 +222,6 @@ def check_division(
             f"of mesh axis {layout.heads!r}. {got} Use jnp.repeat(key, {N // K}, axis=2), and "
             f"value alike, or MeshLayout(heads=None)."
         )
-    check_heads(query, key, layout.tokens, axes_size(layout.tokens, mesh_shape), tensor_parallel)
 
 
 def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
@@ -209,17 +239,22 @@ def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
                 )
 
 
-def check_masks(
+def check_description(
     query: Shape,
     key: Shape,
+    rules: Any,
     *,
     bias: Any,
     mask: Any,
     query_seq_lengths: Any,
     key_value_seq_lengths: Any,
     segment_ids: Any,
+    positions: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    dropout_rng: Any,
 ) -> None:
-    """Refuses a bias, mask, lengths or segment ids that do not fit `[B, N, T, S]`."""
+    """Refuses arrays that do not fit `[B, N, T, S]`, or do not go together."""
     (B, T, N, _), S = query, key[1]
     full = (B, N, T, S)
     for name, x, kind, kind_name in (
@@ -242,49 +277,110 @@ def check_masks(
                 f"{name} must have 4 axes, each 1 or that of [B, N, T, S] = {full}, "
                 f"got shape {x.shape}. Add missing axes, for example {name}[None, None]."
             )
-    for name, x in (
-        ("query_seq_lengths", query_seq_lengths),
-        ("key_value_seq_lengths", key_value_seq_lengths),
-    ):
-        if x is None:
-            continue
-        _check_is_array(name, x)
-        if x.shape != (B,) or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(
-                f"{name} must be integers of shape (B,) = ({B},), got {x.dtype}{list(x.shape)}. "
-                f"Write jnp.array([...], jnp.int32), one length per batch entry."
-            )
-    _check_segment_ids(segment_ids, B, T, S)
+    _check_per_sequence("query_seq_lengths", query_seq_lengths, B)
+    _check_per_sequence("key_value_seq_lengths", key_value_seq_lengths, B)
+    _check_per_token(
+        "segment_ids", segment_ids, B, T, S, "A query attends to the keys that have its own number."
+    )
+    _check_per_token("positions", positions, B, T, S, "They count from 0, or from where you like.")
+    if positions is not None and rules.query_offset != 0:
+        raise ValueError(
+            f"positions and query_offset = {rules.query_offset} both say where the queries are. "
+            f"Add the offset to the positions of the queries."
+        )
+    _check_per_head("alibi_slopes", alibi_slopes, N)
+    _check_per_head("sinks", sinks, N)
+    _check_dropout(dropout_rng, rules.dropout_rate, B, N)
 
 
-def _check_segment_ids(segment_ids: Any, batch: int, query_tokens: int, key_tokens: int) -> None:
-    if segment_ids is None:
+def _check_per_sequence(name: str, x: Any, batch: int) -> None:
+    if x is None:
         return
-    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    for x in pair:
-        _check_is_array("segment_ids", x)
+    _check_is_array(name, x)
+    if x.shape != (batch,) or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be integers of shape (B,) = ({batch},), got {x.dtype}{list(x.shape)}. "
+            f"Write jnp.array([...], jnp.int32), one length per batch entry."
+        )
+
+
+def _check_per_token(
+    name: str, x: Any, batch: int, query_tokens: int, key_tokens: int, meaning: str
+) -> None:
+    if x is None:
+        return
+    pair = x if isinstance(x, tuple) else (x, x)
+    for part in pair:
+        _check_is_array(name, part)
     shapes = ((batch, query_tokens), (batch, key_tokens))
     if len(pair) != 2 or any(
-        x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer)
-        for x, shape in zip(pair, shapes, strict=True)
+        part.shape != shape or not jnp.issubdtype(part.dtype, jnp.integer)
+        for part, shape in zip(pair, shapes, strict=True)
     ):
-        got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in pair)
+        got = ", ".join(f"{part.dtype}{list(part.shape)}" for part in pair)
         raise ValueError(
-            f"segment_ids must be integers of shape [B, S] = {list(shapes[1])}, or a pair of "
-            f"{list(shapes[0])} for queries and {list(shapes[1])} for keys, got {got}. "
-            f"A query attends to the keys that have its own number."
+            f"{name} must be integers of shape [B, S] = {list(shapes[1])}, or a pair of "
+            f"{list(shapes[0])} for queries and {list(shapes[1])} for keys, got {got}. {meaning}"
+        )
+
+
+def _check_per_head(name: str, x: Any, heads: int) -> None:
+    if x is None:
+        return
+    _check_is_array(name, x)
+    if x.shape != (heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be floating of shape (N,) = ({heads},), one for each query head, got "
+            f"{x.dtype}{list(x.shape)}. Write jnp.broadcast_to({name}, {heads}) for one value."
+        )
+
+
+def _check_dropout(rng: Any, rate: float, batch: int, heads: int) -> None:
+    if rng is None:
+        if rate > 0:
+            raise ValueError(
+                f"dropout_rate = {rate} needs a key. Write dropout_rng=jax.random.key(...), "
+                f"another one for each layer and step."
+            )
+        return
+    _check_is_array("dropout_rng", rng)
+    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        implementation = str(jax.random.key_impl(rng))
+        if implementation != "threefry2x32":
+            raise ValueError(
+                f"dropout_rng must be a threefry key, got one of {implementation}. Write "
+                f'jax.random.key(seed, impl="threefry2x32").'
+            )
+        fits = rng.shape == ()
+    else:
+        fits = rng.dtype == jnp.uint32 and rng.shape in ((2,), (batch, heads, 2))
+    if not fits:
+        raise ValueError(
+            f"dropout_rng must be one key, or keys of heads [B, N, 2] = {[batch, heads, 2]}, got "
+            f"{rng.dtype}{list(rng.shape)}. Write jax.random.key(seed)."
         )
 
 
 def check_exact(
-    query: Any, key: Any, bias: Any, devices: int, *, query_chunk: Any, key_chunk: Any
+    query: Any,
+    key: Any,
+    added: Mapping[str, Any],
+    devices: int,
+    *,
+    query_chunk: Any,
+    key_chunk: Any,
 ) -> None:
-    """Refuses what exact attention is not defined for."""
-    if bias is not None and bias.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(
-            f"the bias of exact attention is float32, bfloat16 or float16, got {bias.dtype}. "
-            f"Write bias.astype(jnp.float32)."
-        )
+    """Refuses what exact attention is not defined for.
+
+    Args:
+      added: bias, slopes and sinks by name, where there are any.
+    """
+    for name, x in added.items():
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ValueError(
+                f"{name} of exact attention is float32, bfloat16 or float16, got {x.dtype}. "
+                f"Write {name}.astype(jnp.float32)."
+            )
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(
             f"exact attention takes float32, bfloat16 and float16, got {query.dtype}. "
@@ -296,16 +392,21 @@ def check_exact(
             f"exact attention has room for fewer than 2^21 keys, and queries of one KV head, got "
             f"{S} and {rows}. Got query {query.shape}, key {key.shape}. Split the sequence."
         )
-    for name, chunk in (("query_chunk", query_chunk), ("key_chunk", key_chunk)):
+    check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
+
+
+def check_chunk_sizes(**chunks: Any) -> None:
+    """Refuses numbers of tokens at a time that are none."""
+    for name, chunk in chunks.items():
         if chunk is not None and (type(chunk) is not int or chunk < 1):
             raise ValueError(f"{name} must be a positive integer or None, got {chunk!r}.")
 
 
-def no_gradient_for_bias() -> ValueError:
+def no_exact_gradient(name: str) -> ValueError:
     """The refusal of a derivative that is not defined."""
     return ValueError(
-        "exact attention has no gradient for bias. Write jax.lax.stop_gradient(bias), or use "
-        "another attention."
+        f"exact attention has no gradient for {name}. Write jax.lax.stop_gradient({name}), or use "
+        f"another attention."
     )
 
 
@@ -317,18 +418,15 @@ def no_second_derivative() -> ValueError:
     )
 
 
-def check_scalars(
-    *, scale: Any, is_causal: Any, local_window_size: Any, logits_soft_cap: Any = None
-) -> None:
+def check_rules(rules: Any) -> None:
     """Refuses options that are not plain Python values."""
-    cap = logits_soft_cap
-    number = isinstance(cap, int | float) and not isinstance(cap, bool)
-    if cap is not None and not (number and 1e-30 < cap < 1e30):
+    cap, scale, rate = rules.logits_soft_cap, rules.scale, rules.dropout_rate
+    if cap is not None and not (_is_number(cap) and 1e-30 < cap < 1e30):
         raise ValueError(
             f"logits_soft_cap must be a Python number between 1e-30 and 1e30, got {cap!r}. "
             f"None, and not 0, leaves the logits as they are."
         )
-    if isinstance(scale, bool) or not (scale is None or isinstance(scale, int | float)):
+    if not (scale is None or _is_number(scale)):
         raise ValueError(
             f"scale must be a Python number, got {type(scale).__name__}. "
             f"Multiply the query by a scale that is an array."
@@ -337,19 +435,35 @@ def check_scalars(
         raise ValueError(
             f"scale must be finite and below 1e30, got {scale!r}. None is 1 / sqrt(H)."
         )
-    if not isinstance(is_causal, bool):
+    if not (_is_number(rate) and 0 <= rate < 1 - 2**-32):
         raise ValueError(
-            f"is_causal must be True or False, got {type(is_causal).__name__}. Under jax.jit name "
-            f"it in static_argnames; choose between two calls with jax.lax.cond if it is an array."
+            f"dropout_rate must be a Python number, at least 0 and below 1, got {rate!r}. "
+            f"It is the part of the weights that is dropped."
         )
-    if local_window_size is None:
+    if not isinstance(rules.is_causal, bool):
+        raise ValueError(
+            f"is_causal must be True or False, got {type(rules.is_causal).__name__}. Under jax.jit "
+            f"name it in static_argnames; choose between two calls with jax.lax.cond if it is an "
+            f"array."
+        )
+    offset, window = rules.query_offset, rules.local_window_size
+    if type(offset) is not int or abs(offset) >= 1 << 30:
+        raise ValueError(
+            f"query_offset must be a Python integer below 2^30, got {offset!r}. Give positions= if "
+            f"it is an array."
+        )
+    if window is None:
         return
-    sizes = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
+    sizes = window if isinstance(window, tuple) else (window,) * 2
     if len(sizes) != 2 or not all(type(n) is int and n >= 0 for n in sizes):
         raise ValueError(
             f"local_window_size must be one integer or (left, right), none negative, "
-            f"got {local_window_size!r}. (255, 0) is a query and the 255 keys before it."
+            f"got {window!r}. (255, 0) is a query and the 255 keys before it."
         )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def check_keywords(attention: Callable[..., Any], keywords: Sequence[str]) -> None:

@@ -1,41 +1,58 @@
 """Ulysses attention as one device sees it: reshard, attend, reshard back."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from . import refusals
+from .heads import HeadPlan, plan_heads
 from .reshard import AxisName, heads_to_sequence, sequence_to_heads
-from .shared_heads import tell_shared_heads
+from .shared_heads import adds_without_rounding, tell_shared_heads
 
-# (query [B, T, n, H], key [B, S, k, H], value [B, S, k, H]) -> [B, T, n, H], k dividing n.
-LocalAttention = Callable[[Array, Array, Array], Array]
+# (query [B, T, n, H], key [B, S, k, H], value [B, S, k, V]) -> [B, T, n, V], k dividing n.
+LocalAttention = Callable[..., Array]
 
 
 def ulysses_attention(
     query: Shaped[Array, "B localT N H"],
     key: Shaped[Array, "B localS K H"],
-    value: Shaped[Array, "B localS K H"],
+    value: Shaped[Array, "B localS K V"],
     *,
     axis_name: AxisName,
     attention: LocalAttention,
-) -> Shaped[Array, "B localT N H"]:
+    per_head: Mapping[str, Any] | None = None,
+    head_chunks: int = 1,
+    overlap: bool = True,
+) -> Shaped[Array, "B localT N V"]:
     """Attention over tokens that are sharded along a mesh axis; for use inside `jax.shard_map`.
 
     `[B, S@seq, N, H]` becomes `[B, S, N@seq, H]` by one all-to-all each for query, key and value;
     `attention` sees all the tokens of its heads, so masks stay in global positions; one all-to-all
     takes the output back. Jacobs et al. 2023, https://arxiv.org/abs/2309.14509.
 
+    Heads that the devices do not divide are padded, so that each has `ceil(N / P)` of them
+    (`jax_seqpar.heads`); with fewer KV heads than devices each is sent to several.
+
     Args:
       query, key, value: this device's tokens with all heads.
-      axis_name: the mesh axis (or axes) that the tokens are sharded over, P devices. P divides N,
-        and K divides P or P divides K: with fewer KV heads than devices each is sent to P/K of
-        them.
-      attention: any attention of one device, called as `attention(query, key, value)` with N/P
-        query heads. Bind masks and options beforehand, with `functools.partial`. If it has a
-        parameter `shared_heads`, it is told which devices have the same KV head; a `lambda` around
-        it hides the parameter.
+      axis_name: the mesh axis (or axes) that the tokens are sharded over, P devices.
+      attention: any attention of one device, called as `attention(query, key, value)` with its
+        part of the query heads. Bind masks and options beforehand, with `functools.partial`. If it
+        has a parameter `shared_heads`, it is told which devices have the same KV head; a `lambda`
+        around it hides the parameter.
+      per_head: arrays by keyword of `attention`, with a head axis: axis 0 of one that has a single
+        axis, else axis 1. Of all N heads, or of this device's part of the padded ones, or of size
+        1 for all. Each call gets those of its heads.
+      head_chunks: works on so many slices of the heads, each with reshards of its own. It divides
+        the query heads of a device. No bit depends on it, but where it does not divide the KV heads
+        of a device: dk and dv are then sums over the slices.
+      overlap: all slices side by side, so that a compiler may hide the transfer of one under the
+        attention of another (see `jax_seqpar.compiler_options`). If False one after another, and
+        recomputed for the gradient: gathered query, key and value of one slice are in memory.
 
     Returns:
       This device's tokens of the output, all heads.
@@ -43,37 +60,82 @@ def ulysses_attention(
     Raises:
       ValueError: sizes or dtypes that do not fit, or an `attention` that returns another shape.
     """
-    q, k, v = gather_tokens(query, key, value, axis_name=axis_name)
-    copies = refusals.axis_size(axis_name) // key.shape[2]
-    out = tell_shared_heads(attention, ((axis_name, copies),))(q, k, v)
-    refusals.check_local_output(out, q)
-    return heads_to_sequence(out, axis_name)
-
-
-def gather_tokens(
-    query: Shaped[Array, "B localT N H"],
-    key: Shaped[Array, "B localS K H"],
-    value: Shaped[Array, "B localS K H"],
-    *,
-    axis_name: AxisName,
-) -> tuple[Array, Array, Array]:
-    """The way in: query, key and value as the local attention gets them, `[B, S, N@seq, H]`."""
-    refusals.check_arrays(query, key, value)
     degree = refusals.axis_size(axis_name)
-    refusals.check_heads(query.shape, key.shape, axis_name, degree)
-    key, value = (repeat_heads(x, degree) for x in (key, value))
-    q, k, v = (sequence_to_heads(x, axis_name) for x in (query, key, value))
-    return q, k, v
+    refusals.check_arrays(query, key, value)
+    asks = adds_without_rounding(attention)
+    plan = plan_heads(query.shape[2], key.shape[2], degree, may_copy=not asks)
+    heads, kv_heads = plan.query_heads // degree, plan.padded_kv_heads * plan.copies // degree
+    refusals.check_head_chunks(head_chunks, heads, kv_heads, sums_exactly=asks)
+    own = {
+        name: _own_heads(name, x, plan, heads, axis_name) for name, x in (per_head or {}).items()
+    }
+    local = tell_shared_heads(attention, ((axis_name, plan.copies),))
+    query, key, value = plan.pad_queries(query, 2), plan.spread_keys(key), plan.spread_keys(value)
+    kv_chunks = min(head_chunks, kv_heads)
+    chunks_each = head_chunks // kv_chunks
+    size, kv_size = heads // head_chunks, kv_heads // kv_chunks
+
+    def gather(x: Array, chunk: Any, size: int) -> Array:
+        return sequence_to_heads(_chunk_of_each(x, degree, chunk, size), axis_name)
+
+    def attend(chunk: Any, k: Array, v: Array) -> Array:
+        """One slice of the query heads of every device."""
+        q = gather(query, chunk, size)
+        mine = {name: _slice(x, _head_axis(x), chunk * size, size) for name, x in own.items()}
+        out = local(q, k, v, **mine)
+        refusals.check_local_output(out, q, v)
+        return heads_to_sequence(out, axis_name)
+
+    def attend_all_of(kv_chunk: Any) -> Array:
+        """The slices that read one slice of the KV heads."""
+        k, v = (gather(x, kv_chunk, kv_size) for x in (key, value))
+        return each(lambda i: attend(kv_chunk * chunks_each + i, k, v), chunks_each)
+
+    each = _side_by_side if overlap else _one_by_one
+    chunks = each(attend_all_of, kv_chunks)
+    return plan.unpad_queries(_join(chunks, degree), 2)
 
 
-def repeat_heads(x: Shaped[Array, "B S K H"], parts: int) -> Shaped[Array, "B S K2 H"]:
-    """Each KV head as often as it takes to give every one of `parts` devices a head.
+def _head_axis(x: Any) -> int:
+    return min(x.ndim - 1, 1)
 
-    The copies are stacked, so that the derivative adds their gradients one by one, in order, in the
-    dtype of x.
-    """
-    B, S, K, H = x.shape
-    if parts <= K:
+
+def _own_heads(name: str, x: Any, plan: HeadPlan, heads: int, axis_name: AxisName) -> Array:
+    """A device's part of an array with a head axis, if it is not that already."""
+    axis = _head_axis(x)
+    size = x.shape[axis]
+    if size in (1, heads):
         return x
-    copies = parts // K
-    return jnp.stack([x] * copies, axis=3).reshape(B, S, parts, H)
+    refusals.check_per_head(name, x.shape, axis, plan.kv_heads * plan.group, heads)
+    start = jax.lax.axis_index(axis_name) * heads
+    return _slice(plan.pad_queries(x, axis), axis, start, heads)
+
+
+def _slice(x: Array, axis: int, start: Any, size: int) -> Array:
+    """Some of an axis; all of one of size 1, which stands for any."""
+    if x.shape[axis] in (1, size):
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _chunk_of_each(x: Array, degree: int, chunk: Any, size: int) -> Array:
+    """Of the heads `[B, S, P n, H]` that go to P devices, a slice of those for each."""
+    B, S, heads, H = x.shape
+    by_device = x.reshape(B, S, degree, heads // degree, H)
+    return _slice(by_device, 3, chunk * size, size).reshape(B, S, degree * size, H)
+
+
+def _side_by_side(function: Callable[[Any], Array], count: int) -> Array:
+    return jnp.stack([function(i) for i in range(count)])
+
+
+def _one_by_one(function: Callable[[Any], Array], count: int) -> Array:
+    """In a loop that keeps nothing for the derivative."""
+    return jax.lax.map(jax.checkpoint(function, prevent_cse=False), jnp.arange(count))
+
+
+def _join(chunks: Array, degree: int) -> Array:
+    """`[.., .., B, S, P n, V]`: slices of the heads of P devices, to all heads in order."""
+    *counts, B, S, heads, V = chunks.shape
+    by_device = chunks.reshape(-1, B, S, degree, heads // degree, V)
+    return jnp.moveaxis(by_device, 0, 3).reshape(B, S, math.prod(counts) * heads, V)

@@ -22,6 +22,8 @@ WEIGHT_BITS = 32
 TOKEN_BITS = 32
 DIGIT_BITS = 11
 EXACT_TOKENS = 2048
+FARTHEST = 2**29
+WORD = 2**32
 # Of a dtype: its significant bits, the exponent of its finest step, and that of its overflow.
 FORMATS = {
     np.dtype(np.float32): (24, -149, 128),
@@ -212,12 +214,82 @@ def soft_cap(z: Fraction, cap: Fraction) -> tuple[Fraction, Fraction]:
     return cap * tanh(u, t), round64(round64(4 * t * g) * g)
 
 
+def threefry(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
+    """Threefry2x32 of 20 rounds: after every fourth the next words of the key are added."""
+    parity = key[0] ^ key[1] ^ 0x1BD11BDA
+    x, y = ((c + k) % WORD for c, k in zip(counter, key, strict=True))
+    for turn in range(20):
+        x = (x + y) % WORD
+        left = (13, 15, 26, 6, 17, 29, 16, 24)[turn % 8]
+        y = (y * 2**left % WORD + y // 2 ** (32 - left)) ^ x
+        if turn % 4 == 3:
+            added = turn // 4 + 1
+            words = (*key, parity)
+            x = (x + words[added % 3]) % WORD
+            y = (y + words[(added + 1) % 3] + added) % WORD
+    return x, y
+
+
+def is_kept(shape: tuple[int, ...], limit: int, rng: np.ndarray | None) -> np.ndarray:
+    """Whether dropout keeps the weight: boolean, `[B, N, T, S]`."""
+    if rng is None:
+        assert limit == 0
+        return np.ones(shape, bool)
+    key = int(rng[0]), int(rng[1])
+    kept = np.empty(shape, bool)
+    for b, n in np.ndindex(shape[:2]):
+        of_head = threefry(key, (b, n))
+        for place in np.ndindex(shape[2:]):
+            kept[(b, n, *place)] = threefry(of_head, place)[0] >= limit
+    return kept
+
+
+def places(
+    query: np.ndarray, key: np.ndarray, offset: int, positions: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The positions of queries and keys, Python integers `[B, 1, T, 1]` and `[B, 1, 1, S]`."""
+    (B, T), S = query.shape[:2], key.shape[1]
+    if positions is None:
+        positions = np.tile(np.arange(T) + offset, (B, 1)), np.tile(np.arange(S), (B, 1))
+    pair = positions if isinstance(positions, tuple) else (positions, positions)
+    of_query, of_key = (elementwise(int)(x) for x in pair)
+    return of_query[:, None, :, None], of_key[:, None, None, :]
+
+
+def attends(
+    query_places: np.ndarray,
+    key_places: np.ndarray,
+    is_causal: bool,
+    local_window_size: int | tuple[int, int] | None,
+    query_seq_lengths: np.ndarray | None,
+    key_value_seq_lengths: np.ndarray | None,
+) -> np.ndarray:
+    """Who may attend by its place and its number: `[B, 1, T, S]`."""
+    ahead = key_places - query_places
+    allowed = np.ones(ahead.shape, bool)
+    if is_causal:
+        allowed &= ahead <= 0
+    if local_window_size is not None:
+        window = local_window_size
+        left, right = window if isinstance(window, tuple) else (window, window)
+        allowed &= (-left <= ahead) & (ahead <= right)
+    for axis, lengths in ((2, query_seq_lengths), (3, key_value_seq_lengths)):
+        for b, length in enumerate(() if lengths is None else lengths):
+            # The axis after the batch's is gone.
+            np.moveaxis(allowed[b], axis - 1, 0)[int(length) :] = False
+    return allowed
+
+
 class Rows(NamedTuple):
     """One KV head and all the queries that read it, M = T * (N / K) rows.
 
-    query, grad: `[M, H]`; grad may be None
-    key, value: `[S, H]`
-    bias, allowed: `[M, S]`
+    query: `[M, H]`
+    key: `[S, H]`
+    value: `[S, V]`
+    bias, allowed, kept: `[M, S]`
+    distance: `[M, S]`, slope: `[M, 1]`, of ALiBi
+    sink: `[M]`, None where there is none
+    grad: `[M, V]` or None
     """
 
     query: np.ndarray
@@ -225,7 +297,19 @@ class Rows(NamedTuple):
     value: np.ndarray
     bias: np.ndarray
     allowed: np.ndarray
+    kept: np.ndarray
+    distance: np.ndarray
+    slope: np.ndarray
+    sink: np.ndarray
     grad: np.ndarray | None
+
+
+class Options(NamedTuple):
+    """Numbers for all heads; the gain is the c of dropout."""
+
+    scale: Fraction
+    cap: Fraction | None
+    gain: Fraction
 
 
 class Forward(NamedTuple):
@@ -237,51 +321,60 @@ class Forward(NamedTuple):
     slope: np.ndarray | None
 
 
-def logits(
-    rows: Rows, scale: Fraction, cap: Fraction | None
-) -> tuple[np.ndarray, np.ndarray | None]:
+def logits(rows: Rows, options: Options) -> tuple[np.ndarray, np.ndarray | None]:
     """z as if every key were allowed, and the slope of the soft cap or None: `[M, S]` each."""
-    z: Any = round32(dot(rows.query, rows.key)) * scale
+    z: Any = round32(dot(rows.query, rows.key)) * options.scale
     slope: Any = None
+    cap = options.cap
     if cap is not None:
         z, slope = np.frompyfunc(lambda x: soft_cap(x, cap), 1, 2)(z)
-    return round64(z + rows.bias), slope
+    z = round64(z + rows.bias)
+    return round64(z - rows.slope * np.minimum(rows.distance, FARTHEST)), slope
 
 
-def softmax_numerator(z: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """p: `[M, S]`, 0 where a row may not attend."""
+def softmax_numerator(
+    z: np.ndarray, allowed: np.ndarray, sink: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """p: `[M, S]`, 0 where a row may not attend; and that of the sink, `[M, 1]`."""
     p = np.full(z.shape, Fraction(0), dtype=object)
+    of_sink = np.full((len(z), 1), Fraction(0), dtype=object)
     for row in range(len(z)):
         keys = np.flatnonzero(allowed[row])
-        largest = max(z[row, keys], default=Fraction(0))
+        sinks = [] if sink[row] is None else [sink[row]]
+        largest = max([*z[row, keys], *sinks], default=Fraction(0))
         for key in keys:
             p[row, key] = exp(round32(round64(z[row, key] - largest)))
-    return p
+        for number in sinks:
+            of_sink[row, 0] = exp(round32(round64(number - largest)))
+    return p, of_sink
 
 
-def forward(rows: Rows, scale: Fraction, cap: Fraction | None) -> Forward:
-    z, slope = logits(rows, scale, cap)
-    p = softmax_numerator(z, rows.allowed)
+def forward(rows: Rows, options: Options) -> Forward:
+    z, slope = logits(rows, options)
+    p, of_sink = softmax_numerator(z, rows.allowed, rows.sink)
     integers = rint(p * 2**WEIGHT_BITS)
-    total = np.sum(integers, axis=1, keepdims=True)
+    total = np.sum(integers, axis=1, keepdims=True) + rint(of_sink * 2**WEIGHT_BITS)
     r = elementwise(lambda n: round64(Fraction(1, n)) if n else Fraction(0))(total)
     e = exponents(rows.value, axis=0)
-    sums = contract(integers, grid(rows.value, e, TOKEN_BITS)) * power(e - TOKEN_BITS)
-    return Forward(round32(round64(sums * r)), p, r, slope)
+    kept = integers * rows.kept
+    sums = contract(kept, grid(rows.value, e, TOKEN_BITS)) * power(e - TOKEN_BITS)
+    return Forward(round32(round64(sums * round64(r * options.gain))), p, r, slope)
 
 
 def backward(
-    rows: Rows, grad: np.ndarray, saved: Forward, scale: Fraction
+    rows: Rows, grad: np.ndarray, saved: Forward, options: Options
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """dq `[M, H]`, dk and dv `[S, H]`, in float32."""
-    dp = dot(grad, rows.value)
+    """dq `[M, H]`, dk `[S, H]` and dv `[S, V]`, in float32."""
+    dp = round64(dot(grad, rows.value) * options.gain) * rows.kept
     d = dot(grad, saved.out).diagonal()[:, None]
     w = round64(saved.weights * (saved.reciprocal * 2**WEIGHT_BITS))
     ds = round64(w * round64(dp - d))
     if saved.slope is not None:
         ds = round64(ds * saved.slope)
-    dq = round64(token_sum(ds, 1, rows.key) * scale)
-    dk = round64(token_sum(ds, 0, rows.query) * scale)
+    dq = round64(token_sum(ds, 1, rows.key) * options.scale)
+    dk = round64(token_sum(ds, 0, rows.query) * options.scale)
+    grown = round64(saved.reciprocal * options.gain) * 2**WEIGHT_BITS
+    w = round64(saved.weights * grown) * rows.kept
     return round32(dq), round32(dk), round32(token_sum(w, 0, grad))
 
 
@@ -315,38 +408,78 @@ def attention(
     bias: np.ndarray | None = None,
     allowed: np.ndarray | None = None,
     scale: float | None = None,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_offset: int = 0,
+    positions: np.ndarray | tuple[np.ndarray, np.ndarray] | None = None,
+    query_seq_lengths: np.ndarray | None = None,
+    key_value_seq_lengths: np.ndarray | None = None,
     logits_soft_cap: float | None = None,
+    alibi_slopes: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: np.ndarray | None = None,
     grad: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The bits that every implementation of exact attention must have.
 
     Args:
       query: `[B, T, N, H]`, float32, float16 or bfloat16.
-      key, value: `[B, S, K, H]`; query head n reads KV head `n // (N / K)`.
+      key: `[B, S, K, H]`; query head n reads KV head `n // (N / K)`.
+      value: `[B, S, K, V]`.
       bias: broadcastable to `[B, N, T, S]`.
-      allowed: boolean, broadcastable to `[B, N, T, S]`.
-      grad: of the output, `[B, T, N, H]`.
+      allowed: boolean, broadcastable to `[B, N, T, S]`: masks of any other kind.
+      is_causal, local_window_size: by position.
+      query_offset: the position of the first query.
+      positions: integers `[B, S]`, or a pair `[B, T]`, `[B, S]`.
+      query_seq_lengths, key_value_seq_lengths: `[B]`, by number.
+      alibi_slopes, sinks: `[N]`; a sink of -inf is none.
+      dropout_rng: the two words of the key.
+      grad: of the output, `[B, T, N, V]`.
 
     Returns:
       "forward" and, with a gradient, "dq", "dk" and "dv", in the dtype of the query.
     """
-    factor = default_scale(query.shape[3]) if scale is None else nearest32(scale)
-    cap = None if logits_soft_cap is None else nearest32(logits_soft_cap)
+    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
+    logits_shape = (B, N, T, S)
+    limit = rint(Fraction(dropout_rate) * WORD)
+    options = Options(
+        scale=default_scale(H) if scale is None else nearest32(scale),
+        cap=None if logits_soft_cap is None else nearest32(logits_soft_cap),
+        gain=round64(Fraction(WORD, WORD - limit)),
+    )
+    at = places(query, key, query_offset, positions)
+    by_place = attends(*at, is_causal, local_window_size, query_seq_lengths, key_value_seq_lengths)
+    of_logits = {
+        "bias": np.float32(0) if bias is None else bias,
+        "allowed": by_place if allowed is None else by_place & allowed,
+        "kept": is_kept(logits_shape, limit, dropout_rng),
+        "distance": abs(at[0] - at[1]),
+    }
+    of_logits = {name: np.broadcast_to(x, logits_shape) for name, x in of_logits.items()}
+    slopes = np.zeros(N, np.float32) if alibi_slopes is None else alibi_slopes
+    sinks = np.full(N, -np.inf, np.float32) if sinks is None else sinks
+
     names = ("forward",) if grad is None else ("forward", "dq", "dk", "dv")
-    shapes = (query.shape, query.shape, key.shape, value.shape)
+    shapes = ((B, T, N, value.shape[3]), query.shape, key.shape, value.shape)
     results = {n: np.empty(s, query.dtype) for n, s in zip(names, shapes, strict=False)}
-    groups = query.shape[2] // key.shape[2]
-    logits_shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    bias = np.broadcast_to(np.float32(0) if bias is None else bias, logits_shape)
-    allowed = np.broadcast_to(np.bool_(True) if allowed is None else allowed, logits_shape)
-    for batch, head in np.ndindex(key.shape[0], key.shape[2]):
+    groups = N // K
+    for batch, head in np.ndindex(B, K):
         readers = slice(head * groups, (head + 1) * groups)
         ours, theirs = (batch, slice(None), readers), (batch, slice(None), head)
-        masks = bias[batch, readers], allowed[batch, readers]
-        given = None if grad is None else grad[ours]
-        rows = gather(query[ours], key[theirs], value[theirs], *masks, given)
-        places = (ours, ours, theirs, theirs)
-        for name, place, exact in zip(names, places, one_head(rows, factor, cap), strict=False):
+        rows = gather(
+            query[ours],
+            key[theirs],
+            value[theirs],
+            {name: x[batch, readers] for name, x in of_logits.items()},
+            slopes[readers],
+            sinks[readers],
+            None if grad is None else grad[ours],
+        )
+        places_of_results = (ours, ours, theirs, theirs)
+        for name, place, exact in zip(
+            names, places_of_results, one_head(rows, options), strict=False
+        ):
             target = results[name][place]
             target[...] = store(exact, query.dtype).reshape(target.shape)
     return results
@@ -356,34 +489,50 @@ def gather(
     query: np.ndarray,
     key: np.ndarray,
     value: np.ndarray,
-    bias: np.ndarray,
-    allowed: np.ndarray,
+    of_logits: dict[str, np.ndarray],
+    slopes: np.ndarray,
+    sinks: np.ndarray,
     grad: np.ndarray | None,
 ) -> Rows:
     """Read one KV head, the rows in the order `[T, N / K]`.
 
     Args:
-      query, grad: `[T, N / K, H]`.
-      key, value: `[S, H]`.
-      bias, allowed: `[N / K, T, S]`; a bias where the row may not attend is not read.
+      query: `[T, N / K, H]`.
+      key: `[S, H]`.
+      value: `[S, V]`.
+      of_logits: bias, allowed, kept and distance, `[N / K, T, S]`; a bias where the row may not
+        attend is not read.
+      slopes, sinks: `[N / K]`.
+      grad: `[T, N / K, V]`.
     """
-    tokens, groups, channels = query.shape
-    by_row, by_key = (tokens * groups, channels), (tokens * groups, len(key))
-    added, live = (np.swapaxes(x, 0, 1).reshape(by_key) for x in (bias, allowed))
-    live = live & ~np.isneginf(added)
+    tokens, groups, _ = query.shape
+    by_key = {
+        name: np.swapaxes(x, 0, 1).reshape(tokens * groups, len(key))
+        for name, x in of_logits.items()
+    }
+    added = by_key["bias"]
+    live = by_key["allowed"] & ~np.isneginf(added)
     return Rows(
-        read(query.reshape(by_row)),
-        read(key),
-        read(value),
-        read(np.where(live, added, np.zeros_like(added))),
-        live,
-        None if grad is None else read(grad.reshape(by_row)),
+        query=read(query.reshape(tokens * groups, -1)),
+        key=read(key),
+        value=read(value),
+        bias=read(np.where(live, added, np.zeros_like(added))),
+        allowed=live,
+        kept=by_key["kept"],
+        distance=by_key["distance"],
+        slope=read(np.tile(slopes, tokens)[:, None]),
+        sink=elementwise(read_sink)(np.tile(sinks, tokens)),
+        grad=None if grad is None else read(grad.reshape(tokens * groups, -1)),
     )
 
 
-def one_head(rows: Rows, scale: Fraction, cap: Fraction | None) -> tuple[np.ndarray, ...]:
-    """The output `[M, H]` and, with a gradient, dq, dk and dv, in float32."""
-    saved = forward(rows, scale, cap)
+def read_sink(x: Any) -> Fraction | None:
+    return None if float(x) == -np.inf else read(x)
+
+
+def one_head(rows: Rows, options: Options) -> tuple[np.ndarray, ...]:
+    """The output `[M, V]` and, with a gradient, dq, dk and dv, in float32."""
+    saved = forward(rows, options)
     if rows.grad is None:
         return (saved.out,)
-    return (saved.out, *backward(rows, rows.grad, saved, scale))
+    return (saved.out, *backward(rows, rows.grad, saved, options))

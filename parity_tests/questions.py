@@ -138,7 +138,7 @@ def right_values(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) ->
 def references(case: Case) -> list[tuple[np.ndarray, float]]:
     """For output, dq, dk and dv: the oracle, and the error of the same kernel on one device."""
     inputs = case.inputs()
-    alone = partial(jax_seqpar.dense_attention, is_causal=case.is_causal)
+    alone = partial(jax_seqpar.blockwise_attention, is_causal=case.is_causal)
     single = output_and_gradients(alone)(**inputs)
     return [(truth, error(x, truth)) for x, truth in zip(single, oracle(case, inputs), strict=True)]
 

@@ -4,8 +4,6 @@ A question that a mutation passes is as telling as one it fails: full multi-head
 rotated devices, right values miss an all-gather. The code as it is passes every question.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -90,30 +88,29 @@ def batch_outside(x, axis_name):
     return received.reshape(B, P * s, N // P, H)
 
 
-def swapped_gather(gather, query, key, value, *, axis_name):
-    q, k, v = gather(query, key, value, axis_name=axis_name)
-    return q, v, k
+def swapped(query, key, value, **options):
+    return ulysses.ulysses_attention(query, value, key, **options)
 
 
-def tiled_heads(x, parts):
+def tiled_heads(x, copies):
     """KV heads repeated as 0 1 0 1 where the groups need 0 0 1 1."""
-    return x if x.shape[2] >= parts else jnp.tile(x, (1, 1, parts // x.shape[2], 1))
+    return jnp.tile(x, (1, 1, copies, 1))
 
 
 VALUES = {"values", "values, few KV heads"}
 MUTATIONS = {
     "key and value swapped": (
-        {"gather_tokens": partial(swapped_gather, ulysses.gather_tokens)},
+        {"attention.ulysses_attention": swapped},
         VALUES | {"values, full multi-head"},
     ),
     "devices rotated on the way in": (
-        {"sequence_to_heads": rotated},
+        {"ulysses.sequence_to_heads": rotated},
         VALUES | {"element", "round trip", "values, full multi-head"},
     ),
     "devices rotated in and out": (
         {
-            "sequence_to_heads": rotated,
-            "heads_to_sequence": lambda x, a: jnp.roll(
+            "ulysses.sequence_to_heads": rotated,
+            "ulysses.heads_to_sequence": lambda x, a: jnp.roll(
                 heads_to_sequence(x, a), -x.shape[2], axis=2
             ),
         },
@@ -121,19 +118,19 @@ MUTATIONS = {
         {"element"},
     ),
     "tokens rotated in and out": (
-        {"sequence_to_heads": token_rotated, "heads_to_sequence": token_unrotated},
+        {"ulysses.sequence_to_heads": token_rotated, "ulysses.heads_to_sequence": token_unrotated},
         VALUES | {"element"},
     ),
     "gather in place of all-to-all": (
-        {"sequence_to_heads": gathered},
+        {"ulysses.sequence_to_heads": gathered},
         {"communication"},
     ),
     "batch outside the tokens": (
-        {"sequence_to_heads": batch_outside},
+        {"ulysses.sequence_to_heads": batch_outside},
         VALUES | {"element", "round trip", "values, full multi-head"},
     ),
     "KV heads tiled, not repeated": (
-        {"repeat_heads": tiled_heads},
+        {"heads.repeat_heads": tiled_heads},
         {"values, few KV heads"},
     ),
 }
@@ -157,7 +154,7 @@ def test_the_code_as_it_is_passes_every_question():
 @pytest.mark.parametrize(("patches", "expected"), MUTATIONS.values(), ids=MUTATIONS)
 def test_each_mutation_is_caught(monkeypatch, patches, expected):
     for name, mutant in patches.items():
-        monkeypatch.setattr(ulysses, name, mutant)
+        monkeypatch.setattr(f"jax_seqpar.{name}", mutant)
     assert caught_by() == expected
 
 

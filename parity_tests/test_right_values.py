@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from questions import attend, error, oracle, output_and_gradients, right_values
 
-from jax_seqpar import MeshLayout, dense_attention, dot_product_attention
+from jax_seqpar import MeshLayout, blockwise_attention, dense_attention, dot_product_attention
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.arrays import numpy_to_torch
 from jax_seqpar.bridge.cases import Case
@@ -153,6 +153,7 @@ def test_under_every_transformation(kind):
     case, where = Case(2, 16, 8, 4, 6), MESHES[2]
     query, key, value, tangent = (jnp.asarray(x) for x in case.inputs().values())
     sharded = attend(case, where, kind)
+    either_mode = partial(blockwise_attention, forward_mode=True)
     alone = partial(dense_attention, is_causal=True)
 
     def jvp(f):
@@ -172,9 +173,14 @@ def test_under_every_transformation(kind):
 
         return jax.jvp(jax.grad(loss), (query,), (tangent,))[1]
 
-    for transformed in (jvp, vmapped, scanned, second):
-        got = jax.jit(lambda run=transformed: run(sharded))()
-        expected = jax.jit(lambda run=transformed: run(alone))()
+    for transformed, ours in (
+        (jvp, partial(sharded, attention=either_mode)),
+        (vmapped, sharded),
+        (scanned, sharded),
+        (second, sharded),
+    ):
+        got = jax.jit(partial(transformed, ours))()
+        expected = jax.jit(partial(transformed, alone))()
         # The same float32 arithmetic in another program: XLA may fuse it otherwise.
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.max(jnp.abs(b))), rtol=0)

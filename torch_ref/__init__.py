@@ -2,5 +2,6 @@
 
 `dense` is attention in float64, `layout` the two reshards with the rank as a visible axis,
 `ulysses` the same over `torch.distributed`, `exact` attention whose bits do not depend on how it is
-computed, `masks` who attends to whom, `history` the wrong published versions.
+computed, `masks` who attends to whom, `dropout` which weights are dropped, `history` the wrong
+published versions.
 """

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .masks import attends
+from .dropout import gain, given_keys, is_kept
+from .masks import Positions, attends, distance, places
 
 CHANNEL_BITS = 31
 WEIGHT_BITS = 32
@@ -24,8 +25,10 @@ TOKEN_BITS = 32
 DIGIT_BITS = 11
 # Up to here the sums of `contract` are at most 2^53: 32 + 10 + 11 bits.
 EXACT_TOKENS = 2048
-# Below here they are below 2^63, and the sum of P is below 2^53.
+# Below here they are below 2^63, and the sum of P, with a sink, is at most 2^53.
 TOO_MANY_TOKENS = 2**21
+# Up to here the product with a float32 slope is exact.
+FARTHEST = 2**29
 # Rows of `[R, S]` at a time. No bit depends on it; that they stay in the cache makes it 3 times
 # as fast.
 BLOCK = 256
@@ -44,170 +47,273 @@ def exact_attention(
     is_causal: bool = False,
     local_window_size: int | tuple[int, int] | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    query_offset: int = 0,
+    positions: Positions | None = None,
+    query_seq_lengths: Tensor | None = None,
+    key_value_seq_lengths: Tensor | None = None,
     logits_soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Tensor | None = None,
     shared_by: Any = None,
 ) -> Tensor:
     """`softmax(query . key * scale + bias) . value`, to the bit; 0 for a query without a key.
 
     Args:
       query: `[B, T, N, H]`, float32, bfloat16 or float16.
-      key, value: `[B, S, K, H]`; K divides N and query head n reads KV head `n // (N / K)`.
+      key: `[B, S, K, H]`; K divides N and query head n reads KV head `n // (N / K)`.
+      value: `[B, S, K, V]`.
       bias: added to the logits, broadcastable to `[B, N, T, S]`; it gets no gradient.
       mask: boolean, True attends, broadcastable to `[B, N, T, S]`.
       scale: of the logits, as the nearest float32; `1 / sqrt(H)` if None.
-      is_causal: query t attends to keys `s <= t`, both counted from 0 (top left, as in `jax.nn`).
-      local_window_size: `(left, right)` or one integer for both: keys `t - left <= s <= t + right`.
+      is_causal: a query attends to the keys at positions up to its own.
+      local_window_size: `(left, right)` or one integer for both: a query at position p attends to
+        the keys at positions `p - left` to `p + right`.
       segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to its own segment.
+      query_offset: the position of the first query. Keys count from 0, and so do queries by default
+        (top left, as in `jax.nn`); S - T aligns the last query with the last key.
+      positions: integers `[B, S]`, or a pair `[B, T]`, `[B, S]`, in place of those counts.
+      query_seq_lengths: `[B]`; only the first so many queries attend, in the order of the array.
+      key_value_seq_lengths: `[B]`; only the first so many keys are attended to.
       logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
+      alibi_slopes: `[N]`; the slope times the distance of their positions, at most 2^29, is taken
+        from the logits, after the bias (ALiBi, Press et al. 2021). They get no gradient.
+      sinks: `[N]`, one more logit for every query of a head, which has no value (as in GPT-OSS); of
+        -inf there is none. They get no gradient.
+      dropout_rate: the share of the weights that is dropped, after the softmax.
+      dropout_rng: `(2,)`, the words of a threefry key, or keys of heads; see `dropout.head_keys`.
       shared_by: a process group whose ranks hold the same KV heads, each with query heads of its
         own. In the backward pass their sums meet before any rounding; its first rank returns the
         gradients of key and value and the others 0, for the caller adds those of the copies up.
 
     Returns:
-      `[B, T, N, H]` of the query's dtype. Differentiable once, in query, key and value.
+      `[B, T, N, V]` of the query's dtype. Differentiable once, in query, key and value.
 
     Raises:
-      ValueError: dtypes or shapes that do not fit, a bias that wants a gradient, or 2^21 keys, or
-        as many rows of one KV head: queries, times the query heads that read it on every rank.
+      ValueError: dtypes or shapes that do not fit, a bias, slopes or sinks that want a gradient, or
+        2^21 keys, or as many rows of one KV head: queries, times the query heads that read it on
+        every rank. Also as `masks.attends` and `dropout.given_keys`.
     """
-    _check(query, key, value, bias, logits_soft_cap)
+    _check(query, key, value, logits_soft_cap)
+    (B, T, N, H), S = query.shape, key.shape[1]
+    _check_constant("bias", bias)
+    for name, x in {"alibi_slopes": alibi_slopes, "sinks": sinks}.items():
+        _check_constant(name, x, (N,))
     _check_length(query, key, shared_by)
     allowed = attends(
-        query.shape[1],
-        key.shape[1],
+        T,
+        S,
         mask=mask,
         is_causal=is_causal,
         local_window_size=local_window_size,
         segment_ids=segment_ids,
+        query_offset=query_offset,
+        positions=positions,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
         device=query.device,
     )
-    scale = nearest32(1 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale)
-    cap = None if logits_soft_cap is None else nearest32(logits_soft_cap)
-    return _ExactAttention.apply(query, key, value, bias, allowed, scale, cap, shared_by)
+    p_query, p_key = places(T, S, query_offset, positions, query.device)
+    rng = given_keys(dropout_rate, dropout_rng, B, N)
+    options = Options(
+        scale=nearest32(1 / math.sqrt(max(H, 1)) if scale is None else scale),
+        cap=None if logits_soft_cap is None else nearest32(logits_soft_cap),
+        rate=dropout_rate,
+        shared_by=shared_by,
+    )
+    beside = Beside(
+        bias,
+        allowed,
+        alibi=None if alibi_slopes is None else flush(alibi_slopes)[:, None, None],
+        sink=None if sinks is None else flush(sinks)[:, None, None],
+        rng=None if rng is None else rng[:, :, None],
+        p_query=p_query,
+        p_key=p_key,
+    )
+    return _ExactAttention.apply(query, key, value, options, *beside)
+
+
+class Options(NamedTuple):
+    """Numbers, the same for every head."""
+
+    scale: float
+    cap: float | None
+    rate: float
+    shared_by: Any
+
+
+class Beside(NamedTuple):
+    """Tensors without a gradient, broadcastable to `[B, N, T, S]`; the last axis of rng is 2."""
+
+    bias: Tensor | None
+    allowed: Tensor | None
+    alibi: Tensor | None
+    sink: Tensor | None
+    rng: Tensor | None
+    p_query: Tensor
+    p_key: Tensor
 
 
 class _ExactAttention(torch.autograd.Function):
     """Head by KV head: `_forward` and `_backward` between two changes of layout."""
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, allowed, scale, cap, shared_by):
-        ctx.options = scale, cap, shared_by
-        if _is_empty(query, key):
+    def forward(ctx, query, key, value, options, *beside):
+        ctx.options = options
+        if _is_empty(query, key, value):
             ctx.save_for_backward(query, key, value)
-            return torch.zeros_like(query)
-        rows = [_forward(head, scale, cap) for head in _heads(query, key, value, bias, allowed)]
+            return query.new_zeros(*query.shape[:3], value.shape[3])
+        rows = [_forward(head, options) for head in _heads(query, key, value, Beside(*beside))]
         # Saved before its rounding to 16 bits: D_i is of this.
         out32 = by_token(torch.stack(rows), query)
-        ctx.save_for_backward(query, key, value, bias, allowed, out32)
+        ctx.save_for_backward(query, key, value, out32, *beside)
         return narrow(out32, query.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, /, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scale, cap, shared_by = ctx.options
-        query, key, value, *others = ctx.saved_tensors
-        if _is_empty(query, key):
-            grads = [torch.zeros_like(x) for x in (query, key, value)]
-            return *grads, None, None, None, None, None
-        bias, allowed, out32 = others
+        options = ctx.options
+        others = [None] * (1 + len(Beside._fields))
+        query, key, value, *saved = ctx.saved_tensors
+        if _is_empty(query, key, value):
+            return *(torch.zeros_like(x) for x in (query, key, value)), *others
+        out32, *beside = saved
         do, o = (by_kv_head(x, key) for x in (*grad_outputs, out32))
-        heads = _heads(query, key, value, bias, allowed)
-        grads = [_backward(*x, scale, cap, shared_by) for x in zip(heads, do, o, strict=True)]
+        heads = _heads(query, key, value, Beside(*beside))
+        grads = [_backward(*x, options) for x in zip(heads, do, o, strict=True)]
         dq, dk, dv = (
             narrow(by_token(torch.stack(x), like), like.dtype)
             for x, like in zip(zip(*grads, strict=True), (query, key, value), strict=True)
         )
+        shared_by = options.shared_by
         if shared_by is not None and dist.get_rank(shared_by) != 0:
             dk, dv = torch.zeros_like(dk), torch.zeros_like(dv)
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, *others
+
+
+class Rows(NamedTuple):
+    """The queries that read a KV head: q `[R, H]`, bias and allowed `[R, S]`, the others `[R, 1]`.
+
+    t is which query it is, p its position; rng is `[R, 2]`.
+    """
+
+    q: Tensor
+    t: Tensor
+    p: Tensor
+    bias: Tensor | None
+    allowed: Tensor | None
+    alibi: Tensor | None
+    sink: Tensor | None
+    rng: Tensor | None
 
 
 class Head(NamedTuple):
-    """What one KV head takes part in: q `[R, H]`, k and v `[S, H]`, bias and allowed `[R, S]`."""
+    """What one KV head takes part in: k `[S, H]`, v `[S, V]`, the positions p of its keys `[S]`."""
 
-    q: Tensor
+    rows: Rows
     k: Tensor
     v: Tensor
-    bias: Tensor | None
-    allowed: Tensor | None
+    p: Tensor
 
 
 class Weights(NamedTuple):
-    """The softmax of a head before its division: p and slope `[R, S]`, the others `[R, 1]`."""
+    """The softmax of a head before its division: p, slope and kept `[R, S]`, the others `[R, 1]`.
+
+    kept is where no dropout is; None if there is none.
+    """
 
     p: Tensor
     r: Tensor
     slope: Tensor | None
     has_key: Tensor
+    kept: Tensor | None
 
 
-def _forward(head: Head, scale: float, cap: float | None) -> Tensor:
-    """`o`, `[R, H]`, in float32."""
+def _forward(head: Head, options: Options) -> Tensor:
+    """`o`, `[R, V]`, in float32."""
     E = exponent(head.v, dim=0)
     v = grid(head.v, E, TOKEN_BITS)
     blocks = []
     for _, block in _blocks(head):
-        p, r, _, has_key = _weights(block, scale, cap)
-        o = out(contract(_integers(p), v) * power(E - TOKEN_BITS) * r)
+        p, r, _, has_key, kept = _weights(block, options)
+        P = _where_kept(kept, _integers(p))
+        o = out(contract(P, v) * power(E - TOKEN_BITS) * (r * gain(options.rate)))
         blocks.append(torch.where(has_key, o, 0.0))
     return torch.cat(blocks)
 
 
-def _backward(
-    head: Head, do: Tensor, o: Tensor, scale: float, cap: float | None, shared_by: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`dq` `[R, H]`, `dk` and `dv` `[S, H]`, in float32."""
+def _backward(head: Head, do: Tensor, o: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """`dq` `[R, H]`, `dk` `[S, H]` and `dv` `[S, V]`, in float32."""
+    scale, shared_by = options.scale, options.shared_by
     do, o = flush(do), flush(o)
-    blocks = [_weights_of_sums(x, do[rows], o[rows], scale, cap) for rows, x in _blocks(head)]
+    blocks = [_weights_of_sums(x, do[rows], o[rows], options) for rows, x in _blocks(head)]
     w, ds, has_key = (torch.cat(x) for x in zip(*blocks, strict=True))
     dq = torch.where(has_key, out(_sum_over_tokens(ds, head.k) * scale), 0.0)
-    dk = out(_sum_over_tokens(ds.mT, head.q, shared_by) * scale)
+    dk = out(_sum_over_tokens(ds.mT, head.rows.q, shared_by) * scale)
     dv = out(_sum_over_tokens(w.mT, do, shared_by))
     return dq, dk, dv
 
 
 def _weights_of_sums(
-    head: Head, do: Tensor, o: Tensor, scale: float, cap: float | None
+    head: Head, do: Tensor, o: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`w` and `ds`, `[R, S]`, and where there is a key, `[R, 1]`."""
-    p, r, slope, has_key = _weights(head, scale, cap)
+    """`w` of dv and `ds`, `[R, S]`, and where there is a key, `[R, 1]`."""
+    p, r, slope, has_key, kept = _weights(head, options)
+    c = gain(options.rate)
+    dp = _where_kept(kept, dot(do, head.v) * c)
     D = dot(do[:, None], o[:, None])[:, 0]
     w = _where_weighed(p, p * (r * 2.0**WEIGHT_BITS))
-    ds = _where_weighed(p, w * (dot(do, head.v) - D))
+    ds = _where_weighed(p, w * (dp - D))
     if slope is not None:
         ds = _where_weighed(p, ds * slope)
+    if kept is not None:
+        w = _where_kept(kept, _where_weighed(p, p * (r * c * 2.0**WEIGHT_BITS)))
     return w, ds, has_key
 
 
 def _blocks(head: Head) -> Iterator[tuple[slice, Head]]:
     """The head in blocks of rows, each with all the keys."""
-    q, k, v, bias, allowed = head
-    for start in range(0, len(q), BLOCK):
+    for start in range(0, len(head.rows.q), BLOCK):
         rows = slice(start, start + BLOCK)
-        of_rows = (None if x is None else x[rows] for x in (bias, allowed))
-        yield rows, Head(q[rows], k, v, *of_rows)
+        yield rows, head._replace(rows=Rows._make(x if x is None else x[rows] for x in head.rows))
 
 
-def _weights(head: Head, scale: float, cap: float | None) -> Weights:
+def _weights(head: Head, options: Options) -> Weights:
     """The part of forward and backward that is the same, from s to r."""
-    z = round32(dot(head.q, head.k)) * scale
+    rows, cap = head.rows, options.cap
+    z = round32(dot(rows.q, head.k)) * options.scale
     slope = None
     if cap is not None:
         tanh, slope = tanh_and_slope(z, cap)
         z = cap * tanh
-    if head.bias is not None:
-        z = z + head.bias
-    if head.allowed is not None:
-        z = z.masked_fill(~head.allowed, -math.inf)
+    if rows.bias is not None:
+        z = z + rows.bias
+    if rows.alibi is not None:
+        z = z - rows.alibi * distance(rows.p, head.p).clamp(max=FARTHEST)
+    if rows.allowed is not None:
+        z = z.masked_fill(~rows.allowed, -math.inf)
 
     m = z.amax(dim=-1, keepdim=True)
     has_key = m != -math.inf
-    p = exp(round32(z - torch.where(has_key, m, 0.0)))
-    # Where m is NaN or +inf too, which would make it NaN.
-    p = torch.where(z == -math.inf, 0.0, p)
+    # Of a NaN and a number the maximum is NaN.
+    m = m if rows.sink is None else torch.maximum(m, rows.sink)
+    m = torch.where(m == -math.inf, 0.0, m)
+    p = _exp_below(m, z)
     total = _integers(p).sum(dim=-1, keepdim=True)
+    if rows.sink is not None:
+        total = total + _integers(_exp_below(m, rows.sink))
     r = torch.where(total == 0, 0.0, 1 / total)
-    return Weights(p, r, slope, has_key)
+    kept = None
+    if rows.rng is not None:
+        s = torch.arange(len(head.k), device=rows.rng.device)
+        kept = is_kept(rows.rng[:, None], options.rate, rows.t, s)
+    return Weights(p, r, slope, has_key, kept)
+
+
+def _exp_below(m: Tensor, z: Tensor) -> Tensor:
+    # 0 of -inf where m is NaN or +inf too, which would make it NaN.
+    return torch.where(z == -math.inf, 0.0, exp(round32(z - m)))
 
 
 def _integers(p: Tensor) -> Tensor:
@@ -218,6 +324,10 @@ def _integers(p: Tensor) -> Tensor:
 def _where_weighed(p: Tensor, x: Tensor) -> Tensor:
     """0 where p is, even if x is NaN there: a gradient of no weight counts for nothing."""
     return torch.where(p == 0, 0.0, x)
+
+
+def _where_kept(kept: Tensor | None, x: Tensor) -> Tensor:
+    return x if kept is None else torch.where(kept, x, 0.0)
 
 
 def _sum_over_tokens(a: Tensor, b: Tensor, shared_by: Any = None) -> Tensor:
@@ -369,32 +479,40 @@ def by_token(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(0, (B, K)).unflatten(2, (N // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _heads(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, allowed: Tensor | None
-) -> Iterator[Head]:
+def _heads(query: Tensor, key: Tensor, value: Tensor, beside: Beside) -> Iterator[Head]:
     """The heads in the order of `by_kv_head`, one after another: the biases of all are large."""
     (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
     q, k, v = (flush(by_kv_head(x, key)) for x in (query, key, value))
+    t = torch.arange(T, device=query.device)[:, None]
+    p_key = beside.p_key.expand(B, 1, 1, S)
 
-    def rows(x: Tensor | None, head: int) -> Tensor | None:
-        if x is None:
-            return None
-        return x.expand(B, N, T, S).unflatten(1, (K, N // K))[divmod(head, K)].flatten(0, 1)
+    def rows(x: Tensor, head: int, width: int = 1) -> Tensor:
+        return x.expand(B, N, T, width).unflatten(1, (K, N // K))[divmod(head, K)].flatten(0, 1)
+
+    def rows_if(x: Tensor | None, head: int, width: int = 1) -> Tensor | None:
+        return None if x is None else rows(x, head, width)
 
     for head in range(B * K):
-        of_head = rows(bias, head)
-        of_head = None if of_head is None else flush(of_head)
-        yield Head(q[head], k[head], v[head], of_head, rows(allowed, head))
+        bias = rows_if(beside.bias, head, S)
+        of_head = Rows(
+            q[head],
+            t=rows(t, head),
+            p=rows(beside.p_query, head),
+            bias=None if bias is None else flush(bias),
+            allowed=rows_if(beside.allowed, head, S),
+            alibi=rows_if(beside.alibi, head),
+            sink=rows_if(beside.sink, head),
+            rng=rows_if(beside.rng, head, 2),
+        )
+        yield Head(of_head, k[head], v[head], p_key[head // K, 0, 0])
 
 
-def _is_empty(query: Tensor, key: Tensor) -> bool:
+def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Nothing to attend with or to: all is 0, and a maximum over nothing has no value."""
-    return 0 in (*query.shape, *key.shape)
+    return 0 in (*query.shape, *key.shape, *value.shape)
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, cap: float | None
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, cap: float | None) -> None:
     got = f"Got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}."
     for name, x in {"query": query, "key": key, "value": value}.items():
         if x.dtype not in DTYPES:
@@ -406,23 +524,37 @@ def _check(
                 f"query, key and value must have one dtype, got {query.dtype} and, of {name}, "
                 f"{x.dtype}. Write {name}.to(query.dtype)."
             )
-    if not query.ndim == key.ndim == value.ndim == 4 or key.shape != value.shape:
-        raise ValueError(f"query must be [B, T, N, H], key and value both [B, S, K, H]. {got}")
+    if not query.ndim == key.ndim == value.ndim == 4 or key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"query must be [B, T, N, H], key [B, S, K, H] and value [B, S, K, V]. {got}"
+        )
     (B, _, N, H), K = query.shape, key.shape[2]
     if (key.shape[0], key.shape[3]) != (B, H):
         raise ValueError(f"query and key must agree in B and H. {got}")
+    if H == 0 and value.shape[3] != 0:
+        raise ValueError(f"Values need queries and keys of at least one channel. {got}")
     if K == 0 or N % K:
         raise ValueError(f"KV heads K = {K} must divide the query heads N = {N}. {got}")
-    if bias is not None and bias.dtype not in DTYPES:
-        raise ValueError(
-            f"bias must be float32, bfloat16 or float16, got {bias.dtype}. Write bias.float()."
-        )
-    if bias is not None and bias.requires_grad:
-        raise ValueError("bias has no gradient here, but requires one. Write bias.detach().")
     if cap is not None and not 0 < nearest32(cap) < math.inf:
         raise ValueError(
             f"logits_soft_cap must be a positive finite float32, got {cap!r}. Write None for none."
         )
+
+
+def _check_constant(name: str, x: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
+    """What is added to the logits: of a dtype that float32 holds, and without a gradient."""
+    if x is None:
+        return
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must be float32, bfloat16 or float16, got {x.dtype}. Write {name}.float()."
+        )
+    if shape is not None and x.shape != shape:
+        raise ValueError(
+            f"{name} must be [N], one for each of {shape[0]} query heads. Got {tuple(x.shape)}."
+        )
+    if x.requires_grad:
+        raise ValueError(f"{name} has no gradient here, but requires one. Write {name}.detach().")
 
 
 def _check_length(query: Tensor, key: Tensor, shared_by: Any) -> None:

@@ -1,9 +1,11 @@
-"""Which query attends to which key."""
+"""Which query attends to which key, and how far they are apart."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Positions = Tensor | tuple[Tensor, Tensor]
 
 
 def attends(
@@ -14,32 +16,47 @@ def attends(
     is_causal: bool = False,
     local_window_size: int | tuple[int, int] | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    query_offset: int = 0,
+    positions: Positions | None = None,
+    query_seq_lengths: Tensor | None = None,
+    key_value_seq_lengths: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor | None:
     """True where a query may attend to a key, for all that is given; None where every one may.
 
     Args:
-      query_tokens, key_tokens: T and S, both counted from 0 (top left, as in `jax.nn`).
+      query_tokens, key_tokens: T and S.
       mask: boolean, True attends, broadcastable to `[B, N, T, S]`.
-      is_causal: query t attends to keys `s <= t`.
-      local_window_size: `(left, right)` or one integer for both: keys `t - left <= s <= t + right`.
+      is_causal: a query attends to the keys at positions up to its own.
+      local_window_size: `(left, right)` or one integer for both: a query at position p attends to
+        the keys at positions `p - left` to `p + right`.
       segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to its own segment.
+      query_offset, positions: see `places`.
+      query_seq_lengths: `[B]`; only the first so many queries attend, in the order of the array.
+      key_value_seq_lengths: `[B]`; only the first so many keys are attended to.
       device: of the tensors that are made here.
 
     Returns:
       Boolean, broadcastable to `[B, N, T, S]`.
+
+    Raises:
+      ValueError: as `places`, or lengths that are not `[B]`.
     """
     allowed = [] if mask is None else [mask]
-    t = torch.arange(query_tokens, device=device)[:, None]
-    s = torch.arange(key_tokens, device=device)[None, :]
+    p_query, p_key = places(query_tokens, key_tokens, query_offset, positions, device)
     if is_causal:
-        allowed.append(s <= t)
+        allowed.append(p_key <= p_query)
     if local_window_size is not None:
         left, right = _pair(local_window_size)
-        allowed.append((s >= t - left) & (s <= t + right))
+        allowed.append((p_key >= p_query - left) & (p_key <= p_query + right))
     if segment_ids is not None:
         of_query, of_key = _pair(segment_ids)
         allowed.append(of_query[:, None, :, None] == of_key[:, None, None, :])
+    t, s = places(query_tokens, key_tokens, device=device)
+    if query_seq_lengths is not None:
+        allowed.append(t < _by_sequence("query_seq_lengths", query_seq_lengths))
+    if key_value_seq_lengths is not None:
+        allowed.append(s < _by_sequence("key_value_seq_lengths", key_value_seq_lengths))
     if not allowed:
         return None
     result = allowed[0]
@@ -48,5 +65,57 @@ def attends(
     return result
 
 
+def places(
+    query_tokens: int,
+    key_tokens: int,
+    query_offset: int = 0,
+    positions: Positions | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The positions of the queries and of the keys, to be compared with one another.
+
+    Args:
+      query_tokens, key_tokens: T and S.
+      query_offset: the position of the first query. Keys count from 0, and so do queries by default
+        (top left, as in `jax.nn`); S - T aligns the last query with the last key.
+      positions: integers `[B, S]`, or a pair `[B, T]`, `[B, S]`, in place of those counts.
+      device: of the tensors that are made here.
+
+    Returns:
+      int64, `[B, 1, T, 1]` and `[B, 1, 1, S]`, B = 1 where all sequences have the same.
+
+    Raises:
+      ValueError: positions and an offset, or positions of another shape or of no integers.
+    """
+    if positions is None:
+        t = torch.arange(query_offset, query_offset + query_tokens, device=device)
+        s = torch.arange(key_tokens, device=device)
+        return t[None, None, :, None], s[None, None, None, :]
+    if query_offset != 0:
+        raise ValueError(
+            f"positions say where the queries are, and so does query_offset = {query_offset}. "
+            "Write one of the two."
+        )
+    of_query, of_key = _pair(positions)
+    for name, x, tokens in (("queries", of_query, query_tokens), ("keys", of_key, key_tokens)):
+        if x.ndim != 2 or x.shape[1] != tokens or x.is_floating_point():
+            raise ValueError(
+                f"positions of {tokens} {name} must be integers [B, {tokens}], got {x.dtype} "
+                f"{tuple(x.shape)}. Write a pair where queries and keys have different ones."
+            )
+    return of_query.long()[:, None, :, None], of_key.long()[:, None, None, :]
+
+
+def distance(p_query: Tensor, p_key: Tensor) -> Tensor:
+    """How far every query is from every key, of positions that broadcast."""
+    return (p_query - p_key).abs()
+
+
 def _pair(x: Any) -> tuple[Any, Any]:
     return x if isinstance(x, tuple) else (x, x)
+
+
+def _by_sequence(name: str, lengths: Tensor) -> Tensor:
+    if lengths.ndim != 1:
+        raise ValueError(f"{name} must be [B], got {tuple(lengths.shape)}.")
+    return lengths.long()[:, None, None, None]

@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from .. import refusals
-from ..reshard import heads_to_sequence
-from ..ulysses import LocalAttention, gather_tokens
+from ..heads import plan_heads
+from ..reshard import heads_to_sequence, sequence_to_heads
+from ..ulysses import LocalAttention
 from .convert import to_jax, to_torch
 from .extras import require_torch
 
@@ -48,22 +49,28 @@ def staged_attention(
       axis_name: the mesh axis of the tokens.
 
     Raises:
-      ValueError: under `jax.jit`, or for heads that do not divide.
+      ValueError: under `jax.jit`, or for sizes that do not fit.
     """
     tokens, heads = PartitionSpec(None, axis_name), PartitionSpec(None, None, axis_name)
+    refusals.check_arrays(query, key, value)
+    plan = plan_heads(query.shape[2], key.shape[2], mesh.shape[axis_name])
     shard_map = partial(jax.shard_map, mesh=mesh)
-    gather = jax.jit(
-        shard_map(
-            partial(gather_tokens, axis_name=axis_name), in_specs=(tokens,) * 3, out_specs=heads
-        )
-    )
-    scatter = jax.jit(
-        shard_map(partial(heads_to_sequence, axis_name=axis_name), in_specs=heads, out_specs=tokens)
-    )
+
+    @jax.jit
+    @shard_map(in_specs=(tokens,) * 3, out_specs=heads)
+    def gather(query: Array, key: Array, value: Array) -> Any:
+        spread = (plan.pad_queries(query, 2), plan.spread_keys(key), plan.spread_keys(value))
+        return tuple(sequence_to_heads(x, axis_name) for x in spread)
+
+    @jax.jit
+    @shard_map(in_specs=heads, out_specs=tokens)
+    def scatter(out: Array) -> Array:
+        return plan.unpad_queries(heads_to_sequence(out, axis_name), 2)
+
     sharded = (jax.device_put(x, NamedSharding(mesh, tokens)) for x in (query, key, value))
     q, k, v = gather(*sharded)
     out = _on_shards(attention)(q, k, v)
-    refusals.check_local_output(out, q)
+    refusals.check_local_output(out, q, v)
     return scatter(out)
 
 

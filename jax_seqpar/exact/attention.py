@@ -1,6 +1,7 @@
 """Exact attention of one device: the specification in `jax_seqpar.exact`, as a JAX function."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,32 +12,41 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import refusals
-from ..masks import SegmentIds, Window
+from ..description import Description, PerToken, Window, describe
 from ..shared_heads import SharedHeads
 from . import arithmetic
 from .backward import key_value_gradients, query_gradient
 from .forward import output
 from .problem import INNER, Options, Problem
 
+# What is added to the logits, and has no gradient.
+ADDED = ("bias", "alibi_slopes", "sinks")
+
 
 def exact_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     *,
     bias: Float[Array, "..."] | None = None,
     mask: Bool[Array, "..."] | None = None,
     scale: float | None = None,
     is_causal: bool = False,
+    query_offset: int = 0,
+    positions: PerToken | None = None,
     query_seq_lengths: Int[Array, "B"] | None = None,
     key_value_seq_lengths: Int[Array, "B"] | None = None,
     local_window_size: Window | None = None,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: PerToken | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Any = None,
     shared_heads: SharedHeads | None = None,
     query_chunk: int | None = None,
     key_chunk: int | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """`softmax(query . key * scale + bias) . value` with the same bits however it is computed.
 
     Output and gradients are the function that `jax_seqpar.exact` specifies: equal in every bit to
@@ -47,13 +57,8 @@ def exact_attention(
 
     Args:
       query, key, value: float32, bfloat16 or float16, all the same; K divides N.
-      bias: added to the logits, broadcastable to `[B, N, T, S]`. It has no gradient.
-      mask: True attends, broadcastable to `[B, N, T, S]`.
-      scale: of the logits, rounded to float32; `1 / sqrt(H)` if None.
-      is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, segment_ids: as in
-        `jax_seqpar.masks.Masks`.
-      logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added; rounded to
-        float32.
+      bias, mask, ...: as `jax_seqpar.description.Description` says. Bias, slopes and sinks are of
+        the same three dtypes and have no gradient; scale and soft cap are rounded to float32.
       shared_heads: other devices with the same KV heads and query heads of their own. Their parts
         of the gradients of key and value are added without rounding, and one of the devices returns
         the sum, the others 0. `ulysses_attention` passes it where it is needed.
@@ -64,38 +69,54 @@ def exact_attention(
       The attention output, of the query's dtype; 0 for a query that may attend to no key.
 
     Raises:
-      ValueError: another dtype, sizes that do not fit, a derivative with respect to bias, or a
-        second derivative.
+      ValueError: another dtype, sizes that do not fit, a derivative with respect to bias, slopes or
+        sinks, or a second derivative.
       TypeError: of JAX, for a forward-mode derivative.
     """
-    refusals.check_arrays(query, key, value)
-    arrays = {
-        "mask": mask,
-        "query_seq_lengths": query_seq_lengths,
-        "key_value_seq_lengths": key_value_seq_lengths,
-        "segment_ids": segment_ids,
-    }
-    refusals.check_masks(query.shape, key.shape, bias=bias, **arrays)
+    added = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    description = describe(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_offset=query_offset,
+        positions=positions,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        segment_ids=segment_ids,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        **added,
+    )
     devices = 1 if shared_heads is None else shared_heads.devices
-    refusals.check_exact(query, key, bias, devices, query_chunk=query_chunk, key_chunk=key_chunk)
-    static = {"is_causal": is_causal, "local_window_size": local_window_size}
-    refusals.check_scalars(scale=scale, logits_soft_cap=logits_soft_cap, **static)
+    added = {name: x for name, x in added.items() if x is not None}
+    refusals.check_exact(query, key, added, devices, query_chunk=query_chunk, key_chunk=key_chunk)
 
-    bias = None if bias is None else _undifferentiated(refusals.no_gradient_for_bias, bias)
+    once = {
+        name: _undifferentiated(partial(refusals.no_exact_gradient, name), x)
+        for name, x in added.items()
+    }
     (_, T, N, H), (_, S, K, _) = query.shape, key.shape
-    if 0 in (*query.shape, S):
-        return jnp.zeros_like(query)
+    if 0 in (*query.shape, *value.shape):
+        return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
     limit = arithmetic.CONTRACT_TOKENS
     options = Options(
-        scale=_float32(H**-0.5 if scale is None else scale),
-        logits_soft_cap=None if logits_soft_cap is None else _float32(logits_soft_cap),
-        **static,
         shared_heads=shared_heads,
         query_chunk=min(T, query_chunk or max(256 * K // N, 16), max(limit * K // N // INNER, 1)),
         key_chunk=min(S, key_chunk or 256, max(limit // INNER, 1)),
         sum_limit=limit,
     )
-    return _attention(options, query, key, value, bias, arrays)
+    cap = None if logits_soft_cap is None else _float32(logits_soft_cap)
+    rules = replace(
+        description.rules,
+        scale=_float32(H**-0.5 if scale is None else scale),
+        logits_soft_cap=cap,
+    )
+    return _attention(options, query, key, value, Description(rules, description.arrays | once))
 
 
 def _float32(x: float) -> float:
@@ -103,22 +124,22 @@ def _float32(x: float) -> float:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any) -> Any:
-    return _attention_fwd(options, query, key, value, bias, arrays)[0]
+def _attention(options: Options, query: Any, key: Any, value: Any, description: Any) -> Any:
+    return _attention_fwd(options, query, key, value, description)[0]
 
 
-def _attention_fwd(options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any):
+def _attention_fwd(options: Options, query: Any, key: Any, value: Any, description: Any):
     query, key, value = map(_once, (query, key, value))
-    operands = (query, key, value, bias, arrays)
+    operands = (query, key, value, description)
     out = _looped_by_vmap(partial(_forward, options))(*operands)
     return out.astype(query.dtype), (operands, out)
 
 
 def _attention_bwd(options: Options, residuals: Any, grad: Any):
-    (query, key, value, bias, arrays), out = residuals
+    (query, key, value, description), out = residuals
     query, key, value, out, grad = map(_once, (query, key, value, out, grad))
     gradient = _looped_by_vmap(partial(_backward, options))
-    return (*gradient(query, key, value, bias, arrays, out, grad), None, None)
+    return (*gradient(query, key, value, description, out, grad), None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -149,39 +170,41 @@ def _looped_by_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Compiled in an eager call, too: a loop that is traced anew each time would compile each time.
 @partial(jax.jit, static_argnums=0)
-def _forward(options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any) -> Array:
+def _forward(options: Options, query: Any, key: Any, value: Any, description: Any) -> Array:
     """The output in float32."""
-    B, T, N, H = query.shape
-    K = key.shape[2]
+    B, T, N, _ = query.shape
+    K, V = value.shape[2:]
 
     def one(index: Array, q: Array, k: Array, v: Array) -> Array:
-        return output(Problem.of(options, q, k, v, *_of_head(index, B, K, bias, arrays)))
+        own = description.of_heads(*_first_head(index, K, N // K), N // K)
+        return output(Problem.of(options, own, q, k, v))
 
     with jax.enable_x64(True):
         out = _map_heads(one, _grouped(query, K), _heads_first(key), _heads_first(value))
-        return out.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+        return out.reshape(B, N, T, V).transpose(0, 2, 1, 3)
 
 
 @partial(jax.jit, static_argnums=0)
 def _backward(
-    options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any, out: Any, grad: Any
+    options: Options, query: Any, key: Any, value: Any, description: Any, out: Any, grad: Any
 ) -> tuple[Array, ...]:
     """The gradients, of the dtype of the operands."""
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
+    N, K = query.shape[2], key.shape[2]
 
     def one(index: Array, q: Array, k: Array, v: Array, out: Array, grad: Array):
-        problem = Problem.of(options, q, k, v, *_of_head(index, B, K, bias, arrays))
+        own = description.of_heads(*_first_head(index, K, N // K), N // K)
+        problem = Problem.of(options, own, q, k, v)
         dq, rows = query_gradient(problem, out, grad)
         return (dq, *key_value_gradients(problem, rows, grad))
 
     with jax.enable_x64(True):
         operands = (_grouped(query, K), _heads_first(key), _heads_first(value))
         gradients = _map_heads(one, *operands, _grouped(out, K), _grouped(grad, K))
-        shapes = ((B, N, T, H), (B, K, S, H), (B, K, S, H))
         return tuple(
-            x.reshape(shape).transpose(0, 2, 1, 3).astype(query.dtype)
-            for x, shape in zip(gradients, shapes, strict=True)
+            x.reshape(like.shape[0], like.shape[2], like.shape[1], like.shape[3])
+            .transpose(0, 2, 1, 3)
+            .astype(query.dtype)
+            for x, like in zip(gradients, (query, key, value), strict=True)
         )
 
 
@@ -203,22 +226,9 @@ def _grouped(x: Array, kv_heads: int) -> Array:
     return x.transpose(0, 2, 1, 3).reshape(B * kv_heads, N // kv_heads, T, H)
 
 
-def _of_head(index: Array, batch: int, kv_heads: int, bias: Any, arrays: Any) -> tuple[Any, Any]:
-    """The bias and the masks of one KV head's query heads, in a batch of one."""
-    b, k = index // kv_heads, index % kv_heads
-
-    def of_sequence(x: Array) -> Array:
-        return x if x.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(x, b, 1)
-
-    def of_heads(x: Array | None) -> Array | None:
-        if x is None:
-            return None
-        x, N = of_sequence(x), x.shape[1]
-        G = N // kv_heads
-        return x if N == 1 else jax.lax.dynamic_slice_in_dim(x, k * G, G, axis=1)
-
-    own = {name: jax.tree.map(of_sequence, x) for name, x in arrays.items() if name != "mask"}
-    return of_heads(bias), {**own, "mask": of_heads(arrays["mask"])}
+def _first_head(index: Array, kv_heads: int, group: int) -> tuple[Array, Array]:
+    """The sequence of a KV head, and the first of its query heads."""
+    return index // kv_heads, index % kv_heads * group
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..masks import Block
+from ..blocks import Block, write
 from ..shared_heads import SharedHeads
 from . import arithmetic
 from .arithmetic import (
@@ -22,8 +22,8 @@ from .arithmetic import (
     right_on_grid,
     token_sums,
 )
-from .forward import as_integers, reciprocal, row_logits
-from .problem import Problem, dots, fresh_only, weights_of, write
+from .forward import as_integers, kept_normaliser, reciprocal, row_logits, sink_weight
+from .problem import Problem, dots, fresh_only, weights_of
 
 
 class Rows(NamedTuple):
@@ -31,6 +31,7 @@ class Rows(NamedTuple):
 
     top: Array  # m
     normaliser: Array  # r * 2^32
+    kept_normaliser: Array  # (r * c) * 2^32
     correction: Array  # D
 
 
@@ -38,12 +39,12 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
     """`dq [G, T, H]` in float32, and what it found of each query.
 
     Args:
-      out, grad: `[G, T, H]`, the float32 output and its gradient.
+      out, grad: `[G, T, V]`, the float32 output and its gradient.
     """
     G, T, H = problem.query.shape
     S = problem.key.shape[0]
     value_rows, grad_rows = right_on_grid(problem.value), left_digits(flush(grad))
-    high, low = jnp.einsum("DGTH,GTH->DGT", grad_rows, right_on_grid(flush(out)))
+    high, low = jnp.einsum("DGTV,GTV->DGT", grad_rows, right_on_grid(flush(out)))
     corrections = pinned(high + low)[..., None]
     key_exponent = exponent(problem.key, 0)
     columns = digits(grid(problem.key, key_exponent, TOKEN_BITS))
@@ -59,7 +60,13 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
 
         start = (problem.full(*logits.shape, dtype=jnp.float32), problem.full(*top.shape))
         weights, total = problem.for_keys(weigh, start, queries)
-        rows = Rows(top, reciprocal(total) * 2.0**TOKEN_BITS, queries.of(corrections, 1))
+        normaliser = reciprocal(total + sink_weight(problem, top))
+        rows = Rows(
+            top,
+            normaliser * 2.0**TOKEN_BITS,
+            kept_normaliser(problem, normaliser) * 2.0**TOKEN_BITS,
+            queries.of(corrections, 1),
+        )
 
         def differentiate(keys: Block, _, carry):
             gradients, e = carry
@@ -78,21 +85,22 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
         start = problem.no_sums(G, queries.size, H, tokens=S)
         dq = arithmetic.total(problem.for_keys(add, start, queries))
         dq = dq * power_of_two(e - TOKEN_BITS) * power_of_two(key_exponent - TOKEN_BITS)[None]
-        dq = arithmetic.out(jnp.where(empty, 0.0, dq * problem.options.scale))
+        dq = arithmetic.out(jnp.where(empty, 0.0, dq * problem.scale))
         return jax.tree.map(lambda x, part: write(x, part, queries, 1), carry, (dq, rows))
 
-    start = (problem.full(G, T, H, dtype=jnp.float32), Rows(*[problem.full(G, T, 1)] * 3))
+    start = (problem.full(G, T, H, dtype=jnp.float32), Rows(*[problem.full(G, T, 1)] * 4))
     return problem.for_queries(chunk, start)
 
 
 def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Array, Array]:
-    """`dk` and `dv [S, H]` in float32, summed over all the query heads of the KV head.
+    """`dk [S, H]` and `dv [S, V]` in float32, summed over the query heads of the KV head.
 
     Args:
       rows: of `query_gradient`.
-      grad: `[G, T, H]`, the gradient of the output.
+      grad: `[G, T, V]`, the gradient of the output.
     """
-    (G, T, H), S = problem.query.shape, problem.key.shape[0]
+    (G, T, _), S = problem.query.shape, problem.key.shape[0]
+    channels = (problem.key.shape[1], problem.value.shape[1])
     shared = problem.options.shared_heads or SharedHeads(())
     grad = flush(grad)
     value_rows, grad_rows = right_on_grid(problem.value), left_digits(grad)
@@ -103,7 +111,7 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
         for x, e in zip((problem.query, grad), exponents, strict=True)
     ]
     units = [power_of_two(e - TOKEN_BITS)[0] for e in exponents]
-    scales = (problem.options.scale, 1.0)
+    scales = (problem.scale, 1.0)
 
     def chunk(keys: Block, _, carry: list[Array]) -> list[Array]:
         def differentiate(queries: Block, _, carry: list[tuple[Array, Array]]):
@@ -112,7 +120,7 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
             dp = dots(queries.of(grad_rows, 2), keys.of(value_rows, 0))
             parts = (
                 logit_gradient(problem, p, own, dp, queries, keys),
-                normalised(p, own.normaliser),
+                problem.kept(normalised(p, own.kept_normaliser), queries, keys),
             )
             return [
                 (write(x, part, queries, 1), jnp.maximum(e, exponent(part, (0, 1))))
@@ -132,8 +140,9 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
                 totals.append(sums + token_sums("GTS,GTH->SH", integers, column, sums.dtype))
             return totals
 
-        start = problem.no_sums(keys.size, H, tokens=G * T * shared.devices)
-        sums = problem.for_queries(add, [start] * 2, keys)
+        tokens = G * T * shared.devices
+        start = [problem.no_sums(keys.size, n, tokens=tokens) for n in channels]
+        sums = problem.for_queries(add, start, keys)
         totals = [arithmetic.total(shared.sum(x)) for x in sums]
         gradients = []
         for x, total, (_, e), unit, scale in zip(carry, totals, filled, units, scales, strict=True):
@@ -141,7 +150,7 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
             gradients.append(write(x, arithmetic.out(part), keys, 0))
         return gradients
 
-    dk, dv = problem.for_keys(chunk, [problem.full(S, H, dtype=jnp.float32)] * 2)
+    dk, dv = problem.for_keys(chunk, [problem.full(S, n, dtype=jnp.float32) for n in channels])
     if shared.devices == 1:
         return dk, dv
     return jnp.where(shared.is_first(), dk, 0), jnp.where(shared.is_first(), dv, 0)
@@ -156,5 +165,6 @@ def logit_gradient(
     problem: Problem, p: Array, rows: Rows, dp: Array, queries: Block, keys: Block
 ) -> Array:
     """`ds [G, t, s]`: the gradient of the scaled logits, before any soft cap."""
-    ds = normalised(p, rows.normaliser) * (pinned(dp) - rows.correction)
+    dp = problem.kept(pinned(dp * problem.kept_scale), queries, keys)
+    ds = normalised(p, rows.normaliser) * (dp - rows.correction)
     return jnp.where(p == 0, 0.0, problem.through_soft_cap(ds, queries, keys))

@@ -3,16 +3,16 @@
 import jax.numpy as jnp
 from jax import Array
 
-from ..masks import Block
+from ..blocks import Block, write
 from . import arithmetic
-from .arithmetic import TOKEN_BITS, digits, exponent, grid, power_of_two, token_sums
-from .problem import Problem, fresh_only, weights_of, write
+from .arithmetic import TOKEN_BITS, digits, exponent, grid, pinned, power_of_two, token_sums
+from .problem import Problem, fresh_only, weights_of
 
 
 def output(problem: Problem) -> Array:
-    """`[G, T, H]` in float32, before any rounding to 16 bits."""
-    G, T, H = problem.query.shape
-    S = problem.key.shape[0]
+    """`[G, T, V]` in float32, before any rounding to 16 bits."""
+    G, T, _ = problem.query.shape
+    S, V = problem.value.shape
     e = exponent(problem.value, 0)
     values = digits(grid(problem.value, e, TOKEN_BITS))
     unit = power_of_two(e - TOKEN_BITS)[None]
@@ -24,20 +24,22 @@ def output(problem: Problem) -> Array:
             weight, weighted = sums
             p = weights_of(keys.of(logits, 2), top)
             weights = fresh_only(as_integers(p), fresh, 2)
-            part = token_sums("GTS,SH->GTH", weights, keys.of(values, 0), weighted.dtype)
+            kept = problem.kept(weights, queries, keys)
+            part = token_sums("GTS,SV->GTV", kept, keys.of(values, 0), weighted.dtype)
             return weight + weights.sum(-1, keepdims=True), weighted + part
 
         t = queries.size
-        start = (problem.full(G, t, 1), problem.no_sums(G, t, H, tokens=S))
+        start = (problem.full(G, t, 1), problem.no_sums(G, t, V, tokens=S))
         weight, weighted = problem.for_keys(add, start, queries)
-        rows = arithmetic.total(weighted) * unit * reciprocal(weight)
+        normaliser = kept_normaliser(problem, reciprocal(weight + sink_weight(problem, top)))
+        rows = arithmetic.total(weighted) * unit * normaliser
         return write(out, arithmetic.out(jnp.where(empty, 0.0, rows)), queries, 1)
 
-    return problem.for_queries(chunk, problem.full(G, T, H, dtype=jnp.float32))
+    return problem.for_queries(chunk, problem.full(G, T, V, dtype=jnp.float32))
 
 
 def row_logits(problem: Problem, queries: Block) -> tuple[Array, Array, Array]:
-    """The logits of whole rows, the largest of each (0 for a row of -inf), and which have none.
+    """The logits of whole rows, `m` of each, and which rows have no key to attend to.
 
     Returns:
       `[G, t, S]`, defined where a query may attend; `[G, t, 1]`; `[G, t, 1]`.
@@ -55,7 +57,21 @@ def row_logits(problem: Problem, queries: Block) -> tuple[Array, Array, Array]:
     start = (problem.full(G, t, S), problem.full(G, t, 1, value=-jnp.inf))
     logits, top = problem.for_keys(fill, start, queries)
     empty = top == -jnp.inf
-    return logits, jnp.where(empty, 0.0, top), empty
+    sinks = problem.sinks
+    if sinks is not None:
+        top = jnp.where(jnp.isnan(sinks), jnp.nan, jnp.maximum(top, sinks))
+    return logits, jnp.where(top == -jnp.inf, 0.0, top), empty
+
+
+def sink_weight(problem: Problem, top: Array) -> Array | float:
+    """What a sink adds to the sum of `P`."""
+    sinks = problem.sinks
+    return 0.0 if sinks is None else as_integers(weights_of(sinks, top))
+
+
+def kept_normaliser(problem: Problem, normaliser: Array) -> Array:
+    """`r * c`."""
+    return pinned(normaliser * problem.kept_scale)
 
 
 def as_integers(p: Array) -> Array:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..masks import Block, Masks, Window
+from .. import dropout
+from ..blocks import Block, for_blocks
+from ..blocks import full as full_like
+from ..description import Description
 from ..shared_heads import SharedHeads
 from .arithmetic import flush, left_digits, pinned, right_on_grid, round32, sum_dtype
 from .elementary import exp, soft_cap, soft_cap_slope
@@ -22,12 +24,8 @@ INNER = 4
 
 @dataclass(frozen=True)
 class Options:
-    """What is known before any number is: part of the compiled program."""
+    """How to compute, which no bit depends on: part of the compiled program."""
 
-    scale: float
-    logits_soft_cap: float | None
-    is_causal: bool
-    local_window_size: Window | None
     shared_heads: SharedHeads | None
     query_chunk: int
     key_chunk: int
@@ -39,16 +37,14 @@ class Problem:
     """One sequence, one KV head and its G query heads; float64, flushed.
 
     Attributes:
-      masks: arrays for a batch of one.
-      bias: `[1, G, T, S]`, any axis 1; or None.
+      description: of one sequence and G heads; its scale and soft cap are values of float32.
       query: `[G, T, H]`.
-      key, value: `[S, H]`.
+      key, value: `[S, H]`, `[S, V]`.
       query_digits, key_on_grid: the same as operands of dot products, `[2, G, T, H]`, `[S, H]`.
     """
 
     options: Options
-    masks: Masks
-    bias: Array | None
+    description: Description
     query: Array
     key: Array
     value: Array
@@ -56,54 +52,77 @@ class Problem:
     key_on_grid: Array
 
     @classmethod
-    def of(cls, options: Options, query: Any, key: Any, value: Any, bias: Any, arrays: Any):
-        masks = Masks(
-            **arrays, is_causal=options.is_causal, local_window_size=options.local_window_size
-        )
+    def of(cls, options: Options, description: Description, query: Any, key: Any, value: Any):
         q, k, v = map(flush, (query, key, value))
-        bias = None if bias is None else flush(bias)
-        return cls(options, masks, bias, q, k, v, left_digits(q), right_on_grid(k))
+        return cls(options, description, q, k, v, left_digits(q), right_on_grid(k))
 
     def logits(self, queries: Block, keys: Block) -> Array:
         """`[G, t, s]`; -inf where a query may not attend."""
         z = self._scaled_dots(queries, keys)
-        if self.options.logits_soft_cap is not None:
-            z = soft_cap(z, self.options.logits_soft_cap)
-        if self.bias is not None:
-            z = pinned(z + keys.of(queries.of(self.bias, 2), 3)[0])
-        allowed = self.masks.attends(queries, keys)
-        return z if allowed is None else jnp.where(allowed[0], z, -jnp.inf)
+        cap = self.description.rules.logits_soft_cap
+        if cap is not None:
+            z = soft_cap(z, cap)
+        terms = self.description.terms(queries, keys)
+        if terms.bias is not None:
+            z = pinned(z + flush(terms.bias)[0])
+        if terms.alibi_slopes is not None:
+            # Exact: a float32 times less than 2^30.
+            z = pinned(z - (flush(terms.alibi_slopes) * terms.distance.astype(jnp.float64))[0])
+        return z if terms.allowed is None else jnp.where(terms.allowed[0], z, -jnp.inf)
 
     def through_soft_cap(self, gradient: Array, queries: Block, keys: Block) -> Array:
         """The gradient of the logits before the soft cap, from that after it."""
-        if self.options.logits_soft_cap is None:
+        cap = self.description.rules.logits_soft_cap
+        if cap is None:
             return gradient
-        z = self._scaled_dots(queries, keys)
-        return gradient * soft_cap_slope(z, self.options.logits_soft_cap)
+        return gradient * soft_cap_slope(self._scaled_dots(queries, keys), cap)
+
+    def kept(self, x: Array, queries: Block, keys: Block) -> Array:
+        """`[G, t, s]` with 0 where dropout drops the weight."""
+        keep = self.description.keep(queries, keys)
+        return x if keep is None else jnp.where(keep[0], x, 0)
+
+    @property
+    def scale(self) -> float:
+        scale = self.description.rules.scale
+        assert scale is not None
+        return scale
+
+    @property
+    def kept_scale(self) -> float:
+        """`c`: what dropout multiplies the weights by that it keeps."""
+        return dropout.kept_scale(self.description.rules.dropout_rate)
+
+    @property
+    def sinks(self) -> Array | None:
+        """`[G, 1, 1]`."""
+        sinks = self.description.arrays.get("sinks")
+        return None if sinks is None else flush(sinks)[:, None, None]
 
     def _scaled_dots(self, queries: Block, keys: Block) -> Array:
         q, k = queries.of(self.query_digits, 2), keys.of(self.key_on_grid, 0)
-        return round32(dots(q, k)).astype(jnp.float64) * self.options.scale
+        return round32(dots(q, k)).astype(jnp.float64) * self.scale
 
     def for_queries(self, body: Callable[..., Any], carry: Any, keys: Block | None = None) -> Any:
         """A loop over the blocks of queries, all of them or those that see some of the keys."""
         T, size = self.query.shape[1], self.options.query_chunk
         if keys is None:
-            return _for_blocks(T, size, (0, T), body, carry)
-        return _for_blocks(T, min(T, INNER * size), self.masks.queries_of(keys, T), body, carry)
+            return for_blocks(T, size, (0, T), body, carry)
+        bounds = self.description.queries_of(keys, T)
+        return for_blocks(T, min(T, INNER * size), bounds, body, carry)
 
     def for_keys(self, body: Callable[..., Any], carry: Any, queries: Block | None = None) -> Any:
         """A loop over the blocks of keys, all of them or those that some of the queries see."""
         S, size = self.key.shape[0], self.options.key_chunk
         if queries is None:
-            return _for_blocks(S, size, (0, S), body, carry)
-        return _for_blocks(S, min(S, INNER * size), self.masks.keys_of(queries, S), body, carry)
+            return for_blocks(S, size, (0, S), body, carry)
+        bounds = self.description.keys_of(queries, S)
+        return for_blocks(S, min(S, INNER * size), bounds, body, carry)
 
     def full(self, *shape: int, value: float | int = 0, dtype: Any = jnp.float64) -> Array:
         """A constant that varies over the mesh as the operands do, to start a loop with."""
-        operands = (self.query, self.key, self.value)
-        nothing = sum(jnp.isnan(x.ravel()[0]).astype(dtype) for x in operands) * 0
-        return jnp.full(shape, value, dtype) + jnp.asarray(nothing, dtype)
+        operands = (self.query, self.key, self.value, self.description)
+        return full_like(shape, value, dtype, operands)
 
     def no_sums(self, *shape: int, tokens: int) -> Array:
         """Sums of digits `[..., 3H]` before the first of so many tokens is added."""
@@ -115,30 +134,6 @@ def dots(queries: Array, keys: Array) -> Array:
     """`[2, G, t, H] x [s, H] -> [G, t, s]`: a left and a right operand."""
     high, low = jnp.einsum("DGTH,SH->DGTS", queries, keys)
     return high + low
-
-
-def _for_blocks(
-    tokens: int, size: int, bounds: tuple[Any, Any], body: Callable[..., Any], carry: Any
-) -> Any:
-    """`carry = body(block, fresh, carry)` for the blocks that meet `bounds`.
-
-    The last block ends with the last token, so it may begin inside the one before. `fresh` is False
-    for the tokens that they share, and None where no blocks do.
-    """
-
-    def step(i: Array, carry: Any) -> Any:
-        if tokens % size == 0:
-            return body(Block(i * size, size), None, carry)
-        block = Block(jnp.minimum(i * size, tokens - size), size)
-        return body(block, block.tokens >= i * size, carry)
-
-    low, high = bounds
-    return jax.lax.fori_loop(low // size, (high + size - 1) // size, step, carry)
-
-
-def write(x: Array, part: Array, block: Block, axis: int) -> Array:
-    """x with a block of tokens replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(x, part, block.start, axis)
 
 
 def fresh_only(x: Array, fresh: Array | None, axis: int) -> Array:

@@ -1,76 +1,119 @@
 """Attention in its plainest form: all the weights at once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..masks import Block, Masks, SegmentIds, Window
+from ..blocks import Block
+from ..description import Description, PerToken, Window, describe, kept, logits
 
 
 def dense_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     *,
     bias: Float[Array, "..."] | None = None,
     mask: Bool[Array, "..."] | None = None,
     scale: float | None = None,
     is_causal: bool = False,
+    query_offset: int = 0,
+    positions: PerToken | None = None,
     query_seq_lengths: Int[Array, "B"] | None = None,
     key_value_seq_lengths: Int[Array, "B"] | None = None,
     local_window_size: Window | None = None,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: PerToken | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
     logits_soft_cap: float | None = None,
-) -> Float[Array, "B T N H"]:
+    sinks: Float[Array, "N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Any = None,
+) -> Float[Array, "B T N V"]:
     """`softmax(query . key * scale + bias) . value`, on one device.
 
     Query head n reads KV head `n // (N / K)`. Logits and sums are float32 for 16-bit inputs, the
     weights are rounded to the values' dtype; all is float64 for float64 inputs. Holds the
     `[B, N, T, S]` weights in memory. A query that may attend to no key gives 0, where
-    `jax.nn.dot_product_attention` gives the mean of the values.
+    `jax.nn.dot_product_attention` gives the mean of the values. Every derivative of any order.
 
     Args:
       query, key, value: of one floating dtype; K divides N.
-      bias: added to the logits, broadcastable to `[B, N, T, S]`.
-      mask: True attends, broadcastable to `[B, N, T, S]`.
-      scale: of the logits; `1 / sqrt(H)` if None.
-      is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, segment_ids: as in
-        `jax_seqpar.masks.Masks`.
-      logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
+      bias, mask, ...: as `jax_seqpar.description.Description` says, for all kernels alike.
 
     Returns:
       The attention output, of the query's dtype.
-    """
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
-    accumulated = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
 
-    grouped = query.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=accumulated)
-    logits = logits.reshape(B, N, T, S) * (H**-0.5 if scale is None else scale)
-    if logits_soft_cap is not None:
-        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    if bias is not None:
-        logits = logits + bias.astype(accumulated)
-    masks = Masks(
+    Raises:
+      ValueError: for what does not fit together.
+    """
+    description = describe(
+        query,
+        key,
+        value,
+        bias=bias,
         mask=mask,
+        scale=scale,
         is_causal=is_causal,
+        query_offset=query_offset,
+        positions=positions,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
         segment_ids=segment_ids,
+        alibi_slopes=alibi_slopes,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
     )
-    allowed = masks.attends(Block(0, T), Block(0, S))
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, -jnp.inf)
+    out, _ = dense_rows(query, key, value, description, Block(0, query.shape[1]))
+    return out
 
+
+def dense_rows(
+    query: Array, key: Array, value: Array, description: Description, queries: Block
+) -> tuple[Array, Array]:
+    """The output `[B, t, N, V]` and the log of the sum of exp `[B, t, N]` of a block of queries.
+
+    Args:
+      query: `[B, t, N, H]`, the queries of the block.
+    """
+    B, T, N, H = query.shape
+    S, K = key.shape[1:3]
+    keys = Block(0, S)
+    accumulated = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+
+    grouped = query.reshape(B, T, K, N // K, H)
+    dots = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=accumulated)
+    z = logits(description.rules, dots.reshape(B, N, T, S), description.terms(queries, keys), H)
+    weights, lse = softmax(z, description.arrays.get("sinks"))
+    weights = kept(weights, description.rules, description.keep(queries, keys))
+
+    weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
+    out = jnp.einsum("BKGTS,BSKV->BTKGV", weights, value, preferred_element_type=accumulated)
+    out = out.reshape(B, T, N, value.shape[3]).astype(query.dtype)
+    return out, lse.swapaxes(1, 2)
+
+
+def softmax(logits: Array, sinks: Array | None) -> tuple[Array, Array]:
+    """The weights, 0 in a row of -inf, and the log of the sum of exp.
+
+    Args:
+      logits: `[B, N, t, s]`.
+      sinks: `[N]`.
+    """
     # A row without a key has the maximum -inf; 0 in its place keeps inf - inf out of the row.
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    if sinks is not None:
+        sinks = sinks.astype(logits.dtype)[None, :, None, None]
+        top = jnp.maximum(top, sinks)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1, total)
-
-    weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value, preferred_element_type=accumulated)
-    return out.reshape(B, T, N, H).astype(query.dtype)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
+    safe = jnp.where(total == 0, 1, total)
+    lse = jnp.where(total == 0, -jnp.inf, jnp.log(safe) + top)
+    return weights / safe, lse[..., 0]

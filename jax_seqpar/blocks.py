@@ -1,0 +1,80 @@
+"""Blocks of tokens, and loops over them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
+
+
+class Block(NamedTuple):
+    """Tokens `start ... start + size`; start may be traced."""
+
+    start: int | Int[Array, ""]
+    size: int
+
+    @property
+    def tokens(self) -> Int[Array, "size"]:
+        # One dtype, whether the caller has switched 64 bits on or not.
+        return jnp.asarray(self.start, jnp.int32) + jnp.arange(self.size, dtype=jnp.int32)
+
+    def of(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        """These tokens of an array; all of an axis of size 1, which stands for every token."""
+        if x.shape[axis] == 1:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis)
+
+
+def for_blocks(
+    tokens: int, size: int, bounds: tuple[Any, Any], body: Callable[..., Any], carry: Any
+) -> Any:
+    """`carry = body(block, fresh, carry)` for the blocks that meet `bounds`.
+
+    The last block ends with the last token, so it may begin inside the one before. `fresh` is False
+    for the tokens that they share, and None where no blocks do.
+    """
+
+    def step(i: Array, carry: Any) -> Any:
+        if tokens % size == 0:
+            return body(Block(i * size, size), None, carry)
+        block = Block(jnp.minimum(i * size, tokens - size), size)
+        return body(block, block.tokens >= i * size, carry)
+
+    low, high = bounds
+    return jax.lax.fori_loop(low // size, (high + size - 1) // size, step, carry)
+
+
+def write(x: Array, part: Array, block: Block, axis: int) -> Array:
+    """x with a block of tokens replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(x, part, block.start, axis)
+
+
+def full(shape: tuple[int, ...], value: float | int, dtype: Any, like: Any) -> Array:
+    """A constant that varies over the mesh as some arrays do, to start a loop with.
+
+    Args:
+      like: a tree of arrays.
+    """
+    return _vary(jnp.full(shape, value, dtype), varying_axes(like))
+
+
+def vary_alike(tree: Any) -> Any:
+    """Arrays that all vary over the mesh as some of them do.
+
+    A gradient varies as everything that it is computed from. The derivative of this adds up those
+    of an array that was the same on several devices.
+    """
+    axes = varying_axes(tree)
+    return jax.tree.map(lambda x: _vary(x, axes), tree)
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The manual mesh axes that some array of a tree varies over."""
+    leaves = jax.tree.leaves(tree)
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(axes - varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -1,0 +1,72 @@
+"""Dropout whose mask is a function of the key and of global positions, so it is the same at every
+degree, in every kernel and in both frameworks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt32
+
+# As in Random123: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+def head_keys(rng: Any, batch: int, heads: int) -> UInt32[Array, "B N 2"]:
+    """A key for each sequence and query head, made of their numbers in the whole attention.
+
+    Args:
+      rng: a threefry key of `jax.random.key`, or its two words; or such head keys, as they are.
+    """
+    words = key_words(rng)
+    if words.ndim == 3:
+        return words
+    b = jnp.arange(batch, dtype=jnp.uint32)[:, None]
+    n = jnp.arange(heads, dtype=jnp.uint32)[None, :]
+    return jnp.stack(threefry(words, jnp.broadcast_to(b, (batch, heads)), n), axis=-1)
+
+
+def key_words(rng: Any) -> UInt32[Array, "..."]:
+    """The words of a key, typed or not."""
+    return jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
+
+
+def limit(rate: float) -> int:
+    """Of 2^32 words, the number that drop a weight."""
+    return round(rate * 2**32)
+
+
+def kept_scale(rate: float) -> float:
+    """What the kept weights are multiplied by, so that their mean stays."""
+    return 2.0**32 / (2**32 - limit(rate))
+
+
+def keep(
+    keys: UInt32[Array, "B N 2"], rate: float, queries: Array, keys_of: Array
+) -> Bool[Array, "B N t s"]:
+    """True for the weights that stay.
+
+    Args:
+      keys: of `head_keys`.
+      queries, keys_of: `[t]` and `[s]`, the numbers of the queries and keys, from 0.
+    """
+    t = queries.astype(jnp.uint32)[None, None, :, None]
+    s = keys_of.astype(jnp.uint32)[None, None, None, :]
+    word, _ = threefry(keys[:, :, None, None], t, s)
+    return word >= jnp.uint32(limit(rate))
+
+
+def threefry(key: UInt32[Array, "... 2"], x0: Array, x1: Array) -> tuple[Array, Array]:
+    """threefry2x32 of 20 rounds: two words from the two of a key and the two of a counter."""
+    k0, k1 = key[..., 0], key[..., 1]
+    shape = jnp.broadcast_shapes(k0.shape, x0.shape, x1.shape)
+    k0, k1, x0, x1 = (jnp.broadcast_to(x, shape) for x in (k0, k1, x0, x1))
+    words = (k0, k1, k0 ^ k1 ^ jnp.uint32(_PARITY))
+    x0, x1 = x0 + words[0], x1 + words[1]
+    for group in range(1, 6):
+        for bits in _ROTATIONS[(group - 1) % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << jnp.uint32(bits) | x1 >> jnp.uint32(32 - bits)) ^ x0
+        x0 = x0 + words[group % 3]
+        x1 = x1 + words[(group + 1) % 3] + jnp.uint32(group)
+    return x0, x1

@@ -1,0 +1,110 @@
+"""Heads that the devices do not divide: how many are added, and which are copied."""
+
+from dataclasses import dataclass
+from math import lcm
+
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Query heads in even parts, each with the KV heads that they read.
+
+    KV heads are copied `first_copies` times and padded to `padded_kv_heads`; the `group` of query
+    heads of each is padded to `padded_group`; then each KV head is copied `copies` times, once for
+    every device that has query heads of its group. Added heads are 0, and computed for nothing.
+
+    Attributes:
+      kv_heads: K.
+      group: N / K.
+    """
+
+    kv_heads: int
+    group: int
+    first_copies: int
+    padded_kv_heads: int
+    padded_group: int
+    copies: int
+
+    @property
+    def query_heads(self) -> int:
+        """With those added; every device gets an equal part."""
+        return self.padded_kv_heads * self.padded_group
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether the query heads stay as they are."""
+        return self.query_heads == self.kv_heads * self.group
+
+    def pad_queries(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        """An axis of N query heads with those added; one of size 1 stands for all, and stays."""
+        if x.shape[axis] == 1 or self.is_trivial:
+            return x
+        x = _split(x, axis, self.group // self.first_copies)
+        x = _pad(_pad(x, axis, self.padded_kv_heads), axis + 1, self.padded_group)
+        return _merge(x, axis)
+
+    def unpad_queries(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        """The N query heads of an axis that has the added ones too."""
+        if self.is_trivial:
+            return x
+        x = _split(x, axis, self.padded_group)
+        group = self.group // self.first_copies
+        kv_heads = self.kv_heads * self.first_copies
+        index = [slice(None)] * x.ndim
+        index[axis], index[axis + 1] = slice(kv_heads), slice(group)
+        return _merge(x[tuple(index)], axis)
+
+    def spread_keys(self, x: Shaped[Array, "B S K H"]) -> Shaped[Array, "B S K2 H"]:
+        """Keys or values, each KV head as often as it is needed, in the order of the devices."""
+        x = repeat_heads(x, self.first_copies)
+        return repeat_heads(_pad(x, 2, self.padded_kv_heads), self.copies)
+
+
+def plan_heads(heads: int, kv_heads: int, degree: int, may_copy: bool = True) -> HeadPlan:
+    """The plan with the fewest query heads per device, and among those the fewest KV heads to send.
+
+    With copies it is `ceil(N / degree)` query heads for each device, always.
+
+    Args:
+      heads, kv_heads: N and K; K divides N.
+      degree: devices that share them.
+      may_copy: whether a KV head may be copied where the devices that have it are not all and only
+        those of one run; if not, its gradients are never added but by those devices.
+    """
+    group = heads // kv_heads
+    plans = []
+    for first in (n for n in range(1, group + 1) if group % n == 0 and (may_copy or n == 1)):
+        copied, rest = kv_heads * first, group // first
+        fits = [d for d in range(copied, degree) if degree % d == 0]
+        fits.append(-(-copied // degree) * degree)
+        for padded in fits:
+            copies = lcm(padded, degree) // padded
+            plan = HeadPlan(kv_heads, group, first, padded, -(-rest // copies) * copies, copies)
+            plans.append(plan)
+    return min(plans, key=lambda p: (p.query_heads, p.padded_kv_heads * p.copies, p.first_copies))
+
+
+def repeat_heads(x: Shaped[Array, "B S K H"], copies: int) -> Shaped[Array, "B S K2 H"]:
+    """Each head several times, side by side.
+
+    The copies are stacked, so that the derivative adds their gradients one by one, in order, in the
+    dtype of x.
+    """
+    B, S, K, H = x.shape
+    return x if copies == 1 else jnp.stack([x] * copies, axis=3).reshape(B, S, K * copies, H)
+
+
+def _split(x: Array, axis: int, size: int) -> Array:
+    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+
+
+def _merge(x: Array, axis: int) -> Array:
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _pad(x: Array, axis: int, size: int) -> Array:
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])

@@ -1,0 +1,179 @@
+"""Attention block by block, in plain XLA: memory linear in the tokens, nothing done where nobody
+attends."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .. import refusals
+from ..blocks import Block, vary_alike
+from ..description import Description, PerToken, Window, describe
+from . import flash
+from .dense import dense_rows
+from .flash import Chunks
+
+# What may have a gradient besides query, key and value.
+ADDED = ("bias", "alibi_slopes", "sinks")
+
+
+def blockwise_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    *,
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: int = 0,
+    positions: PerToken | None = None,
+    query_seq_lengths: Int[Array, "B"] | None = None,
+    key_value_seq_lengths: Int[Array, "B"] | None = None,
+    local_window_size: Window | None = None,
+    segment_ids: PerToken | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Any = None,
+    return_lse: bool = False,
+    forward_mode: bool = False,
+    query_chunk: int | None = None,
+    key_chunk: int | None = None,
+) -> Any:
+    """`softmax(query . key * scale + bias) . value`, on one device, in memory linear in the tokens.
+
+    Logits and sums are float32 for 16-bit inputs, the weights are rounded to the values' dtype; all
+    is float64 for float64 inputs. Blocks that causality, window, segments, positions or lengths
+    rule out are not computed; those of `mask` and `bias` are. Reverse-mode derivatives of any
+    order, with respect to query, key, value, bias, slopes and sinks; the first recomputes the
+    weights, later ones are slower.
+
+    Args:
+      query, key, value: of one floating dtype; K divides N.
+      bias, mask, ...: as `jax_seqpar.description.Description` says.
+      return_lse: also return the log of the sum of exp of the logits, which merges parts of an
+        attention over keys; it may be differentiated, too.
+      forward_mode: derivatives of any order in either mode, with a slower first one.
+      query_chunk, key_chunk: queries and keys of a block; 512 if None.
+
+    Returns:
+      The attention output `[B, T, N, V]`, of the query's dtype, 0 for a query that may attend to no
+      key; with `return_lse` a pair of it and `[B, T, N]`, float32 (or float64), there -inf.
+
+    Raises:
+      ValueError: for what does not fit together.
+      TypeError: of JAX, for a forward-mode derivative without `forward_mode=True`.
+    """
+    description = describe(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_offset=query_offset,
+        positions=positions,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        segment_ids=segment_ids,
+        alibi_slopes=alibi_slopes,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+    )
+    refusals.check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
+    T, S = query.shape[1], key.shape[1]
+    chunks = Chunks(max(min(T, query_chunk or 512), 1), max(min(S, key_chunk or 512), 1))
+    query, key, value, description = vary_alike((query, key, value, description))
+    attend: Any = _forward if forward_mode else _attention
+    out, lse = attend(chunks, query, key, value, description)
+    return (out, lse) if return_lse else out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(chunks: Chunks, query: Any, key: Any, value: Any, description: Any) -> Any:
+    return _forward(chunks, query, key, value, description)
+
+
+def _attention_fwd(chunks: Chunks, *operands: Any) -> Any:
+    out, lse = _forward(chunks, *operands)
+    return (out, lse), (*operands, out, lse)
+
+
+def _attention_bwd(chunks: Chunks, residuals: Any, gradients: Any) -> Any:
+    description = residuals[3]
+    dq, dk, dv, added = _backward(chunks, *residuals, *gradients)
+    absent = dict.fromkeys(description.arrays)
+    return dq, dk, dv, Description(description.rules, absent | added)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forward(chunks: Chunks, *operands: Any) -> Any:
+    return flash.forward(chunks, *operands)
+
+
+@_forward.defjvp
+def _forward_jvp(chunks: Chunks, operands: Any, tangents: Any) -> Any:
+    return jax.jvp(partial(_row_after_row, chunks), operands, tangents)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _backward(chunks: Chunks, *operands: Any) -> Any:
+    return flash.backward(chunks, *operands)
+
+
+@_backward.defjvp
+def _backward_jvp(chunks: Chunks, operands: Any, tangents: Any) -> Any:
+    def gradient(query: Any, key: Any, value: Any, description: Any, *rest: Any) -> Any:
+        _, _, *gradients = rest  # output and lse are functions of the others
+
+        def attend(query: Any, key: Any, value: Any, added: Any) -> Any:
+            own = Description(description.rules, description.arrays | added)
+            return _row_after_row(chunks, query, key, value, own)
+
+        added = {name: x for name, x in description.arrays.items() if name in ADDED}
+        return jax.vjp(attend, query, key, value, added)[1](tuple(gradients))
+
+    return jax.jvp(gradient, operands, tangents)
+
+
+def _row_after_row(
+    chunks: Chunks, query: Array, key: Array, value: Array, description: Description
+) -> tuple[Array, Array]:
+    """The same in operations that JAX differentiates, whole rows of some queries at a time."""
+    (B, T, N, _), K = query.shape, key.shape[2]
+    if 0 in (B, T, N, key.shape[1]):
+        return dense_rows(query, key, value, description, Block(0, T))
+    blocks = -(-T // chunks.queries)
+
+    @jax.checkpoint
+    def rows(index: Array) -> tuple[Array, Array]:
+        head, i = index // blocks, index % blocks
+        b, n = head // N, head % N
+        queries = Block(jnp.minimum(i * chunks.queries, T - chunks.queries), chunks.queries)
+        q, k, v = (
+            jax.lax.dynamic_slice(x, (b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))
+            for x, n in ((query, n), (key, n // (N // K)), (value, n // (N // K)))
+        )
+        out, lse = dense_rows(queries.of(q, 1), k, v, description.of_heads(b, n, 1), queries)
+        return out[0, :, 0], lse[0, :, 0]
+
+    def together(x: Array) -> Array:
+        """`[B N blocks, t, ...]`; the last block of a head ends with the last query."""
+        x = x.reshape(B, N, blocks, *x.shape[1:])
+        first = x[:, :, :-1].reshape(B, N, -1, *x.shape[4:])
+        last = x[:, :, -1, blocks * chunks.queries - T :]
+        return jnp.concatenate([first, last], axis=2).swapaxes(1, 2)
+
+    out, lse = jax.lax.map(rows, jnp.arange(B * N * blocks))
+    return together(out), together(lse)

@@ -1,0 +1,302 @@
+"""The two passes of FlashAttention over blocks of logits.
+
+Forward: Dao et al. 2022, https://arxiv.org/abs/2205.14135; backward: Dao 2023,
+https://arxiv.org/abs/2307.08691. One query head of one sequence after another, so a head has the
+same bits whatever others are beside it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ..blocks import Block, for_blocks, full
+from ..description import Description, Terms, kept, logits
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Queries and keys at a time."""
+
+    queries: int
+    keys: int
+
+
+class Head(NamedTuple):
+    """One query head of one sequence: `[T, H]`, `[S, H]`, `[S, V]`, and its part of the rest."""
+
+    q: Array
+    k: Array
+    v: Array
+    description: Description
+    dtype: Any  # of logits and sums
+
+    @classmethod
+    def of(
+        cls, b: Any, n: Any, query: Array, key: Array, value: Array, description: Description
+    ) -> "Head":
+        kv = n // (query.shape[2] // key.shape[2])
+        own = description.of_heads(b, n, 1)
+        dtype = accumulated(query.dtype)
+        return cls(_head(query, b, n), _head(key, b, kv), _head(value, b, kv), own, dtype)
+
+    @property
+    def sink(self) -> Array | None:
+        sinks = self.description.arrays.get("sinks")
+        return None if sinks is None else sinks.astype(self.dtype)[0]
+
+    def dot(self, spec: str, x: Array, y: Array) -> Array:
+        return jnp.einsum(spec, x.astype(self.q.dtype), y, preferred_element_type=self.dtype)
+
+    def logits_and_pull(self, queries: Block, keys: Block) -> tuple[Array, Callable[..., Any]]:
+        """`[t, s]`, and its derivative by the dot products, by bias and by slopes."""
+        dots = self.dot("th,sh->ts", queries.of(self.q, 0), keys.of(self.k, 0))
+        terms = self.description.terms(queries, keys)
+
+        def of(dots: Array, bias: Any, slopes: Any) -> Array:
+            own = Terms(bias, slopes, terms.distance, terms.allowed)
+            return logits(self.description.rules, dots[None, None], own, self.q.shape[1])[0, 0]
+
+        # In float32, so that sums of their gradients are, too.
+        added = (x if x is None else x.astype(self.dtype) for x in terms[:2])
+        return jax.vjp(of, dots, *added)
+
+    def kept(self, weights: Array, queries: Block, keys: Block) -> Array:
+        keep = self.description.keep(queries, keys)
+        return kept(weights, self.description.rules, None if keep is None else keep[0, 0])
+
+    def for_keys(self, queries: Block, size: int, body: Callable[..., Any], carry: Any) -> Any:
+        S = self.k.shape[0]
+        return for_blocks(S, size, self.description.keys_of(queries, S), body, carry)
+
+
+# Compiled in an eager call, too: a loop that is traced anew each time would compile each time.
+@partial(jax.jit, static_argnums=0)
+def forward(
+    chunks: Chunks, query: Array, key: Array, value: Array, description: Description
+) -> tuple[Array, Array]:
+    """The output `[B, T, N, V]`, and the log of the sum of exp, `[B, T, N]`."""
+    (B, T, N, _), S, V = query.shape, key.shape[1], value.shape[3]
+    dtype = accumulated(query.dtype)
+    like = (query, key, value, description)
+    start = (full((B, T, N, V), 0, query.dtype, like), full((B, T, N, 1), -jnp.inf, dtype, like))
+
+    def attend(index: Array, carry: Any) -> Any:
+        b, n = index // N, index % N
+        head = Head.of(b, n, query, key, value, description)
+
+        def rows(queries: Block, _: Any, carry: Any) -> Any:
+            def add(keys: Block, fresh: Array | None, carry: Any) -> Any:
+                top, total, weighted = carry
+                z, _ = head.logits_and_pull(queries, keys)
+                if fresh is not None:
+                    z = jnp.where(fresh[None], z, -jnp.inf)
+                higher = jnp.maximum(top, z.max(-1, keepdims=True))
+                p = jnp.exp(z - _finite(higher))
+                rescale = jnp.exp(top - _finite(higher))
+                total = total * rescale + p.sum(-1, keepdims=True)
+                p = head.kept(p, queries, keys)
+                part = head.dot("ts,sv->tv", p, keys.of(head.v, 0))
+                return higher, total, weighted * rescale + part
+
+            t = queries.size
+            top, total = (full((t, 1), x, dtype, like) for x in (-jnp.inf, 0))
+            if head.sink is not None:
+                top = jnp.maximum(top, head.sink)
+                total = jnp.where(top == -jnp.inf, total, 1)
+            none = (top, total, full((t, V), 0, dtype, like))
+            top, total, weighted = head.for_keys(queries, chunks.keys, add, none)
+            safe = jnp.where(total == 0, 1, total)
+            lse = jnp.where(total == 0, -jnp.inf, _finite(top) + jnp.log(safe))
+            outs, lses = carry
+            return _put(outs, weighted / safe, b, queries, n), _put(lses, lse, b, queries, n)
+
+        return for_blocks(T, chunks.queries, (0, T), rows, carry)
+
+    out, lse = start if 0 in (B, T, N, S) else jax.lax.fori_loop(0, B * N, attend, start)
+    return out, lse[..., 0]
+
+
+class GradientHead(NamedTuple):
+    """A query head, the gradient of its output `[T, V]`, and what its passes read of each query."""
+
+    head: Head
+    do: Array
+    D: Array  # [T, 1], the sum of gradient times output, less the gradient of the lse
+    top: Array  # [T, 1], the lse, 0 where it is -inf
+
+    @classmethod
+    def of(
+        cls, b: Any, n: Any, operands: tuple[Any, ...], out: Array, lse: Array, gradients: Any
+    ) -> "GradientHead":
+        head = Head.of(b, n, *operands)
+        do, dlse = (_head(x, b, n) for x in gradients)
+        products = do.astype(head.dtype) * _head(out, b, n).astype(head.dtype)
+        D = jnp.sum(products, -1, keepdims=True) - dlse
+        return cls(head, do, D, _finite(_head(lse, b, n)))
+
+    def weights(self, queries: Block, keys: Block, fresh: Any) -> Any:
+        """The weights `[t, s]`, the gradient of the logits, and the derivative of the latter."""
+        head = self.head
+        z, pull = head.logits_and_pull(queries, keys)
+        p = jnp.exp(z - queries.of(self.top, 0))
+        for axis, mine in zip((1, 0), fresh, strict=True):
+            if mine is not None:
+                p = jnp.where(jnp.expand_dims(mine, axis), p, 0)
+        dp = head.dot("tv,sv->ts", queries.of(self.do, 0), keys.of(head.v, 0))
+        return p, p * (head.kept(dp, queries, keys) - queries.of(self.D, 0)), pull
+
+
+@partial(jax.jit, static_argnums=0)
+def backward(
+    chunks: Chunks,
+    query: Array,
+    key: Array,
+    value: Array,
+    description: Description,
+    out: Array,
+    lse: Array,
+    out_gradient: Array,
+    lse_gradient: Array,
+) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """The gradients of query, key and value, and of bias, slopes and sinks where they are given."""
+    operands = (query, key, value, description)
+    arrays = description.arrays
+    head_of = partial(
+        GradientHead.of,
+        operands=operands,
+        out=out,
+        lse=lse[..., None],
+        gradients=(out_gradient, lse_gradient[..., None]),
+    )
+    dq, dk, dv, added = _operand_gradients(chunks, head_of, operands)
+    if "bias" in arrays:
+        added["bias"] = _bias_gradient(chunks, head_of, operands)
+    return dq, dk, dv, {name: x.astype(arrays[name].dtype) for name, x in added.items()}
+
+
+def _operand_gradients(
+    chunks: Chunks, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
+) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """Of query, key, value, slopes and sinks.
+
+    Every matrix product adds up along the last axis of its left factor and the first of its right,
+    or the last of both: on a CPU others take twice the time. So keys and values are columns here.
+    """
+    query, key, value, description = operands
+    (B, T, N, H), (_, S, K, V) = query.shape, value.shape
+    G, dtype = N // K, accumulated(query.dtype)
+    dq, dk, dv = (full(x.shape, 0, x.dtype, operands) for x in (query, key, value))
+    per_head = description.arrays.keys() & {"alibi_slopes", "sinks"}
+    start = (dq, dk, dv, {name: full((N,), 0, dtype, operands) for name in per_head})
+
+    def kv_head(index: Array, carry: Any) -> Any:
+        """One KV head of one sequence."""
+        b, kv = index // K, index % K
+
+        def query_head(g: Array, carry: Any) -> Any:
+            n = kv * G + g
+            one = head_of(b, n)
+            head = one.head
+            # Kept apart: XLA:CPU lacks 16-bit products of transposed factors.
+            q_columns, do_columns = jax.lax.optimization_barrier((head.q.T, one.do.T))
+
+            def rows(queries: Block, fresh_queries: Array | None, carry: Any) -> Any:
+                dqs, dk, dv, added = carry
+
+                def add(keys: Block, fresh_keys: Array | None, carry: Any) -> Any:
+                    dq, dk, dv, added = carry
+                    p, dz, pull = one.weights(queries, keys, (fresh_queries, fresh_keys))
+                    ddots, _, dslope = pull(dz)
+                    ddots = ddots.astype(query.dtype)
+                    dq = dq + head.dot("ts,sh->th", ddots, keys.of(head.k, 0))
+                    part = head.dot("ht,ts->hs", queries.of(q_columns, 1), ddots)
+                    dk = _add(dk, part, (0, keys.start))
+                    p = head.kept(p, queries, keys).astype(query.dtype)
+                    part = head.dot("vt,ts->vs", queries.of(do_columns, 1), p)
+                    dv = _add(dv, part, (0, keys.start))
+                    if dslope is not None:
+                        slopes = added["alibi_slopes"].at[n].add(dslope[0, 0, 0, 0])
+                        added = added | {"alibi_slopes": slopes}
+                    return dq, dk, dv, added
+
+                none = full((queries.size, H), 0, dtype, operands)
+                dq, dk, dv, added = head.for_keys(queries, chunks.keys, add, (none, dk, dv, added))
+                if fresh_queries is not None:
+                    dq = jnp.where(fresh_queries[:, None], dq, _get(dqs, b, queries, n))
+                return _put(dqs, dq, b, queries, n), dk, dv, added
+
+            dqs, dk, dv, added = for_blocks(T, chunks.queries, (0, T), rows, carry)
+            if head.sink is not None:
+                part = -jnp.sum(jnp.exp(head.sink - one.top) * one.D)
+                added = added | {"sinks": added["sinks"].at[n].add(part)}
+            return dqs, dk, dv, added
+
+        dqs, dks, dvs, added = carry
+        none = [full((size, S), 0, dtype, operands) for size in (H, V)]
+        dqs, dk, dv, added = jax.lax.fori_loop(0, G, query_head, (dqs, *none, added))
+        all_keys = Block(0, S)
+        return dqs, _put(dks, dk.T, b, all_keys, kv), _put(dvs, dv.T, b, all_keys, kv), added
+
+    return start if 0 in (B, T, N, S) else jax.lax.fori_loop(0, B * K, kv_head, start)
+
+
+def _bias_gradient(
+    chunks: Chunks, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
+) -> Array:
+    """In a pass of its own, which is not compiled where nobody asks for it."""
+    query, key, _, description = operands
+    (B, T, N, _), S = query.shape, key.shape[1]
+    bias = description.arrays["bias"]
+
+    def query_head(index: Array, sums: Array) -> Array:
+        b, n = index // N, index % N
+        one = head_of(b, n)
+
+        def rows(queries: Block, fresh_queries: Array | None, sums: Array) -> Array:
+            def add(keys: Block, fresh_keys: Array | None, sums: Array) -> Array:
+                _, dz, pull = one.weights(queries, keys, (fresh_queries, fresh_keys))
+                at = zip(bias.shape, (b, n, queries.start, keys.start), strict=True)
+                # An axis of size 1 is added up over.
+                return _add(sums, pull(dz)[1], tuple(0 if size == 1 else i for size, i in at))
+
+            return one.head.for_keys(queries, chunks.keys, add, sums)
+
+        return for_blocks(T, chunks.queries, (0, T), rows, sums)
+
+    start = full(bias.shape, 0, accumulated(query.dtype), operands)
+    return start if 0 in (B, T, N, S) else jax.lax.fori_loop(0, B * N, query_head, start)
+
+
+def accumulated(dtype: Any) -> Any:
+    """The dtype of logits and sums."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _head(x: Array, b: Any, n: Any) -> Array:
+    part = jax.lax.dynamic_slice(x, (b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))
+    return part.reshape(x.shape[1], x.shape[3])
+
+
+def _get(x: Array, b: Any, tokens: Block, n: Any) -> Array:
+    size = (1, tokens.size, 1, x.shape[3])
+    return jax.lax.dynamic_slice(x, (b, tokens.start, n, 0), size)[0, :, 0]
+
+
+def _put(x: Array, part: Array, b: Any, tokens: Block, n: Any) -> Array:
+    part = part.astype(x.dtype)[None, :, None]
+    return jax.lax.dynamic_update_slice(x, part, (b, tokens.start, n, 0))
+
+
+def _add(x: Array, part: Array, start: tuple[Any, ...]) -> Array:
+    old = jax.lax.dynamic_slice(x, start, part.shape)
+    return jax.lax.dynamic_update_slice(x, old + part, start)
+
+
+def _finite(top: Array) -> Array:
+    """A maximum to subtract: 0 for that of a row of -inf, so that inf - inf is nowhere."""
+    return jnp.where(top == -jnp.inf, 0, top)

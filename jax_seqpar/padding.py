@@ -1,0 +1,117 @@
+"""Sequences that the devices do not divide, made longer by tokens that nothing attends to."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from . import refusals
+from .description import AXES, PerToken, describe, pair
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Operands of an attention with tokens added at the end.
+
+    Attributes:
+      query, key, value: as given, then zeros.
+      keywords: of the attention: the segments, in which the added tokens have one of their own, and
+        what else of a token axis was given.
+      tokens: T, the queries that were given.
+    """
+
+    query: Float[Array, "B T2 N H"]
+    key: Float[Array, "B S2 K H"]
+    value: Float[Array, "B S2 K V"]
+    keywords: dict[str, Any]
+    tokens: int
+
+    def unpad(self, out: Shaped[Array, "B T2 N V"]) -> Shaped[Array, "B T N V"]:
+        """The output of the queries that were given; the gradient of the others is 0."""
+        if out.shape[1] == self.tokens:
+            return out
+        sharding = jax.typeof(out).sharding
+        if sharding.spec[1] is not None:
+            # What is left does not divide, so it cannot stay sharded by its type.
+            spec = (n if axis != 1 else None for axis, n in enumerate(sharding.spec))
+            out = jax.sharding.reshard(out, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+        return out[:, : self.tokens]
+
+
+def pad_to_degree(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    *,
+    degree: int,
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    positions: PerToken | None = None,
+    segment_ids: PerToken | None = None,
+) -> Padded:
+    """Adds tokens at the end, in a segment of their own, until the degree divides T and S.
+
+    No other token sees them, so output and gradients are those without them. Everything that has no
+    token axis stays as it is, lengths and `query_offset` included.
+
+    Args:
+      query, key, value: as for `dot_product_attention`.
+      degree: P, the devices that share the tokens.
+      bias, mask, positions, segment_ids: as `jax_seqpar.description.Description` says.
+
+    Raises:
+      ValueError: for what does not fit together.
+
+    Example:
+      padded = pad_to_degree(q, k, v, degree=8)
+      out = dot_product_attention(padded.query, padded.key, padded.value, **padded.keywords)
+      out = padded.unpad(out)
+    """
+    refusals.check_degree(degree)
+    given = {"bias": bias, "mask": mask, "positions": positions, "segment_ids": segment_ids}
+    arrays = describe(query, key, value, **dict.fromkeys(AXES) | given).arrays
+    T, S = query.shape[1], key.shape[1]
+    more = (-T % degree, -S % degree)
+    if more == (0, 0):
+        return Padded(query, key, value, arrays, T)
+
+    keywords: dict[str, Any] = {
+        name: _pad(_pad(x, 2, more[0]), 3, more[1])
+        for name, x in arrays.items()
+        if name in ("bias", "mask")
+    }
+    if positions is not None:
+        keywords["positions"] = tuple(
+            _pad(x, 1, n) for x, n in zip(pair(positions), more, strict=True)
+        )
+    keywords["segment_ids"] = _segments(segment_ids, (query, key), more)
+    key, value = (_pad(x, 1, more[1]) for x in (key, value))
+    return Padded(_pad(query, 1, more[0]), key, value, keywords, T)
+
+
+def _segments(
+    segment_ids: PerToken | None, operands: tuple[Array, Array], more: tuple[int, int]
+) -> tuple[Array, Array]:
+    if segment_ids is None:
+        queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) for x in operands)
+    else:
+        # Wide enough for one segment more.
+        queries, keys = (x.astype(jnp.int32) for x in pair(segment_ids))
+    own = _unused(jnp.concatenate([queries, keys], axis=1))
+    return _pad(queries, 1, more[0], own), _pad(keys, 1, more[1], own)
+
+
+def _unused(ids: Int[Array, "B S"]) -> Int[Array, ""]:
+    top = ids.max(initial=0)
+    return jnp.where(top < jnp.iinfo(jnp.int32).max, top + 1, ids.min(initial=0) - 1)
+
+
+def _pad(x: Array, axis: int, more: int, value: Any = 0) -> Array:
+    """More entries of an axis; one of size 1 that stands for all stays."""
+    if more == 0 or (axis > 1 and x.shape[axis] == 1):
+        return x
+    widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)

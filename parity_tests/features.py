@@ -1,0 +1,199 @@
+"""What a model asks of attention, as levels of factors: every pair of levels meets in some case."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from allpairspy import AllPairs
+from questions import error
+
+from jax_seqpar import blockwise_attention, dense_attention, exact_attention
+from jax_seqpar.bridge.arrays import numpy_to_torch
+from torch_ref.dense import dense_attention as torch_dense_attention
+
+KERNELS = {
+    "dense": dense_attention,
+    # Blocks that divide nothing.
+    "blockwise": partial(blockwise_attention, query_chunk=5, key_chunk=7),
+    "blockwise, either mode": partial(
+        blockwise_attention, query_chunk=5, key_chunk=7, forward_mode=True
+    ),
+    "exact": exact_attention,
+}
+# What exact attention refuses a derivative of.
+ADDED = ("bias", "alibi_slopes", "sinks")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an attention; T and S are times the largest degree of the tests."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    V: int
+
+
+SIZES = {
+    "grouped": Sizes(2, 24, 24, 8, 4, 6, 6),
+    "few KV heads": Sizes(2, 16, 16, 8, 2, 5, 3),
+    "heads that do not divide": Sizes(3, 16, 16, 6, 3, 5, 5),
+    "five heads": Sizes(2, 16, 16, 5, 5, 4, 4),
+    "cross attention": Sizes(2, 16, 32, 8, 8, 6, 3),
+    "cross attention, more queries": Sizes(2, 32, 16, 12, 4, 3, 5),
+}
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "kernel": tuple(KERNELS),
+    "degree": (2, 4, 8),
+    "sizes": tuple(SIZES),
+    "chunks": (1, 2),
+    "place": ("from 0", "causal", "causal, offset", "causal, positions", "two positions"),
+    "window": (None, 0, 3, (5, 0), (2, 9)),
+    "segments": (None, "one", "a pair"),
+    "lengths": (None, "keys", "queries", "both"),
+    "mask": (None, "BNTS", "B11S", "1N11"),
+    "bias": (None, "BNTS", "1NTS", "B1T1"),
+    "alibi": (False, True),
+    "cap": (None, 2.0),
+    "sinks": (False, True),
+    "dropout": (0.0, 0.4),
+    "scale": (None, -0.4),
+}
+
+
+def cases() -> list[dict[str, Any]]:
+    """Every pair of levels of two factors is in one of them."""
+    return [dict(zip(FACTORS, levels, strict=True)) for levels in AllPairs(list(FACTORS.values()))]
+
+
+def options(case: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a case, arrays as NumPy arrays."""
+    s = SIZES[case["sizes"]]
+    rng = np.random.default_rng(s.T + s.N)
+    sizes = {"B": s.B, "N": s.N, "T": s.T, "S": s.S, "1": 1}
+
+    def shape(letters: str) -> tuple[int, ...]:
+        # The letters stand in their own places.
+        return tuple(sizes[letter] for letter in letters)
+
+    def tokens(count: int) -> np.ndarray:
+        return np.stack([np.roll(np.arange(count), 3 * b) for b in range(s.B)]).astype(np.int32)
+
+    def documents(count: int) -> np.ndarray:
+        return np.sort(rng.integers(0, 3, (s.B, count)), axis=1).astype(np.int32)
+
+    def lengths(count: int) -> np.ndarray:
+        # None at all, some, and all.
+        return np.array([count // 2, 0, count][: s.B], np.int32)
+
+    made: dict[str, Any] = {"is_causal": case["place"].startswith("causal")}
+    if case["place"].endswith("offset"):
+        made["query_offset"] = s.S - s.T + 2
+    if case["place"].endswith("positions"):
+        pair = tokens(s.T), tokens(s.S)
+        made["positions"] = pair[0] if s.T == s.S and "two" not in case["place"] else pair
+    made["local_window_size"] = case["window"]
+    if case["segments"] is not None:
+        made["segment_ids"] = documents(s.T), documents(s.S)
+        if case["segments"] == "one" and s.T == s.S:
+            made["segment_ids"] = made["segment_ids"][0]
+    if case["lengths"] in ("keys", "both"):
+        made["key_value_seq_lengths"] = lengths(s.S)
+    if case["lengths"] in ("queries", "both"):
+        made["query_seq_lengths"] = lengths(s.T)[::-1].copy()
+    if case["mask"] is not None:
+        made["mask"] = rng.random(shape(case["mask"])) < 0.8
+    if case["bias"] is not None:
+        made["bias"] = rng.standard_normal(shape(case["bias"])).astype(np.float32)
+    if case["alibi"]:
+        made["alibi_slopes"] = (0.5 ** np.arange(1, s.N + 1)).astype(np.float32)
+    made["logits_soft_cap"] = case["cap"]
+    if case["sinks"]:
+        made["sinks"] = rng.standard_normal(s.N).astype(np.float32)
+    if case["dropout"]:
+        made["dropout_rate"] = case["dropout"]
+        made["dropout_rng"] = np.array([7, 11], np.uint32)
+    made["scale"] = case["scale"]
+    return {name: x for name, x in made.items() if x is not None and x is not False}
+
+
+def operands(sizes: Sizes) -> list[np.ndarray]:
+    """Query, key, value and the gradient of the output."""
+    rng = np.random.default_rng(sizes.S + sizes.H)
+    shapes = (
+        (sizes.B, sizes.T, sizes.N, sizes.H),
+        (sizes.B, sizes.S, sizes.K, sizes.H),
+        (sizes.B, sizes.S, sizes.K, sizes.V),
+        (sizes.B, sizes.T, sizes.N, sizes.V),
+    )
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def split(given: dict[str, Any], kernel: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that have a gradient, and the others."""
+    added = {n: x for n, x in given.items() if n in ADDED and kernel != "exact"}
+    return added, {n: x for n, x in given.items() if n not in added}
+
+
+def run_jax(attend: Any, given: dict[str, Any], kernel: str, inputs: list[np.ndarray]) -> Any:
+    """Output and gradients of an attention, compiled: a dict by name."""
+    added, rest = split(given, kernel)
+    static = {n: x for n, x in rest.items() if not is_array(x)}
+    arrays = jax.tree.map(jnp.asarray, {n: x for n, x in rest.items() if is_array(x)})
+
+    @jax.jit
+    def run(query: Any, key: Any, value: Any, grad: Any, added: Any, arrays: Any) -> Any:
+        def function(query: Any, key: Any, value: Any, added: Any) -> Any:
+            return attend(query, key, value, **added, **arrays, **static)
+
+        out, pull = jax.vjp(function, query, key, value, added)
+        dq, dk, dv, more = pull(grad)
+        return {"out": out, "dq": dq, "dk": dk, "dv": dv} | more
+
+    return run(*inputs, jax.tree.map(jnp.asarray, added), arrays)
+
+
+def run_torch(given: dict[str, Any], kernel: str, inputs: list[np.ndarray]) -> dict[str, Any]:
+    """The same in float64, by PyTorch."""
+    added, rest = split(given, kernel)
+    *leaves, grad = (numpy_to_torch(x).double() for x in inputs)
+    extra = {n: numpy_to_torch(x).double() for n, x in added.items()}
+    inputs_of_grad = [x.requires_grad_() for x in (*leaves, *extra.values())]
+    out = torch_dense_attention(*leaves, **extra, **as_torch(rest))
+    gradients = torch.autograd.grad(out, inputs_of_grad, grad, allow_unused=True)
+    names = ("out", "dq", "dk", "dv", *extra)
+    return {n: x.detach().numpy() for n, x in zip(names, (out, *gradients), strict=True)}
+
+
+def as_torch(given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: jax.tree.map(numpy_to_torch, x) if is_array(x) else x for name, x in given.items()
+    }
+
+
+def is_array(x: Any) -> bool:
+    """Whether an option is an array, or a pair of them."""
+    return isinstance(x, np.ndarray) or (isinstance(x, tuple) and isinstance(x[0], np.ndarray))
+
+
+def assert_as_near(got: Any, alone: Any, truth: Any, copies: int) -> None:
+    """As near to float64 as the same kernel on one device: at most twice its largest error.
+
+    Args:
+      copies: devices that have the same KV head, whose gradients of it are added up: each addition
+        rounds by half a unit in the last place of the largest entry.
+    """
+    for name, expected in truth.items():
+        eps = np.finfo(np.float32).eps * np.max(np.abs(expected), initial=0)
+        more = (copies - 1) * eps if name in ("dk", "dv") else 0
+        # An entry that one device happens to get right to the bit has a neighbour half a unit off.
+        bound = 2 * max(error(alone[name], expected), eps / 2) + more
+        assert error(got[name], expected) <= bound, f"{name}: {error(got[name], expected)} {bound}"
