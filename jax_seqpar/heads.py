@@ -38,8 +38,8 @@ class HeadPlan:
         return self.query_heads == self.kv_heads * self.group
 
     def pad_queries(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-        """An axis of N query heads with those added; one of size 1 stands for all, and stays."""
-        if x.shape[axis] == 1 or self.is_trivial:
+        """An axis of N query heads with those added."""
+        if self.is_trivial:
             return x
         x = _split(x, axis, self.group // self.first_copies)
         x = _pad(_pad(x, axis, self.padded_kv_heads), axis + 1, self.padded_group)

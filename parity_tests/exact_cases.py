@@ -1,5 +1,6 @@
 """The table of exact attention: inputs and options, for both frameworks."""
 
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from cases import CASES
 
 from jax_seqpar import exact_attention
 from jax_seqpar.bridge.arrays import numpy_to_torch, torch_to_numpy
+from jax_seqpar.bridge.cases import NAMES as INPUT_NAMES
 from jax_seqpar.bridge.cases import Arrays, Case
 from torch_ref.exact import exact_attention as torch_exact_attention
 
@@ -65,6 +67,117 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
+
+@dataclass(frozen=True)
+class Cross:
+    """An attention of T queries to S keys, with values of V channels; the degree divides T and S.
+
+    Small enough for Python integers.
+    """
+
+    B: int = 2
+    T: int = 8
+    S: int = 16
+    N: int = 4
+    K: int = 2
+    H: int = 5
+    V: int = 3
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.N}/{self.K} heads"
+
+    def inputs(self) -> Arrays:
+        B, T, S, N, K, H, V = astuple(self)[:-1]
+        rng = np.random.default_rng(N)
+        shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V))
+        arrays = (rng.standard_normal(s).astype(jnp.dtype(self.dtype)) for s in shapes)
+        return dict(zip(INPUT_NAMES, arrays, strict=True))
+
+    def slopes(self) -> np.ndarray:
+        return (0.7 ** np.arange(self.N)).astype(jnp.dtype(self.dtype))
+
+    def sinks(self) -> np.ndarray:
+        """One far below the logits, so that it counts for nothing, and one far above."""
+        sinks = _random(self.N).standard_normal(self.N)
+        sinks[:2] = -np.inf, 9
+        return sinks.astype(jnp.dtype(self.dtype))
+
+    def all_at_once(self, by_positions: bool) -> dict[str, Any]:
+        """Every option, the queries placed by their positions or by an offset."""
+        B, T, S, N = self.B, self.T, self.S, self.N
+        rng = _random(B, T, S, N)
+        place = {"positions": _positions(B, T, S)} if by_positions else {"query_offset": S - T}
+        return {
+            **place,
+            "is_causal": True,
+            "local_window_size": (11, 3),
+            "mask": rng.random((B, N, T, 1)) < 0.9,
+            "segment_ids": (np.zeros((B, T), np.int32), (_segments(B, S) == 2).astype(np.int32)),
+            "query_seq_lengths": _lengths(T, T - 2),
+            "key_value_seq_lengths": _lengths(S - 3, S),
+            "bias": _bias(1, N, T, S).astype(jnp.dtype(self.dtype)),
+            "alibi_slopes": self.slopes(),
+            "logits_soft_cap": 5.0,
+            "scale": 0.5,
+            "sinks": self.sinks(),
+            "dropout_rate": 0.3,
+            "dropout_rng": KEY,
+        }
+
+
+KEY = np.array([0x9E3779B9, 0x243F6A88], np.uint32)
+CROSS = Cross()
+
+
+def _lengths(*lengths: int) -> np.ndarray:
+    return np.array(lengths, np.int32)
+
+
+def _positions(batch: int, queries: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """In no order, as in a layout that balances causal work; other ones in each sequence."""
+    rng = _random(batch, queries, keys)
+
+    def of(first: int, count: int) -> np.ndarray:
+        rows = [first + rng.permutation(count) for _ in range(batch)]
+        return np.stack(rows).astype(np.int32)
+
+    return of(keys // 2, queries), of(0, keys)
+
+
+def _cross_options() -> dict[str, dict[str, Any]]:
+    """Options alone and by two or three; what shares its names here shares a compilation."""
+    T, S = CROSS.T, CROSS.S
+    positions = _positions(CROSS.B, T, S)
+    slopes, sinks = CROSS.slopes(), CROSS.sinks()
+    lengths = {"query_seq_lengths": _lengths(5, T), "key_value_seq_lengths": _lengths(S, 9)}
+    no_keys = {"query_seq_lengths": _lengths(T, 6), "key_value_seq_lengths": _lengths(0, 7)}
+    return {
+        "causal to the last": {"is_causal": True, "query_offset": S - T},
+        "causal before the first": {
+            "is_causal": True,
+            "query_offset": -3,
+            "local_window_size": (4, 0),
+            **lengths,
+        },
+        "positions": {"is_causal": True, "positions": positions},
+        "lengths": lengths,
+        "lengths, a sequence of no keys": no_keys,
+        "slopes": {"alibi_slopes": slopes},
+        "slopes, positions": {"alibi_slopes": -slopes, "positions": positions},
+        "slopes, positions far apart": {
+            "alibi_slopes": slopes * np.float32(2.0**-26),
+            "positions": (positions[0] * 4 - 2**29, positions[1] * 2**25),
+        },
+        "sinks": {"sinks": sinks},
+        "sinks, lengths": {"sinks": sinks, **lengths},
+        "sinks, a sequence of no keys": {"sinks": sinks, **no_keys},
+        "dropout": {"dropout_rate": 0.6, "dropout_rng": KEY},
+    }
+
+
+CROSS_OPTIONS = _cross_options()
+
 SHAPES = {
     **CASES,
     "one token": Case(batch=1, tokens=1, heads=1, kv_heads=1, head_dim=4),
@@ -104,10 +217,7 @@ def torch_exact(inputs: Arrays, **options: Any) -> Arrays:
 
     query, key, value, grad = map(numpy_to_torch, inputs.values())
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    given = {
-        k: jax.tree.map(lambda x: torch.from_numpy(x.copy()), x) if is_array(x) else x
-        for k, x in options.items()
-    }
+    given = {k: jax.tree.map(numpy_to_torch, x) if is_array(x) else x for k, x in options.items()}
     out = torch_exact_attention(*leaves, **given)
     gradients = torch.autograd.grad(out, leaves, grad)
     return dict(zip(NAMES, map(torch_to_numpy, (out.detach(), *gradients)), strict=True))

@@ -164,6 +164,13 @@ def compiled(function: Callable[..., Any], *args: Any) -> str:
     return text
 
 
+def temporaries_of(function: Callable[..., Any], *args: Any) -> int:
+    """Bytes that the compiled program holds on a device besides its arguments and results."""
+    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
 def sharded_inputs(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) -> list[Any]:
     """Inputs as a model has them: sharded as the layout says, KV heads whole where they are few."""
     mesh = where.mesh(kind)

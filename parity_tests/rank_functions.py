@@ -15,6 +15,8 @@ from torch import Tensor
 
 from torch_ref import history
 from torch_ref.dense import dense_attention
+from torch_ref.dropout import head_keys
+from torch_ref.exact import exact_attention
 from torch_ref.ulysses import DistributedAttention, SeqAllToAll, single_all_to_all
 
 # test_ranks
@@ -78,6 +80,38 @@ def return_a_lambda(rank: int) -> Any:
 
 def wait_for_the_others() -> None:
     dist.all_reduce(torch.ones(2))
+
+
+# test_exact_bits
+
+
+def exact_on_ranks(
+    rank: int, degree: int, inputs: dict[str, np.ndarray], options: dict[str, Any]
+) -> list[Tensor]:
+    """This rank's tokens of output and gradients; all ranks share one KV head.
+
+    Args:
+      options: of the whole attention; those of a head axis are cut here.
+    """
+    B, _, N, _ = inputs["query"].shape
+    given = {
+        name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in options.items()
+    }
+    given["dropout_rng"] = head_keys(given["dropout_rng"], B, N)
+    for name, axis in {
+        "bias": 1,
+        "mask": 1,
+        "alibi_slopes": 0,
+        "sinks": 0,
+        "dropout_rng": 1,
+    }.items():
+        given[name] = local(given[name], axis, rank, degree)
+    given["segment_ids"] = tuple(map(torch.from_numpy, given["segment_ids"]))
+    attend = DistributedAttention(partial(exact_attention, shared_by=dist.group.WORLD, **given))
+    *leaves, grad = (local(torch.from_numpy(x), TOKENS, rank, degree) for x in inputs.values())
+    leaves = [x.requires_grad_() for x in leaves]
+    out = attend(*leaves, batch_dim_idx=0)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 # test_torch_ulysses

@@ -3,9 +3,20 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+import torch
+from exact_cases import NAMES as RESULTS
+from exact_cases import Cross, is_array, jax_exact
+from questions import error, output_and_gradients
+
+from jax_seqpar import dense_attention
+from jax_seqpar.bridge.arrays import numpy_to_torch
+from torch_ref.dense import dense_attention as torch_dense_attention
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "accuracy_exact.py"
 BOUND = 1.5  # times the smaller error of JAX's and PyTorch's float32 kernels
@@ -35,3 +46,20 @@ def test_as_accurate_as_float32(found, name):
             stock = min(rows[row][measure][result] for row in ("jax float32", "torch float32"))
             assert rows["exact"][measure][result] <= BOUND * stock, (measure, result)
             assert ratios[measure][result] == rows["exact"][measure][result] / stock
+
+
+def test_every_option_as_accurate_as_float32():
+    """Of values as large as one another: what the specification says is attention."""
+    case = Cross(T=24, S=48, N=8, H=16, V=12)
+    inputs, options = case.inputs(), case.all_at_once(by_positions=True)
+    *leaves, grad = (numpy_to_torch(x).double() for x in inputs.values())
+    leaves = [x.requires_grad_() for x in leaves]
+    given = {k: jax.tree.map(numpy_to_torch, x) if is_array(x) else x for k, x in options.items()}
+    out = torch_dense_attention(*leaves, **given)
+    truth = (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+    arrays = {k: jax.tree.map(jnp.asarray, x) if is_array(x) else x for k, x in options.items()}
+    plain = output_and_gradients(partial(dense_attention, **arrays))(**inputs)
+    exact = jax_exact(inputs, **options)
+    for name, ours, expected in zip(RESULTS, plain, truth, strict=True):
+        assert 0 < error(exact[name], expected.numpy()) <= error(ours, expected.numpy()), name

@@ -9,13 +9,28 @@ import numpy as np
 import pytest
 import torch
 from cases import MESH_CASES, MESHES, ONE_AXIS
-from exact_cases import CASE, NAMES, OPTIONS, SHAPES, N, S, T, is_array, jax_exact, torch_exact
+from exact_cases import (
+    CASE,
+    CROSS,
+    KEY,
+    NAMES,
+    OPTIONS,
+    SHAPES,
+    Cross,
+    N,
+    S,
+    T,
+    is_array,
+    jax_exact,
+    torch_exact,
+)
 from jax.sharding import AxisType
 from questions import collectives, compiled, output_and_gradients, sharded_inputs
+from rank_functions import exact_on_ranks
 
 import torch_ref.exact
-from jax_seqpar import dense_attention, dot_product_attention, exact_attention
-from jax_seqpar.bridge import compare_bits
+from jax_seqpar import dense_attention, dot_product_attention, dropout, exact_attention
+from jax_seqpar.bridge import compare_bits, run_ranks
 from jax_seqpar.bridge.arrays import numpy_to_torch, torch_to_numpy
 from jax_seqpar.bridge.cases import NAMES as INPUT_NAMES
 from jax_seqpar.bridge.cases import Arrays, Case, adversarial
@@ -66,6 +81,20 @@ def test_no_bit_depends_on_the_blocks(name):
         check_equal(jax_exact(inputs, **options), whole)
 
 
+@pytest.mark.parametrize(("by_positions", "chunks"), ((False, (3, 5)), (True, (8, 7))), ids=str)
+def test_no_bit_depends_on_the_blocks_with_every_option(monkeypatch, by_positions, chunks):
+    """Dropout, slopes and lengths go by the numbers of the tokens, not by those in their block.
+
+    With positions sums are int64, too.
+    """
+    inputs, options = CROSS.inputs(), CROSS.all_at_once(by_positions)
+    if by_positions:
+        monkeypatch.setattr(arithmetic, "CONTRACT_TOKENS", 8)
+    query_chunk, key_chunk = chunks
+    ours = jax_exact(inputs, **options, query_chunk=query_chunk, key_chunk=key_chunk)
+    check_equal(ours, torch_exact(inputs, **options))
+
+
 KINDS = pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
 
 
@@ -112,6 +141,118 @@ def test_every_option_on_a_mesh(degree):
     arrays = {name: jnp.asarray(x) if is_array(x) else x for name, x in options.items()}
     ours = sharded(case, ONE_AXIS[degree], AxisType.Auto, **arrays)
     check_equal(ours, torch_exact(case.inputs(), is_causal=True, **options))
+
+
+# Query heads and KV heads; what they lie on; whether by positions; slices of the heads, one after
+# another on two devices, else side by side.
+EVERYTHING = {
+    "one device": ((4, 2), ONE_AXIS[1], AxisType.Auto, False, 1),
+    "slices of the heads": ((8, 4), ONE_AXIS[2], AxisType.Explicit, False, 2),
+    "KV heads that do not divide": ((6, 3), ONE_AXIS[4], AxisType.Auto, True, 1),
+    "groups that do not divide": ((6, 2), ONE_AXIS[4], AxisType.Explicit, False, 1),
+    "more devices than KV heads, uneven": ((12, 6), ONE_AXIS[8], AxisType.Auto, False, 1),
+    "shared KV heads": ((8, 2), ONE_AXIS[8], AxisType.Explicit, True, 1),
+    "three axes": ((16, 8), MESHES[4], AxisType.Explicit, False, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("heads", "where", "kind", "by_positions", "head_chunks"), EVERYTHING.values(), ids=EVERYTHING
+)
+def test_all_at_once_on_a_mesh(heads, where, kind, by_positions, head_chunks):
+    """Slopes, sinks and the keys of dropout go with their heads, and these with their sequences."""
+    case = replace(CROSS, N=heads[0], K=heads[1])
+    options = case.all_at_once(by_positions)
+    arrays = {name: x for name, x in options.items() if is_array(x)}
+    static = {name: x for name, x in options.items() if not is_array(x)}
+    # A key as users have it; PyTorch takes its two words.
+    rng = jax.random.wrap_key_data(arrays.pop("dropout_rng"))
+    assert np.array_equal(jax.random.key_data(rng), options["dropout_rng"])
+
+    @jax.jit
+    def run(query, key, value, grad, rng, arrays):
+        attend = partial(
+            dot_product_attention,
+            attention=exact_attention,
+            layout=where.layout,
+            mesh=where.mesh(kind),
+            head_chunks=head_chunks,
+            overlap=where is not ONE_AXIS[2],
+            dropout_rng=rng,
+            **arrays,
+            **static,
+        )
+        out, pull = jax.vjp(attend, query, key, value)
+        return (out, *pull(grad))
+
+    inputs = case.inputs()
+    results = run(*inputs.values(), rng, jax.tree.map(jnp.asarray, arrays))
+    ours = dict(zip(NAMES, map(np.asarray, results), strict=True))
+    check_equal(ours, torch_exact(inputs, **options))
+
+
+def test_all_at_once_on_pytorch_ranks():
+    """Query heads of one KV head on two ranks, each with its slopes, sinks and keys of dropout."""
+    case = Cross(N=4, K=1, V=Cross.H)
+    inputs, options = case.inputs(), case.all_at_once(by_positions=False)
+    ranks = run_ranks(exact_on_ranks, 2, 2, inputs, options)
+    ours = (torch.cat(parts, dim=1).numpy() for parts in zip(*ranks, strict=True))
+    check_equal(dict(zip(NAMES, ours, strict=True)), torch_exact(inputs, **options))
+
+
+def test_keys_of_heads_under_vmap():
+    """A sequence by itself drops what it drops among the others, if it is given their keys."""
+    inputs, keys = CROSS.inputs(), dropout.head_keys(jnp.asarray(KEY), CROSS.B, CROSS.N)
+
+    def one(*rows):
+        *operands, rng = (x[None] for x in rows)
+        return exact_attention(*operands, dropout_rate=0.4, dropout_rng=rng)[0]
+
+    def attend(*operands):
+        return jax.vmap(one)(*operands, keys)
+
+    ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
+    check_equal(ours, torch_exact(inputs, dropout_rate=0.4, dropout_rng=KEY))
+
+
+def test_another_key_drops_other_weights():
+    inputs = CROSS.inputs()
+    one, other = (
+        jax_exact(inputs, dropout_rate=0.6, dropout_rng=np.asarray(jax.random.key_data(key)))
+        for key in jax.random.split(jax.random.key(3))
+    )
+    assert all(np.mean(one[name] == other[name]) < 0.1 for name in NAMES)
+
+
+def test_special_numbers_in_slopes_and_sinks():
+    """And dropout of NaN: a weight that is dropped counts for nothing, whatever it is."""
+    inputs = adversarial(SPECIAL["float32"].inputs())
+    tokens = np.arange(31, dtype=np.int32)[None].repeat(2, 0)
+    options = {
+        "alibi_slopes": np.array([2.0**-140, np.inf, -2.0, 0.1], np.float32),
+        "sinks": np.array([np.inf, 0.0, -np.inf, np.nan], np.float32),
+        "key_value_seq_lengths": np.array([31, 0], np.int32),
+        "positions": (tokens, tokens - 7),
+        "is_causal": True,
+        "dropout_rate": 0.4,
+        "dropout_rng": np.array([1, 2], np.uint32),
+    }
+    ours = jax_exact(inputs, **options)
+    check_equal(ours, torch_exact(inputs, **options))
+    assert np.isnan(ours["forward"][0, :, [0, 3]]).all(), "of an infinite sink, and of a NaN"
+    assert np.isfinite(ours["forward"][0, :-3, 2]).all()
+    assert not ours["forward"][1].any(), "no key, so 0 whatever the sink"
+
+
+@pytest.mark.parametrize("name", ("alibi_slopes", "sinks"))
+def test_a_gradient_for_slopes_or_sinks_is_refused(name):
+    query, key, value, _ = map(jnp.asarray, CROSS.inputs().values())
+
+    def loss(x):
+        return exact_attention(query, key, value, **{name: x}).sum()
+
+    with pytest.raises(ValueError, match=rf"no gradient for {name}\. Write jax\.lax\.stop_grad"):
+        jax.grad(loss)(jnp.zeros(CROSS.N))
 
 
 @pytest.mark.parametrize("vma", (True, False))

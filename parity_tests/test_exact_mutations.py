@@ -7,18 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import ONE_AXIS
-from exact_cases import NAMES, jax_exact, torch_exact
+from exact_cases import (
+    CROSS,
+    CROSS_OPTIONS,
+    KEY,
+    NAMES,
+    Cross,
+    is_array,
+    jax_exact,
+    torch_exact,
+)
 from questions import output_and_gradients
 
 import torch_ref.exact
-from jax_seqpar import dot_product_attention, exact_attention
+from jax_seqpar import attention, dot_product_attention, dropout, exact_attention
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.cases import Case, adversarial
+from jax_seqpar.description import Description
 from jax_seqpar.exact import arithmetic, backward, forward, problem
 from jax_seqpar.shared_heads import SharedHeads
+from torch_ref.dropout import gain, is_kept
+from torch_ref.masks import places
 
 CASE = Case(batch=1, tokens=29, heads=4, kv_heads=2, head_dim=16)
 SHARED = Case(batch=1, tokens=16, heads=8, kv_heads=2, head_dim=6)
+FEW = {"dropout_rate": 0.3, "dropout_rng": KEY, "sinks": CROSS.sinks()}
 
 
 def alone():
@@ -36,6 +49,28 @@ def on_devices_that_share_heads():
     )
     ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
     report = compare_bits(ours, torch_exact(inputs, is_causal=True))
+    assert report.equal, str(report)
+
+
+def with_dropout_and_sinks():
+    """Blocks that overlap."""
+    inputs = CROSS.inputs()
+    ours = jax_exact(inputs, **FEW, query_chunk=3, key_chunk=5)
+    report = compare_bits(ours, torch_exact(inputs, **FEW))
+    assert report.equal, str(report)
+
+
+def with_dropout_and_sinks_on_devices():
+    """Groups of query heads that the devices do not divide."""
+    case = Cross(N=6, K=2)
+    options = FEW | {"sinks": case.sinks()}
+    arrays = {name: jnp.asarray(x) if is_array(x) else x for name, x in options.items()}
+    attend = partial(
+        dot_product_attention, attention=exact_attention, mesh=ONE_AXIS[4].mesh(), **arrays
+    )
+    inputs = case.inputs()
+    ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
+    report = compare_bits(ours, torch_exact(inputs, **options))
     assert report.equal, str(report)
 
 
@@ -117,16 +152,83 @@ MUTATIONS = {
         "is_first",
         lambda self: jnp.bool_(True),
     ),
+    "sinks left out of the gradients": (
+        with_dropout_and_sinks,
+        backward,
+        "sink_weight",
+        lambda problem, top: 0.0,
+    ),
+    "dropout by the tokens of a block": (
+        with_dropout_and_sinks,
+        Description,
+        "keep",
+        lambda self, queries, keys: dropout.keep(
+            self.arrays["dropout_rng"],
+            self.rules.dropout_rate,
+            jnp.arange(queries.size),
+            jnp.arange(keys.size),
+        ),
+    ),
+    # What describes the attention of a device asks for these, too, and is to get what it gave.
+    "dropout by the heads of a device": (
+        with_dropout_and_sinks_on_devices,
+        dropout,
+        "head_keys",
+        lambda rng, batch, heads, true=dropout.head_keys: true(jnp.asarray(KEY), batch, heads),
+    ),
+    "sinks and keys of other heads": (
+        with_dropout_and_sinks_on_devices,
+        attention,
+        "_with_added_heads",
+        lambda name, x, *, plan, heads: jnp.pad(
+            x, [(0, plan.query_heads - heads if n == heads else 0) for n in x.shape]
+        ),
+    ),
 }
 
 
-@pytest.fixture(autouse=True)
+def without(**changes):
+    """PyTorch's backward pass for a head of other rows or options."""
+    true = torch_ref.exact._weights_of_sums
+
+    def mutant(head, do, o, options):
+        rows = {name: x for name, x in changes.items() if name in head.rows._fields}
+        rest = {name: x for name, x in changes.items() if name not in rows}
+        head = head._replace(rows=head.rows._replace(**rows))
+        return true(head, do, o, options._replace(**rest))
+
+    return mutant
+
+
+# An entry of CROSS_OPTIONS, and what to put in place of what in `torch_ref.exact`.
+TORCH_MUTATIONS = {
+    "sinks left out of the gradients": ("sinks", "_weights_of_sums", without(sink=None)),
+    "dropout left out of the gradients": ("dropout", "_weights_of_sums", without(rng=None)),
+    "gradients of dropout not scaled": ("dropout", "_weights_of_sums", without(rate=0.0)),
+    "dropout scaled twice": ("dropout", "gain", lambda rate: gain(rate) ** 2),
+    "dropout of keys by queries": (
+        "dropout",
+        "is_kept",
+        lambda keys, rate, t, s: is_kept(keys, rate, s, t),
+    ),
+    "slopes on both sides": ("slopes", "distance", lambda t, s: t - s),
+    "slopes for any distance": ("slopes, positions far apart", "FARTHEST", 2**31),
+    "slopes by number": (
+        "slopes, positions",
+        "places",
+        lambda T, S, offset, positions, device: places(T, S, 0, None, device),
+    ),
+}
+
+
+@pytest.fixture
 def compiled_anew():
     jax.clear_caches()
     yield
     jax.clear_caches()
 
 
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize(("question", "owner", "name", "mutant"), MUTATIONS.values(), ids=MUTATIONS)
 def test_a_mutation_is_caught(monkeypatch, question, owner, name, mutant):
     monkeypatch.setattr(owner, name, mutant)
@@ -134,7 +236,26 @@ def test_a_mutation_is_caught(monkeypatch, question, owner, name, mutant):
         question()
 
 
-@pytest.mark.parametrize("question", (alone, subnormal_keys, on_devices_that_share_heads))
+@pytest.mark.parametrize(
+    ("options", "name", "mutant"), TORCH_MUTATIONS.values(), ids=TORCH_MUTATIONS
+)
+def test_a_mutation_of_pytorch_is_caught(monkeypatch, options, name, mutant):
+    """In the bits that `test_exact_oracle` compares with those of JAX and of the integers."""
+    expected = torch_exact(CROSS.inputs(), **CROSS_OPTIONS[options])
+    monkeypatch.setattr(torch_ref.exact, name, mutant)
+    assert not compare_bits(torch_exact(CROSS.inputs(), **CROSS_OPTIONS[options]), expected).equal
+
+
+QUESTIONS = (
+    alone,
+    subnormal_keys,
+    on_devices_that_share_heads,
+    with_dropout_and_sinks,
+    with_dropout_and_sinks_on_devices,
+)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
 def test_nothing_is_caught_without_one(question):
     question()
     assert np.unique(CASE.inputs()["query"]).size > 1000

@@ -1,9 +1,11 @@
 """Exact attention against Python integers, in which nothing is rounded that is not said to be."""
 
+from dataclasses import replace
+
 import integer_oracle
 import numpy as np
 import pytest
-from exact_cases import jax_exact, torch_exact
+from exact_cases import CROSS, CROSS_OPTIONS, jax_exact, torch_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,30 +13,22 @@ from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.cases import Case
 
 
-def of_integers(inputs, *, bias=None, scale=None, logits_soft_cap=None, **masks):
+def of_integers(inputs, *, mask=True, segment_ids=None, **options):
     query, key, value, grad = inputs.values()
-    return integer_oracle.attention(
-        query,
-        key,
-        value,
-        grad=grad,
-        bias=bias,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-        allowed=attends(query.shape[1], key.shape[1], **masks),
-    )
+    allowed = np.ones((1, 1, query.shape[1], key.shape[1]), bool) & mask
+    if segment_ids is not None:
+        of_query, of_key = segment_ids
+        allowed = allowed & (of_query[:, None, :, None] == of_key[:, None, None, :])
+    return integer_oracle.attention(query, key, value, grad=grad, allowed=allowed, **options)
 
 
-def attends(T, S, is_causal=False, local_window_size=None, mask=True):
-    """`[B, N, T, S]` or fewer, by comparisons of positions."""
-    t, s = np.arange(T)[:, None], np.arange(S)[None, :]
-    allowed = np.ones((1, 1, T, S), bool) & mask
-    if is_causal:
-        allowed = allowed & (s <= t)
-    if local_window_size is not None:
-        left, right = local_window_size
-        allowed = allowed & (t - left <= s) & (s <= t + right)
-    return allowed
+def check_equal(inputs, options):
+    """Both frameworks to the integers."""
+    expected = of_integers(inputs, **options)
+    for ours in (jax_exact(inputs, **options), torch_exact(inputs, **options)):
+        report = compare_bits(ours, expected)
+        assert report.equal, str(report)
+    return expected
 
 
 CASE = Case(batch=2, tokens=9, heads=4, kv_heads=2, head_dim=5)
@@ -64,10 +58,24 @@ FEW = {
 def test_both_frameworks_are_the_integers(name, dtype):
     options = FEW[name]
     inputs = Case(**{**vars(CASE), "dtype": dtype}).inputs()
-    expected = of_integers(inputs, **options)
-    for ours in (jax_exact(inputs, **options), torch_exact(inputs, **options)):
-        report = compare_bits(ours, expected)
-        assert report.equal, str(report)
+    check_equal(inputs, options)
+
+
+@pytest.mark.parametrize("options", CROSS_OPTIONS.values(), ids=CROSS_OPTIONS)
+def test_cross_attention(options):
+    """Queries and keys of two lengths, values of other channels, and the options of both."""
+    expected = check_equal(CROSS.inputs(), options)
+    assert all(np.count_nonzero(x) > x.size / 5 for x in expected.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "by_positions"),
+    (("float32", False), ("bfloat16", False), ("float16", False), ("float32", True)),
+)
+def test_all_at_once(dtype, by_positions):
+    case = replace(CROSS, dtype=dtype)
+    expected = check_equal(case.inputs(), case.all_at_once(by_positions))
+    assert all(np.count_nonzero(x) > x.size / 5 for x in expected.values())
 
 
 # Magnitudes that meet: subnormals, ties, outliers, zeros of both signs, and what they do to logits.
@@ -91,7 +99,4 @@ def test_any_numbers(data, is_causal):
         ).reshape(shape)
         for name, shape in (shapes | {"grad": shapes["query"]}).items()
     }
-    expected = of_integers(inputs, is_causal=is_causal)
-    for ours in (jax_exact(inputs, is_causal=is_causal), torch_exact(inputs, is_causal=is_causal)):
-        report = compare_bits(ours, expected)
-        assert report.equal, str(report)
+    check_equal(inputs, {"is_causal": is_causal})

@@ -40,8 +40,7 @@ class Head(NamedTuple):
         cls, b: Any, n: Any, query: Array, key: Array, value: Array, description: Description
     ) -> "Head":
         kv = n // (query.shape[2] // key.shape[2])
-        own = description.of_heads(b, n, 1)
-        dtype = accumulated(query.dtype)
+        own, dtype = description.of_heads(b, n, 1), accumulated(query.dtype)
         return cls(_head(query, b, n), _head(key, b, kv), _head(value, b, kv), own, dtype)
 
     @property
@@ -131,13 +130,10 @@ class GradientHead(NamedTuple):
 
     @classmethod
     def of(
-        cls, b: Any, n: Any, operands: tuple[Any, ...], out: Array, lse: Array, gradients: Any
+        cls, b: Any, n: Any, operands: tuple[Any, ...], out_gradient: Array, D: Array, lse: Array
     ) -> "GradientHead":
         head = Head.of(b, n, *operands)
-        do, dlse = (_head(x, b, n) for x in gradients)
-        products = do.astype(head.dtype) * _head(out, b, n).astype(head.dtype)
-        D = jnp.sum(products, -1, keepdims=True) - dlse
-        return cls(head, do, D, _finite(_head(lse, b, n)))
+        return cls(head, _head(out_gradient, b, n), _head(D, b, n), _finite(_head(lse, b, n)))
 
     def weights(self, queries: Block, keys: Block, fresh: Any) -> Any:
         """The weights `[t, s]`, the gradient of the logits, and the derivative of the latter."""
@@ -166,12 +162,15 @@ def backward(
     """The gradients of query, key and value, and of bias, slopes and sinks where they are given."""
     operands = (query, key, value, description)
     arrays = description.arrays
+    dtype = accumulated(query.dtype)
+    products = out_gradient.astype(dtype) * out.astype(dtype)
+    D = _total(_rounded(products, lse[..., None])) - lse_gradient[..., None]
     head_of = partial(
         GradientHead.of,
         operands=operands,
-        out=out,
+        out_gradient=out_gradient,
+        D=D,
         lse=lse[..., None],
-        gradients=(out_gradient, lse_gradient[..., None]),
     )
     dq, dk, dv, added = _operand_gradients(chunks, head_of, operands)
     if "bias" in arrays:
@@ -226,6 +225,7 @@ def _operand_gradients(
 
                 none = full((queries.size, H), 0, dtype, operands)
                 dq, dk, dv, added = head.for_keys(queries, chunks.keys, add, (none, dk, dv, added))
+                dq = dq.astype(query.dtype)
                 if fresh_queries is not None:
                     dq = jnp.where(fresh_queries[:, None], dq, _get(dqs, b, queries, n))
                 return _put(dqs, dq, b, queries, n), dk, dv, added
@@ -295,6 +295,29 @@ def _put(x: Array, part: Array, b: Any, tokens: Block, n: Any) -> Array:
 def _add(x: Array, part: Array, start: tuple[Any, ...]) -> Array:
     old = jax.lax.dynamic_slice(x, start, part.shape)
     return jax.lax.dynamic_update_slice(x, old + part, start)
+
+
+def _rounded(products: Array, other: Array) -> Array:
+    """Products that are rounded before they are added up.
+
+    XLA merges a product and a sum into one rounding, or not, by the strides of the array, and so by
+    how many heads there are. It cannot see through a sum of integers.
+
+    Args:
+      other: numbers; where one is NaN the products are void.
+    """
+    bits = jax.lax.bitcast_convert_type(products, f"int{8 * products.dtype.itemsize}")
+    nothing = (other != other).astype(bits.dtype)
+    return jax.lax.bitcast_convert_type(bits + nothing, products.dtype)
+
+
+def _total(x: Array) -> Array:
+    """The sum over the last axis, kept, in an order of its own: XLA's depends on the shape."""
+    while (size := x.shape[-1]) > 1:
+        half = (size + 1) // 2
+        rest = [(0, 0)] * (x.ndim - 1) + [(0, size % 2)]
+        x = x[..., :half] + jnp.pad(x[..., half:], rest)
+    return x
 
 
 def _finite(top: Array) -> Array:

@@ -1,0 +1,373 @@
+"""Blockwise attention: its blocks, its derivatives, and what it does not compute."""
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from features import ADDED, Sizes, is_array, operands, run_jax, run_torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from questions import error, temporaries_of
+
+from jax_seqpar import blockwise_attention, dense_attention
+from jax_seqpar.blocks import Block
+from jax_seqpar.bridge import compare_bits
+from jax_seqpar.bridge.arrays import numpy_to_torch
+from jax_seqpar.description import AXES, describe
+from torch_ref.dense import dense_attention as torch_dense_attention
+
+SIZES = Sizes(2, 13, 17, 4, 2, 5, 3)
+EPS = np.finfo(np.float32).eps
+small = partial(blockwise_attention, query_chunk=4, key_chunk=5)
+rng = np.random.default_rng(5)
+EVERYTHING: dict[str, Any] = {
+    "is_causal": True,
+    "query_offset": 4,
+    "bias": rng.standard_normal((1, 4, 13, 17)).astype(np.float32),
+    "mask": rng.random((2, 1, 13, 17)) < 0.8,
+    "alibi_slopes": np.array([0.5, 0.25, 0.125, 0.0625], np.float32),
+    "logits_soft_cap": 2.0,
+    "sinks": rng.standard_normal(4).astype(np.float32),
+    "dropout_rate": 0.2,
+    "dropout_rng": np.array([3, 5], np.uint32),
+}
+
+
+def assert_near(got: Any, expected: Any, units: float = 16) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        b = np.asarray(b, np.float64)
+        assert error(a, b) <= units * EPS * max(np.max(np.abs(b), initial=0), 1e-30)
+
+
+def arrays_of(given: dict[str, Any]) -> dict[str, Any]:
+    return {n: jax.tree.map(jnp.asarray, x) if is_array(x) else x for n, x in given.items()}
+
+
+@pytest.mark.parametrize("chunks", ((1, 1), (4, 5), (13, 17), (100, 3), (None, None)), ids=str)
+def test_blocks_of_any_size(chunks):
+    inputs = operands(SIZES)
+    attend = partial(blockwise_attention, query_chunk=chunks[0], key_chunk=chunks[1])
+    got = run_jax(attend, EVERYTHING, "blockwise", inputs)
+    truth = run_torch(EVERYTHING, "blockwise", inputs)
+    assert_near([got[name] for name in truth], list(truth.values()))
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16", "float64"))
+def test_dtypes(dtype):
+    """16-bit inputs add up in float32: nearer to float64 than their own rounding of the output."""
+    with jax.enable_x64(dtype == "float64"):
+        q, k, v, grad = (jnp.asarray(x).astype(dtype) for x in operands(SIZES))
+        out, pull = jax.vjp(jax.jit(partial(small, is_causal=True)), q, k, v)
+        gradients = pull(grad)
+        assert all(x.dtype == q.dtype for x in (out, *gradients))
+        leaves = [numpy_to_torch(np.asarray(x)).double().requires_grad_() for x in (q, k, v)]
+        expected = torch_dense_attention(*leaves, is_causal=True)
+        expected_gradients = torch.autograd.grad(
+            expected, leaves, numpy_to_torch(np.asarray(grad)).double()
+        )
+        # Weights, their gradients and the result are rounded to the dtype, each half a unit.
+        eps = float(jnp.finfo(q.dtype).eps)
+        for got, want in zip((out, *gradients), (expected, *expected_gradients), strict=True):
+            want = want.detach().numpy()
+            assert error(got, want) <= 4 * eps * np.max(np.abs(want))
+
+
+def test_the_log_of_the_sum_merges_parts_over_keys():
+    """Two halves of the keys, each with its lse, give the whole; gradients through the lse, too."""
+    q, k, v, grad = map(jnp.asarray, operands(SIZES))
+
+    def merged(q, k, v):
+        parts = [
+            small(q, k[:, part], v[:, part], return_lse=True)
+            for part in (slice(None, 9), slice(9, None))
+        ]
+        lse = jnp.logaddexp(parts[0][1], parts[1][1])
+        return sum(out * jnp.exp(part - lse)[..., None] for out, part in parts)
+
+    got = jax.vjp(merged, q, k, v)
+    expected = jax.vjp(dense_attention, q, k, v)
+    assert_near([got[0], *got[1](grad)], [expected[0], *expected[1](grad)])
+
+
+def test_the_lse_itself():
+    q, k, v, _ = map(jnp.asarray, operands(SIZES))
+    mask = jnp.asarray(rng.random((2, 4, 13, 17)) < 0.5).at[:, :, 3].set(False)
+    sinks = jnp.asarray([0.5, -jnp.inf, 2.0, -1.0])
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q.reshape(2, 13, 2, 2, 5), k) * 5**-0.5
+    logits = jnp.where(mask, logits.reshape(2, 4, 13, 17), -jnp.inf)
+    extra = jnp.broadcast_to(sinks[None, :, None, None], (2, 4, 13, 1))
+    expected = jax.nn.logsumexp(jnp.concatenate([logits, extra], axis=-1), axis=-1)
+    out, lse = small(q, k, v, mask=mask, sinks=sinks, return_lse=True)
+    assert lse[0, 3, 1] == -jnp.inf
+    assert not out[:, 3].any()
+    np.testing.assert_allclose(lse.swapaxes(1, 2), expected, atol=1e-5)
+
+
+def with_numbers(attend: Any) -> Any:
+    """A function of everything that has a derivative, and its arguments."""
+    given = arrays_of(EVERYTHING)
+    added = {name: given.pop(name) for name in ADDED}
+    q, k, v, grad = map(jnp.asarray, operands(SIZES))
+
+    def loss(operands):
+        q, k, v, added = operands
+        return jnp.sum(attend(q, k, v, **added, **given) * grad) ** 2
+
+    return loss, (q, k, v, added)
+
+
+@pytest.mark.parametrize("either_mode", (False, True))
+def test_second_derivatives(either_mode):
+    """The derivative of the gradient's norm, and of the gradient in a direction."""
+    loss, at = with_numbers(partial(small, forward_mode=either_mode))
+    expected, _ = with_numbers(dense_attention)
+    direction = jax.tree.map(lambda x: jnp.roll(x, 1), at)
+
+    def norm(f):
+        return jax.grad(lambda x: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(f)(x))))(at)
+
+    def forward_over_reverse(f):
+        return jax.jvp(jax.grad(f), (at,), (direction,))
+
+    for derivative in (norm, forward_over_reverse):
+        assert_near(
+            jax.jit(derivative, static_argnums=0)(loss),
+            jax.jit(derivative, static_argnums=0)(expected),
+            256,  # float32 against float32, through two derivatives of a square
+        )
+
+
+def test_forward_mode():
+    loss, at = with_numbers(partial(small, forward_mode=True))
+    expected, _ = with_numbers(dense_attention)
+    direction = jax.tree.map(lambda x: jnp.roll(x, 1), at)
+    assert_near(jax.jvp(loss, (at,), (direction,)), jax.jvp(expected, (at,), (direction,)), 64)
+    plain, _ = with_numbers(small)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(plain, (at,), (direction,))
+
+
+def test_a_batch_of_attentions():
+    inputs = [jnp.stack([x, 2 * x, -x]) for x in map(jnp.asarray, operands(SIZES)[:3])]
+    lengths = jnp.array([[17, 3], [0, 9], [5, 17]], jnp.int32)
+
+    def attend(f, *operands):
+        *qkv, lengths = operands
+        return jax.grad(lambda *x: jnp.sum(f(*x, key_value_seq_lengths=lengths) ** 2))(*qkv)
+
+    got = jax.jit(jax.vmap(partial(attend, small)))(*inputs, lengths)
+    expected = jax.jit(jax.vmap(partial(attend, dense_attention)))(*inputs, lengths)
+    assert_near(got, expected, 64)
+
+
+@st.composite
+def described(draw):
+    """Sizes, and options that rule out keys by where tokens are."""
+    T, S = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    B = 2
+    some = {}
+    if draw(st.booleans()):
+        some["is_causal"] = True
+    if draw(st.booleans()):
+        some["local_window_size"] = draw(st.tuples(st.integers(0, 6), st.integers(0, 6)))
+    kind = draw(st.sampled_from(("from 0", "offset", "positions")))
+
+    def tokens(n, low, high):
+        return np.array(
+            [draw(st.lists(st.integers(low, high), min_size=n, max_size=n)) for _ in range(B)],
+            np.int32,
+        )
+
+    if kind == "offset":
+        some["query_offset"] = draw(st.integers(-13, 13))
+    if kind == "positions":
+        some["positions"] = tokens(T, -5, 15), tokens(S, -5, 15)
+    if draw(st.booleans()):
+        some["segment_ids"] = tokens(T, 0, 3), tokens(S, 0, 3)
+    for name, n in (("query_seq_lengths", T), ("key_value_seq_lengths", S)):
+        if draw(st.booleans()):
+            some[name] = np.array([draw(st.integers(0, n)) for _ in range(B)], np.int32)
+    return B, T, S, some
+
+
+def description_of(B: int, T: int, S: int, some: dict[str, Any]) -> Any:
+    q, k = (jnp.zeros((B, n, 1, 1)) for n in (T, S))
+    return describe(q, k, k, **dict.fromkeys(AXES) | arrays_of(some))
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=described(), size=st.integers(1, 5))
+def test_no_block_that_matters_is_left_out(drawn, size):
+    B, T, S, some = drawn
+    description = description_of(B, T, S, some)
+    allowed = description.attends(Block(0, T), Block(0, S))
+    if allowed is None:
+        return
+    meets = np.any(np.broadcast_to(np.asarray(allowed), (B, 1, T, S)), axis=(0, 1), keepdims=True)
+    meets = meets.reshape(T, S)
+    for tokens, partners, bounds in ((T, S, "keys_of"), (S, T, "queries_of")):
+        for start in range(0, tokens - min(size, tokens) + 1):
+            block = Block(start, min(size, tokens))
+            low, high = getattr(description, bounds)(block, partners)
+            some_partner = meets if bounds == "keys_of" else meets.T
+            met = np.flatnonzero(some_partner[start : start + block.size].any(0))
+            assert 0 <= low <= high <= partners
+            assert all(low <= met)
+            assert all(met < high)
+
+
+SKIPPED = {
+    "causal": ({"is_causal": True}, lambda t, s: s <= t),
+    "window": ({"local_window_size": (8, 0)}, lambda t, s: (s <= t) & (t - s <= 8)),
+    "documents": (
+        {"segment_ids": np.repeat(np.arange(4, dtype=np.int32), 16)[None]},
+        lambda t, s: t // 16 == s // 16,
+    ),
+    "documents by positions": (
+        {"positions": np.arange(64, dtype=np.int32)[None] + 5, "local_window_size": 3},
+        lambda t, s: abs(t - s) <= 3,
+    ),
+    "short keys": ({"key_value_seq_lengths": np.array([9], np.int32)}, lambda t, s: s < 9),
+    "short queries": ({"query_seq_lengths": np.array([9], np.int32)}, lambda t, s: t < 9),
+}
+
+
+@pytest.mark.parametrize(("some", "rule"), SKIPPED.values(), ids=SKIPPED)
+def test_the_blocks_that_are_left_out(some, rule):
+    """As many as there are whose pairs are all ruled out: work falls with what a mask skips."""
+    n, size = 64, 8
+    description = description_of(1, n, n, some)
+    t, s = np.arange(n)[:, None], np.arange(n)[None, :]
+    blocks = np.broadcast_to(rule(t, s), (n, n)).reshape(n // size, size, n // size, size)
+    some_pair = blocks.sum(axis=(1, 3)) > 0
+    for bounds, needed in (("keys_of", some_pair), ("queries_of", some_pair.T)):
+        for i in range(n // size):
+            low, high = getattr(description, bounds)(Block(i * size, size), n)
+            low, high = int(low) // size, -(-int(high) // size)
+            assert high - low == needed[i].sum(), f"{bounds} block {i}: {low} to {high}"
+
+
+def test_memory_is_linear_in_the_tokens():
+    """Of the compiled program, forward and backward: no more than the arrays and a few blocks."""
+
+    def temporaries(tokens):
+        x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
+
+        def gradients(q, k, v, grad):
+            attend = partial(blockwise_attention, is_causal=True, query_chunk=64, key_chunk=64)
+            return jax.vjp(attend, q, k, v)[1](grad)
+
+        return temporaries_of(gradients, x, x, x, x)
+
+    sizes = [temporaries(n) for n in (1024, 2048, 4096)]
+    first, second = (b - a for a, b in pairwise(sizes))
+    assert second <= 2.1 * first
+    assert sizes[-1] < 4096 * 4096 * 4 / 8, "less than the weights of a head would take"
+
+
+def test_nobody_pays_for_the_gradient_of_a_bias_that_is_not_asked_for():
+    q, k, v, grad = map(jnp.asarray, operands(SIZES))
+    bias = jnp.asarray(EVERYTHING["bias"])
+
+    def loops(*wanted):
+        def gradients(q, k, v, bias):
+            attend = jax.vjp(lambda *x: small(*x[:3], bias=x[3]), q, k, v, bias)[1](grad)
+            return [attend[i] for i in wanted]
+
+        text = jax.jit(gradients).lower(q, k, v, bias).compile().as_text()
+        assert text
+        return text.count(" while(")
+
+    assert loops(0, 1, 2) < loops(0, 1, 2, 3)
+
+
+ADVERSARIAL = {
+    "no key for any query": {"mask": np.zeros((1, 1, 13, 17), bool)},
+    "no key for one sequence": {"key_value_seq_lengths": np.array([0, 17], np.int32)},
+    "every logit -inf by bias": {"bias": np.full((1, 1, 13, 17), -np.inf, np.float32)},
+    "some logits -inf by bias": {
+        "bias": np.where(rng.random((2, 4, 13, 17)) < 0.5, -np.inf, 0).astype(np.float32)
+    },
+    "whole rows and columns -inf by bias": {
+        "bias": np.where(np.arange(13) % 3 == 0, -np.inf, 0).astype(np.float32)[None, None, :, None]
+    },
+    "a window of one": {"local_window_size": 0},
+    "a window that no key meets": {"local_window_size": 1, "query_offset": 40},
+    "an offset before all keys": {"is_causal": True, "query_offset": -7},
+    "sinks of -inf": {"sinks": np.full(4, -np.inf, np.float32)},
+    "sinks and no key": {
+        "sinks": np.ones(4, np.float32),
+        "mask": np.zeros((1, 1, 13, 17), bool),
+    },
+    "sinks above every logit": {"sinks": np.full(4, 200.0, np.float32)},
+    "large logits": {"scale": 400.0},
+    "almost everything dropped": {
+        "dropout_rate": 0.999,
+        "dropout_rng": np.array([1, 2], np.uint32),
+    },
+    "segments that never meet": {
+        "segment_ids": (np.zeros((2, 13), np.int32), np.ones((2, 17), np.int32))
+    },
+    "segments of the largest numbers": {
+        "segment_ids": (
+            np.full((2, 13), 2**31 - 1, np.int32),
+            np.where(np.arange(17) < 5, 2**31 - 1, -(2**31)).astype(np.int32)[None].repeat(2, 0),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("some", ADVERSARIAL.values(), ids=ADVERSARIAL)
+def test_adversarial(some):
+    inputs = operands(SIZES)
+    got = run_jax(small, some, "blockwise", inputs)
+    truth = run_torch(some, "blockwise", inputs)
+    # Of all of them: the gradient of a bias that is the same for all keys is a sum to 0.
+    unit = EPS * max(np.max(np.abs(x)) for x in truth.values())
+    for name, expected in truth.items():
+        assert np.isfinite(np.asarray(got[name])).all()
+        # Where logits are large so is their rounding, and that of their lse, which the backward
+        # pass subtracts: relative to a weight it is the largest logit times eps.
+        logits = 400 * 8 if some.get("scale") == 400.0 else 16
+        assert error(got[name], expected) <= logits * unit, name
+
+
+@pytest.mark.parametrize("sizes", (Sizes(1, 1, 1, 1, 1, 1, 1), Sizes(1, 1, 9, 3, 1, 4, 2)), ids=str)
+def test_one_of_each(sizes):
+    inputs = operands(sizes)
+    truth = run_torch({}, "blockwise", inputs)
+    got = run_jax(small, {}, "blockwise", inputs)
+    for name, expected in truth.items():
+        # Of one key the gradient of the query is a difference of equals.
+        assert error(got[name], expected) <= 16 * EPS
+
+
+@pytest.mark.parametrize("shape", ((0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2)), ids=str)
+def test_nothing_to_do(shape):
+    B, T, S, N = shape
+    q, k = jnp.zeros((B, T, N, 5)), jnp.ones((B, S, N, 5))
+    out, lse = small(q, k, k, return_lse=True)
+    assert out.shape == (B, T, N, 5)
+    assert not out.any()
+    assert (lse == -jnp.inf).all()
+    assert jax.grad(lambda q: small(q, k, k).sum())(q).shape == q.shape
+
+
+def test_a_head_has_its_bits_whatever_others_are_beside_it():
+    q, k, v, grad = map(jnp.asarray, operands(Sizes(2, 13, 17, 8, 4, 5, 3)))
+
+    @jax.jit
+    def run(q, k, v, grad):
+        out, pull = jax.vjp(partial(small, is_causal=True), q, k, v)
+        return out, *pull(grad)
+
+    whole = run(q, k, v, grad)
+    part = run(q[:, :, 2:4], k[:, :, 1:2], v[:, :, 1:2], grad[:, :, 2:4])
+    for a, b, heads in zip(whole, part, (slice(2, 4), *(slice(1, 2),) * 3), strict=True):
+        heads = slice(2, 4) if a.shape[2] == 8 else heads
+        assert compare_bits(a[:, :, heads], b).equal

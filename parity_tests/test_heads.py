@@ -1,0 +1,112 @@
+"""Heads that the devices do not divide: added ones, copied ones, even parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import ONE_AXIS, MeshCase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from questions import all_to_all_bytes, attend, collectives, compiled, right_values, sharded_inputs
+
+from jax_seqpar import MeshLayout, blockwise_attention, dot_product_attention
+from jax_seqpar.bridge.cases import Case
+from jax_seqpar.heads import plan_heads
+
+# (N, K, P): query heads, KV heads, devices.
+UNEVEN = (
+    (6, 6, 4),  # neither divides
+    (6, 3, 4),  # grouped, neither divides
+    (8, 2, 8),  # fewer KV heads than devices
+    (12, 3, 8),  # fewer, and they do not divide
+    (12, 6, 4),  # more, and they do not divide
+    (5, 5, 8),  # fewer query heads than devices
+    (1, 1, 4),  # one
+    (7, 1, 4),  # one KV head, a prime number of query heads
+    (14, 2, 8),  # as in Qwen2-0.5B
+    (28, 4, 8),  # as in Qwen2-7B
+)
+
+
+@pytest.mark.parametrize("sizes", UNEVEN, ids=str)
+def test_output_and_gradients(sizes):
+    heads, kv_heads, degree = sizes
+    kind = (AxisType.Auto, AxisType.Explicit)[heads % 2]
+    case = Case(batch=2, tokens=24, heads=heads, kv_heads=kv_heads, head_dim=5)
+    right_values(case, ONE_AXIS[degree], kind)
+
+
+@pytest.mark.parametrize("heads", (6, 12))
+def test_with_tensor_parallel_heads(heads):
+    """Of the heads of a tensor-parallel shard, each device of the sequence has an even part."""
+    where = MeshCase((4, 2), ("seq", "tensor"), MeshLayout(heads="tensor"))
+    right_values(Case(2, 16, heads, heads // 3, 5), where)
+
+
+@pytest.mark.parametrize("sizes", UNEVEN, ids=str)
+def test_bytes(sizes):
+    """Four all-to-alls, of even parts: ceil(N / P) query heads each way."""
+    heads, kv_heads, degree = sizes
+    case, where = Case(2, 24, heads, kv_heads, 5), ONE_AXIS[degree]
+    *inputs, _ = sharded_inputs(case, where)
+    program = compiled(attend(case, where), *inputs)
+    plan = plan_heads(heads, kv_heads, degree)
+    assert plan.query_heads == -(-heads // degree) * degree
+    assert collectives(program) == {"all-to-all": 4}
+    sent = plan.query_heads + plan.padded_kv_heads * plan.copies
+    assert all_to_all_bytes(program) == 2 * sent * 2 * (24 // degree) * 5 * 4
+
+
+@settings(max_examples=200, deadline=None)
+@given(kv_heads=st.integers(1, 9), group=st.integers(1, 9), degree=st.integers(1, 9))
+def test_every_query_head_finds_its_own_keys(kv_heads, group, degree):
+    """On the device that has it, by the rule of every kernel: n // (query heads / KV heads)."""
+    heads = kv_heads * group
+    for may_copy in (True, False):
+        plan = plan_heads(heads, kv_heads, degree, may_copy=may_copy)
+        queries = np.asarray(plan.pad_queries(jnp.arange(1, heads + 1), 0))
+        keys = np.asarray(
+            plan.spread_keys(jnp.arange(1, kv_heads + 1)[None, None, :, None])
+        ).ravel()
+        assert len(queries) % degree == len(keys) % degree == 0
+        assert len(queries) % len(keys) == 0
+        for n, head in enumerate(queries):
+            if head > 0:
+                assert keys[n // (len(queries) // len(keys))] == (head - 1) // group + 1
+        back = np.asarray(plan.unpad_queries(jnp.asarray(queries), 0))
+        assert list(back) == list(range(1, heads + 1))
+        if not may_copy:
+            # All devices that have a KV head are one run of `copies`.
+            where = {}
+            for i, head in enumerate(keys):
+                where.setdefault(int(head), set()).add(i // (len(keys) // degree))
+            runs = [d for head, d in where.items() if head > 0]
+            assert all(max(d) - min(d) < plan.copies and min(d) % plan.copies == 0 for d in runs)
+        else:
+            assert len(queries) == -(-heads // degree) * degree
+
+
+def test_arrays_of_heads_are_padded_alike():
+    """A bias, slopes and sinks of every head, on devices with added ones; gradients, too."""
+    case, where = Case(2, 16, 6, 3, 5), ONE_AXIS[4]
+    rng = np.random.default_rng(0)
+    q, k, v, grad = map(jnp.asarray, case.inputs().values())
+    added = {
+        "bias": jnp.asarray(rng.standard_normal((1, 6, 16, 16)), jnp.float32),
+        "alibi_slopes": jnp.asarray(rng.random(6), jnp.float32),
+        "sinks": jnp.asarray(rng.standard_normal(6), jnp.float32),
+    }
+
+    def gradients(attend):
+        def loss(operands):
+            q, k, v, added = operands
+            return jnp.vdot(attend(q, k, v, is_causal=True, **added), grad)
+
+        return jax.jit(jax.grad(loss))((q, k, v, added))
+
+    mesh = where.mesh()
+    got = gradients(lambda *x, **options: dot_product_attention(*x, mesh=mesh, **options))
+    alone = gradients(blockwise_attention)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.max(jnp.abs(b))), rtol=0)

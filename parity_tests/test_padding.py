@@ -1,0 +1,133 @@
+"""Tokens that the devices do not divide: padded in a segment of their own, and cut again."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import ONE_AXIS
+from features import Sizes, operands, run_jax, run_torch
+from jax.sharding import AxisType
+from questions import error
+
+from jax_seqpar import (
+    blockwise_attention,
+    dot_product_attention,
+    exact_attention,
+    pad_to_degree,
+)
+from jax_seqpar.bridge import compare_bits
+
+KERNELS = {
+    "blockwise": partial(blockwise_attention, query_chunk=4, key_chunk=5),
+    "exact": exact_attention,
+}
+rng = np.random.default_rng(0)
+CASES = {
+    "self": (Sizes(2, 13, 13, 8, 4, 5, 5), {"is_causal": True}),
+    "cross": (Sizes(2, 7, 18, 8, 8, 5, 3), {"is_causal": True, "query_offset": 11}),
+    "only queries": (Sizes(2, 7, 16, 8, 8, 5, 3), {"local_window_size": (3, 9)}),
+    "heads that do not divide": (Sizes(2, 9, 9, 6, 3, 5, 5), {"is_causal": True}),
+    "documents": (
+        Sizes(2, 13, 13, 4, 4, 5, 5),
+        {"segment_ids": np.sort(rng.integers(0, 3, (2, 13)), axis=1).astype(np.int32)},
+    ),
+    "documents numbered to the last": (
+        Sizes(2, 5, 5, 4, 4, 5, 5),
+        {"segment_ids": np.array([[2**31 - 1] * 3 + [0] * 2] * 2, np.int32)},
+    ),
+    "documents of 8 bits": (
+        Sizes(2, 5, 5, 4, 4, 5, 5),
+        {"segment_ids": np.array([[127] * 3 + [-128] * 2] * 2, np.int8)},
+    ),
+    "masks": (
+        Sizes(2, 13, 10, 4, 4, 5, 5),
+        {
+            "mask": rng.random((2, 1, 13, 10)) < 0.7,
+            "bias": rng.standard_normal((1, 4, 13, 1)).astype(np.float32),
+        },
+    ),
+    "positions": (
+        Sizes(2, 13, 13, 4, 4, 5, 5),
+        {"positions": np.arange(13, dtype=np.int32)[None].repeat(2, 0) % 5, "is_causal": True},
+    ),
+    "lengths, sinks and dropout": (
+        Sizes(2, 13, 13, 4, 4, 5, 5),
+        {
+            "query_seq_lengths": np.array([13, 6], np.int32),
+            "key_value_seq_lengths": np.array([4, 13], np.int32),
+            "sinks": np.linspace(-1, 1, 4, dtype=np.float32),
+            "dropout_rate": 0.3,
+            "dropout_rng": np.array([1, 2], np.uint32),
+        },
+    ),
+    "nothing to pad": (Sizes(2, 8, 8, 4, 4, 5, 5), {"is_causal": True}),
+}
+PADDED = ("bias", "mask", "positions", "segment_ids")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("sizes", "given"), CASES.values(), ids=CASES)
+def test_as_without(sizes, given, kernel):
+    """Output and gradients are those on one device; of exact attention, in every bit."""
+    kind = (AxisType.Auto, AxisType.Explicit)[sizes.T % 2]
+    mesh = ONE_AXIS[4].mesh(kind)
+    attend = KERNELS[kernel]
+
+    def padded(query, key, value, **options):
+        own = {name: options.pop(name) for name in PADDED if name in options}
+        p = pad_to_degree(query, key, value, degree=4, **own)
+        assert p.query.shape[1] % 4 == p.key.shape[1] % 4 == 0
+        out = dot_product_attention(
+            p.query, p.key, p.value, **p.keywords, **options, attention=attend, mesh=mesh
+        )
+        return p.unpad(out)
+
+    inputs = operands(sizes)
+    got = run_jax(padded, given, kernel, inputs)
+    alone = run_jax(attend, given, kernel, inputs)
+    for name, truth in run_torch(given, kernel, inputs).items():
+        assert got[name].shape == truth.shape
+        if kernel == "exact":
+            assert compare_bits(got[name], alone[name]).equal
+        unit = np.finfo(np.float32).eps * np.max(np.abs(truth), initial=0)
+        assert error(got[name], truth) <= 2 * max(error(alone[name], truth), unit), name
+
+
+def test_nothing_is_added_where_nothing_is_missing():
+    q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 8, 12, 4, 4, 5, 5)))
+    padded = pad_to_degree(q, k, v, degree=4)
+    assert padded.keywords == {}
+    assert (padded.query, padded.key, padded.value) == (q, k, v)
+    assert padded.unpad(q) is q
+
+
+def test_what_is_added_belongs_to_nobody():
+    q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 5, 6, 4, 4, 5, 5)))
+    ids = jnp.array([[0, 0, 3, 3, 3]] * 2), jnp.array([[0, 0, 0, 5, 5, 5]] * 2)
+    padded = pad_to_degree(q, k, v, degree=4, segment_ids=ids)
+    queries, keys = padded.keywords["segment_ids"]
+    assert queries[:, 5:].tolist() == [[6] * 3] * 2
+    assert keys[:, 6:].tolist() == [[6] * 2] * 2
+    assert not padded.query[:, 5:].any()
+
+
+@pytest.mark.parametrize("degree", (0, -2, 2.0, "seq", True))
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_degree(degree):
+    q, k, v, _ = map(jnp.asarray, operands(Sizes(1, 5, 5, 1, 1, 2, 2)))
+    with pytest.raises(ValueError, match=r"degree must be a positive integer, got"):
+        pad_to_degree(q, k, v, degree=degree)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_arrays_that_do_not_fit():
+    q, k, v, _ = map(jnp.asarray, operands(Sizes(1, 5, 5, 1, 1, 2, 2)))
+    with pytest.raises(ValueError, match=r"segment_ids must be integers of shape"):
+        pad_to_degree(q, k, v, degree=4, segment_ids=jnp.zeros((1, 8), jnp.int32))
+
+
+def test_the_refusal_names_what_helps():
+    q, k, v, _ = map(jnp.asarray, operands(Sizes(1, 5, 5, 4, 4, 2, 2)))
+    with pytest.raises(ValueError, match=r"pad_to_degree\(query, key, value, degree=4\)"):
+        dot_product_attention(q, k, v, mesh=ONE_AXIS[4].mesh())
