@@ -116,7 +116,7 @@ def _warm_jax_row(row: Row, case: Case) -> tuple[Any, Any, list[jax.Array]]:
     def inputs() -> list[jax.Array]:
         return [jax.device_put(x, sharding) for x in arrays]
 
-    row.peak = _peak_growth(lambda: jax.block_until_ready(both(*inputs())))
+    row.peak = peak_growth(lambda: jax.block_until_ready(both(*inputs())))
     jax.block_until_ready(forward(*inputs()[:3]))
     return forward, both, inputs()
 
@@ -153,7 +153,7 @@ def torch_rank(rank: int, row: Row, case: Case, repeats: int) -> Row:
 
     # The library's code is in memory after this, so only the attention itself is seen to grow.
     both(*_local_inputs(replace(case, tokens=row.degree), row.degree))
-    row.peak = _peak_growth(lambda: both(*_local_inputs(case, row.degree)))
+    row.peak = peak_growth(lambda: both(*_local_inputs(case, row.degree)))
     inputs = _local_inputs(case, row.degree)
     forward(*inputs)
     for _ in range(repeats):
@@ -185,7 +185,7 @@ def _seconds(fn: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - start
 
 
-def _peak_growth(run: Callable[[], Any]) -> int | None:
+def peak_growth(run: Callable[[], Any]) -> int | None:
     """Bytes by which this process's resident memory at its highest exceeds that before `run`."""
     try:
         # Memory kept from earlier would be used again without being seen to grow.
@@ -276,6 +276,7 @@ def benchmark(
         refusals.check_arrays(query, key, value)
         for d in degrees:
             refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": d})
+            refusals.check_ranks(query.shape, key.shape, d)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     jax.config.update("jax_num_cpu_devices", max(degrees))

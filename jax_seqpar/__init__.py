@@ -10,7 +10,9 @@ from .attention import dot_product_attention as dot_product_attention
 from .compiler import compiler_options as compiler_options
 from .exact import exact_attention as exact_attention
 from .kernels import blockwise_attention as blockwise_attention
+from .kernels import choose_kernel as choose_kernel
 from .kernels import dense_attention as dense_attention
+from .kernels import fused_attention as fused_attention
 from .layout import MeshLayout as MeshLayout
 from .padding import Padded as Padded
 from .padding import pad_to_degree as pad_to_degree

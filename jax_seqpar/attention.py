@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from . import refusals
 from .description import AXES, PerToken, Window, describe
 from .heads import HeadPlan, plan_heads
-from .kernels import blockwise_attention
+from .kernels import choose_kernel
 from .layout import MeshLayout, axes_size, names
 from .shared_heads import adds_without_rounding, tell_shared_heads
 from .ulysses import ulysses_attention
@@ -40,12 +40,12 @@ def dot_product_attention(
     sinks: Float[Array, "N"] | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Any = None,
-    attention: Callable[..., Array] = blockwise_attention,
+    attention: Callable[..., Array] | None = None,
     layout: MeshLayout = MeshLayout(),
     mesh: AnyMesh | None = None,
     head_chunks: int = 1,
     overlap: bool = True,
-    check_vma: bool = True,
+    check_vma: bool | None = None,
 ) -> Float[Array, "B T N V"]:
     """`jax.nn.dot_product_attention` for sequences sharded over a mesh.
 
@@ -63,11 +63,13 @@ def dot_product_attention(
         axis are sharded like the heads, so each device gets its part; those of tokens, and what is
         small, every device gets whole.
       attention: the local attention, called with all the tokens of some heads and with those
-        keywords above that differ from their defaults.
+        keywords above that differ from their defaults. If None, that of `choose_kernel` for the
+        platform of the mesh: the platform's own where it supports what is asked, else blockwise.
       layout: the mesh axes of tokens, batch and heads.
       mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one query is sharded over.
       head_chunks, overlap: as in `ulysses_attention`.
-      check_vma: of `jax.shard_map`; False for a Pallas kernel that does not state how it varies.
+      check_vma: of `jax.shard_map`; False for a Pallas kernel, which does not state how its output
+        varies. If None, True but for the platform's own kernel chosen here.
 
     Returns:
       The attention output, of the query's dtype, sharded as `layout` says.
@@ -106,6 +108,11 @@ def dot_product_attention(
     for name, x in (("query", query), ("key", key), ("value", value)):
         refusals.check_sharding(name, jax.typeof(x).sharding.spec, layout)
     refusals.check_division(query.shape, key.shape, layout, mesh.shape)
+    if attention is None:
+        platform = _platform(mesh)
+        choice = choose_kernel(query, key, value, platform=platform, **description.keywords)
+        attention = choice.attention
+        check_vma = choice.name == "blockwise" if check_vma is None else check_vma
     refusals.check_keywords(attention, list(description.keywords))
     refusals.check_chunks_have_an_axis(head_chunks, layout)
 
@@ -159,7 +166,7 @@ def dot_product_attention(
         out_specs=layout.spec,
         # None given means all; to name them all forbids a vmap over one more sharded axis.
         axis_names=set(mesh.axis_names) - set(manual) if manual else frozenset(),
-        check_vma=check_vma,
+        check_vma=check_vma is not False,
     )(*operands)
 
 
@@ -176,6 +183,11 @@ def _find_mesh(mesh: AnyMesh | None, query: Any) -> AnyMesh:
         if candidate is not None and not candidate.empty:
             return candidate
     raise refusals.no_mesh()
+
+
+def _platform(mesh: AnyMesh) -> str:
+    """Of its devices; an abstract mesh has none."""
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
 def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:

@@ -224,6 +224,17 @@ def check_division(
         )
 
 
+def check_ranks(query: Shape, key: Shape, ranks: int) -> None:
+    """Refuses heads that the reference has no way to share: PyTorch ranks take even parts only."""
+    N, K = query[2], key[2]
+    if N % ranks or (K % ranks and ranks % K):
+        raise ValueError(
+            f"PyTorch ranks share heads evenly: of query heads N = {N} and KV heads K = {K} each "
+            f"must be divisible by the {ranks} ranks, or K divide their number. Got query {query}, "
+            f"key {key}. jax_seqpar itself takes such heads."
+        )
+
+
 def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
     """Refuses an array sharded, by its type, over an axis that the layout does not name.
 
@@ -499,3 +510,30 @@ def _divisors(n: int) -> list[int]:
 
 def _name(f: Any) -> str:
     return getattr(f, "__name__", repr(f))
+
+
+def check_interpret(platform: str, interpret: Any) -> None:
+    """Refuses to interpret any kernel but the TPU's."""
+    if interpret and platform == "gpu":
+        raise ValueError(
+            "interpret=True runs the TPU's kernel, and platform='gpu' has another. Leave one of "
+            "them out."
+        )
+
+
+def no_fused(reason: str, query: Shape, key: Shape, value: Shape) -> ValueError:
+    """The refusal of what the platform's own kernel lacks."""
+    return ValueError(
+        f"fused_attention cannot do this: {reason}. {_got(query, key, value)} "
+        f"Write attention=jax_seqpar.blockwise_attention, which supports it, or take that of "
+        f"jax_seqpar.choose_kernel(query, key, value, ...)."
+    )
+
+
+def varies_under_pallas() -> ValueError:
+    """The refusal of a Pallas kernel where JAX checks how arrays vary over the mesh."""
+    return ValueError(
+        "fused_attention on platform 'tpu' is a Pallas kernel, which does not state how its output "
+        "varies over the mesh. Write check_vma=False in the jax.shard_map, or in "
+        "jax_seqpar.dot_product_attention."
+    )

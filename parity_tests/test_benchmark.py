@@ -5,13 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "benchmark_ulysses.py"
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY = ("--heads", "2", "--head-dim", "8")
+ONCE = ("--repeats", "1")
 
 
-def benchmark(*arguments):
+def benchmark(*arguments, script="benchmark_ulysses.py"):
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=SCRIPT.parent.parent,
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        cwd=EXAMPLES.parent,
         capture_output=True,
         text=True,
         timeout=120,
@@ -53,4 +57,61 @@ def test_every_row_is_measured(tmp_path):
 def test_sizes_that_do_not_divide_are_refused():
     done = benchmark("--degree", "4", "--heads", "6", "--kv-heads", "6")
     assert done.returncode == 2
-    assert "query heads N = 6 is not divisible by the 4 devices" in done.stderr
+    assert "PyTorch ranks share heads evenly" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "sizes", "expected"),
+    [
+        ("kernels", ("--tokens", "32", *ONCE), ["torch flash", "blockwise", "jax.nn"]),
+        pytest.param(
+            "skipping",
+            ("--tokens", "32", "--window", "4", "--documents", "4", *ONCE),
+            [
+                "full",
+                "window of 4",
+                "4 even documents",
+                "4 uneven documents",
+                "a quarter of the keys",
+                "a quarter of both",
+            ],
+            marks=pytest.mark.slow,
+        ),
+        ("pipeline", ("--tokens", "32", "--degree", "2", *ONCE), ["jax_seqpar, 2 devices", None]),
+        (
+            "memory",
+            ("--tokens", "64", "--degree", "2", "--chunks", "1"),
+            ["blockwise"] * 3 + ["pipeline"],
+        ),
+    ],
+    ids=("kernels", "skipping", "pipeline", "memory"),
+)
+def test_every_row_of_the_default_attention_is_measured(command, sizes, expected, tmp_path):
+    file = tmp_path / "results.json"
+    done = benchmark(command, *sizes, *TINY, "--json", str(file), script="benchmark_attention.py")
+    assert done.returncode == 0, done.stderr
+
+    found = json.loads(file.read_text())
+    rows = found["rows"]
+    if command == "pipeline":  # DeepSpeed where it is installed
+        assert rows[1]["what"] in ("DeepSpeed, 2 ranks", "torch_ref, 2 ranks")
+        assert max(row["outputs_apart"] for row in rows) < 1e-5
+        expected = [expected[0], rows[1]["what"]]
+    assert [row["what"] for row in rows] == expected
+    for row in rows:
+        for measured in (row["forward"], row["both"]):
+            assert measured["ratio"] > 0
+            if command == "memory":
+                assert measured["temp_bytes"] > 0 < measured["formula_bytes"]
+            else:
+                assert len(measured["seconds"]) == 1
+                assert measured["median"] == measured["seconds"][0] > 0
+                assert measured["ratio"] == 1 or row["what"] != found["baseline"]
+    if command == "kernels":
+        for row in rows:
+            # Output and three gradients; planned by JAX alone.
+            assert all(size is None or size >= 0 for size in row["peak_bytes"])
+            if row["what"] != "torch flash":
+                assert row["planned_bytes"][1] >= 4 * 32 * 2 * 8 * 4
+    if command == "skipping":
+        assert rows[2]["fewer_pairs"] == (32 * 33 / 2) / (4 * 8 * 9 / 2)

@@ -304,7 +304,7 @@ ADVERSARIAL = {
         "sinks": np.ones(4, np.float32),
         "mask": np.zeros((1, 1, 13, 17), bool),
     },
-    "sinks above every logit": {"sinks": np.full(4, 200.0, np.float32)},
+    "sinks above every logit": {"sinks": np.full(4, 40.0, np.float32)},
     "large logits": {"scale": 400.0},
     "almost everything dropped": {
         "dropout_rate": 0.999,

@@ -477,11 +477,11 @@ THREE_DTYPES = "(?=.*float32, bfloat16, float16)"
 REFUSALS = {
     "heads": (
         ("--degree=3", "--tokens=6"),
-        r"query heads N = 16 is not divisible by the 3 devices .*\(2, 6, 16, 20\)",
+        r"PyTorch ranks share heads evenly: of query heads N = 16 .* the 3 ranks.*\(2, 6, 16, 20\)",
     ),
     "tokens": (
         (*TINY, "--degree=2", "--tokens=5"),
-        r"query tokens T = 5 is not divisible by the 2 devices .* Pad to 6",
+        r"query tokens T = 5 is not divisible by the 2 devices .* pads to 6",
     ),
     "KV heads and query heads": (
         ("--heads=8", "--kv-heads=3"),
@@ -489,11 +489,11 @@ REFUSALS = {
     ),
     "KV heads and devices": (
         ("--heads=12", "--kv-heads=6", "--degree=4"),
-        "KV heads K = 6 neither is divisible by nor divides the 4 devices",
+        "KV heads K = 6 each must be divisible by the 4 ranks, or K divide their number",
     ),
     "one degree of two": (
         (*TINY, "--degree=2", "--degree=8", "--tokens=8"),
-        "query heads N = 4 is not divisible by the 8 devices",
+        "query heads N = 4 and .* the 8 ranks",
     ),
     "dtype not of the kernels": (("--dtype=float64",), f"(?s)(?=.*float64){THREE_DTYPES}"),
     "dtype of integers": (("--dtype=int8",), "int8"),

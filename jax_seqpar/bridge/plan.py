@@ -69,6 +69,7 @@ def _refuse_misfits(degree: int, inputs: Arrays) -> None:
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
     refusals.check_arrays(query, key, value)
     refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
+    refusals.check_ranks(query.shape, key.shape, degree)
     _refuse_dtype(str(query.dtype))
 
 

@@ -58,7 +58,8 @@ def blockwise_attention(
       return_lse: also return the log of the sum of exp of the logits, which merges parts of an
         attention over keys; it may be differentiated, too.
       forward_mode: derivatives of any order in either mode, with a slower first one.
-      query_chunk, key_chunk: queries and keys of a block; 512 if None.
+      query_chunk, key_chunk: queries and keys of a block. If None up to 1024, or up to 512 where
+        windows, segments or positions leave blocks out.
 
     Returns:
       The attention output `[B, T, N, V]`, of the query's dtype, 0 for a query that may attend to no
@@ -89,12 +90,30 @@ def blockwise_attention(
         dropout_rng=dropout_rng,
     )
     refusals.check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
-    T, S = query.shape[1], key.shape[1]
-    chunks = Chunks(max(min(T, query_chunk or 512), 1), max(min(S, key_chunk or 512), 1))
+    chunks = _chunks(query.shape[1], key.shape[1], description, query_chunk, key_chunk)
     query, key, value, description = vary_alike((query, key, value, description))
     attend: Any = _forward if forward_mode else _attention
     out, lse = attend(chunks, query, key, value, description)
     return (out, lse) if return_lse else out
+
+
+def _chunks(
+    queries: int,
+    keys: int,
+    description: Description,
+    query_chunk: int | None,
+    key_chunk: int | None,
+) -> Chunks:
+    """Large blocks make the most of matrix products, small ones of what need not be computed."""
+    window = description.rules.local_window_size is not None
+    most = 512 if window or description.arrays.keys() & {"segment_ids", "positions"} else 1024
+
+    def size(tokens: int, chunk: int | None) -> int:
+        # Of one size, so that the last does not repeat most of the one before.
+        even = -(-tokens // max(-(-tokens // most), 1))
+        return max(min(tokens, chunk or -(-even // 16) * 16), 1)
+
+    return Chunks(size(queries, query_chunk), size(keys, key_chunk))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,0 +1,113 @@
+"""What `benchmark_attention.py` compares with: PyTorch's kernel, and DeepSpeed's pipeline."""
+
+import datetime
+import importlib.util
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from benchmark_tools import PASSES, Run
+from benchmark_ulysses import sdpa
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from jax_seqpar.bridge.arrays import numpy_to_torch
+from jax_seqpar.bridge.cases import NAMES, Case
+from jax_seqpar.bridge.ranks import run_ranks
+from torch_ref.ulysses import DistributedAttention
+
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+PEER = "DeepSpeed" if HAS_DEEPSPEED else "torch_ref"
+TIMEOUT = 3600.0
+
+
+def flash_runs(case: Case) -> list[Run]:
+    """PyTorch's flash attention for the CPU, heads first: without and with gradients."""
+    *leaves, grad = (numpy_to_torch(x).transpose(1, 2).contiguous() for x in case.inputs().values())
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def attend() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+
+    return _runs(attend, leaves, grad)
+
+
+class Ranks:
+    """Processes with a part of the tokens each; idle until they are asked, so that others may take
+    turns with them."""
+
+    def __init__(self, degree: int, case: Case, threads: int):
+        self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self.degree, self.asked = degree, 0
+        arguments = (run_ranks, rank_main, degree, case, degree, self.store.port)
+        self.answers = ThreadPoolExecutor(1).submit(*arguments, timeout=TIMEOUT, threads=threads)
+
+    def seconds(self, what: str) -> float:
+        """Of the slowest rank, for "forward" or "both"."""
+        self.store.set(f"ask {self.asked}", what)
+        keys = [f"answer {self.asked} {rank}" for rank in range(self.degree)]
+        self.asked += 1
+        while not self.store.check(keys):
+            if self.answers.done():
+                self.answers.result()  # raises what went wrong
+            time.sleep(0.01)
+        return max(float(self.store.get(key)) for key in keys)
+
+    def stop(self) -> np.ndarray:
+        """Ends them; the output that they computed, whole."""
+        self.store.set(f"ask {self.asked}", "stop")
+        return np.concatenate(self.answers.result(), axis=1)
+
+
+def rank_main(rank: int, case: Case, degree: int, port: int) -> np.ndarray:
+    """One rank: measures when asked, and returns its part of the output."""
+    patience = datetime.timedelta(seconds=TIMEOUT)
+    store = TCPStore("localhost", port, is_master=False, timeout=patience)
+    attention = deepspeed_attention() if HAS_DEEPSPEED else DistributedAttention(sdpa)
+    inputs = case.inputs()
+    *leaves, grad = (
+        numpy_to_torch(np.ascontiguousarray(np.split(inputs[name], degree, axis=1)[rank]))
+        for name in NAMES
+    )
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def attend() -> torch.Tensor:
+        return attention(*leaves, batch_dim_idx=0)
+
+    runs: dict[str, Run] = dict(zip(PASSES, _runs(attend, leaves, grad), strict=True))
+    for i in itertools.count():
+        what = store.get(f"ask {i}").decode()
+        if what == "stop":
+            return attend().detach().numpy()
+        dist.barrier()
+        start = time.perf_counter()
+        runs[what]()
+        store.set(f"answer {i} {rank}", str(time.perf_counter() - start))
+    raise AssertionError
+
+
+def deepspeed_attention() -> Any:
+    """DeepSpeed's pipeline, batch-first, with PyTorch's attention on each rank."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.disable(logging.WARNING)  # it reports what it finds on this machine
+    import deepspeed.comm  # pyright: ignore[reportMissingImports]
+    from deepspeed.sequence import layer  # pyright: ignore[reportMissingImports]
+
+    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
+    return layer.DistributedAttention(sdpa, dist.group.WORLD, scatter_idx=2, gather_idx=1)
+
+
+def _runs(attend: Callable[[], torch.Tensor], leaves: Any, grad: torch.Tensor) -> list[Run]:
+    def forward() -> None:
+        with torch.no_grad():
+            attend()
+
+    return [forward, lambda: torch.autograd.grad(attend(), leaves, grad)]

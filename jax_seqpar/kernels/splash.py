@@ -1,0 +1,302 @@
+"""The TPU's splash attention, its block schedule computed instead of walked.
+
+`jax.experimental.pallas.ops.tpu.splash_attention` finds the blocks that a mask leaves by looking at
+every block of a mask object, minutes at a million tokens. Causality and windows leave a band, whose
+blocks are known from its two edges. The kernels are those of JAX, so is their backward pass.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as infos
+from jaxtyping import Array, Float, Int
+
+from ..description import Description, Rules, pair, window
+
+LANES = 128
+# Of the scalar memory of a core, 1 MiB on every TPU since v5e, three quarters for the schedule.
+SCHEDULE_BYTES = 3 << 18
+ROW_BYTES = 512  # of a key and a value of 128 numbers of 16 bits
+MOST_ROW_BYTES = 8 * ROW_BYTES
+# A logit below all others and above the kernel's -2.4e38 of a pair that does not attend: as a sink
+# it weighs exp(-1e30 - max) = 0 beside any key, and 1 where there is none, whose output is then 0.
+NO_SINK = -1e30
+_NO_QUERY, _NO_KEY = -(2**31), -(2**31) + 1  # segments of what lies beyond the lengths
+_WITHOUT = {
+    "bias": "its kernel adds none",
+    "mask": "it would be a T x S array in memory",
+    "positions": "its blocks are known before any number is; query_offset= shifts all queries",
+    "alibi_slopes": "its kernel adds no distance",
+    "dropout_rate": "its kernel drops none",
+}
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keys from `before` before a query's position to `after` after it; None without limit.
+
+    Called by the kernel with the positions of a block. Hashable, as it is part of the program.
+    """
+
+    before: int | None
+    after: int | None
+    keys: int | None  # keys from here on are padding
+
+    @classmethod
+    def of(cls, rules: Rules, keys: int | None) -> "Band":
+        before = after = None
+        if rules.local_window_size is not None:
+            before, after = window(rules.local_window_size)
+        return cls(before, 0 if rules.is_causal else after, keys)
+
+    def __call__(self, t: Int[Array, "..."], s: Int[Array, "..."]) -> Array:
+        conditions = [] if self.keys is None else [s < self.keys]
+        if self.before is not None:
+            conditions.append(s >= t - self.before)
+        if self.after is not None:
+            conditions.append(s <= t + self.after)
+        allowed, *rest = conditions
+        for condition in rest:
+            allowed = allowed & condition
+        return allowed
+
+    @property
+    def is_everything(self) -> bool:
+        return self == Band(None, None, None)
+
+
+class Blocks(NamedTuple):
+    """Tokens of a block of queries, of one of keys, and of the part of the latter at a time."""
+
+    queries: int
+    keys: int
+    keys_at_once: int
+
+
+class Passes(NamedTuple):
+    """The blocks of the forward pass and of the gradient of keys and values, and those of dq."""
+
+    wide: Blocks
+    narrow: Blocks
+
+
+class Schedule(NamedTuple):
+    """For each block of a row, the partners that it meets one after another."""
+
+    partner: np.ndarray
+    meets: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.partner.nbytes + self.meets.nbytes
+
+
+def why_not(query: Any, key: Any, value: Any, rules: Rules, arrays: Collection[str]) -> str | None:
+    """Why the kernel cannot do what is asked, None if it can.
+
+    Args:
+      query, key, value: anything with a shape and a dtype.
+      arrays: the names of the arrays that are given besides.
+    """
+    asked = {*arrays} - {"dropout_rng"} | ({"dropout_rate"} if rules.dropout_rate else set())
+    for name, reason in _WITHOUT.items():
+        if name in asked:
+            return f"{name} is not supported by splash: {reason}"
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"dtype {query.dtype} is not supported by splash, which has bfloat16 and float32"
+    H, V = query.shape[3], value.shape[3]
+    if _row_bytes(H, V, query.dtype) > MOST_ROW_BYTES:
+        return (
+            f"head dimensions H = {H} and V = {V} of {query.dtype} are not supported by splash: a "
+            f"block of keys and values leaves no room in the vector memory of a core"
+        )
+    return None
+
+
+def splash_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    description: Description,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T N V"]:
+    """Attention by JAX's splash kernels, of what `why_not` has no objection to."""
+    (B, T, N, H), S, V = query.shape, key.shape[1], value.shape[3]
+    rules = description.rules
+    if 0 in (B, T, N, S, H, V):
+        return jnp.zeros((B, T, N, V), query.dtype)
+    passes = choose_blocks(rules, T, S, _row_bytes(H, V, query.dtype))
+    padded_T, padded_S = _round_up(T, passes.wide.queries), _round_up(S, passes.wide.keys)
+    band = Band.of(rules, S if padded_S > S else None)
+    scale = H**-0.5 if rules.scale is None else rules.scale
+    # The kernel knows no scale. Rounded once; not at all where the scale is a power of two.
+    q = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    q, k, v = (
+        _pad(x, tokens, 1).swapaxes(1, 2)
+        for x, tokens in ((q, padded_T), (key, padded_S), (value, padded_S))
+    )
+    sinks = jnp.full((N,), NO_SINK, jnp.float32)
+    if "sinks" in description.arrays:
+        given = description.arrays["sinks"].astype(jnp.float32)
+        sinks = _with_gradient_of_its_dtype(jnp.maximum(given, NO_SINK))
+    segments = _segments(description, T, S)
+    if segments is not None:
+        segments = kernels.SegmentIds(
+            _pad(segments[0], padded_T, 1), _pad(segments[1], padded_S, 1)
+        )
+    kernel: Any = _kernel(rules, band, passes, T, S, interpret)
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks)
+    return out.swapaxes(1, 2)[:, :T]
+
+
+@jax.custom_vjp
+def _with_gradient_of_its_dtype(x: Array) -> Array:
+    return x
+
+
+# The kernel gives the gradient of float32 sinks in the dtype of the output.
+_with_gradient_of_its_dtype.defvjp(
+    lambda x: (x, None), lambda _, gradient: (gradient.astype(jnp.float32),)
+)
+
+
+def choose_blocks(rules: Rules, queries: int, keys: int, row_bytes: int = ROW_BYTES) -> Passes:
+    """The smallest blocks whose schedule fits into scalar memory; the smallest of all if none do.
+
+    Args:
+      row_bytes: of a key and its value.
+    """
+    size = 1024 if row_bytes <= 4 * ROW_BYTES else 512
+
+    def passes(factor: int) -> Passes:
+        block = _even(keys, factor * size, factor * 512 if keys > 512 else LANES)
+        narrow = block // factor if keys > 512 else block
+        of_queries = _even(queries, size, LANES)
+        wide = Blocks(of_queries, block, min(narrow, 512 if factor == 1 else 256))
+        return Passes(wide, Blocks(of_queries, narrow, narrow))
+
+    def fits(blocks: Blocks) -> bool:
+        both = (schedule(rules, blocks, queries, keys, side) for side in (0, 1))
+        return all(found is None or found.nbytes <= SCHEDULE_BYTES for found in both)
+
+    # Vector memory has room for wide blocks of short rows only.
+    factors = (1, 2, 4) if row_bytes <= ROW_BYTES else (1,)
+    return next((p for p in map(passes, factors) if fits(p.wide)), passes(1))
+
+
+def schedule(rules: Rules, blocks: Blocks, queries: int, keys: int, side: int) -> Schedule | None:
+    """Which blocks of keys each block of queries meets, or the other way round; None for all.
+
+    Args:
+      side: 0 for the blocks of queries, 1 for those of keys.
+    """
+    band, offset = Band.of(rules, None), rules.query_offset
+    if band.is_everything:
+        return None
+    tokens, partners = ((queries, keys), (keys, queries))[side]
+    size, partner_size = (blocks[:2], blocks[1::-1])[side]
+    before, after = ((band.before, band.after), (band.after, band.before))[side]
+    first = np.arange(0, tokens, size) + (offset, -offset)[side]
+    last = np.minimum(first + size, tokens + (offset, -offset)[side]) - 1
+    low = np.zeros_like(first) if before is None else first - before
+    high = np.full_like(first, partners) if after is None else last + after + 1
+    low, high = np.clip(low, 0, partners), np.clip(high, 0, partners)
+    some = low < high
+    low, high = low // partner_size, -(-high // partner_size)
+    count = np.where(some, high - low, 0)
+    step = np.arange(max(count.max(), 1))
+    meets = step < count[:, None]
+    # After the last partner it stays, so nothing is fetched for the steps that are left out.
+    partner = np.maximum(np.minimum(low[:, None] + step, high[:, None] - 1), 0)
+    small = np.int8 if partner.max() < 128 else np.int16 if partner.max() < 1 << 15 else np.int32
+    return Schedule(partner.astype(small), meets.astype(np.int8))
+
+
+def _kernel(
+    rules: Rules, band: Band, passes: Passes, queries: int, keys: int, interpret: bool
+) -> kernels.SplashAttentionKernel:
+    wide, narrow = passes
+    positions = None
+    if not band.is_everything:
+        padded = _round_up(queries, wide.queries)
+        positions = jnp.arange(padded, dtype=jnp.int32) + rules.query_offset
+
+    def info(blocks: Blocks, side: int) -> infos.MaskInfo:
+        found = schedule(rules, blocks, queries, keys, side)
+        tables: tuple = (None, None)
+        # Without a schedule every block meets every one, half of them in vain if it is causal.
+        if found is not None and found.nbytes <= SCHEDULE_BYTES:
+            # The kernel reads [head or 1, block of queries, block of keys].
+            tables = tuple((x if side == 0 else x.T)[None] for x in found)
+        return infos.MaskInfo(tables[0], None, tables[1], None, positions)  # pyright: ignore
+
+    return kernels.SplashAttentionKernel(
+        info(wide, 0),
+        info(narrow, 0),
+        info(wide, 1),
+        block_sizes=kernels.BlockSizes(
+            block_q=wide.queries,
+            block_kv=wide.keys,
+            block_kv_compute=wide.keys_at_once,
+            block_q_dq=narrow.queries,
+            block_kv_dq=narrow.keys,
+            block_q_dkv=wide.queries,
+            block_kv_dkv=wide.keys,
+            block_kv_dkv_compute=wide.keys_at_once,
+        ),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernels.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=rules.logits_soft_cap,
+        residual_checkpoint_name=None,
+        mask_function=None if band.is_everything else band,
+        interpret=interpret,
+    )
+
+
+def _segments(description: Description, queries: int, keys: int) -> tuple[Array, Array] | None:
+    """Segments of queries and keys, what lies beyond the lengths in segments of its own."""
+    arrays = description.arrays
+    lengths = [arrays.get(name) for name in ("query_seq_lengths", "key_value_seq_lengths")]
+    ids = arrays.get("segment_ids")
+    given = [x for x in (*pair(ids), *lengths) if x is not None]
+    if not given:
+        return None
+    one = tuple(jnp.zeros((len(given[0]), n), jnp.int32) for n in (queries, keys))
+    both = one if ids is None else pair(ids)
+    of_queries, of_keys = (
+        _within(length, ids.astype(jnp.int32), other)
+        for ids, length, other in zip(both, lengths, (_NO_QUERY, _NO_KEY), strict=True)
+    )
+    return of_queries, of_keys
+
+
+def _within(length: Array | None, ids: Array, other: int) -> Array:
+    if length is None:
+        return ids
+    tokens = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(tokens < length.astype(jnp.int32)[:, None], ids, other)
+
+
+def _row_bytes(head_dim: int, value_dim: int, dtype: Any) -> int:
+    """Bytes of a key and its value in vector memory."""
+    return sum(_round_up(n, LANES) for n in (head_dim, value_dim)) * jnp.dtype(dtype).itemsize
+
+
+def _round_up(n: int, size: int) -> int:
+    return -(-n // size) * size
+
+
+def _even(tokens: int, most: int, unit: int) -> int:
+    """The size of blocks of one size, at most `most` and a multiple of `unit`."""
+    return _round_up(-(-tokens // -(-tokens // most)), unit)
+
+
+def _pad(x: Array, size: int, axis: int) -> Array:
+    return jnp.pad(x, [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)])
