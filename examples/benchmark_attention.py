@@ -71,7 +71,7 @@ from jax_seqpar.bridge.cases import Case
 
 OURS, TORCH, JAX_NN = "blockwise", "torch flash", "jax.nn"
 KERNELS = {OURS: blockwise_attention, JAX_NN: jax.nn.dot_product_attention}
-BLOCK = 512  # what the kernel takes if not told
+BLOCK = 1024  # what the kernel takes if not told
 
 Heads = Annotated[int, typer.Option(min=1, help="Of query, key and value.")]
 HeadDim = Annotated[int, typer.Option(min=1, help="Channels of a head.")]

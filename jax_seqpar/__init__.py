@@ -8,7 +8,9 @@ prints it.
 
 from .attention import dot_product_attention as dot_product_attention
 from .compiler import compiler_options as compiler_options
+from .dropout import head_keys as head_keys
 from .exact import exact_attention as exact_attention
+from .kernels import KernelChoice as KernelChoice
 from .kernels import blockwise_attention as blockwise_attention
 from .kernels import choose_kernel as choose_kernel
 from .kernels import dense_attention as dense_attention

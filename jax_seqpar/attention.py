@@ -54,6 +54,7 @@ def dot_product_attention(
     gives 0. The work is `ulysses_attention` inside a `jax.shard_map` that is manual over every axis
     of the mesh. Inside a `jax.shard_map` over other axes it runs forward only: JAX cannot
     differentiate nested ones. Make the outer one manual over all, and call `ulysses_attention`.
+    There, dropout needs `head_keys` of the whole attention.
 
     Args:
       query, key, value: of one floating dtype; K divides N. Sharded as `layout` says; on a mesh
@@ -102,19 +103,24 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
     )
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    mesh = jax.sharding.get_abstract_mesh() if manual else _find_mesh(mesh, query)
+    context = jax.sharding.get_abstract_mesh()
+    manual = context.manual_axes
+    refusals.check_is_mesh(mesh, context if manual else None)
+    mesh = context if manual else _find_mesh(mesh, query)
+    if manual and description.rules.dropout_rate and dropout_rng.ndim != 3:
+        raise refusals.no_local_dropout()
     refusals.check_mesh(layout, mesh.shape, manual)
     for name, x in (("query", query), ("key", key), ("value", value)):
         refusals.check_sharding(name, jax.typeof(x).sharding.spec, layout)
     refusals.check_division(query.shape, key.shape, layout, mesh.shape)
     if attention is None:
-        platform = _platform(mesh)
-        choice = choose_kernel(query, key, value, platform=platform, **description.keywords)
+        choice = choose_kernel(query, key, value, platform=_platform(mesh), **description.keywords)
         attention = choice.attention
         check_vma = choice.name == "blockwise" if check_vma is None else check_vma
     refusals.check_keywords(attention, list(description.keywords))
-    refusals.check_chunks_have_an_axis(head_chunks, layout)
+    refusals.check_chunks_have_an_axis(head_chunks, overlap, layout)
+    refusals.check_flag("overlap", overlap)
+    refusals.check_flag("check_vma", check_vma, (None, True, False))
 
     degree, tensor_parallel = (axes_size(x, mesh.shape) for x in (layout.tokens, layout.heads))
     N, K = query.shape[2] // tensor_parallel, max(key.shape[2] // tensor_parallel, 1)

@@ -288,7 +288,7 @@ def pair(x: Any) -> tuple[Any, Any]:
 def window(local_window_size: Window) -> tuple[int, int]:
     """`(left, right)` of a window given as one integer or two."""
     left, right = (min(n, 1 << 30) for n in pair(local_window_size))
-    return left, right  # more would leave int32 when a position is added
+    return left, right  # more would leave int32 when a position below 2^30 is added
 
 
 def _per_sequence(lengths: Shaped[Array, "B"]) -> Int[Array, "B 1 1 1"]:

@@ -1,6 +1,7 @@
 """Sequences that the devices do not divide, made longer by tokens that nothing attends to."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,11 @@ from . import refusals
 from .description import AXES, PerToken, describe, pair
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["query", "key", "value", "keywords"],
+    meta_fields=["tokens"],
+)
 @dataclass(frozen=True)
 class Padded:
     """Operands of an attention with tokens added at the end.
@@ -99,14 +105,14 @@ def _segments(
         queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) for x in operands)
     else:
         # Wide enough for one segment more.
-        queries, keys = (x.astype(jnp.int32) for x in pair(segment_ids))
+        queries, keys = (x if x.itemsize >= 4 else x.astype(jnp.int32) for x in pair(segment_ids))
     own = _unused(jnp.concatenate([queries, keys], axis=1))
     return _pad(queries, 1, more[0], own), _pad(keys, 1, more[1], own)
 
 
 def _unused(ids: Int[Array, "B S"]) -> Int[Array, ""]:
     top = ids.max(initial=0)
-    return jnp.where(top < jnp.iinfo(jnp.int32).max, top + 1, ids.min(initial=0) - 1)
+    return jnp.where(top < jnp.iinfo(ids.dtype).max, top + 1, ids.min(initial=0) - 1)
 
 
 def _pad(x: Array, axis: int, more: int, value: Any = 0) -> Array:

@@ -48,6 +48,11 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
                 f"Project or slice one of them."
             )
     N, K = query.shape[2], key.shape[2]
+    if 0 in (N, query.shape[3]):
+        raise ValueError(
+            f"query must have at least one head and one channel, got N = {N} and "
+            f"H = {query.shape[3]}. {got} Leave the call out where there is nothing to attend with."
+        )
     if K == 0 or N % K:
         raise ValueError(
             f"query heads N = {N} must be a multiple of the KV heads K = {K}. {got} "
@@ -114,8 +119,8 @@ def check_degree(degree: Any) -> None:
     """Refuses a number of devices that is none."""
     if type(degree) is not int or degree < 1:
         raise ValueError(
-            f"degree must be a positive integer, got {degree!r}. It is the size of the mesh axis "
-            f'of the tokens, as mesh.shape["seq"].'
+            f"degree must be a positive Python integer, got {degree!r}. It is the size of the "
+            f'mesh axis of the tokens, as mesh.shape["seq"].'
         )
 
 
@@ -127,13 +132,45 @@ def check_platform(platform: Any, known: Sequence[str]) -> None:
         )
 
 
-def check_chunks_have_an_axis(chunks: Any, layout: MeshLayout) -> None:
+def check_flag(name: str, value: Any, choices: Sequence[Any] = (True, False)) -> None:
+    """Refuses what is not one of a few Python values."""
+    if not any(value is choice for choice in choices):
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
+
+
+def check_chunks_have_an_axis(chunks: Any, overlap: Any, layout: MeshLayout) -> None:
     """Refuses slices of the heads where there is no reshard to slice."""
-    if layout.tokens is None and chunks != 1:
+    if layout.tokens is None and (chunks != 1 or overlap is False):
         raise ValueError(
-            f"head_chunks = {chunks!r} has no reshard to work on: {layout!r} shards no tokens. "
-            f"Leave it out, or name the mesh axis in MeshLayout(tokens=)."
+            f"head_chunks = {chunks!r}, overlap = {overlap!r} have no reshard to work on: "
+            f"{layout!r} shards no tokens. Leave them out, or name the mesh axis in "
+            f"MeshLayout(tokens=)."
         )
+
+
+def check_per_head_arrays(attention: Callable[..., Any], arrays: Mapping[str, Any]) -> None:
+    """Refuses what a device cannot take its heads' part of, and a dropout that it would count."""
+    check_keywords(attention, list(arrays))
+    for name, x in arrays.items():
+        _check_is_array(name, x)
+        if not x.shape or (name == "dropout_rng" and len(x.shape) != 3):
+            raise ValueError(
+                f"per_head {name} must have a head axis, got shape {x.shape}. Of a dropout key "
+                f"write jax_seqpar.head_keys(key, B, N), with B and N of the whole attention."
+            )
+    bound = getattr(attention, "keywords", {})
+    if bound.get("dropout_rate") and len(getattr(bound.get("dropout_rng"), "shape", (0,))) < 3:
+        raise no_local_dropout()
+
+
+def no_local_dropout() -> ValueError:
+    """The refusal of a key whose heads and sequences would be counted on each device from 0."""
+    return ValueError(
+        "dropout_rng is one key here, where a device sees some of the heads and sequences only: "
+        "each device would drop the same weights. Write jax_seqpar.head_keys(key, B, N), with B "
+        "and N of the whole attention, and pass this device's sequences of it to "
+        "ulysses_attention as per_head={'dropout_rng': ...}."
+    )
 
 
 def check_per_head(name: str, shape: Shape, axis: int, heads: int, local_heads: int) -> None:
@@ -148,6 +185,11 @@ def check_per_head(name: str, shape: Shape, axis: int, heads: int, local_heads: 
 def check_local_output(out: Any, query: Any, value: Any) -> None:
     """Refuses a local attention's output of another shape, which a reshard would scramble."""
     expected = (*query.shape[:3], value.shape[3])
+    if not hasattr(out, "shape"):
+        raise ValueError(
+            f"attention returned {type(out).__name__}, expected one array [B, T, N, V]. A kernel "
+            f"with return_lse=True is for use on one device, outside Ulysses."
+        )
     if out.shape != expected:
         raise ValueError(
             f"attention returned shape {out.shape}, expected {expected} = [B, T, N, V], the axes "
@@ -158,6 +200,23 @@ def check_local_output(out: Any, query: Any, value: Any) -> None:
         raise ValueError(
             f"attention returned dtype {out.dtype}, expected the query's {query.dtype}. "
             f"Write .astype(query.dtype) at its end."
+        )
+
+
+def check_is_mesh(mesh: Any, context: Any) -> None:
+    """Refuses what is no mesh, and another mesh than that of the `jax.shard_map` around.
+
+    Args:
+      context: the mesh of that; None if there is none.
+    """
+    if mesh is None:
+        return
+    if not hasattr(mesh, "axis_names"):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}. Write jax.make_mesh().")
+    if context is not None and dict(mesh.shape) != dict(context.shape):
+        raise ValueError(
+            f"mesh has the axes {dict(mesh.shape)}, but this is inside a jax.shard_map over "
+            f"{dict(context.shape)}, whose mesh it is on. Leave mesh= out."
         )
 
 
@@ -286,7 +345,8 @@ def check_description(
         if not fits:
             raise ValueError(
                 f"{name} must have 4 axes, each 1 or that of [B, N, T, S] = {full}, "
-                f"got shape {x.shape}. Add missing axes, for example {name}[None, None]."
+                f"got shape {x.shape}. Add missing axes, for example {name}[None, None]; to "
+                f"ulysses_attention pass that of all heads in per_head=."
             )
     _check_per_sequence("query_seq_lengths", query_seq_lengths, B)
     _check_per_sequence("key_value_seq_lengths", key_value_seq_lengths, B)
@@ -322,6 +382,8 @@ def _check_per_token(
         return
     pair = x if isinstance(x, tuple) else (x, x)
     for part in pair:
+        if isinstance(part, list):
+            raise ValueError(f"{name} must be an array, or a tuple of two, got list.")
         _check_is_array(name, part)
     shapes = ((batch, query_tokens), (batch, key_tokens))
     if len(pair) != 2 or any(
@@ -342,7 +404,8 @@ def _check_per_head(name: str, x: Any, heads: int) -> None:
     if x.shape != (heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} must be floating of shape (N,) = ({heads},), one for each query head, got "
-            f"{x.dtype}{list(x.shape)}. Write jnp.broadcast_to({name}, {heads}) for one value."
+            f"{x.dtype}{list(x.shape)}. Write jnp.broadcast_to({name}, {heads}) for one value; to "
+            f"ulysses_attention pass those of all heads in per_head=."
         )
 
 
@@ -354,7 +417,11 @@ def _check_dropout(rng: Any, rate: float, batch: int, heads: int) -> None:
                 f"another one for each layer and step."
             )
         return
-    _check_is_array("dropout_rng", rng)
+    if not hasattr(rng, "dtype"):
+        raise ValueError(
+            f"dropout_rng must be a key, got {rng!r}. "
+            f'Write jax.random.key(seed, impl="threefry2x32").'
+        )
     if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         implementation = str(jax.random.key_impl(rng))
         if implementation != "threefry2x32":
@@ -368,7 +435,8 @@ def _check_dropout(rng: Any, rate: float, batch: int, heads: int) -> None:
     if not fits:
         raise ValueError(
             f"dropout_rng must be one key, or keys of heads [B, N, 2] = {[batch, heads, 2]}, got "
-            f"{rng.dtype}{list(rng.shape)}. Write jax.random.key(seed)."
+            f"{rng.dtype}{list(rng.shape)}. "
+            f'Write jax.random.key(seed, impl="threefry2x32").'
         )
 
 
@@ -429,6 +497,34 @@ def no_second_derivative() -> ValueError:
     )
 
 
+def check_interpret(platform: str | None, interpret: Any) -> None:
+    """Refuses to interpret any kernel but the TPU's."""
+    check_flag("interpret", interpret)
+    if interpret and platform not in (None, "tpu"):
+        raise ValueError(
+            f"interpret=True runs the TPU's kernel on any platform, got platform={platform!r}, "
+            f"too. Leave one of them out."
+        )
+
+
+def no_fused(reason: str, query: Shape, key: Shape, value: Shape) -> ValueError:
+    """The refusal of what the platform's own kernel lacks."""
+    return ValueError(
+        f"fused_attention cannot do this: {reason}. {_got(query, key, value)} "
+        f"Write attention=jax_seqpar.blockwise_attention, which supports it, or take that of "
+        f"jax_seqpar.choose_kernel(query, key, value, ...)."
+    )
+
+
+def varies_under_pallas() -> ValueError:
+    """The refusal of a Pallas kernel where JAX checks how arrays vary over the mesh."""
+    return ValueError(
+        "fused_attention on platform 'tpu' is a Pallas kernel, which does not state how its output "
+        "varies over the mesh. Write check_vma=False in the jax.shard_map, or in "
+        "jax_seqpar.dot_product_attention."
+    )
+
+
 def check_rules(rules: Any) -> None:
     """Refuses options that are not plain Python values."""
     cap, scale, rate = rules.logits_soft_cap, rules.scale, rules.dropout_rate
@@ -453,23 +549,23 @@ def check_rules(rules: Any) -> None:
         )
     if not isinstance(rules.is_causal, bool):
         raise ValueError(
-            f"is_causal must be True or False, got {type(rules.is_causal).__name__}. Under jax.jit "
+            f"is_causal must be Python's True or False, got {rules.is_causal!r}. Under jax.jit "
             f"name it in static_argnames; choose between two calls with jax.lax.cond if it is an "
             f"array."
         )
     offset, window = rules.query_offset, rules.local_window_size
-    if type(offset) is not int or abs(offset) >= 1 << 30:
+    if type(offset) is not int or abs(offset) >= 1 << 29:
         raise ValueError(
-            f"query_offset must be a Python integer below 2^30, got {offset!r}. Give positions= if "
-            f"it is an array."
+            f"query_offset must be a Python integer below 2^29, got {offset!r}. Write int(...), or "
+            f"give positions= if it is an array."
         )
     if window is None:
         return
     sizes = window if isinstance(window, tuple) else (window,) * 2
     if len(sizes) != 2 or not all(type(n) is int and n >= 0 for n in sizes):
         raise ValueError(
-            f"local_window_size must be one integer or (left, right), none negative, "
-            f"got {window!r}. (255, 0) is a query and the 255 keys before it."
+            f"local_window_size must be one Python integer or a tuple (left, right), none "
+            f"negative, got {window!r}. (255, 0) is a query and the 255 keys before it."
         )
 
 
@@ -479,6 +575,11 @@ def _is_number(x: Any) -> bool:
 
 def check_keywords(attention: Callable[..., Any], keywords: Sequence[str]) -> None:
     """Refuses options that a local attention does not name, and so would drop or choke on."""
+    if not callable(attention):
+        raise ValueError(
+            f"attention must be a function of query, key and value, got {attention!r}. Write "
+            f"attention=jax_seqpar.blockwise_attention, or leave it out."
+        )
     try:
         parameters = inspect.signature(attention).parameters
     except (TypeError, ValueError):  # builtins have no signature; calling them will tell
@@ -510,30 +611,3 @@ def _divisors(n: int) -> list[int]:
 
 def _name(f: Any) -> str:
     return getattr(f, "__name__", repr(f))
-
-
-def check_interpret(platform: str, interpret: Any) -> None:
-    """Refuses to interpret any kernel but the TPU's."""
-    if interpret and platform == "gpu":
-        raise ValueError(
-            "interpret=True runs the TPU's kernel, and platform='gpu' has another. Leave one of "
-            "them out."
-        )
-
-
-def no_fused(reason: str, query: Shape, key: Shape, value: Shape) -> ValueError:
-    """The refusal of what the platform's own kernel lacks."""
-    return ValueError(
-        f"fused_attention cannot do this: {reason}. {_got(query, key, value)} "
-        f"Write attention=jax_seqpar.blockwise_attention, which supports it, or take that of "
-        f"jax_seqpar.choose_kernel(query, key, value, ...)."
-    )
-
-
-def varies_under_pallas() -> ValueError:
-    """The refusal of a Pallas kernel where JAX checks how arrays vary over the mesh."""
-    return ValueError(
-        "fused_attention on platform 'tpu' is a Pallas kernel, which does not state how its output "
-        "varies over the mesh. Write check_vma=False in the jax.shard_map, or in "
-        "jax_seqpar.dot_product_attention."
-    )

@@ -46,10 +46,12 @@ def ulysses_attention(
         around it hides the parameter.
       per_head: arrays by keyword of `attention`, with a head axis: axis 0 of one that has a single
         axis, else axis 1. Of all N heads, or of this device's part of the padded ones, or of size
-        1 for all. Each call gets those of its heads.
+        1 for all. Each call gets those of its heads. For dropout pass `dropout_rng` here, as
+        `jax_seqpar.head_keys(key, B, N)` of the whole attention.
       head_chunks: works on so many slices of the heads, each with reshards of its own. It divides
-        the query heads of a device. No bit depends on it, but where it does not divide the KV heads
-        of a device: dk and dv are then sums over the slices.
+        the query heads of a device. With a kernel that computes head by head no bit depends on it,
+        but in sums over slices: dk and dv where it does not divide the KV heads of a device, and
+        the gradient of an array that heads share.
       overlap: all slices side by side, so that a compiler may hide the transfer of one under the
         attention of another (see `jax_seqpar.compiler_options`). If False one after another, and
         recomputed for the gradient: gathered query, key and value of one slice are in memory.
@@ -62,6 +64,8 @@ def ulysses_attention(
     """
     degree = refusals.axis_size(axis_name)
     refusals.check_arrays(query, key, value)
+    refusals.check_per_head_arrays(attention, per_head or {})
+    refusals.check_flag("overlap", overlap)
     asks = adds_without_rounding(attention)
     plan = plan_heads(query.shape[2], key.shape[2], degree, may_copy=not asks)
     heads, kv_heads = plan.query_heads // degree, plan.padded_kv_heads * plan.copies // degree
@@ -137,5 +141,6 @@ def _one_by_one(function: Callable[[Any], Array], count: int) -> Array:
 def _join(chunks: Array, degree: int) -> Array:
     """`[.., .., B, S, P n, V]`: slices of the heads of P devices, to all heads in order."""
     *counts, B, S, heads, V = chunks.shape
-    by_device = chunks.reshape(-1, B, S, degree, heads // degree, V)
-    return jnp.moveaxis(by_device, 0, 3).reshape(B, S, math.prod(counts) * heads, V)
+    count = math.prod(counts)
+    by_device = chunks.reshape(count, B, S, degree, heads // degree, V)
+    return jnp.moveaxis(by_device, 0, 3).reshape(B, S, count * heads, V)

@@ -62,3 +62,10 @@ MESH_CASES = {
     "grouped": Case(batch=8, tokens=24, heads=16, kv_heads=8, head_dim=6),
     "multi-query": Case(batch=8, tokens=40, heads=16, kv_heads=1, head_dim=5),
 }
+KINDS = (AxisType.Auto, AxisType.Explicit)
+# Every mesh with both cases and both kinds of axes, and both cases with both kinds.
+ON_MESHES = [
+    (case, where, KINDS[(i + j) % 2])
+    for i, where in enumerate(MESHES)
+    for j, case in enumerate(MESH_CASES.values())
+]

@@ -21,6 +21,7 @@ from jax_seqpar import (
     dense_attention,
     dot_product_attention,
     exact_attention,
+    head_keys,
     heads_to_sequence,
     pad_to_degree,
     sequence_to_heads,
@@ -238,3 +239,23 @@ def test_padding_is_attended_to(kernel):
     out = sharded(4, attention=kernel)(padded.query, padded.key, filled, **padded.keywords)
     alone = jax.jit(kernel)(q, k, v)
     assert error(padded.unpad(out), np.asarray(alone, np.float64)) <= 16 * EPS
+
+
+def test_dropout_in_a_shard_map_of_ones_own():
+    """The keys of heads are of the whole attention, on every shard of the batch, too."""
+    q, k, v, _ = map(jnp.asarray, operands(Sizes(4, 16, 16, 6, 3, 5, 5)))
+    rng = jax.random.key(5)
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = PartitionSpec("data", "seq")
+    kernel = partial(blockwise_attention, dropout_rate=0.5)
+
+    def layer(q, k, v, keys):
+        per_head = {"dropout_rng": keys}
+        return ulysses_attention(q, k, v, axis_name="seq", attention=kernel, per_head=per_head)
+
+    own = jax.shard_map(
+        layer, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec("data")), out_specs=spec
+    )
+    out = jax.jit(own)(q, k, v, head_keys(rng, 4, 6))
+    expected = jax.jit(partial(kernel, dropout_rng=rng))(q, k, v)
+    assert compare_bits(out, expected).equal

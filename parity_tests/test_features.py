@@ -1,14 +1,38 @@
 """The product of features, kernels and degrees: forward and gradients against float64."""
 
+import inspect
+from dataclasses import fields
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import pytest
 from cases import ONE_AXIS
-from features import KERNELS, SIZES, assert_as_near, cases, operands, options, run_jax, run_torch
+from features import (
+    FACTORS,
+    KERNELS,
+    SIZES,
+    assert_as_near,
+    cases,
+    operands,
+    options,
+    run_jax,
+    run_torch,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from jax_seqpar import dot_product_attention
+from jax_seqpar import (
+    blockwise_attention,
+    choose_kernel,
+    dense_attention,
+    dot_product_attention,
+    exact_attention,
+    fused_attention,
+)
 from jax_seqpar.bridge import compare_bits
+from jax_seqpar.description import AXES, Rules
 from jax_seqpar.heads import plan_heads
 
 
@@ -16,11 +40,10 @@ def name_of(case):
     return ", ".join(f"{n} {x}" for n, x in case.items() if x not in (None, False, 0.0))
 
 
-@pytest.mark.parametrize("case", cases(), ids=name_of)
-def test_every_pair(case):
-    """Also: the bits of one device, wherever a head is computed by itself."""
+def right(case):
+    """Values, and the bits of one device wherever a head is computed by itself."""
     kernel, sizes, degree = case["kernel"], SIZES[case["sizes"]], case["degree"]
-    given, inputs = options(case), operands(sizes)
+    some, inputs = options(case), operands(sizes)
     plan = plan_heads(sizes.N, sizes.K, degree, may_copy=kernel != "exact")
     heads, kv_heads = (n // degree for n in (plan.query_heads, plan.padded_kv_heads * plan.copies))
     chunks = case["chunks"]
@@ -33,14 +56,56 @@ def test_every_pair(case):
         mesh=ONE_AXIS[degree].mesh(kind),
         head_chunks=chunks,
     )
-    got = run_jax(sharded, given, kernel, inputs)
-    alone = run_jax(KERNELS[kernel], given, kernel, inputs)
+    got = run_jax(sharded, some, kernel, inputs)
+    alone = run_jax(KERNELS[kernel], some, kernel, inputs)
     # Copies of a KV head on several devices, or in several slices of the heads.
     copies = plan.copies * plan.first_copies * max(chunks // kv_heads, 1)
-    assert_as_near(got, alone, run_torch(given, kernel, inputs), copies)
+    assert_as_near(got, alone, run_torch(some, kernel, inputs), copies)
     # The dense kernel has all heads in one product, the path for either mode in one sum.
     if kernel in ("blockwise", "exact"):
         for name in got.keys() - {"bias"}:
             if copies == 1 or kernel == "exact" or name not in ("dk", "dv"):
                 report = compare_bits(got[name], alone[name])
                 assert report.equal, f"{name}: {report}"
+
+
+@pytest.mark.parametrize("case", cases(), ids=name_of)
+def test_every_pair(case):
+    right(case)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.fixed_dictionaries({name: st.sampled_from(x) for name, x in FACTORS.items()}))
+def test_any_combination(case):
+    right(case)
+
+
+ALL_KERNELS = (
+    dense_attention,
+    blockwise_attention,
+    fused_attention,
+    exact_attention,
+    dot_product_attention,
+)
+
+
+def test_one_signature():
+    """Same names, order and defaults, in every kernel and at the front door."""
+    signatures = [
+        {n: p.default for n, p in inspect.signature(f).parameters.items()} for f in ALL_KERNELS
+    ]
+    common = list(signatures[0])
+    assert set(common) == {"query", "key", "value", *AXES, *(f.name for f in fields(Rules))}
+    for parameters in signatures:
+        assert list(parameters)[: len(common)] == common
+        assert {name: parameters[name] for name in common} == signatures[0]
+
+
+def test_the_default_is_the_kernel_that_is_chosen():
+    """On a CPU blockwise: to the bit what it gives when it is named."""
+    sizes = SIZES["grouped"]
+    q, k, v, _ = map(jnp.asarray, operands(sizes))
+    assert choose_kernel(q, k, v, is_causal=True).attention is blockwise_attention
+    default = partial(dot_product_attention, is_causal=True, mesh=ONE_AXIS[4].mesh())
+    named = partial(default, attention=blockwise_attention)
+    assert compare_bits(jax.jit(default)(q, k, v), jax.jit(named)(q, k, v)).equal

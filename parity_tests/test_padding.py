@@ -116,7 +116,7 @@ def test_what_is_added_belongs_to_nobody():
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_degree(degree):
     q, k, v, _ = map(jnp.asarray, operands(Sizes(1, 5, 5, 1, 1, 2, 2)))
-    with pytest.raises(ValueError, match=r"degree must be a positive integer, got"):
+    with pytest.raises(ValueError, match=r"degree must be a positive Python integer, got"):
         pad_to_degree(q, k, v, degree=degree)
 
 
@@ -131,3 +131,20 @@ def test_the_refusal_names_what_helps():
     q, k, v, _ = map(jnp.asarray, operands(Sizes(1, 5, 5, 4, 4, 2, 2)))
     with pytest.raises(ValueError, match=r"pad_to_degree\(query, key, value, degree=4\)"):
         dot_product_attention(q, k, v, mesh=ONE_AXIS[4].mesh())
+
+
+def test_padding_is_compiled_too():
+    """In a compiled step of a data pipeline, say: what comes out goes on."""
+    q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 5, 6, 4, 4, 5, 5)))
+    padded = jax.jit(lambda *x: pad_to_degree(*x, degree=4))(q, k, v)
+    assert padded.query.shape[1] == padded.key.shape[1] == 8
+    assert padded.unpad(padded.query).shape == q.shape
+
+
+def test_documents_of_64_bits():
+    with jax.enable_x64(True):
+        q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in operands(Sizes(1, 5, 5, 4, 4, 5, 5)))
+        ids = jnp.array([[0, 1 << 32, 2 << 32, 2 << 32, 3 << 32]])
+        padded = pad_to_degree(q, k, v, degree=4, segment_ids=ids)
+        queries, _ = padded.keywords["segment_ids"]
+        assert queries.tolist() == [[*ids[0].tolist(), *[(3 << 32) + 1] * 3]]

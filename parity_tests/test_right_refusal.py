@@ -10,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jax_seqpar import (
     MeshLayout,
+    blockwise_attention,
     dense_attention,
     dot_product_attention,
     exact_attention,
@@ -179,7 +180,7 @@ CALLS = {
     "segments that are a list": (
         qkv(),
         {"segment_ids": [[0] * 16] * 2},
-        r"segment_ids must be an array, got list",
+        r"segment_ids must be an array, or a tuple of two, got list",
     ),
     "a dtype that is not exact": (
         tuple(x.astype(jnp.float8_e5m2) for x in qkv()),
@@ -194,17 +195,17 @@ CALLS = {
     "an array as is_causal": (
         qkv(),
         {"is_causal": jnp.array(True)},
-        r"is_causal must be True or False",
+        r"is_causal must be Python's True or False",
     ),
     "a negative window": (
         qkv(),
         {"local_window_size": (3, -1)},
-        r"local_window_size must be one integer or \(left, right\), none negative, got \(3, -1\)",
+        r"local_window_size must be one Python integer or a tuple .*none negative, got \(3, -1\)",
     ),
     "a window of three": (
         qkv(),
         {"local_window_size": (3, 1, 2)},
-        r"local_window_size must be one integer or \(left, right\)",
+        r"local_window_size must be one Python integer or a tuple \(left, right\)",
     ),
     "an option the kernel lacks": (
         qkv(),
@@ -374,3 +375,135 @@ def test_a_query_without_a_key_is_zero_and_its_gradient_finite():
     assert not np.any(np.asarray(out)[:, :3])
     assert np.any(np.asarray(out)[:, 3:])
     assert all(np.isfinite(np.asarray(x)).all() for x in pull(out))
+
+
+def data_parallel(query, key, value, **options):
+    """The front door, nested in a shard_map over the batch."""
+    spec = PartitionSpec("data")
+    call = partial(dot_product_attention, **options)
+    with jax.set_mesh(MESH):
+        return jax.shard_map(call, in_specs=spec, out_specs=spec, axis_names={"data"})(
+            query, key, value
+        )
+
+
+def per_device(attention, **options):
+    spec = PartitionSpec(None, "seq")
+    call = partial(ulysses_attention, axis_name="seq", attention=attention, **options)
+    return jax.shard_map(call, mesh=MESH, in_specs=spec, out_specs=spec)
+
+
+KEY = jax.random.key(0)
+DROPPED = {"dropout_rate": 0.5, "dropout_rng": KEY}
+OTHER_CALLS = {
+    "dropout counted on each device": (
+        lambda: per_device(partial(dense_attention, **DROPPED))(*qkv()),
+        r"dropout_rng is one key here.*each device would drop the same.*jax_seqpar.head_keys",
+    ),
+    "dropout counted on each shard of the batch": (
+        lambda: data_parallel(*qkv(), **DROPPED),
+        r"dropout_rng is one key here.*jax_seqpar.head_keys",
+    ),
+    "one key per head": (
+        lambda: per_device(dense_attention, per_head={"dropout_rng": KEY})(*qkv()),
+        r"per_head dropout_rng must have a head axis, got shape \(\).*head_keys\(key, B, N\)",
+    ),
+    "a list per head": (
+        lambda: per_device(dense_attention, per_head={"sinks": [0.0] * 8})(*qkv()),
+        r"sinks must be an array, got list",
+    ),
+    "per head what the kernel lacks": (
+        lambda: per_device(identity, per_head={"sinks": jnp.ones(8)})(*qkv()),
+        r"attention=identity does not name the parameter 'sinks'",
+    ),
+    "a kernel of two results": (
+        lambda: per_device(partial(blockwise_attention, return_lse=True))(*qkv()),
+        r"attention returned tuple, expected one array.*return_lse=True",
+    ),
+    "overlap that is a string": (
+        lambda: dot_product_attention(*qkv(), mesh=MESH, overlap="no"),  # pyright: ignore
+        r"overlap must be one of \[True, False\], got 'no'",
+    ),
+    "check_vma that is a string": (
+        lambda: dot_product_attention(*qkv(), mesh=MESH, check_vma="no"),  # pyright: ignore
+        r"check_vma must be one of \[None, True, False\], got 'no'",
+    ),
+    "overlap without a reshard": (
+        lambda: dot_product_attention(
+            *qkv(), mesh=MESH, layout=MeshLayout(tokens=None), overlap=False
+        ),
+        r"overlap = False have no reshard to work on",
+    ),
+    "a mesh that is a string": (
+        lambda: dot_product_attention(*qkv(), mesh="seq"),  # pyright: ignore
+        r"mesh must be a jax.sharding.Mesh, got 'seq'",
+    ),
+    "another mesh inside a shard_map": (
+        lambda: data_parallel(*qkv(), mesh=TENSOR_MESH),
+        r"mesh has the axes \{'seq': 2, 'tensor': 4\}, but this is inside .*Leave mesh= out",
+    ),
+    "an attention that is a string": (
+        lambda: dot_product_attention(*qkv(), mesh=MESH, attention="dense"),  # pyright: ignore
+        r"attention must be a function of query, key and value, got 'dense'",
+    ),
+    "no channels": (
+        lambda: dense_attention(*qkv(head_dim=0)),
+        r"at least one head and one channel, got N = 8 and H = 0",
+    ),
+    "no heads": (
+        lambda: dense_attention(array(2, 16, 0, 4), *qkv()[1:]),
+        r"at least one head and one channel, got N = 0",
+    ),
+    "a list of segments": (
+        lambda: dense_attention(*qkv(), segment_ids=[0, 1]),  # pyright: ignore
+        r"segment_ids must be an array, or a tuple of two, got list",
+    ),
+    "a number as key": (
+        lambda: dense_attention(*qkv(), dropout_rate=0.5, dropout_rng=3),
+        r"dropout_rng must be a key, got 3. Write jax.random.key\(seed, impl=",
+    ),
+    "no key": (
+        lambda: dense_attention(*qkv(), dropout_rate=0.5),
+        r"dropout_rate = 0.5 needs a key. Write dropout_rng=jax.random.key",
+    ),
+    "a key of another kind": (
+        lambda: dense_attention(
+            *qkv(), dropout_rate=0.5, dropout_rng=jax.random.key(0, impl="rbg")
+        ),
+        r"dropout_rng must be a threefry key, got one of rbg",
+    ),
+    "everything dropped": (
+        lambda: dense_attention(*qkv(), dropout_rate=1.0, dropout_rng=KEY),
+        r"dropout_rate must be a Python number, at least 0 and below 1, got 1.0",
+    ),
+    "slopes of other heads": (
+        lambda: dense_attention(*qkv(), alibi_slopes=jnp.ones(4)),
+        r"alibi_slopes must be floating of shape \(N,\) = \(8,\).*per_head=",
+    ),
+    "positions and an offset": (
+        lambda: dense_attention(*qkv(), positions=jnp.zeros((2, 16), jnp.int32), query_offset=1),
+        r"positions and query_offset = 1 both say where the queries are",
+    ),
+    "an offset that leaves int32": (
+        lambda: dense_attention(*qkv(), query_offset=1 << 29),
+        r"query_offset must be a Python integer below 2\^29",
+    ),
+    "a window of NumPy": (
+        lambda: dense_attention(*qkv(), local_window_size=np.int64(3)),  # pyright: ignore
+        r"local_window_size must be one Python integer or a tuple",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), OTHER_CALLS.values(), ids=OTHER_CALLS)
+def test_other_calls(call, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call()
+
+
+@pytest.mark.parametrize("shape", ((0, 16, 8, 4), (2, 0, 8, 4)), ids=str)
+def test_nothing_is_no_misfit(shape):
+    """No sequences, or no tokens: nothing comes out, and nothing is wrong."""
+    empty = array(*shape)
+    call = partial(dot_product_attention, mesh=MESH, head_chunks=2)
+    assert jax.jit(call)(empty, empty, empty).shape == shape

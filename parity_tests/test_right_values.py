@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import CASES, DEGREES, MESH_CASES, MESHES, ONE_AXIS
+from cases import CASES, DEGREES, MESHES, ON_MESHES, ONE_AXIS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -28,9 +28,7 @@ def test_output_and_gradients_by_degree(case, degree):
     right_values(case, ONE_AXIS[degree])
 
 
-@both_kinds
-@pytest.mark.parametrize("where", MESHES, ids=str)
-@pytest.mark.parametrize("case", MESH_CASES.values(), ids=MESH_CASES)
+@pytest.mark.parametrize(("case", "where", "kind"), ON_MESHES, ids=str)
 def test_output_and_gradients_by_mesh(case, where, kind):
     right_values(case, where, kind)
 

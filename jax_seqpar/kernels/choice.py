@@ -11,7 +11,7 @@ from jaxtyping import Array
 from .. import refusals
 from ..description import AXES, Rules
 from .blockwise import blockwise_attention
-from .fused import KERNELS, fused_attention, platform_of, why_not
+from .fused import KERNELS, fused_attention, why_not
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def choose_kernel(
 
     Args:
       query, key, value: arrays, or `jax.ShapeDtypeStruct`s.
-      platform: "tpu", "gpu" or "cpu"; if None, that of JAX's default backend.
+      platform: "tpu", "gpu" or "cpu", others have no fused kernel; if None, that of JAX's default
+        backend.
       keywords: those that the attention will be called with; arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
@@ -67,8 +68,8 @@ def choose_kernel(
     # Only a traced key of no value tells its implementation.
     is_shape = isinstance(arrays["dropout_rng"], jax.ShapeDtypeStruct)
     (partial(jax.eval_shape, check) if is_shape else check)(arrays["dropout_rng"])
-    given = [name for name, x in arrays.items() if x is not None]
-    on = platform_of(platform)
+    given = {name: x for name, x in arrays.items() if x is not None}
+    on = platform or jax.default_backend()
     reason = why_not(query, key, value, rules, given, on)
     if reason is not None:
         return KernelChoice(blockwise_attention, "blockwise", reason)

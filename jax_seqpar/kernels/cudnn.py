@@ -1,6 +1,6 @@
 """cuDNN's flash attention on NVIDIA GPUs, as `jax.nn.dot_product_attention` calls it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -23,12 +23,14 @@ _WITHOUT = {
 }
 
 
-def why_not(query: Any, key: Any, value: Any, rules: Rules, arrays: Collection[str]) -> str | None:
+def why_not(
+    query: Any, key: Any, value: Any, rules: Rules, arrays: Mapping[str, Any]
+) -> str | None:
     """Why the kernel cannot do what is asked, None if it can.
 
     Args:
       query, key, value: anything with a shape and a dtype.
-      arrays: the names of the arrays that are given besides.
+      arrays: those that are given besides, alike.
     """
     asked = {*arrays} - {"dropout_rng"}
     asked |= {n for n in ("query_offset", "dropout_rate") if getattr(rules, n)}

@@ -1,6 +1,6 @@
 """The platform's own kernels: splash attention on TPUs, cuDNN on NVIDIA GPUs."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -89,9 +89,10 @@ def fused_attention(
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
     )
-    platform = platform_of("tpu" if interpret and platform is None else platform)
     refusals.check_interpret(platform, interpret)
-    platform = "tpu" if interpret else platform
+    if platform is not None:
+        refusals.check_platform(platform, ("tpu", "gpu", "cpu"))
+    platform = "tpu" if interpret else platform or jax.default_backend()
     reason = why_not(query, key, value, description.rules, description.arrays, platform)
     if reason is not None:
         raise refusals.no_fused(reason, query.shape, key.shape, value.shape)
@@ -103,24 +104,16 @@ def fused_attention(
 
 
 def why_not(
-    query: Any, key: Any, value: Any, rules: Rules, arrays: Collection[str], platform: str
+    query: Any, key: Any, value: Any, rules: Rules, arrays: Mapping[str, Any], platform: str
 ) -> str | None:
     """Why a platform's kernel cannot do what is asked, None if it can; one clause, no full stop.
 
     Args:
       query, key, value: anything with a shape and a dtype.
-      arrays: the names of the arrays that are given besides.
+      arrays: those that are given besides, alike.
     """
     if platform not in KERNELS:
         return f"{platform} has no fused kernel"
     _, reason_of = KERNELS[platform]
     reason = reason_of(query, key, value, rules, arrays)
     return None if reason is None else f"{platform}: {reason}"
-
-
-def platform_of(platform: str | None) -> str:
-    """A platform by name, JAX's default one for None."""
-    if platform is None:
-        return jax.default_backend()
-    refusals.check_platform(platform, ("tpu", "gpu", "cpu"))
-    return platform

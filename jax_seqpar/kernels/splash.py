@@ -5,7 +5,7 @@ every block of a mask object, minutes at a million tokens. Causality and windows
 blocks are known from its two edges. The kernels are those of JAX, so is their backward pass.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,12 +96,14 @@ class Schedule(NamedTuple):
         return self.partner.nbytes + self.meets.nbytes
 
 
-def why_not(query: Any, key: Any, value: Any, rules: Rules, arrays: Collection[str]) -> str | None:
+def why_not(
+    query: Any, key: Any, value: Any, rules: Rules, arrays: Mapping[str, Any]
+) -> str | None:
     """Why the kernel cannot do what is asked, None if it can.
 
     Args:
       query, key, value: anything with a shape and a dtype.
-      arrays: the names of the arrays that are given besides.
+      arrays: those that are given besides, alike.
     """
     asked = {*arrays} - {"dropout_rng"} | ({"dropout_rate"} if rules.dropout_rate else set())
     for name, reason in _WITHOUT.items():
@@ -115,6 +117,8 @@ def why_not(query: Any, key: Any, value: Any, rules: Rules, arrays: Collection[s
             f"head dimensions H = {H} and V = {V} of {query.dtype} are not supported by splash: a "
             f"block of keys and values leaves no room in the vector memory of a core"
         )
+    if any(x.dtype.itemsize > 4 for x in jax.tree.leaves(arrays.get("segment_ids"))):
+        return "segment_ids of 64 bits are not supported by splash, which compares 32"
     return None
 
 
