@@ -158,8 +158,8 @@ def check_per_head_arrays(attention: Callable[..., Any], arrays: Mapping[str, An
                 f"per_head {name} must have a head axis, got shape {x.shape}. Of a dropout key "
                 f"write jax_seqpar.head_keys(key, B, N), with B and N of the whole attention."
             )
-    bound = getattr(attention, "keywords", {})
-    if bound.get("dropout_rate") and len(getattr(bound.get("dropout_rng"), "shape", (0,))) < 3:
+    rng = getattr(attention, "keywords", {}).get("dropout_rng")
+    if rng is not None and len(rng.shape) != 3:
         raise no_local_dropout()
 
 
