@@ -191,9 +191,10 @@ def _find_mesh(mesh: AnyMesh | None, query: Any) -> AnyMesh:
     raise refusals.no_mesh()
 
 
-def _platform(mesh: AnyMesh) -> str:
-    """Of its devices; an abstract mesh has none."""
-    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+def _platform(mesh: AnyMesh) -> str | None:
+    """Of its devices, if there may be a kernel for it; an abstract mesh has none."""
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+    return platform if platform in ("tpu", "gpu", "cpu") else None
 
 
 def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:

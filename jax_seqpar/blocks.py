@@ -56,7 +56,11 @@ def full(shape: tuple[int, ...], value: float | int, dtype: Any, like: Any) -> A
     Args:
       like: a tree of arrays.
     """
-    return _vary(jnp.full(shape, value, dtype), varying_axes(like))
+    # Computed from them, as a vmap may let them vary over more axes than their types say now. Only
+    # the types matter: the compiler knows that the sum is 0.
+    marks = [(x != x).ravel()[:1].astype(jnp.int32) for x in jax.tree.leaves(like) if x.size]
+    nothing = sum((jnp.sum(x) * 0 for x in marks), start=jnp.int32(0))
+    return jnp.full(shape, value, dtype) + nothing.astype(dtype)
 
 
 def vary_alike(tree: Any) -> Any:

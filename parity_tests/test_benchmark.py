@@ -63,7 +63,12 @@ def test_sizes_that_do_not_divide_are_refused():
 @pytest.mark.parametrize(
     ("command", "sizes", "expected"),
     [
-        ("kernels", ("--tokens", "32", *ONCE), ["torch flash", "blockwise", "jax.nn"]),
+        pytest.param(
+            "kernels",
+            ("--tokens", "32", *ONCE),
+            ["torch flash", "blockwise", "jax.nn"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "skipping",
             ("--tokens", "32", "--window", "4", "--documents", "4", *ONCE),

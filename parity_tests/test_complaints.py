@@ -55,9 +55,8 @@ def differs(a: Any, b: Any) -> bool:
     return error(a, np.asarray(b, np.float64)) > 1e-2
 
 
-@pytest.mark.parametrize("report", ("DeepSpeed 5808", "DeepSpeed 5366", "DeepSpeed 7842"))
-def test_scrambled_with_more_than_one_sequence(report):
-    """Activations scrambled in silence with batch > 1, or with the batch in another axis."""
+def test_scrambled_with_more_than_one_sequence():
+    """DeepSpeed 5808, 5366, 7842: silently, with batch > 1 or with the batch in another axis."""
     assert_right(Sizes(3, 16, 16, 8, 4, 5, 5))
     labels = jnp.arange(3 * 16 * 8 * 2, dtype=jnp.float32).reshape(3, 16, 8, 2)
     spec = PartitionSpec(None, "seq")
@@ -88,9 +87,8 @@ def test_a_sequence_that_does_not_divide_is_wrong_in_silence():
     assert error(out, np.asarray(dense_attention(q, k, v), np.float64)) <= 16 * EPS
 
 
-@pytest.mark.parametrize("report", ("DeepSpeed 6868",))
-def test_replicas_drift_apart(report):
-    """A parameter that every device has whole gets the same gradient on each, to the bit."""
+def test_replicas_drift_apart():
+    """DeepSpeed 6868: here what every device has whole gets the same gradient on each."""
     sinks = jnp.asarray(rng.standard_normal(8), jnp.float32)
     q, k, v, grad = map(jnp.asarray, operands(Sizes(2, 16, 16, 8, 4, 5, 5)))
     whole = jax.sharding.NamedSharding(ONE_AXIS[4].mesh(), PartitionSpec())
@@ -104,10 +102,9 @@ def test_replicas_drift_apart(report):
     assert all(compare_bits(x, replicas[0]).equal for x in replicas)
 
 
-@pytest.mark.parametrize("report", ("verl 1226", "prime-rl 3042"))
 @pytest.mark.parametrize("kv_heads", (1, 2, 4))
-def test_no_more_devices_than_key_value_heads(report, kv_heads):
-    """Fewer KV heads than devices, K = 1 included, with right gradients."""
+def test_no_more_devices_than_key_value_heads(kv_heads):
+    """verl 1226, prime-rl 3042: here K is any number, 1 included, with right gradients."""
     assert_right(Sizes(2, 16, 16, 8, kv_heads, 5, 5), 8, {"is_causal": True})
 
 
@@ -117,9 +114,8 @@ def test_heads_that_the_devices_do_not_divide(heads):
     assert_right(Sizes(2, 16, 16, heads[0], heads[1], 5, 5), 8, {"is_causal": True})
 
 
-@pytest.mark.parametrize("report", ("TransformerEngine 1930", "TransformerEngine 3331"))
-def test_packing_merges_documents(report):
-    """Nothing of another document reaches a token, also over the borders of shards."""
+def test_packing_merges_documents():
+    """TransformerEngine 1930: here nothing of another document reaches a token."""
     sizes = Sizes(2, 16, 16, 4, 4, 5, 5)
     # Documents that start and end on the borders of 4 shards, inside them, and one of one token.
     ids = np.array([[0] * 4 + [1] * 4 + [2] * 8, [0] * 3 + [1] + [2] * 9 + [3] * 3], np.int32)

@@ -74,7 +74,7 @@ def test_every_pair(case):
     right(case)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.fixed_dictionaries({name: st.sampled_from(x) for name, x in FACTORS.items()}))
 def test_any_combination(case):
     right(case)

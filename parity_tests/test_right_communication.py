@@ -53,7 +53,8 @@ def test_vmap_adds_none():
         spec = jax.sharding.PartitionSpec("data", *layout.spec)
         sharding = jax.sharding.NamedSharding(mesh, spec)
         stacked.append(jax.device_put(jnp.stack([jnp.asarray(x)] * 2), sharding))
-    function = partial(dot_product_attention, layout=layout, mesh=mesh)
+    # JAX does not check loops that a vmap makes vary over one axis more.
+    function = partial(dot_product_attention, layout=layout, mesh=mesh, check_vma=False)
     vmapped = jax.vmap(function, spmd_axis_name="data")
     assert collectives(compiled(vmapped, *stacked)) == {"all-to-all": 4}
 

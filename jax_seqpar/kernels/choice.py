@@ -40,8 +40,7 @@ def choose_kernel(
 
     Args:
       query, key, value: arrays, or `jax.ShapeDtypeStruct`s.
-      platform: "tpu", "gpu" or "cpu", others have no fused kernel; if None, that of JAX's default
-        backend.
+      platform: "tpu", "gpu" or "cpu"; if None, that of JAX's default backend.
       keywords: those that the attention will be called with; arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
@@ -69,6 +68,8 @@ def choose_kernel(
     is_shape = isinstance(arrays["dropout_rng"], jax.ShapeDtypeStruct)
     (partial(jax.eval_shape, check) if is_shape else check)(arrays["dropout_rng"])
     given = {name: x for name, x in arrays.items() if x is not None}
+    if platform is not None:
+        refusals.check_platform(platform, ("tpu", "gpu", "cpu"))
     on = platform or jax.default_backend()
     reason = why_not(query, key, value, rules, given, on)
     if reason is not None:
