@@ -59,7 +59,7 @@ def full(shape: tuple[int, ...], value: float | int, dtype: Any, like: Any) -> A
     # Computed from them, as a vmap may let them vary over more axes than their types say now. Only
     # the types matter: the compiler knows that the sum is 0.
     marks = [(x != x).ravel()[:1].astype(jnp.int32) for x in jax.tree.leaves(like) if x.size]
-    nothing = sum((jnp.sum(x) * 0 for x in marks), start=jnp.int32(0))
+    nothing = sum((jnp.sum(x, dtype=jnp.int32) * 0 for x in marks), start=jnp.int32(0))
     return jnp.full(shape, value, dtype) + nothing.astype(dtype)
 
 
