@@ -22,7 +22,8 @@ def plan(degree):
         if label == "grouped":
             checks.append(PipelineCheck(degree, inputs, "sdpa", layout="sbhd", label=label))
             checks += [PipelineCheck(degree, inputs, "identity", layout=x) for x in LAYOUTS]
-        if label == "grouped" or (degree == 4 and label in ("multi-query", "bfloat16")):
+        few_ranks = degree < 8 and label == "grouped"
+        if few_ranks or (degree == 4 and label in ("multi-query", "bfloat16")):
             checks.append(PipelineCheck(degree, inputs, "dense", case.is_causal, label=label))
     return [*checks, *history_checks(degree, CASES["grouped"].inputs())]
 
