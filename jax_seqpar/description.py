@@ -31,6 +31,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "sinks": ("heads",),
     "dropout_rng": ("batch", "heads", None),  # once it is keys of heads
 }
+# What is added to the logits and may have a gradient.
+ADDED = ("bias", "alibi_slopes", "sinks")
 MOST_DISTANT = 1 << 29  # so that a float32 slope times a distance is exact in float64
 
 
@@ -255,6 +257,11 @@ def describe(query: Any, key: Any, value: Any, **keywords: Any) -> Description:
         B, _, N, _ = query.shape
         arrays["dropout_rng"] = dropout.head_keys(arrays["dropout_rng"], B, N)
     return Description(rules, arrays)
+
+
+def accumulated(dtype: Any) -> Any:
+    """The dtype of logits and sums in floating point."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def logits(rules: Rules, dots: Array, terms: Terms, head_dim: int) -> Array:

@@ -5,8 +5,10 @@ be: with equal or unit sizes a swapped axis does not show.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jax_seqpar import MeshLayout
@@ -69,3 +71,8 @@ ON_MESHES = [
     for i, where in enumerate(MESHES)
     for j, case in enumerate(MESH_CASES.values())
 ]
+
+
+def is_array(x: Any) -> bool:
+    """Whether an option is an array, or a pair of them."""
+    return isinstance(x, np.ndarray) or (isinstance(x, tuple) and isinstance(x[0], np.ndarray))

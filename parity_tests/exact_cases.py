@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import CASES
+from cases import CASES, is_array
 
 from jax_seqpar import exact_attention
 from jax_seqpar.bridge.arrays import numpy_to_torch, torch_to_numpy
@@ -221,8 +221,3 @@ def torch_exact(inputs: Arrays, **options: Any) -> Arrays:
     out = torch_exact_attention(*leaves, **given)
     gradients = torch.autograd.grad(out, leaves, grad)
     return dict(zip(NAMES, map(torch_to_numpy, (out.detach(), *gradients)), strict=True))
-
-
-def is_array(x: Any) -> bool:
-    """Whether an option is an array, or a pair of them."""
-    return isinstance(x, np.ndarray) or (isinstance(x, tuple) and isinstance(x[0], np.ndarray))

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from allpairspy import AllPairs
+from cases import is_array
 from questions import error
 
 from jax_seqpar import blockwise_attention, dense_attention, exact_attention
 from jax_seqpar.bridge.arrays import numpy_to_torch
+from jax_seqpar.description import ADDED
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 KERNELS = {
@@ -24,8 +26,6 @@ KERNELS = {
     ),
     "exact": exact_attention,
 }
-# What exact attention refuses a derivative of.
-ADDED = ("bias", "alibi_slopes", "sinks")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def operands(sizes: Sizes) -> list[np.ndarray]:
 
 
 def split(given: dict[str, Any], kernel: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that have a gradient, and the others."""
+    """The options that have a gradient, none in exact attention, and the others."""
     added = {n: x for n, x in given.items() if n in ADDED and kernel != "exact"}
     return added, {n: x for n, x in given.items() if n not in added}
 
@@ -174,14 +174,10 @@ def run_torch(given: dict[str, Any], kernel: str, inputs: list[np.ndarray]) -> d
 
 
 def as_torch(given: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: jax.tree.map(numpy_to_torch, x) if is_array(x) else x for name, x in given.items()
-    }
-
-
-def is_array(x: Any) -> bool:
-    """Whether an option is an array, or a pair of them."""
-    return isinstance(x, np.ndarray) or (isinstance(x, tuple) and isinstance(x[0], np.ndarray))
+    """Options with the arrays, also those of a pair, as tensors."""
+    return jax.tree.map(
+        lambda x: numpy_to_torch(np.asarray(x)) if hasattr(x, "shape") else x, given
+    )
 
 
 def assert_as_near(got: Any, alone: Any, truth: Any, copies: int) -> None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from features import ADDED, Sizes, is_array, operands, run_jax, run_torch
+from cases import is_array
+from features import Sizes, operands, run_jax, run_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from questions import error, temporaries_of
@@ -18,7 +19,7 @@ from jax_seqpar import blockwise_attention, dense_attention
 from jax_seqpar.blocks import Block
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.arrays import numpy_to_torch
-from jax_seqpar.description import AXES, describe
+from jax_seqpar.description import ADDED, AXES, describe
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 SIZES = Sizes(2, 13, 17, 4, 2, 5, 3)
@@ -356,6 +357,13 @@ def test_nothing_to_do(shape):
     assert not out.any()
     assert (lse == -jnp.inf).all()
     assert jax.grad(lambda q: small(q, k, k).sum())(q).shape == q.shape
+
+
+def test_values_of_no_channels():
+    q, v = jnp.ones((2, 3, 4, 5)), jnp.zeros((2, 3, 4, 0))
+    dq, dv = jax.grad(lambda q, v: small(q, q, v).sum(), (0, 1))(q, v)
+    assert (dq.shape, dv.shape) == (q.shape, v.shape)
+    assert not dq.any()
 
 
 def test_a_head_has_its_bits_whatever_others_are_beside_it():

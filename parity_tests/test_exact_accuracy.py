@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from cases import is_array
 from exact_cases import NAMES as RESULTS
-from exact_cases import Cross, is_array, jax_exact
+from exact_cases import Cross, jax_exact
 from questions import error, output_and_gradients
 
 from jax_seqpar import dense_attention

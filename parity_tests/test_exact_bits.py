@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import MESH_CASES, MESHES, ONE_AXIS
+from cases import MESH_CASES, MESHES, ONE_AXIS, is_array
 from exact_cases import (
     CASE,
     CROSS,
@@ -20,7 +20,6 @@ from exact_cases import (
     N,
     S,
     T,
-    is_array,
     jax_exact,
     torch_exact,
 )

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ONE_AXIS
+from cases import ONE_AXIS, is_array
 from exact_cases import (
     CROSS,
     CROSS_OPTIONS,
     KEY,
     NAMES,
     Cross,
-    is_array,
     jax_exact,
     torch_exact,
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, DEGREES, MESHES, ON_MESHES, ONE_AXIS
+from features import as_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -45,13 +46,6 @@ def test_any_sizes(degree, groups, kv_heads, sizes, is_causal):
     batch, tokens, head_dim = sizes
     case = Case(batch, tokens * degree, 4 * groups, kv_heads, head_dim, is_causal=is_causal)
     right_values(case, ONE_AXIS[degree])
-
-
-def as_torch(options):
-    return {
-        name: numpy_to_torch(np.asarray(x)) if hasattr(x, "shape") else x
-        for name, x in options.items()
-    }
 
 
 def assert_near(ours, expected):

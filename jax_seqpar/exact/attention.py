@@ -19,9 +19,6 @@ from .backward import key_value_gradients, query_gradient
 from .forward import output
 from .problem import INNER, Options, Problem
 
-# What is added to the logits, and has no gradient.
-ADDED = ("bias", "alibi_slopes", "sinks")
-
 
 def exact_attention(
     query: Float[Array, "B T N H"],

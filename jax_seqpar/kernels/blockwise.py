@@ -10,13 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import refusals
 from ..blocks import Block, vary_alike
-from ..description import Description, PerToken, Window, describe
+from ..description import ADDED, Description, PerToken, Window, describe
 from . import flash
 from .dense import dense_rows
 from .flash import Chunks
-
-# What may have a gradient besides query, key and value.
-ADDED = ("bias", "alibi_slopes", "sinks")
 
 
 def blockwise_attention(

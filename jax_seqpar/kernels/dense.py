@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..blocks import Block
-from ..description import Description, PerToken, Window, describe, kept, logits
+from ..description import Description, PerToken, Window, accumulated, describe, kept, logits
 
 
 def dense_attention(
@@ -83,16 +83,16 @@ def dense_rows(
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     keys = Block(0, S)
-    accumulated = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    dtype = accumulated(query.dtype)
 
     grouped = query.reshape(B, T, K, N // K, H)
-    dots = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=accumulated)
+    dots = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=dtype)
     z = logits(description.rules, dots.reshape(B, N, T, S), description.terms(queries, keys), H)
     weights, lse = softmax(z, description.arrays.get("sinks"))
     weights = kept(weights, description.rules, description.keep(queries, keys))
 
     weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
-    out = jnp.einsum("BKGTS,BSKV->BTKGV", weights, value, preferred_element_type=accumulated)
+    out = jnp.einsum("BKGTS,BSKV->BTKGV", weights, value, preferred_element_type=dtype)
     out = out.reshape(B, T, N, value.shape[3]).astype(query.dtype)
     return out, lse.swapaxes(1, 2)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..blocks import Block, for_blocks, full
-from ..description import Description, Terms, kept, logits
+from ..description import Description, Terms, accumulated, kept, logits
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def _operand_gradients(
     """Of query, key, value, slopes and sinks.
 
     Every matrix product adds up along the last axis of its left factor and the first of its right,
-    or the last of both: on a CPU others take twice the time. So keys and values are columns here.
+    or the last of both: on a CPU others take twice the time. So dk, dv and their left factors are
+    columns here.
     """
     query, key, value, description = operands
     (B, T, N, H), (_, S, K, V) = query.shape, value.shape
@@ -242,15 +243,15 @@ def _operand_gradients(
         all_keys = Block(0, S)
         return dqs, _put(dks, dk.T, b, all_keys, kv), _put(dvs, dv.T, b, all_keys, kv), added
 
-    return start if 0 in (B, T, N, S) else jax.lax.fori_loop(0, B * K, kv_head, start)
+    return start if 0 in (B, T, N, S, V) else jax.lax.fori_loop(0, B * K, kv_head, start)
 
 
 def _bias_gradient(
     chunks: Chunks, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
 ) -> Array:
     """In a pass of its own, which is not compiled where nobody asks for it."""
-    query, key, _, description = operands
-    (B, T, N, _), S = query.shape, key.shape[1]
+    query, _, value, description = operands
+    (B, T, N, _), (_, S, _, V) = query.shape, value.shape
     bias = description.arrays["bias"]
 
     def query_head(index: Array, sums: Array) -> Array:
@@ -269,12 +270,7 @@ def _bias_gradient(
         return for_blocks(T, chunks.queries, (0, T), rows, sums)
 
     start = full(bias.shape, 0, accumulated(query.dtype), operands)
-    return start if 0 in (B, T, N, S) else jax.lax.fori_loop(0, B * N, query_head, start)
-
-
-def accumulated(dtype: Any) -> Any:
-    """The dtype of logits and sums."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return start if 0 in (B, T, N, S, V) else jax.lax.fori_loop(0, B * N, query_head, start)
 
 
 def _head(x: Array, b: Any, n: Any) -> Array:
