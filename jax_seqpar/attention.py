@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from . import refusals
@@ -14,10 +14,9 @@ from .description import AXES, PerToken, Window, describe
 from .heads import HeadPlan, plan_heads
 from .kernels import choose_kernel
 from .layout import MeshLayout, axes_size, names
+from .mesh import AnyMesh, find_mesh, reshard
 from .shared_heads import adds_without_rounding, tell_shared_heads
 from .ulysses import ulysses_attention
-
-AnyMesh = Mesh | AbstractMesh
 
 
 def dot_product_attention(
@@ -106,7 +105,7 @@ def dot_product_attention(
     context = jax.sharding.get_abstract_mesh()
     manual = context.manual_axes
     refusals.check_is_mesh(mesh, context if manual else None)
-    mesh = context if manual else _find_mesh(mesh, query)
+    mesh = context if manual else find_mesh(mesh, query)
     if manual and description.rules.dropout_rate and dropout_rng.ndim != 3:
         raise refusals.no_local_dropout()
     refusals.check_mesh(layout, mesh.shape, manual)
@@ -164,7 +163,7 @@ def dot_product_attention(
         for name, x in arrays.items()
     }
     specs = (layout.spec, kv_spec, kv_spec, array_specs)
-    operands = jax.tree.map(partial(_reshard, mesh=mesh), (query, key, value, arrays), specs)
+    operands = jax.tree.map(partial(reshard, mesh=mesh), (query, key, value, arrays), specs)
     return jax.shard_map(
         per_device,
         mesh=mesh,
@@ -174,21 +173,6 @@ def dot_product_attention(
         axis_names=set(mesh.axis_names) - set(manual) if manual else frozenset(),
         check_vma=check_vma is not False,
     )(*operands)
-
-
-def _find_mesh(mesh: AnyMesh | None, query: Any) -> AnyMesh:
-    if mesh is not None:
-        return mesh
-    candidates = (
-        jax.sharding.get_abstract_mesh(),
-        # An array knows its devices; under jit only the type of its tracer knows the mesh.
-        getattr(getattr(query, "sharding", None), "mesh", None),
-        jax.typeof(query).sharding.mesh,
-    )
-    for candidate in candidates:
-        if candidate is not None and not candidate.empty:
-            return candidate
-    raise refusals.no_mesh()
 
 
 def _platform(mesh: AnyMesh) -> str | None:
@@ -223,16 +207,3 @@ def _array_spec(name: str, x: Array, *, layout: MeshLayout) -> PartitionSpec:
             for n, axis in zip(x.shape, AXES[name], strict=True)
         )
     )
-
-
-def _reshard(x: Array, spec: PartitionSpec, *, mesh: AnyMesh) -> Array:
-    """Gives x its sharding in the Explicit axes; `jax.shard_map` does so for Auto ones."""
-    explicit = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    }
-    if not explicit:
-        return x
-    kept = (tuple(n for n in names(axes) if n in explicit) or None for axes in spec)
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*kept)))

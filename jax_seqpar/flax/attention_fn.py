@@ -1,0 +1,146 @@
+"""The `attention_fn` of Flax's own attention layers, for tokens sharded over a mesh."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
+from jaxtyping import Array, Float, Shaped
+
+from .. import refusals
+from ..attention import dot_product_attention
+from ..description import Window
+from ..dropout import head_keys
+from ..layout import MeshLayout, axes_size
+from ..mesh import AnyMesh, find_mesh
+from ..padding import pad_to_degree
+from . import refusals as flax_refusals
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """`attention_fn=SequenceParallel(...)` of `nnx.MultiHeadAttention` and of linen's
+    `MultiHeadDotProductAttention`.
+
+    A function with the contract of Flax's `dot_product_attention`, of both kinds. Nothing is
+    dropped: every argument of theirs is named here, and honoured or refused. Frozen and equal by
+    value, so a module that holds it is compiled once.
+
+    Args:
+      layout, mesh, attention, head_chunks, overlap, check_vma: as for
+        `jax_seqpar.dot_product_attention`.
+      is_causal: in addition to what Flax asks for. Linen has no other way to say it but a mask of
+        T x S; with nnx it is the same as `is_causal=True` at the call.
+      local_window_size, logits_soft_cap: as there; Flax has no word for them.
+
+    Example:
+      nnx.MultiHeadAttention(8, 512, attention_fn=SequenceParallel(), decode=False, rngs=rngs)
+    """
+
+    layout: MeshLayout = MeshLayout()
+    mesh: AnyMesh | None = None
+    attention: Callable[..., Array] | None = None
+    is_causal: bool = False
+    local_window_size: Window | None = None
+    logits_soft_cap: float | None = None
+    head_chunks: int = 1
+    overlap: bool = True
+    check_vma: bool | None = None
+
+    def __call__(
+        self,
+        query: Float[Array, "*batch T N H"],
+        key: Float[Array, "*batch S K H"],
+        value: Float[Array, "*batch S K V"],
+        bias: Shaped[Array, "..."] | None = None,
+        mask: Shaped[Array, "..."] | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: Any = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Any = None,
+        precision: Any = None,
+        module: Any = None,
+        promote_dtype: Callable[..., Any] = flax_promote_dtype,
+        is_causal: bool = False,
+        force_fp32_for_softmax: bool = False,
+        einsum_dot_general: Any = None,
+        qk_attn_weights_einsum: Any = None,
+        attn_weights_value_einsum: Any = None,
+    ) -> Float[Array, "*batch T N V"]:
+        """Attention of global arrays whose tokens are sharded.
+
+        Tokens that the degree does not divide are padded, so that a layer can be initialised with
+        one token and decode token by token; one sequence that a batch axis cannot divide is
+        attended on all its devices. A query that may attend to no key gives 0, where Flax gives
+        the mean of the values.
+
+        Args:
+          query, key, value: with any number of batch axes, none included.
+          bias: floating, broadcastable to `[*batch, N, T, S]`.
+          mask: broadcastable to the same; what is not 0 attends, of any dtype (linen makes floats).
+          broadcast_dropout: one dropout mask for all sequences and heads.
+          dropout_rng, dropout_rate, deterministic: dropout unless deterministic. The weights that
+            are dropped are those of `jax_seqpar`, the same at every degree, not those of Flax.
+          dtype, promote_dtype: of query, key and value, as in Flax.
+          is_causal: keys up to the query, in addition to the mask.
+          force_fp32_for_softmax: always so, whatever is said.
+          precision, module (`sow_weights`), einsum_dot_general, qk_attn_weights_einsum,
+            attn_weights_value_einsum: refused.
+
+        Raises:
+          ValueError: for what is refused, and for sizes that do not fit.
+        """
+        flax_refusals.check_flax(
+            precision=precision,
+            module=module,
+            einsum_dot_general=einsum_dot_general,
+            qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum,
+        )
+        refusals.check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
+        flax_refusals.check_batch_axes(query, key, value)
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        *batch, T, N, _ = query.shape
+        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        mask = None if mask is None else _one_batch_axis(mask, batch).astype(bool)
+        bias = None if bias is None else _one_batch_axis(bias, batch).astype(q.dtype)
+        options: dict[str, Any] = {}
+        if dropout_rate > 0 and not deterministic:
+            options["dropout_rate"] = dropout_rate
+            options["dropout_rng"] = dropout_rng
+            if broadcast_dropout and dropout_rng is not None:
+                one = head_keys(dropout_rng, 1, 1)
+                options["dropout_rng"] = jnp.broadcast_to(one, (q.shape[0], N, 2))
+
+        mesh = find_mesh(self.mesh, query)
+        refusals.check_mesh(self.layout, mesh.shape, ())
+        layout = replace(self.layout, batch=None) if q.shape[0] == 1 else self.layout
+        degree = axes_size(layout.tokens, mesh.shape)
+        padded = pad_to_degree(q, k, v, degree=degree, bias=bias, mask=mask)
+        out = dot_product_attention(
+            padded.query,
+            padded.key,
+            padded.value,
+            **padded.keywords,
+            **options,
+            is_causal=self.is_causal or is_causal,
+            local_window_size=self.local_window_size,
+            logits_soft_cap=self.logits_soft_cap,
+            attention=self.attention,
+            layout=layout,
+            mesh=self.mesh,
+            head_chunks=self.head_chunks,
+            overlap=self.overlap,
+            check_vma=self.check_vma,
+        )
+        return padded.unpad(out).reshape(*batch, T, N, -1)
+
+
+def _one_batch_axis(x: Array, batch: list[int]) -> Array:
+    """Broadcastable to `[*batch, N, T, S]`, made so to `[B, N, T, S]`."""
+    x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
+    if any(n > 1 for n in x.shape[:-3]):
+        x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+    return x.reshape(-1, *x.shape[-3:])

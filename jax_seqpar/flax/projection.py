@@ -1,0 +1,114 @@
+"""A linear layer written as an einsum, whose letters name the axes of its kernel."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from ..layout import MeshAxes, MeshLayout, names
+from ..mesh import AnyMesh, find_mesh, place
+from . import refusals
+
+# Where an axis of a parameter lies: its letter, and the mesh axes that share it.
+ParameterSharding = Mapping[str, MeshAxes]
+Initializer = Callable[..., Array]
+
+
+class Projection(nnx.Module):
+    """`einsum("BSD,DNH->BSNH", x, kernel)`, with a bias or not.
+
+    Args:
+      letters: the einsum. What the input and the kernel share and the output lacks is summed; those
+        axes of the kernel come first.
+      sizes: of the kernel's letters.
+      sharding: mesh axes by letter, such as `{"D": "fsdp", "N": "tensor"}`; letters it lacks stay
+        whole. If None, that of `nnx.logical_axis_rules`, to which the letters are logical names.
+      layout, mesh: of the input. A kernel sharded over mesh axes of the batch or the tokens, as in
+        FSDP (ZeRO 3), is gathered for its use, and its gradient scattered.
+      kernel_init: called with the shape `(summed, other)`.
+      use_bias, bias_init: over the kernel's letters that remain.
+      dtype: of the computation; if None, that of input and parameters together.
+      param_dtype: of the parameters.
+      rngs: of `nnx`.
+
+    Raises:
+      ValueError: letters that are no einsum of an input and a kernel, or have no size.
+    """
+
+    def __init__(
+        self,
+        letters: str,
+        sizes: Mapping[str, int],
+        *,
+        sharding: ParameterSharding | None = None,
+        layout: MeshLayout = MeshLayout(),
+        mesh: AnyMesh | None = None,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        use_bias: bool = False,
+        bias_init: Initializer = nnx.initializers.zeros_init(),
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        refusals.check_letters(letters, sizes)
+        operands, output = letters.replace(" ", "").split("->")
+        kernel = operands.split(",")[1]
+        summed = [c for c in kernel if c not in output]
+        kept = [c for c in kernel if c in output]
+        shape = tuple(sizes[c] for c in kernel)
+        flat = tuple(math.prod(sizes[c] for c in part) for part in (summed, kept))
+        self.letters, self.dtype, self.mesh = letters, dtype, mesh
+        self.gathered = gathered_spec(kernel, sharding, layout)
+        self.kernel = parameter(
+            kernel_init(rngs.params(), flat, param_dtype).reshape(shape), kernel, sharding
+        )
+        self.bias: nnx.Param[Array] | None = nnx.data(None)
+        if use_bias:
+            bias = bias_init(rngs.params(), shape[len(summed) :], param_dtype)
+            self.bias = parameter(bias, "".join(kept), sharding)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The projection of x."""
+        kernel = gather(self.kernel[...], self.gathered, self.mesh, x)
+        dtype = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype is None else self.dtype
+        y = jnp.einsum(self.letters, x.astype(dtype), kernel.astype(dtype))
+        if self.bias is not None:
+            bias = self.bias[...].astype(dtype)
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+def parameter(value: Array, letters: str, sharding: ParameterSharding | None) -> nnx.Param[Array]:
+    """A parameter whose axes have names, and a sharding where there are rules for them."""
+    metadata: dict[str, Any] = {"out_sharding": tuple(letters)}
+    if sharding is not None:
+        metadata["sharding_rules"] = tuple((c, sharding.get(c)) for c in letters)
+    elif not get_logical_axis_rules():
+        # Names alone place nothing; without this nnx would take them for axes of the mesh.
+        metadata["eager_sharding"] = False
+    return nnx.Param(value, **metadata)
+
+
+def gathered_spec(
+    letters: str, sharding: ParameterSharding | None, layout: MeshLayout
+) -> PartitionSpec | None:
+    """How a parameter lies while it is used: without the mesh axes of batch and tokens.
+
+    None if that is how it lies anyway.
+    """
+    rules = dict(get_logical_axis_rules()) if sharding is None else sharding
+    of_input = {*names(layout.batch), *names(layout.tokens)}
+    axes = [names(rules.get(c)) for c in letters]
+    if not any(of_input.intersection(a) for a in axes):
+        return None
+    return PartitionSpec(*(tuple(n for n in a if n not in of_input) or None for a in axes))
+
+
+def gather(x: Array, spec: PartitionSpec | None, mesh: AnyMesh | None, user: Array) -> Array:
+    """A parameter as `gathered_spec` says, on the mesh given or that of its user."""
+    return x if spec is None else place(x, spec, mesh=find_mesh(mesh, user))

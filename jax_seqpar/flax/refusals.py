@@ -1,0 +1,141 @@
+"""Every refusal of the Flax layers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_NEVER = {
+    "precision": (
+        "the kernels state the precision of their own products. Write "
+        "jax.default_matmul_precision(...) around the training step, gradient included"
+    ),
+    "module": (
+        "sow_weights needs the T x S weights, which are never in memory. Look at them with "
+        "Flax's own dot_product_attention, on a short sequence"
+    ),
+    "einsum_dot_general": "the kernels make their own products. Leave it out",
+    "qk_attn_weights_einsum": (
+        "the kernels make their own products. Leave qk_attn_weights_einsum_cls out"
+    ),
+    "attn_weights_value_einsum": (
+        "the kernels make their own products. Leave attn_weights_value_einsum_cls out"
+    ),
+}
+
+
+def check_flax(**arguments: Any) -> None:
+    """Refuses what Flax may ask of an attention function and this one has no way to do."""
+    for name, x in arguments.items():
+        if x is not None:
+            raise ValueError(f"SequenceParallel does not support {name}: {_NEVER[name]}.")
+
+
+def check_batch_axes(query: Any, key: Any, value: Any) -> None:
+    """Refuses query, key and value of different batches."""
+    shapes = [x.shape for x in (query, key, value)]
+    if any(len(shape) < 3 for shape in shapes) or len({shape[:-3] for shape in shapes}) > 1:
+        raise ValueError(
+            f"query, key and value must be [*batch, tokens, heads, channels] with the same batch "
+            f"axes, got {shapes[0]}, {shapes[1]}, {shapes[2]}. Broadcast the smaller ones."
+        )
+
+
+def check_letters(letters: str, sizes: Mapping[str, int]) -> None:
+    """Refuses what is no einsum of an input and a kernel."""
+    operands, _, output = letters.replace(" ", "").partition("->")
+    x, _, kernel = operands.partition(",")
+    kept = "".join(c for c in kernel if c in output)
+    summed = "".join(c for c in kernel if c in x and c not in output)
+    fits = x and summed and kept and kernel == summed + kept and output.endswith(kept)
+    if not fits or not set(output) <= set(x + kernel):
+        raise ValueError(
+            f"letters must be an einsum of an input and a kernel whose summed axes come first and "
+            f"whose others end the output, such as 'BSD,DNH->BSNH', got {letters!r}."
+        )
+    without = [c for c in kernel if c not in sizes]
+    if without:
+        raise ValueError(f"axis {without[0]!r} of {letters!r} has no size, got sizes={sizes}.")
+
+
+def check_rotary(
+    turning: int, head_dim: int, fraction: float, frequencies: Sequence[float] | None
+) -> None:
+    """Refuses channels that do not come in pairs."""
+    if not 0 < fraction <= 1 or turning % 2 or turning == 0:
+        raise ValueError(
+            f"Rotary turns an even number of the H = {head_dim} channels, got fraction = "
+            f"{fraction}, which is {turning}. Use an even H, or a fraction that gives pairs."
+        )
+    if frequencies is not None and len(frequencies) != turning // 2:
+        raise ValueError(
+            f"Rotary needs a frequency for each of the {turning // 2} pairs of channels, got "
+            f"{len(frequencies)}."
+        )
+
+
+def check_layer(features: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Refuses heads that make no attention."""
+    if min(features, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}, and all "
+            f"sizes at least 1, got features = {features}, head_dim = {head_dim}."
+        )
+
+
+def check_head_dim(features: int, num_heads: int) -> None:
+    """Refuses to guess a head dimension that is not whole."""
+    if features % num_heads:
+        raise ValueError(
+            f"features = {features} is not divisible by num_heads = {num_heads}: give head_dim."
+        )
+
+
+def check_tokens(x: Any, features: int, positions: Any, segment_ids: Any) -> None:
+    """Refuses an input that is not `[B, T, features]`, or positions of other tokens."""
+    if len(x.shape) != 3 or x.shape[-1] != features:
+        raise ValueError(
+            f"x must be [B, T, {features}], got shape {x.shape}. For one sequence write x[None]."
+        )
+    for name, ids in (("positions", positions), ("segment_ids", segment_ids)):
+        if ids is not None and (len(ids.shape) != 2 or ids.shape[1] != x.shape[1]):
+            raise ValueError(
+                f"{name} must be [B, T] of all tokens of x {x.shape}, got shape {ids.shape}. "
+                f"Positions and segments are global: give those of the whole sequence."
+            )
+
+
+def check_dropout(rate: float, deterministic: bool | None, rngs: Any) -> None:
+    """Refuses to guess whether to drop, and to drop without a key."""
+    if rate == 0 or deterministic:
+        return
+    if deterministic is None:
+        raise ValueError(
+            f"dropout_rate = {rate}: say deterministic=True (evaluation) or False (training) at "
+            f"construction or at the call."
+        )
+    if rngs is None:
+        raise ValueError(f"dropout_rate = {rate} needs rngs=nnx.Rngs(dropout=...) at the call.")
+
+
+def check_cache_heads(num_heads: int, num_kv_heads: int, devices: int, axes: object) -> None:
+    """Refuses decoding where the heads of the cache cannot be shared by the devices."""
+    if num_heads % devices or (num_kv_heads % devices and devices % num_kv_heads):
+        raise ValueError(
+            f"decoding shares the heads of the cache among the {devices} devices of mesh axes "
+            f"{axes!r}: num_heads = {num_heads} must be divisible by them, and num_kv_heads = "
+            f"{num_kv_heads} divisible by them or divide them. Decode on a mesh with fewer."
+        )
+
+
+def check_decode(cache: Any, tokens: int, segment_ids: Any, deterministic: bool) -> None:
+    """Refuses decoding without a cache, and what a cache does not keep."""
+    if cache is None:
+        raise ValueError("decode=True needs a cache: call init_cache(batch, tokens) first.")
+    if tokens > cache.shape[1]:
+        raise ValueError(
+            f"{tokens} tokens do not fit the cache of {cache.shape[1]}: init_cache(batch, tokens) "
+            f"with more."
+        )
+    if segment_ids is not None:
+        raise ValueError("decode=True keeps one document per sequence: leave segment_ids out.")
+    if not deterministic:
+        raise ValueError("decode=True has no dropout: write deterministic=True.")
