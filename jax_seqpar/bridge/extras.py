@@ -1,5 +1,6 @@
-"""The optional dependency of the bridge."""
+"""The optional dependencies of the bridge."""
 
+from importlib import import_module
 from types import ModuleType
 
 
@@ -12,10 +13,29 @@ def require_torch() -> ModuleType:
     Raises:
       ImportError: if PyTorch cannot be imported.
     """
+    return require("torch", "PyTorch")
+
+
+def require(module: str, called: str | None = None) -> ModuleType:
+    """Imports a module of the extra `parity`, or says how to install it.
+
+    Args:
+      module: its name, like "einops" or "rich.table".
+      called: what the message calls it, where that is not its package's name.
+
+    Returns:
+      the module.
+
+    Raises:
+      ImportError: if it cannot be imported.
+
+    Example:
+      einops = require("einops")
+    """
+    package = module.partition(".")[0]
     try:
-        import torch
+        return import_module(module)
     except ImportError as error:
         raise ImportError(
-            'PyTorch is needed here: pip install "jax-seqpar[parity]"', name="torch"
+            f'{called or package} is needed here: pip install "jax-seqpar[parity]"', name=package
         ) from error
-    return torch

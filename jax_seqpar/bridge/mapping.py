@@ -1,0 +1,265 @@
+"""Which name of a PyTorch `state_dict` is which path of a Flax tree, as data: names, no arrays."""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+PLACEHOLDER = r"\{([A-Za-z_]\w*)\}"
+
+Side = Literal["torch", "flax"]
+Numbers = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Map:
+    """One line of a mapping: a parameter that both sides have.
+
+    Names may hold placeholders such as `{i}`, which stand for the number of a layer, an expert or
+    the like. Lines with the same placeholders have the same numbers: write `{i}` in the lines of
+    an encoder, and `{j}` in those of a decoder of another depth.
+
+    Attributes:
+      torch: the name in the `state_dict`, like "model.layers.{i}.self_attn.q_proj.weight".
+      flax: the path in the tree, its keys joined by dots, like "layers.{i}.attention.query.kernel".
+      pattern: einops, PyTorch's axes -> Flax's, like "(N H) D -> D N H"; None where the axes stay.
+
+    Raises:
+      ValueError: if the placeholders of the two sides differ, or the pattern has no two sides.
+
+    Example:
+      Map("layers.{i}.mlp.up.weight", "layers.{i}.up.kernel", "F D -> D F")
+    """
+
+    torch: str
+    flax: str
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_placeholders(self, self.torch, self.flax)
+        if self.pattern is not None and self.pattern.count("->") != 1:
+            raise ValueError(
+                f"{self} has no pattern with two sides. Write PyTorch's axes -> Flax's, as in "
+                f'"(N H) D -> D N H", or None where the axes stay.'
+            )
+
+
+@dataclass(frozen=True)
+class Tied:
+    """One line of a mapping: another name of the same numbers, as of a head tied to an embedding.
+
+    Attributes:
+      torch: the name in the `state_dict`. It may be absent, as a safetensors file leaves it out;
+        where it is present, its bits have to be those of `to`.
+      to: the name in the `state_dict` of the parameter itself, which has a `Map`.
+
+    Raises:
+      ValueError: if the placeholders of the two names differ.
+
+    Example:
+      Tied("lm_head.weight", to="model.embed_tokens.weight")
+    """
+
+    torch: str
+    to: str
+
+    def __post_init__(self) -> None:
+        _check_placeholders(self, self.torch, self.to)
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """One line of a mapping: a name that is no parameter, such as a buffer of rotary angles.
+
+    Attributes:
+      torch: the name in the `state_dict`. It may be absent, and is not written on the way back.
+      reason: why nothing is lost, for whoever reads the mapping.
+
+    Example:
+      Ignored("layers.{i}.rotary.inv_freq", "computed from the configuration")
+    """
+
+    torch: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        _check_placeholders(self, self.torch, self.torch)
+
+
+Line = Map | Tied | Ignored
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: its name on either side, and the line and the numbers that join them."""
+
+    torch: str
+    flax: str
+    line: Map
+    numbers: Numbers
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What becomes of names: `tied` holds the name that each tied name is tied to."""
+
+    entries: list[Entry]
+    tied: dict[str, str]
+    problems: list[str]
+
+
+def route(names: Iterable[str], mapping: Sequence[Line], side: Side) -> Routes:
+    """Finds the line of each name: of the `state_dict` (side "torch"), or of the tree ("flax")."""
+    lines = [line for line in mapping if side == "torch" or isinstance(line, Map)]
+    hits = {name: [hit for line in lines if (hit := _hit(line, side, name))] for name in names}
+    entries, tied = [], {}
+    for line, numbers in (found[0] for found in hits.values() if found):
+        if isinstance(line, Map):
+            ends = (fill(line.torch, numbers), fill(line.flax, numbers))
+            entries.append(Entry(*ends, line, numbers))
+        elif isinstance(line, Tied):
+            tied[fill(line.torch, numbers)] = fill(line.to, numbers)
+    return Routes(entries, tied, _unclear(hits, side) + _twice(entries, side))
+
+
+def route_tied(entries: Sequence[Entry], mapping: Sequence[Line]) -> Routes:
+    """The tied names to write beside the entries' own, each with the name it is tied to."""
+    tied, problems = {}, []
+    for line in (line for line in mapping if isinstance(line, Tied)):
+        found = {e.torch: n for e in entries if (n := numbers_in(line.to, e.torch)) is not None}
+        tied |= {fill(line.torch, numbers): name for name, numbers in found.items()}
+        if not found:
+            problems.append(f"{line} is tied to what no Map writes. Write to= the name of one.")
+    twice = [name for name in tied if name in {entry.torch for entry in entries}]
+    if twice:
+        problems.append(
+            f"{count(twice, 'name')} both tied and mapped: {listed(twice)}. Keep one of the lines."
+        )
+    return Routes([], tied, problems)
+
+
+def absent(entries: Sequence[Entry], mapping: Sequence[Line], side: Side) -> list[str]:
+    """The names, on one side, of entries that the others lead to expect.
+
+    A line without placeholders has one; any other has those with whose numbers another line of
+    the same placeholders has one.
+    """
+    found: dict[Map, set[Numbers]] = defaultdict(set)
+    expected: dict[frozenset[str], set[Numbers]] = defaultdict(set, {frozenset(): {()}})
+    for entry in entries:
+        found[entry.line].add(entry.numbers)
+        expected[_placeholders(entry.line.torch)].add(entry.numbers)
+    names = []
+    for line in (line for line in mapping if isinstance(line, Map)):
+        template = line.torch if side == "torch" else line.flax
+        numbers = expected[_placeholders(template)]
+        # Nothing has these placeholders: the name as it is written says so.
+        names += [fill(template, n) for n in sorted(numbers - found[line])] or (
+            [] if numbers else [template]
+        )
+    return names
+
+
+def absent_from(
+    paths: Collection[str], entries: Sequence[Entry], mapping: Sequence[Line]
+) -> list[str]:
+    """Of the paths of a tree, those that no entry writes, each with the name to write it from."""
+    written = {entry.flax for entry in entries}
+    wanted = {entry.flax: entry.torch for entry in route(paths, mapping, "flax").entries}
+    return [
+        f"{path} ({wanted.get(path, 'which has no Map')})" for path in paths if path not in written
+    ]
+
+
+def numbers_in(template: str, name: str) -> Numbers | None:
+    """The numbers at the placeholders of a template, None if the name does not fit it."""
+    match = _regex(template).fullmatch(name)
+    return match and tuple(sorted((key, int(value)) for key, value in match.groupdict().items()))
+
+
+def fill(template: str, numbers: Numbers) -> str:
+    """The template with numbers in place of its placeholders."""
+    values = dict(numbers)
+    return re.sub(PLACEHOLDER, lambda match: str(values[match[1]]), template)
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first of the names, and how many more there are."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def count(names: Sequence[str], noun: str) -> str:
+    """A number with its noun and verb: "1 name is", "2 names are"."""
+    return f"1 {noun} is" if len(names) == 1 else f"{len(names):,} {noun}s are"
+
+
+def _hit(line: Line, side: Side, name: str) -> tuple[Line, Numbers] | None:
+    template = line.flax if side == "flax" and isinstance(line, Map) else line.torch
+    numbers = numbers_in(template, name)
+    return None if numbers is None else (line, numbers)
+
+
+def _unclear(hits: dict[str, list[tuple[Line, Numbers]]], side: Side) -> list[str]:
+    problems = []
+    if none := [name for name, found in hits.items() if not found]:
+        instead = {
+            "torch": "Add Map(name, path, pattern) for a parameter, Tied(name, to=...) for another "
+            "name of one, Ignored(name, reason) for what is none",
+            "flax": "Add Map(name, path, pattern), or take them out of the tree",
+        }
+        problems.append(f"{count(none, 'name')} without a line: {listed(none)}. {instead[side]}.")
+    if several := [
+        f"{name} ({' and '.join(str(line) for line, _ in found)})"
+        for name, found in hits.items()
+        if len(found) > 1
+    ]:
+        problems.append(
+            f"{count(several, 'name')} in several lines: {listed(several)}. Keep one line for each."
+        )
+    return problems
+
+
+def _twice(entries: Sequence[Entry], side: Side) -> list[str]:
+    sources = defaultdict(list)
+    for entry in entries:
+        source, target = (entry.torch, entry.flax)[:: 1 if side == "torch" else -1]
+        sources[target].append(source)
+    twice = [f"{name} (from {listed(names)})" for name, names in sources.items() if names[1:]]
+    if not twice:
+        return []
+    return [f"{count(twice, 'name')} written twice: {listed(twice)}. Let each line write another."]
+
+
+def _check_placeholders(line: Line, a: str, b: str) -> None:
+    if any(brace in re.sub(PLACEHOLDER, "", name) for name in (a, b) for brace in "{}"):
+        raise ValueError(f"{line} has braces around no name. Write a placeholder like {{i}}.")
+    if _placeholders(a) != _placeholders(b):
+        raise ValueError(
+            f"{line} has {_braced(a)} on one side and {_braced(b)} on the other. "
+            f"Write the same placeholders in both names."
+        )
+
+
+def _braced(template: str) -> str:
+    return ", ".join(f"{{{name}}}" for name in sorted(_placeholders(template))) or "no placeholder"
+
+
+def _placeholders(template: str) -> frozenset[str]:
+    return frozenset(re.findall(PLACEHOLDER, template))
+
+
+@cache
+def _regex(template: str) -> re.Pattern[str]:
+    pattern, seen = "", set()
+    # What was captured, the names, stands at the odd places.
+    for place, part in enumerate(re.split(PLACEHOLDER, template)):
+        if place % 2 == 0:
+            pattern += re.escape(part)
+        else:
+            # No zero in front, so that a number has one spelling and the way back is the same name.
+            pattern += f"(?P={part})" if part in seen else f"(?P<{part}>0|[1-9][0-9]*)"
+            seen.add(part)
+    return re.compile(pattern)

@@ -1,0 +1,72 @@
+"""Tensors by name from files of safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .extras import require
+from .mapping import count, listed
+
+
+def load_safetensors(path: str | Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, of a folder of them, or of those that an index names.
+
+    Args:
+      path: "model.safetensors"; or a folder, of which the one "*.safetensors.index.json" is read,
+        or else every "*.safetensors"; or such an index.
+
+    Returns:
+      PyTorch tensors by name.
+
+    Raises:
+      ValueError: for a path of another kind, a broken file, a name in two files, or one that an
+        index promises in vain.
+
+    Example:
+      tensors = load_safetensors("checkpoints/llama")
+    """
+    load_file = require("safetensors.torch", "safetensors").load_file
+    errors = require("safetensors").SafetensorError, OSError
+    tensors: dict[str, Any] = {}
+    files, promised = _files(Path(path))
+    for file in files:
+        try:
+            found = load_file(file)
+        except errors as error:
+            raise ValueError(f"{file} is not a file of safetensors: {error}.") from error
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ValueError(
+                f"{count(twice, 'name')} in {file} and in a file before: {listed(twice)}. "
+                f"Give the path of one file."
+            )
+        tensors |= found
+    if broken := sorted(promised - tensors.keys()):
+        raise ValueError(
+            f"{count(broken, 'name')} in the index of {path}, but in none of its files: "
+            f"{listed(broken)}. Download the files again."
+        )
+    return tensors
+
+
+def _files(path: Path) -> tuple[list[Path], set[str]]:
+    """The files to read, and the names that an index says are in them."""
+    if path.is_dir():
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        files = indices or sorted(path.glob("*.safetensors"))
+        if not files or len(indices) > 1:
+            raise ValueError(
+                f"{path} has {len(indices)} indices and no one to choose, or no *.safetensors. "
+                f"Give the path of a file: {listed([x.name for x in files]) or 'it has none'}."
+            )
+        if not indices:
+            return files, set()
+        path = indices[0]
+    if path.name.endswith(".safetensors.index.json") and path.is_file():
+        places = json.loads(path.read_text())["weight_map"]
+        return [path.parent / name for name in sorted(set(places.values()))], set(places)
+    if path.suffix == ".safetensors" and path.is_file():
+        return [path], set()
+    raise ValueError(
+        f"{path} must be a folder, or a file that ends in .safetensors or .safetensors.index.json. "
+        f"Of another file, give the state_dict that torch.load(path, weights_only=True) returns."
+    )

@@ -1,0 +1,311 @@
+"""Parameters from a PyTorch `state_dict` to a tree of JAX arrays and back, bit for bit.
+
+A mapping (`mapping.py`) has a line for each kind of parameter: its names on both sides and, as an
+einops pattern, what happens to the axes. Every tensor has to be accounted for, so that none is
+forgotten, left at its initial value or transposed without a word.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .bits import compare_bits
+from .convert import to_jax, to_torch
+from .extras import require, require_torch
+from .mapping import Entry, Line, Map, Side, absent, absent_from, count, listed, route, route_tied
+from .tensor_files import load_safetensors
+from .trees import leaves_by_path, nested, placed
+
+
+def from_torch(
+    state_dict: Mapping[str, Any] | str | Path,
+    mapping: Sequence[Line],
+    *,
+    sizes: Mapping[str, int] | None = None,
+    like: Any = None,
+) -> Any:
+    """A tree of JAX arrays with the bits and dtypes of a PyTorch model's parameters.
+
+    The arrays have memory of their own, on JAX's default device unless `like` has shardings.
+
+    Args:
+      state_dict: tensors by name; or the path of safetensors, see `load_safetensors`.
+      mapping: a line for every name.
+      sizes: of axes in the patterns, like {"N": 8}: those that no shape tells.
+      like: a tree whose leaves have a shape and a dtype, and may have a sharding: parameters,
+        `jax.eval_shape(init, ...)`, `nnx.state(model, nnx.Param)`. The result has its containers
+        and keys, and arrays are put where its shardings say. Without it only the mapping tells
+        what is missing: a layer that lacks all its parameters is not missed.
+
+    Returns:
+      `like` with arrays as its leaves, or nested dicts. A dict whose keys are all numbers, as in
+      "layers.0.kernel", has integers as keys, as those of `nnx.to_pure_dict` are.
+
+    Raises:
+      ValueError: names without a line or with several, paths written twice, missing or not in
+        `like`, tied tensors that differ: all of them in one message. Then, in one message, shapes
+        and dtypes that differ from those of `like`, and patterns that do not fit. Or a 64-bit
+        dtype while JAX's x64 mode is off.
+      TypeError: for what is no dense tensor, or has a dtype that JAX does not have.
+
+    Example:
+      mapping = [
+          Map("layers.{i}.q_proj.weight", "layers.{i}.query.kernel", "(N H) D -> D N H"),
+          Map("embed.weight", "embed.embedding"),
+          Tied("head.weight", to="embed.weight"),
+          Ignored("rotary.inv_freq", "computed from the configuration"),
+      ]
+      params = from_torch(model.state_dict(), mapping, sizes={"N": 8})
+    """
+    torch = require_torch()
+    _check_sizes(sizes or {}, mapping)
+    tensors = load_safetensors(state_dict) if isinstance(state_dict, str | Path) else state_dict
+    routes = route(tensors, mapping, "torch")
+    leaves, structure = leaves_by_path(like)
+    _check_leaves(leaves)
+    if like is None:
+        problems = _missing(absent(routes.entries, mapping, "torch"))
+    else:
+        problems = _against(leaves, routes.entries, mapping)
+    used = {*routes.tied, *(entry.torch for entry in routes.entries)}
+    _check_dense({name: x for name, x in tensors.items() if name in used}, torch)
+    problems += _untied(tensors, routes.tied, routes.entries)
+    _refuse("The mapping does not carry the state_dict to the tree", routes.problems + problems)
+    arrays = _converted(tensors, routes.entries, sizes or {}, leaves)
+    if like is None:
+        return nested(arrays)
+    return structure.unflatten([placed(arrays[path], path, leaf) for path, leaf in leaves.items()])
+
+
+def to_torch_state(
+    params: Any, mapping: Sequence[Line], *, sizes: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """A PyTorch `state_dict` with the bits and dtypes of a tree of arrays: `from_torch` backwards.
+
+    Every tensor has memory of its own. Tied names are written too, as `load_state_dict` expects
+    them; ignored ones are not.
+
+    Args:
+      params: a tree of JAX arrays, as `from_torch` or `nnx.state(model, nnx.Param)` gives.
+        An array on several devices is gathered on one.
+      mapping, sizes: those of `from_torch`.
+
+    Returns:
+      tensors by name.
+
+    Raises:
+      ValueError: paths without a line or with several, names written twice or missing: all of
+        them in one message. Then, in one message, patterns that do not fit. Or a tracer.
+      TypeError: for what is no array, or has a dtype that PyTorch does not have.
+
+    Example:
+      model.load_state_dict(to_torch_state(params, mapping, sizes={"N": 8}))
+    """
+    torch = require_torch()
+    _check_sizes(sizes or {}, mapping)
+    leaves, _ = leaves_by_path(params)
+    routes = route(leaves, mapping, "flax")
+    ties = route_tied(routes.entries, mapping)
+    problems = routes.problems + ties.problems
+    problems += _missing(absent(routes.entries, mapping, "flax"))
+    _refuse("The mapping does not carry the tree to a state_dict", problems)
+    state, problems = {}, []
+    for entry in routes.entries:
+        x = _tensor(leaves[entry.flax], entry.flax)
+        x, problem = _arranged(x, entry, "flax", sizes or {})
+        problems += problem
+        # Memory of its own: PyTorch may write in place, and JAX must not see it.
+        state[entry.torch] = x.clone(memory_format=torch.contiguous_format)
+    _refuse("The arrays do not fit the mapping", problems)
+    return state | {name: state[to].clone() for name, to in ties.tied.items()}
+
+
+def _converted(
+    tensors: Mapping[str, Any],
+    entries: Sequence[Entry],
+    sizes: Mapping[str, int],
+    leaves: dict[str, Any],
+) -> dict[str, jax.Array]:
+    """By path, arrays on JAX's default device, of the shapes and dtypes of the leaves."""
+    torch = require_torch()
+    arranged, problems = {}, []
+    for entry in entries:
+        tensor = tensors[entry.torch].detach()
+        x, problem = _arranged(tensor, entry, "torch", sizes)
+        if not problem and entry.flax in leaves:
+            problem = _misfits(tensor, x, entry, leaves[entry.flax])
+        problems += problem
+        arranged[entry] = x
+    _refuse("The tensors do not fit the tree", problems)
+    arrays = {}
+    for entry, x in arranged.items():
+        # Memory of its own: an optimizer of PyTorch writes in place, and JAX must not see it. The
+        # key is what a refusal names. Then through NumPy: an array that stays with no device may
+        # be used beside others that are spread over a mesh.
+        own = {entry.torch: x.clone(memory_format=torch.contiguous_format)}
+        arrays[entry.flax] = jnp.asarray(np.asarray(to_jax(own)[entry.torch]))
+    return arrays
+
+
+def _arranged(
+    x: Any, entry: Entry, source: Side, sizes: Mapping[str, int]
+) -> tuple[Any, list[str]]:
+    """The tensor with its axes as the other side has them, or why it cannot be."""
+    pattern = entry.line.pattern
+    if pattern is None:
+        return x, []
+    einops = require("einops")
+    if source == "flax":
+        pattern = " -> ".join(side.strip() for side in reversed(pattern.split("->")))
+    named = {name: size for name, size in sizes.items() if name in _axes(pattern)}
+    try:
+        return einops.rearrange(x, pattern, **named), []
+    except einops.EinopsError as error:
+        reason = str(error).strip().splitlines()[-1].strip(" .")
+        name = entry.torch if source == "torch" else entry.flax
+        return x, [
+            f'{name} {list(x.shape)} does not fit "{pattern}" with sizes {named}: {reason}. '
+            f"Write a pattern of its {x.ndim} axes, and the sizes that its shape does not tell."
+        ]
+
+
+def _misfits(tensor: Any, x: Any, entry: Entry, leaf: Any) -> list[str]:
+    """How an arranged tensor differs from the leaf it is to replace."""
+    pattern, problems = entry.line.pattern, []
+    if (got := tuple(x.shape)) != (wanted := tuple(leaf.shape)):
+        by = f'by "{pattern}"' if pattern else "without a pattern"
+        fitting = " or ".join(itertools.islice(_fitting(tuple(tensor.shape), wanted), 3))
+        instead = f"Of these shapes is {fitting}" if fitting else "No pattern joins these shapes"
+        problems.append(
+            f"{entry.torch} {list(tensor.shape)} becomes {list(got)} {by}, but {entry.flax} is "
+            f"{list(wanted)}. {instead}; or make the model of other sizes."
+        )
+    if (dtype := str(x.dtype).removeprefix("torch.")) != str(leaf.dtype):
+        problems.append(
+            f"{entry.torch} is {dtype}, but {entry.flax} is {leaf.dtype}. Nothing is rounded "
+            f"without a word: cast the tensor, or make the model of {dtype}."
+        )
+    return problems
+
+
+def _fitting(torch: tuple[int, ...], flax: tuple[int, ...]) -> Iterator[str]:
+    """Patterns between two shapes: each axis of the one is a product of axes of the other."""
+    whole, parts = sorted((torch, flax), key=len)
+    letters = "abcdefgh"[: len(parts)]
+    if len(parts) > 6 or math.prod(whole) != math.prod(parts):
+        return
+    for places in itertools.product(range(len(whole)), repeat=len(parts)):
+        groups = [[i for i, place in enumerate(places) if place == k] for k in range(len(whole))]
+        sizes = tuple(math.prod(parts[i] for i in group) for group in groups)
+        if sizes == whole and all(groups):
+            names = ("".join(letters[i] for i in group) for group in groups)
+            joined = " ".join(x if len(x) == 1 else f"({' '.join(x)})" for x in names)
+            sides = (joined, " ".join(letters))
+            yield '"{} -> {}"'.format(*(sides if whole is torch else sides[::-1]))
+
+
+def _tensor(x: Any, path: str) -> Any:
+    # DLPack carries one device.
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer) and len(x.devices()) > 1:
+        x = jax.device_put(x, min(x.devices(), key=lambda device: device.id))
+    return to_torch({path: x})[path]
+
+
+def _axes(pattern: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", pattern))
+
+
+def _check_sizes(sizes: Mapping[str, int], mapping: Sequence[Line]) -> None:
+    patterns = [line.pattern for line in mapping if isinstance(line, Map) and line.pattern]
+    named = set().union(*map(_axes, patterns))
+    if unused := sorted(sizes.keys() - named):
+        raise ValueError(
+            f"{count(unused, 'size')} of no axis in the patterns: {listed(unused)}. "
+            f"The patterns have {listed(sorted(named)) or 'no axes'}."
+        )
+
+
+def _check_leaves(leaves: dict[str, Any]) -> None:
+    wrong = [
+        path for path, x in leaves.items() if not (hasattr(x, "shape") and hasattr(x, "dtype"))
+    ]
+    if wrong:
+        raise TypeError(
+            f"like has no shape or dtype at {listed(wrong)}. "
+            f"Write jax.eval_shape(init, ...), or nnx.state(model, nnx.Param)."
+        )
+
+
+def _check_dense(tensors: Mapping[str, Any], torch: Any) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a PyTorch tensor, got {type(x).__name__}. "
+                f"Write torch.as_tensor(x), or Ignored({name!r}, reason)."
+            )
+        if x.layout != torch.strided or x.is_meta:
+            raise TypeError(
+                f"{name} must be a dense tensor with numbers, is {x.layout} on {x.device}. "
+                f"Write x.to_dense(), or load the model's numbers first."
+            )
+
+
+def _missing(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"{count(names, 'name')} missing: {listed(names)}. Take out the lines of what the model "
+        f"does not have; where depths differ, write {{i}} in some lines and {{j}} in the others."
+    ]
+
+
+def _against(
+    leaves: dict[str, Any], entries: Sequence[Entry], mapping: Sequence[Line]
+) -> list[str]:
+    """What a tree has and the entries do not write, and the other way round."""
+    problems = []
+    if missing := absent_from(leaves.keys(), entries, mapping):
+        problems.append(
+            f"{count(missing, 'path')} missing: {listed(missing)}. Add a Map where there is none, "
+            f"or take them out of like."
+        )
+    if extra := [f"{e.flax} ({e.torch})" for e in entries if e.flax not in leaves]:
+        problems.append(
+            f"{count(extra, 'path')} not in like: {listed(extra)}. Write the tree's own paths, "
+            f"or make the model have them."
+        )
+    return problems
+
+
+def _untied(
+    tensors: Mapping[str, Any], tied: dict[str, str], entries: Sequence[Entry]
+) -> list[str]:
+    """The tied names whose numbers would be lost."""
+    problems, carried = [], {entry.torch for entry in entries}
+    if alone := [f"{name} (to {to})" for name, to in tied.items() if to not in carried]:
+        problems.append(
+            f"{count(alone, 'name')} tied to what is missing or has no Map: {listed(alone)}. "
+            f"Write Map(name, path, pattern) for them."
+        )
+    for name, to in tied.items():
+        if to in carried:
+            (report,) = compare_bits({name: tensors[name]}, {name: tensors[to]}).leaves
+            if not report.equal:
+                problems.append(
+                    f"{name} is not tied to {to}: {report}\n  Write Map({name!r}, path, pattern)."
+                )
+    return problems
+
+
+def _refuse(what: str, problems: Sequence[str]) -> None:
+    if problems:
+        more = f"\n- and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError("\n- ".join([f"{what}:", *problems[:10]]) + more)
