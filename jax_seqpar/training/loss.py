@@ -1,0 +1,134 @@
+"""Cross entropy: the mean over the labels of the whole mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..layout import MeshAxes, MeshLayout, names
+from ..mesh import AnyMesh
+from . import refusals
+from .tiles import map_tiles
+
+IGNORE = -100
+
+
+def cross_entropy(
+    logits: Float[Array, "*tokens V"],
+    labels: Int[Array, "*tokens"],
+    *,
+    normaliser: Int[Array, ""] | int | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE,
+    axis_name: MeshAxes = None,
+) -> Float[Array, ""]:
+    """`sum(losses of the labels that count) / normaliser`, in float32.
+
+    `loss = (1 - e) (lse - logits[label]) + e (lse - mean(logits)) + z lse^2`, where `lse` is
+    `log(sum(exp(logits)))`, e the label smoothing and z the z-loss.
+
+    Args:
+      logits: global arrays, sharded in any way, or those of a device, with axis_name.
+      labels: already shifted: what each token is to predict.
+      normaliser: labels that count; those given here if None. With gradient accumulation give
+        that of all the steps together.
+      z_loss: z, which keeps `lse` near 0 (PaLM, https://arxiv.org/abs/2204.02311).
+      label_smoothing: e, from 0 to 1 (https://arxiv.org/abs/1512.00567).
+      ignore_index: the label that does not count. Another label outside of 0 to V - 1 gives NaN.
+      axis_name: inside a `jax.shard_map`, the mesh axes whose devices have different tokens.
+
+    Returns:
+      the loss; 0, with gradient 0, if no label counts.
+
+    Raises:
+      ValueError: for shapes, dtypes or numbers that make no loss.
+    """
+    refusals.check_loss(logits, labels, z_loss, label_smoothing)
+    losses = _token_losses(logits, labels, z_loss, label_smoothing, ignore_index)
+    return _mean(losses, labels, normaliser, ignore_index, names(axis_name))
+
+
+def tiled_cross_entropy(
+    hidden: Float[Array, "B S D"],
+    kernel: Float[Array, "D V"],
+    labels: Int[Array, "B S"],
+    *,
+    tiles: int,
+    layout: MeshLayout = MeshLayout(),
+    mesh: AnyMesh | None = None,
+    normaliser: Int[Array, ""] | int | None = None,
+    logits_soft_cap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE,
+) -> Float[Array, ""]:
+    """`cross_entropy(hidden @ kernel, labels)`, never with all the logits in memory.
+
+    Each device projects a tile of its tokens after another, and once more for the gradient: of the
+    logits it holds `[B, S / (P tiles), V]`, in float32.
+
+    Args:
+      hidden: the last hidden states, sharded as the layout says.
+      kernel: of the projection to the vocabulary, whole on each device while it is used; `.T` of
+        a tied embedding. Its gradient is added up over the tiles in its dtype, and over the mesh
+        once.
+      tiles: how many; need not divide the tokens.
+      layout, mesh: as for `dot_product_attention`.
+      logits_soft_cap: logits become `cap * tanh(logits / cap)`.
+      normaliser, z_loss, label_smoothing, ignore_index: as for `cross_entropy`.
+
+    Raises:
+      ValueError: for shapes, dtypes or numbers that make no loss.
+    """
+    refusals.check_projection(hidden, kernel, labels)
+    refusals.check_loss(None, labels, z_loss, label_smoothing)
+
+    def losses(kernel: Array, hidden: Array, labels: Array) -> Array:
+        kernel = kernel.astype(hidden.dtype)
+        logits = jnp.einsum("bsd,dv->bsv", hidden, kernel, preferred_element_type=jnp.float32)
+        if logits_soft_cap is not None:
+            logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+        return _token_losses(logits, labels, z_loss, label_smoothing, ignore_index)
+
+    each = map_tiles(
+        losses,
+        kernel,
+        hidden,
+        labels,
+        tiles=tiles,
+        layout=layout,
+        mesh=mesh,
+    )
+    return _mean(each, labels, normaliser, ignore_index, ())
+
+
+def _token_losses(
+    logits: Array, labels: Array, z_loss: float, label_smoothing: float, ignore_index: int
+) -> Float[Array, "..."]:
+    counts = labels != ignore_index
+    # What does not count may be anything, NaN included, and has no gradient.
+    z = jnp.where(counts[..., None], logits.astype(jnp.float32), 0)
+    lse = jax.nn.logsumexp(z, axis=-1)
+    V = logits.shape[-1]
+    # A sum and no lookup: the vocabulary may be sharded, and its gradient scatters nothing.
+    token = jax.lax.broadcasted_iota(labels.dtype, (1,) * labels.ndim + (V,), labels.ndim)
+    of_label = jnp.where(token == labels[..., None], z, 0).sum(-1)
+    loss = (1 - label_smoothing) * (lse - of_label)
+    if label_smoothing:
+        loss = loss + label_smoothing * (lse - z.mean(-1))
+    if z_loss:
+        loss = loss + z_loss * lse**2
+    loss = jnp.where((labels >= 0) & (labels < V), loss, jnp.nan)
+    return jnp.where(counts, loss, 0)
+
+
+def _mean(
+    losses: Array, labels: Array, normaliser: Any, ignore_index: int, axes: tuple[str, ...]
+) -> Float[Array, ""]:
+    total, count = losses.sum(), (labels != ignore_index).sum()
+    if axes:
+        total, count = jax.lax.psum((total, count), axes)
+    number = count if normaliser is None else jnp.asarray(normaliser)
+    return total / jnp.maximum(number, 1).astype(jnp.float32)

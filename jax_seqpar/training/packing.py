@@ -1,0 +1,45 @@
+"""Documents in rows of one length, without losing a token."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import refusals
+
+
+def pack_documents(
+    documents: Iterable[Sequence[int] | np.ndarray], tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Puts documents one after another into rows.
+
+    A document that does not fit is continued in the next row, as one of its own there.
+
+    Args:
+      documents: of token ids; empty ones are left out.
+      tokens: S, of each row.
+
+    Returns:
+      tokens and segment ids, int32 `[B, S]`: documents are numbered from 1 in each row, the end of
+      the last row is padding, token and segment 0. B is 0 where there are no documents.
+
+    Raises:
+      ValueError: if a document is not one row of integers.
+
+    Example:
+      tokens, segment_ids = pack_documents([[5, 6, 7], [8, 9]], tokens=4)
+      # [[5, 6, 7, 8], [9, 0, 0, 0]] and [[1, 1, 1, 2], [1, 0, 0, 0]]
+    """
+    refusals.check_count("tokens", tokens)
+    arrays: list[Any] = [np.asarray(document) for document in documents]
+    for i, document in enumerate(arrays):
+        refusals.check_document(i, document)
+    arrays = [x for x in arrays if x.size]
+    stream = np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32)
+    number = np.repeat(np.arange(1, len(arrays) + 1), [len(x) for x in arrays])
+    rows = -(-len(stream) // tokens)
+    more = rows * tokens - len(stream)
+    stream, number = (np.pad(x, (0, more)).reshape(rows, tokens) for x in (stream, number))
+    # Numbered from 1 in each row.
+    first = number[:, :1]
+    return stream, np.where(number > 0, number - first + 1, 0).astype(np.int32)
