@@ -5,6 +5,9 @@ from .bits_report import BitsReport as BitsReport
 from .bits_report import LeafReport as LeafReport
 from .convert import to_jax as to_jax
 from .convert import to_torch as to_torch
+from .divergence import Divergence as Divergence
+from .divergence import divergence_table as divergence_table
+from .divergence import first_divergence as first_divergence
 from .kernels import as_torch_attention as as_torch_attention
 from .kernels import staged_attention as staged_attention
 from .mapping import Ignored as Ignored
