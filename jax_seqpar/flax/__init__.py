@@ -3,5 +3,6 @@
 from .attention import Attention as Attention
 from .attention_fn import SequenceParallel as SequenceParallel
 from .projection import Projection as Projection
+from .projection import gather as gather
 from .projection import parameter as parameter
 from .rotary import Rotary as Rotary

@@ -142,6 +142,7 @@ class Attention(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         decode: bool = False,
+        record: Callable[[str, Array], None] | None = None,
     ) -> Float[Array, "B T D"]:
         """Attention of global arrays.
 
@@ -154,6 +155,8 @@ class Attention(nnx.Module):
           decode: x is what follows the tokens in the cache; they are attended to, and x is added to
             it. The cache is shared by heads, so that no key or value moves. More tokens than the
             cache holds must not be fed: what is written then is undefined.
+          record: called with "query", "key", "value" as they are attended with, and "context", what
+            attention returns, each `[B, T, heads, H]`.
 
         Raises:
           ValueError: for what does not fit.
@@ -161,36 +164,36 @@ class Attention(nnx.Module):
         refusals.check_tokens(x, self.features, positions, segment_ids)
         deterministic = self.deterministic if deterministic is None else deterministic
         refusals.check_dropout(self.dropout_rate, deterministic, None if decode else rngs)
+        drops = self.dropout_rate > 0 and not deterministic
+        if decode:
+            refusals.check_decode(self.cached_key, x.shape[1], segment_ids, drops)
         start = self.cache_index[...] if decode and self.cache_index is not None else 0
         order = (start + jnp.arange(x.shape[1], dtype=jnp.int32))[None]
+        query, key, value = self._project(x, order if positions is None else positions)
+        record = record or (lambda name, x: None)
+        for name, projected in (("query", query), ("key", key), ("value", value)):
+            record(name, projected)
+        options = dict(self.options)
+        if self.sinks is not None:
+            options["sinks"] = self.sinks[...].astype(jnp.float32)
+        if drops and rngs is not None:
+            options |= {"dropout_rate": self.dropout_rate, "dropout_rng": rngs.dropout()}
+        if decode:
+            out = self._decode(query, key, value, order, options)
+        else:
+            options |= {"segment_ids": segment_ids, "layout": self.layout, "mesh": self.mesh}
+            out = dot_product_attention(query, key, value, **options, **self.chunks)
+        record("context", out)
+        return self.out(out)
+
+    def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_scale is not None and self.key_scale is not None:
             query = _rms_norm(query, self.query_scale[...], self.norm_epsilon)
             key = _rms_norm(key, self.key_scale[...], self.norm_epsilon)
         if self.rotary is not None:
-            turns = order if positions is None else positions
-            query, key = self.rotary(query, turns), self.rotary(key, turns)
-        options = dict(self.options)
-        if self.sinks is not None:
-            options["sinks"] = self.sinks[...].astype(jnp.float32)
-        if decode:
-            drops = self.dropout_rate > 0 and not deterministic
-            refusals.check_decode(self.cached_key, x.shape[1], segment_ids, not drops)
-            out = self._decode(query, key, value, order, options)
-        else:
-            if self.dropout_rate > 0 and not deterministic and rngs is not None:
-                options |= {"dropout_rate": self.dropout_rate, "dropout_rng": rngs.dropout()}
-            out = dot_product_attention(
-                query,
-                key,
-                value,
-                segment_ids=segment_ids,
-                layout=self.layout,
-                mesh=self.mesh,
-                **options,
-                **self.chunks,
-            )
-        return self.out(out)
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        return query, key, value
 
     def init_cache(self, batch: int, tokens: int, dtype: Any = jnp.float32) -> None:
         """An empty cache for decoding, `[B, S, K@(heads, tokens), H]`.

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from ..layout import MeshAxes, MeshLayout, names
@@ -62,8 +64,9 @@ class Projection(nnx.Module):
         kept = [c for c in kernel if c in output]
         shape = tuple(sizes[c] for c in kernel)
         flat = tuple(math.prod(sizes[c] for c in part) for part in (summed, kept))
-        self.letters, self.dtype, self.mesh = letters, dtype, mesh
-        self.gathered = gathered_spec(kernel, sharding, layout)
+        self.letters, self.dtype = letters, dtype
+        rules = dict(get_logical_axis_rules()) if sharding is None else sharding
+        self.gather = partial(gather, letters=kernel, sharding=rules, layout=layout, mesh=mesh)
         self.kernel = parameter(
             kernel_init(rngs.params(), flat, param_dtype).reshape(shape), kernel, sharding
         )
@@ -74,9 +77,11 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The projection of x."""
-        kernel = gather(self.kernel[...], self.gathered, self.mesh, x)
+        kernel = self.gather(self.kernel[...])
         dtype = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype is None else self.dtype
-        y = jnp.einsum(self.letters, x.astype(dtype), kernel.astype(dtype))
+        out_sharding = _out_sharding(self.letters, x, kernel)
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        y = jnp.einsum(self.letters, x, kernel, out_sharding=out_sharding)
         if self.bias is not None:
             bias = self.bias[...].astype(dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -94,21 +99,29 @@ def parameter(value: Array, letters: str, sharding: ParameterSharding | None) ->
     return nnx.Param(value, **metadata)
 
 
-def gathered_spec(
-    letters: str, sharding: ParameterSharding | None, layout: MeshLayout
-) -> PartitionSpec | None:
-    """How a parameter lies while it is used: without the mesh axes of batch and tokens.
-
-    None if that is how it lies anyway.
-    """
-    rules = dict(get_logical_axis_rules()) if sharding is None else sharding
+def gather(
+    x: Array,
+    letters: str,
+    sharding: ParameterSharding | None,
+    layout: MeshLayout,
+    mesh: AnyMesh | None = None,
+) -> Array:
+    """A parameter as it lies while it is used: whole over the mesh axes of batch and tokens."""
     of_input = {*names(layout.batch), *names(layout.tokens)}
-    axes = [names(rules.get(c)) for c in letters]
+    axes = [names((sharding or {}).get(c)) for c in letters]
     if not any(of_input.intersection(a) for a in axes):
+        return x
+    spec = PartitionSpec(*(tuple(n for n in a if n not in of_input) or None for a in axes))
+    return place(x, spec, mesh=find_mesh(mesh, x))
+
+
+def _out_sharding(letters: str, x: Array, kernel: Array) -> NamedSharding | None:
+    """On Explicit axes, the sharding that each axis had; JAX asks for it where it has to add up."""
+    operands, output = letters.replace(" ", "").split("->")
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
-    return PartitionSpec(*(tuple(n for n in a if n not in of_input) or None for a in axes))
-
-
-def gather(x: Array, spec: PartitionSpec | None, mesh: AnyMesh | None, user: Array) -> Array:
-    """A parameter as `gathered_spec` says, on the mesh given or that of its user."""
-    return x if spec is None else place(x, spec, mesh=find_mesh(mesh, user))
+    of: dict[str, Any] = {}
+    for names_of, array in zip(operands.split(","), (x, kernel), strict=True):
+        of |= dict(zip(names_of, jax.typeof(array).sharding.spec, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(of[c] for c in output)))

@@ -126,7 +126,7 @@ def check_cache_heads(num_heads: int, num_kv_heads: int, devices: int, axes: obj
         )
 
 
-def check_decode(cache: Any, tokens: int, segment_ids: Any, deterministic: bool) -> None:
+def check_decode(cache: Any, tokens: int, segment_ids: Any, drops: bool) -> None:
     """Refuses decoding without a cache, and what a cache does not keep."""
     if cache is None:
         raise ValueError("decode=True needs a cache: call init_cache(batch, tokens) first.")
@@ -137,5 +137,5 @@ def check_decode(cache: Any, tokens: int, segment_ids: Any, deterministic: bool)
         )
     if segment_ids is not None:
         raise ValueError("decode=True keeps one document per sequence: leave segment_ids out.")
-    if not deterministic:
+    if drops:
         raise ValueError("decode=True has no dropout: write deterministic=True.")

@@ -1,0 +1,199 @@
+"""A decoder of the shape of Llama, whose attention is sequence-parallel.
+
+RMSNorm, rotary embedding, grouped queries, SwiGLU; the vocabulary tied or not. Nothing in it but
+`jax_seqpar.flax.Attention` knows that the tokens are sharded. How parameters lie on the mesh is
+data, by the letters of the einsums: V vocabulary, D features, F hidden features, N query heads, K
+KV heads, H head dimension.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jax_seqpar import MeshLayout
+from jax_seqpar.flax import Attention, Projection, Rotary, gather, parameter
+from jax_seqpar.layout import MeshAxes
+from jax_seqpar.training import Batch, cross_entropy, map_tiles, tiled_cross_entropy
+
+Sharding = Mapping[str, MeshAxes]
+Record = Callable[[str, Array], None]
+
+# FSDP: every kernel is shared by the devices that share the batch, and gathered for its use.
+FSDP: Sharding = {"D": "data"}
+# Tensor parallelism beside it: heads and hidden features over a mesh axis of their own.
+FSDP_AND_TENSOR: Sharding = {"D": "data", "N": "tensor", "K": "tensor", "F": "tensor"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a decoder. By default 6 million parameters, for bytes."""
+
+    vocabulary: int = 256
+    features: int = 256
+    hidden: int = 704
+    layers: int = 8
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int | None = None
+    theta: float = 10_000.0
+    epsilon: float = 1e-5
+    tied: bool = True
+    qk_norm: bool = False
+    local_window_size: int | tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a decoder runs: how tokens and parameters lie on a mesh, and which attention.
+
+    Args:
+      layout, attention, check_vma: as for `jax_seqpar.dot_product_attention`; the mesh is that of
+        `jax.set_mesh`.
+      sharding: of the parameters, mesh axes by letter; None leaves them whole.
+      tiles: in which each device takes its tokens through MLP and loss, to save memory.
+      remat: computes each block again for the gradient, instead of keeping what is in it.
+      dtype: of the computation; parameters are float32.
+    """
+
+    layout: MeshLayout = MeshLayout()
+    attention: Callable[..., Array] | None = None
+    check_vma: bool | None = None
+    sharding: Sharding | None = None
+    tiles: int = 1
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+
+class MLP(nnx.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: Config, place: Placement, rngs: nnx.Rngs) -> None:
+        sizes = {"D": config.features, "F": config.hidden}
+        options = {"sharding": place.sharding, "layout": place.layout, "dtype": place.dtype}
+        self.gate = Projection("BSD,DF->BSF", sizes, **options, rngs=rngs)
+        self.up = Projection("BSD,DF->BSF", sizes, **options, rngs=rngs)
+        self.down = Projection("BSF,FD->BSD", sizes, **options, rngs=rngs)
+        self.place = place
+
+    def __call__(self, x: Array) -> Array:
+        if self.place.tiles == 1:
+            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        kernels = [p.kernel[...].astype(x.dtype) for p in (self.gate, self.up, self.down)]
+
+        def tile(kernels: list[Array], x: Array) -> Array:
+            gate, up, down = kernels
+            hidden = jax.nn.silu(jnp.einsum("BSD,DF->BSF", x, gate))
+            return jnp.einsum("BSF,FD->BSD", hidden * jnp.einsum("BSD,DF->BSF", x, up), down)
+
+        return map_tiles(tile, kernels, x, tiles=self.place.tiles, layout=self.place.layout)
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each on the normed sum of all that came before."""
+
+    def __init__(self, config: Config, place: Placement, rngs: nnx.Rngs) -> None:
+        self.attention_norm = _norm(config, place, rngs)
+        self.attention = Attention(
+            config.features,
+            num_heads=config.heads,
+            num_kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            rotary=Rotary(config.theta),
+            qk_norm=config.qk_norm,
+            local_window_size=config.local_window_size,
+            attention=place.attention,
+            check_vma=place.check_vma,
+            layout=place.layout,
+            sharding=place.sharding,
+            dtype=place.dtype,
+            rngs=rngs,
+        )
+        self.mlp_norm = _norm(config, place, rngs)
+        self.mlp = MLP(config, place, rngs)
+
+    def __call__(self, x: Array, record: Record, **attention: Any) -> Array:
+        normed = self.attention_norm(x)
+        record("attention_norm", normed)
+        mixed = self.attention(normed, record=record, **attention)
+        record("attention", mixed)
+        x = x + mixed
+        fed = self.mlp(self.mlp_norm(x))
+        record("mlp", fed)
+        return x + fed
+
+
+class Decoder(nnx.Module):
+    """Tokens to logits."""
+
+    def __init__(self, config: Config, place: Placement = Placement(), *, rngs: nnx.Rngs) -> None:
+        def table() -> nnx.Param[Array]:
+            init = nnx.initializers.normal(config.features**-0.5)
+            shape = (config.vocabulary, config.features)
+            return parameter(init(rngs.params(), shape, jnp.float32), "VD", place.sharding)
+
+        self.embedding = table()
+        self.unembedding = nnx.data(None) if config.tied else table()
+        self.blocks = nnx.List([Block(config, place, rngs) for _ in range(config.layers)])
+        self.norm = _norm(config, place, rngs)
+        self.place = place
+
+    def __call__(self, tokens: Array, *, record: Record | None = None, **attention: Any) -> Array:
+        """Logits `[B, S, V]` of tokens `[B, S]`; arguments as for `hidden`."""
+        hidden = self.hidden(tokens, record=record, **attention)
+        logits = jnp.einsum("BSD,VD->BSV", hidden, self._table(self.unembedding or self.embedding))
+        if record:
+            record("logits", logits)
+        return logits
+
+    def hidden(self, tokens: Array, *, record: Record | None = None, **attention: Any) -> Array:
+        """The last hidden states `[B, S, D]`.
+
+        Args:
+          tokens: `[B, S]`, sharded as the layout says.
+          record: called with the name of each tensor, layer by layer, and the tensor.
+          attention: `positions`, `segment_ids`, `decode`, as for `jax_seqpar.flax.Attention`.
+        """
+        table, layout = self._table(self.embedding), self.place.layout
+        x = map_tiles(lambda table, t: table[t], table, tokens, tiles=1, layout=layout)
+        note: Record = record or (lambda name, x: None)
+        note("embedding", x)
+        for i, block in enumerate(self.blocks):
+
+            def run(block: Block, x: Array, attention: dict[str, Any], i: int = i) -> Array:
+                return block(x, lambda name, y: note(f"layers.{i}/{name}", y), **attention)
+
+            # What is recorded would leave the recomputed part.
+            again = self.place.remat and record is None
+            x = (nnx.remat(run) if again else run)(block, x, attention)
+            note(f"layers.{i}/output", x)
+        x = self.norm(x)
+        note("norm", x)
+        return x
+
+    def loss(self, batch: Batch, **attention: Any) -> Array:
+        """The mean cross entropy of a batch."""
+        attention |= {"positions": batch.positions, "segment_ids": batch.segment_ids}
+        if self.place.tiles == 1:
+            logits = self(batch.tokens, **attention)
+            return cross_entropy(logits, batch.labels, normaliser=batch.normaliser)
+        return tiled_cross_entropy(
+            self.hidden(batch.tokens, **attention),
+            self._table(self.unembedding or self.embedding).T,
+            batch.labels,
+            tiles=self.place.tiles,
+            layout=self.place.layout,
+            normaliser=batch.normaliser,
+        )
+
+    def _table(self, table: nnx.Param[Array]) -> Array:
+        whole = gather(table[...], "VD", self.place.sharding, self.place.layout)
+        return whole.astype(self.place.dtype)
+
+
+def _norm(config: Config, place: Placement, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.features, epsilon=config.epsilon, dtype=place.dtype, rngs=rngs)
