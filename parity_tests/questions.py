@@ -27,6 +27,9 @@ RESHARDS = {
     "sequence_to_heads": (torch_layout.sequence_to_heads, 1, 2),
     "heads_to_sequence": (torch_layout.heads_to_sequence, 2, 1),
 }
+# For programs that are asked for values to a tolerance: half the time to compile. Only the code of
+# each loop is optimised less; partitioning, collectives and fusion are those of any program.
+QUICK = {"xla_backend_optimization_level": 0}
 COLLECTIVES = (
     "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|collective-broadcast"
 )
@@ -95,14 +98,16 @@ def attend(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto, **option
     )
 
 
-def output_and_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+def output_and_gradients(
+    function: Callable[..., Any], compiler_options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """`(query, key, value, grad) -> (out, dq, dk, dv)`, compiled as one program."""
 
     def run(query, key, value, grad):
         out, pull = jax.vjp(function, query, key, value)
         return (out, *pull(grad))
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=compiler_options)
 
 
 def oracle(case: Case, inputs: dict[str, np.ndarray], **options: Any) -> list[np.ndarray]:
@@ -125,7 +130,7 @@ def right_values(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) ->
     in which the gradients of a KV head on several devices are added, half a unit in the last place
     of the result for each addition.
     """
-    sharded = output_and_gradients(attend(case, where, kind))(**case.inputs())
+    sharded = output_and_gradients(attend(case, where, kind), QUICK)(**case.inputs())
     names = ("out", "dq", "dk", "dv")
     for name, got, (truth, alone) in zip(names, sharded, references(case), strict=True):
         additions = max(where.degree // case.kv_heads - 1, 0)
@@ -139,7 +144,7 @@ def references(case: Case) -> list[tuple[np.ndarray, float]]:
     """For output, dq, dk and dv: the oracle, and the error of the same kernel on one device."""
     inputs = case.inputs()
     alone = partial(jax_seqpar.blockwise_attention, is_causal=case.is_causal)
-    single = output_and_gradients(alone)(**inputs)
+    single = output_and_gradients(alone, QUICK)(**inputs)
     return [(truth, error(x, truth)) for x, truth in zip(single, oracle(case, inputs), strict=True)]
 
 
@@ -158,8 +163,10 @@ def all_to_all_bytes(program: str) -> int:
     return total
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> str:
-    text = jax.jit(function).lower(*args).compile().as_text()
+def compiled(
+    function: Callable[..., Any], *args: Any, compiler_options: dict[str, Any] | None = None
+) -> str:
+    text = jax.jit(function).lower(*args).compile(compiler_options=compiler_options).as_text()
     assert text
     return text
 
@@ -184,7 +191,12 @@ def sharded_inputs(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) 
     return operands
 
 
-def right_communication(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) -> None:
+def right_communication(
+    case: Case,
+    where: MeshCase,
+    kind: AxisType = AxisType.Auto,
+    compiler_options: dict[str, Any] | None = None,
+) -> None:
     """Four all-to-alls forward, eight with gradients, nothing else, and no byte too many.
 
     The one exception: KV heads that several tensor-parallel devices share have their gradients
@@ -197,8 +209,10 @@ def right_communication(case: Case, where: MeshCase, kind: AxisType = AxisType.A
     tensor_parallel = sizes[where.layout.heads] if isinstance(where.layout.heads, str) else 1
     shared = case.kv_heads < tensor_parallel
 
-    forward = compiled(function, *inputs)
-    both = compiled(output_and_gradients(function), *inputs, grad)
+    forward = compiled(function, *inputs, compiler_options=compiler_options)
+    both = compiled(
+        output_and_gradients(function), *inputs, grad, compiler_options=compiler_options
+    )
     assert collectives(forward) == ({"all-to-all": 4} if sequence_parallel else {})
     expected = {"all-to-all": 8} if sequence_parallel else {}
     if shared:
