@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from allpairspy import AllPairs
 from cases import is_array
+from exact_cases import torch_exact
 from questions import error
 
 from jax_seqpar import blockwise_attention, dense_attention, exact_attention
 from jax_seqpar.bridge.arrays import numpy_to_torch
+from jax_seqpar.bridge.cases import NAMES
 from jax_seqpar.description import ADDED
 from torch_ref.dense import dense_attention as torch_dense_attention
 
@@ -143,13 +145,19 @@ def split(given: dict[str, Any], kernel: str) -> tuple[dict[str, Any], dict[str,
     return added, {n: x for n, x in given.items() if n not in added}
 
 
-def run_jax(attend: Any, given: dict[str, Any], kernel: str, inputs: list[np.ndarray]) -> Any:
+def run_jax(
+    attend: Any,
+    given: dict[str, Any],
+    kernel: str,
+    inputs: list[np.ndarray],
+    compiler_options: dict[str, Any] | None = None,
+) -> Any:
     """Output and gradients of an attention, compiled: a dict by name."""
     added, rest = split(given, kernel)
     static = {n: x for n, x in rest.items() if not is_array(x)}
     arrays = jax.tree.map(jnp.asarray, {n: x for n, x in rest.items() if is_array(x)})
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options)
     def run(query: Any, key: Any, value: Any, grad: Any, added: Any, arrays: Any) -> Any:
         def function(query: Any, key: Any, value: Any, added: Any) -> Any:
             return attend(query, key, value, **added, **arrays, **static)
@@ -171,6 +179,12 @@ def run_torch(given: dict[str, Any], kernel: str, inputs: list[np.ndarray]) -> d
     gradients = torch.autograd.grad(out, inputs_of_grad, grad, allow_unused=True)
     names = ("out", "dq", "dk", "dv", *extra)
     return {n: x.detach().numpy() for n, x in zip(names, (out, *gradients), strict=True)}
+
+
+def exact_by_torch(given: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
+    """The bits that exact attention has on one device, without a compilation."""
+    results = torch_exact(dict(zip(NAMES, inputs, strict=True)), **given)
+    return dict(zip(("out", "dq", "dk", "dv"), results.values(), strict=True))
 
 
 def as_torch(given: dict[str, Any]) -> dict[str, Any]:

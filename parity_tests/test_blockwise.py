@@ -1,6 +1,6 @@
 """Blockwise attention: its blocks, its derivatives, and what it does not compute."""
 
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ from cases import is_array
 from features import Sizes, operands, run_jax, run_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from questions import error, temporaries_of
+from questions import QUICK, error, output_and_gradients, temporaries_of
 
 from jax_seqpar import blockwise_attention, dense_attention
 from jax_seqpar.blocks import Block
@@ -53,7 +53,7 @@ def arrays_of(given: dict[str, Any]) -> dict[str, Any]:
 def test_blocks_of_any_size(chunks):
     inputs = operands(SIZES)
     attend = partial(blockwise_attention, query_chunk=chunks[0], key_chunk=chunks[1])
-    got = run_jax(attend, EVERYTHING, "blockwise", inputs)
+    got = run_jax(attend, EVERYTHING, "blockwise", inputs, QUICK)
     truth = run_torch(EVERYTHING, "blockwise", inputs)
     assert_near([got[name] for name in truth], list(truth.values()))
 
@@ -63,8 +63,7 @@ def test_dtypes(dtype):
     """16-bit inputs add up in float32: nearer to float64 than their own rounding of the output."""
     with jax.enable_x64(dtype == "float64"):
         q, k, v, grad = (jnp.asarray(x).astype(dtype) for x in operands(SIZES))
-        out, pull = jax.vjp(jax.jit(partial(small, is_causal=True)), q, k, v)
-        gradients = pull(grad)
+        out, *gradients = output_and_gradients(partial(small, is_causal=True), QUICK)(q, k, v, grad)
         assert all(x.dtype == q.dtype for x in (out, *gradients))
         leaves = [numpy_to_torch(np.asarray(x)).double().requires_grad_() for x in (q, k, v)]
         expected = torch_dense_attention(*leaves, is_causal=True)
@@ -90,9 +89,10 @@ def test_the_log_of_the_sum_merges_parts_over_keys():
         lse = jnp.logaddexp(parts[0][1], parts[1][1])
         return sum(out * jnp.exp(part - lse)[..., None] for out, part in parts)
 
-    got = jax.vjp(merged, q, k, v)
-    expected = jax.vjp(dense_attention, q, k, v)
-    assert_near([got[0], *got[1](grad)], [expected[0], *expected[1](grad)])
+    got, expected = (
+        output_and_gradients(f, QUICK)(q, k, v, grad) for f in (merged, dense_attention)
+    )
+    assert_near(got, expected)
 
 
 def test_the_lse_itself():
@@ -122,35 +122,45 @@ def with_numbers(attend: Any) -> Any:
     return loss, (q, k, v, added)
 
 
+def norm(loss: Any, at: Any) -> Any:
+    """The derivative of the gradient's norm."""
+    return jax.grad(lambda x: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(x))))(at)
+
+
+def forward_over_reverse(loss: Any, at: Any) -> Any:
+    """The gradient's derivative in a direction."""
+    return jax.jvp(jax.grad(loss), (at,), (jax.tree.map(lambda x: jnp.roll(x, 1), at),))
+
+
+def in_a_direction(loss: Any, at: Any) -> Any:
+    return jax.jvp(loss, (at,), (jax.tree.map(lambda x: jnp.roll(x, 1), at),))
+
+
+def derived(derivative: Any, attend: Any) -> Any:
+    """Compiled: eager, each operation of each rule is a program of its own."""
+    loss, at = with_numbers(attend)
+    return jax.jit(partial(derivative, loss), compiler_options=QUICK)(at)
+
+
+@cache
+def of_dense_attention(derivative: Any) -> Any:
+    return derived(derivative, dense_attention)
+
+
+@pytest.mark.parametrize("derivative", (norm, forward_over_reverse))
 @pytest.mark.parametrize("either_mode", (False, True))
-def test_second_derivatives(either_mode):
-    """The derivative of the gradient's norm, and of the gradient in a direction."""
-    loss, at = with_numbers(partial(small, forward_mode=either_mode))
-    expected, _ = with_numbers(dense_attention)
-    direction = jax.tree.map(lambda x: jnp.roll(x, 1), at)
-
-    def norm(f):
-        return jax.grad(lambda x: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(f)(x))))(at)
-
-    def forward_over_reverse(f):
-        return jax.jvp(jax.grad(f), (at,), (direction,))
-
-    for derivative in (norm, forward_over_reverse):
-        assert_near(
-            jax.jit(derivative, static_argnums=0)(loss),
-            jax.jit(derivative, static_argnums=0)(expected),
-            256,  # float32 against float32, through two derivatives of a square
-        )
+def test_second_derivatives(either_mode, derivative):
+    got = derived(derivative, partial(small, forward_mode=either_mode))
+    # Float32 against float32, through two derivatives of a square.
+    assert_near(got, of_dense_attention(derivative), 256)
 
 
 def test_forward_mode():
-    loss, at = with_numbers(partial(small, forward_mode=True))
-    expected, _ = with_numbers(dense_attention)
-    direction = jax.tree.map(lambda x: jnp.roll(x, 1), at)
-    assert_near(jax.jvp(loss, (at,), (direction,)), jax.jvp(expected, (at,), (direction,)), 64)
-    plain, _ = with_numbers(small)
+    got = derived(in_a_direction, partial(small, forward_mode=True))
+    assert_near(got, of_dense_attention(in_a_direction), 64)
+    loss, at = with_numbers(small)
     with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(plain, (at,), (direction,))
+        in_a_direction(loss, at)
 
 
 def test_a_batch_of_attentions():
@@ -161,15 +171,18 @@ def test_a_batch_of_attentions():
         *qkv, lengths = operands
         return jax.grad(lambda *x: jnp.sum(f(*x, key_value_seq_lengths=lengths) ** 2))(*qkv)
 
-    got = jax.jit(jax.vmap(partial(attend, small)))(*inputs, lengths)
-    expected = jax.jit(jax.vmap(partial(attend, dense_attention)))(*inputs, lengths)
+    got, expected = (
+        jax.jit(jax.vmap(partial(attend, f)), compiler_options=QUICK)(*inputs, lengths)
+        for f in (small, dense_attention)
+    )
     assert_near(got, expected, 64)
 
 
 @st.composite
 def described(draw):
     """Sizes, and options that rule out keys by where tokens are."""
-    T, S = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    # A few lengths, as every operation is compiled for each shape.
+    T, S = draw(st.sampled_from((1, 7, 12))), draw(st.sampled_from((1, 5, 12)))
     B = 2
     some = {}
     if draw(st.booleans()):
@@ -202,7 +215,7 @@ def description_of(B: int, T: int, S: int, some: dict[str, Any]) -> Any:
 
 
 @settings(max_examples=30, deadline=None)
-@given(drawn=described(), size=st.integers(1, 5))
+@given(drawn=described(), size=st.sampled_from((1, 2, 5)))
 def test_no_block_that_matters_is_left_out(drawn, size):
     B, T, S, some = drawn
     description = description_of(B, T, S, some)
@@ -326,7 +339,7 @@ ADVERSARIAL = {
 @pytest.mark.parametrize("some", ADVERSARIAL.values(), ids=ADVERSARIAL)
 def test_adversarial(some):
     inputs = operands(SIZES)
-    got = run_jax(small, some, "blockwise", inputs)
+    got = run_jax(small, some, "blockwise", inputs, QUICK)
     truth = run_torch(some, "blockwise", inputs)
     # Of all of them: the gradient of a bias that is the same for all keys is a sum to 0.
     unit = EPS * max(np.max(np.abs(x)) for x in truth.values())
@@ -342,7 +355,7 @@ def test_adversarial(some):
 def test_one_of_each(sizes):
     inputs = operands(sizes)
     truth = run_torch({}, "blockwise", inputs)
-    got = run_jax(small, {}, "blockwise", inputs)
+    got = run_jax(small, {}, "blockwise", inputs, QUICK)
     for name, expected in truth.items():
         # Of one key the gradient of the query is a difference of equals.
         assert error(got[name], expected) <= 16 * EPS

@@ -91,8 +91,9 @@ def test_narrow_floats_travel_at_their_own_width():
 
 
 @both_reshards
-@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize(
+    ("dtype", "kind"), ((jnp.float32, AxisType.Auto), (jnp.bfloat16, AxisType.Explicit))
+)
 def test_under_every_transformation(name, kind, dtype):
     f = reshard(name, 4, kind)
     x = jax.random.normal(jax.random.key(0), (3, 8, 12, 5), dtype)

@@ -21,7 +21,11 @@ def main(process: int, processes: int, devices: int, address: str, folder: str) 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, processes, process)
     assert jax.device_count() == devices
-    for kind in (AxisType.Auto, AxisType.Explicit):
+    # Both kinds of axes and both kernels: how they combine is asked in one process.
+    for kind, kernel in (
+        (AxisType.Auto, dense_attention),
+        (AxisType.Explicit, exact_attention),
+    ):
         mesh = jax.make_mesh((devices,), ("seq",), axis_types=(kind,))
         sharding = NamedSharding(mesh, MeshLayout().spec)
         inputs = [
@@ -29,19 +33,17 @@ def main(process: int, processes: int, devices: int, address: str, folder: str) 
             for x in Case(batch=2, tokens=24, heads=16, kv_heads=2, head_dim=5).inputs().values()
         ]
 
-        for kernel in (dense_attention, exact_attention):
+        def run(query, key, value, grad, mesh=mesh, kernel=kernel):
+            def attend(*qkv):
+                return dot_product_attention(*qkv, is_causal=True, attention=kernel, mesh=mesh)
 
-            def run(query, key, value, grad, mesh=mesh, kernel=kernel):
-                def attend(*qkv):
-                    return dot_product_attention(*qkv, is_causal=True, attention=kernel, mesh=mesh)
+            out, pull = jax.vjp(attend, query, key, value)
+            return (out, *pull(grad))
 
-                out, pull = jax.vjp(attend, query, key, value)
-                return (out, *pull(grad))
-
-            for name, x in zip(("out", "dq", "dk", "dv"), jax.jit(run)(*inputs), strict=True):
-                for shard in x.addressable_shards:
-                    where = f"{kind.name}-{kernel.__name__}-{name}-{shard.index[1].start or 0:03}"
-                    np.save(f"{folder}/{where}.npy", np.asarray(shard.data))
+        for name, x in zip(("out", "dq", "dk", "dv"), jax.jit(run)(*inputs), strict=True):
+            for shard in x.addressable_shards:
+                where = f"{kind.name}-{kernel.__name__}-{name}-{shard.index[1].start or 0:03}"
+                np.save(f"{folder}/{where}.npy", np.asarray(shard.data))
 
 
 if __name__ == "__main__":
