@@ -64,20 +64,32 @@ def test_both_frameworks_with_every_shape(case):
     check_equal(jax_exact(inputs, **options), torch_exact(inputs, **options))
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
-@pytest.mark.parametrize("name", ("causal", "all at once"))
-def test_every_dtype(dtype, name):
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_every_option_in_16_bits(dtype):
+    """Causal attention is among the shapes."""
     inputs = {name: x.astype(jax.numpy.dtype(dtype)) for name, x in CASE.inputs().items()}
-    check_equal(jax_exact(inputs, **OPTIONS[name]), torch_exact(inputs, **OPTIONS[name]))
+    options = OPTIONS["all at once"]
+    check_equal(jax_exact(inputs, **options), torch_exact(inputs, **options))
 
 
-@pytest.mark.parametrize("name", ("full", "causal window", "segments", "all at once"))
-def test_no_bit_depends_on_the_blocks(name):
+BLOCKS = ((1, 4), (5, 23), (8, 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks"),
+    (
+        ("full", BLOCKS[0]),
+        ("causal window", BLOCKS[1]),
+        ("segments", BLOCKS[2]),
+        *(("all at once", chunks) for chunks in BLOCKS),
+    ),
+    ids=str,
+)
+def test_no_bit_depends_on_the_blocks(name, chunks):
     inputs = CASE.inputs()
-    whole = jax_exact(inputs, **OPTIONS[name])
-    for query_chunk, key_chunk in ((1, 4), (5, 23), (8, 7)):
-        options = OPTIONS[name] | {"query_chunk": query_chunk, "key_chunk": key_chunk}
-        check_equal(jax_exact(inputs, **options), whole)
+    query_chunk, key_chunk = chunks
+    options = OPTIONS[name] | {"query_chunk": query_chunk, "key_chunk": key_chunk}
+    check_equal(jax_exact(inputs, **options), jax_exact(inputs, **OPTIONS[name]))
 
 
 @pytest.mark.parametrize(("by_positions", "chunks"), ((False, (3, 5)), (True, (8, 7))), ids=str)
@@ -94,9 +106,6 @@ def test_no_bit_depends_on_the_blocks_with_every_option(monkeypatch, by_position
     check_equal(ours, torch_exact(inputs, **options))
 
 
-KINDS = pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
-
-
 def sharded(case, where, kind, **options):
     """Output and gradients through the front door, compiled."""
     attend = partial(
@@ -111,12 +120,20 @@ def sharded(case, where, kind, **options):
     return dict(zip(NAMES, map(np.asarray, results), strict=True))
 
 
-@pytest.mark.parametrize(("i", "where"), list(enumerate(MESHES)), ids=str)
-@pytest.mark.parametrize("case", (*MESH_CASES.values(), FEW_KV_HEADS), ids=str)
-def test_no_bit_depends_on_the_mesh(case, i, where):
+# Every mesh where KV heads are shared. Where they are not, there is less to go wrong: a few. One KV
+# head on those that shard heads as well, where other devices share it, and on the most devices.
+ON_MESHES = (
+    *((FEW_KV_HEADS, i) for i in range(len(MESHES))),
+    *((MESH_CASES["grouped"], i) for i in (2, 6)),
+    *((MESH_CASES["multi-query"], i) for i in (1, 4, 5)),
+)
+
+
+@pytest.mark.parametrize(("case", "i"), ON_MESHES, ids=str)
+def test_no_bit_depends_on_the_mesh(case, i):
     """With fewer KV heads than devices, too: their gradients are added before any rounding."""
     kind = (AxisType.Auto, AxisType.Explicit)[(i + case.kv_heads) % 2]
-    check_equal(sharded(case, where, kind), single_device(case))
+    check_equal(sharded(case, MESHES[i], kind), single_device(case))
 
 
 @cache
@@ -300,8 +317,10 @@ def test_lengths_are_masks():
 def test_order_of_the_tokens_is_of_no_account():
     """Sums are exact, so permuted keys give the same bits, and permuted queries permuted ones."""
     inputs = SHAPES["more than a chunk"].inputs()
-    before = jax_exact(inputs)
-    for ours in (jax_exact, torch_exact):
+    # As every shape is called, so that it is compiled once.
+    jax_full, torch_full = (partial(f, is_causal=False) for f in (jax_exact, torch_exact))
+    before = jax_full(inputs)
+    for ours in (jax_full, torch_full):
         order = np.random.default_rng(3).permutation(inputs["key"].shape[1])
         keys = inputs | {name: inputs[name][:, order] for name in ("key", "value")}
         permuted = {name: x[:, order] if name in ("dk", "dv") else x for name, x in before.items()}
@@ -319,10 +338,12 @@ def test_sums_too_long_for_a_float(monkeypatch, limit, name):
     """They go on as int64: here for a few tokens."""
     inputs = CASE.inputs()
     expected = jax_exact(inputs, **OPTIONS[name])
-    monkeypatch.setattr(arithmetic, "CONTRACT_TOKENS", limit)
     monkeypatch.setattr(torch_ref.exact, "EXACT_TOKENS", limit)
-    for ours in (jax_exact, torch_exact):
-        check_equal(ours(inputs, **OPTIONS[name]), expected)
+    check_equal(torch_exact(inputs, **OPTIONS[name]), expected)
+    if limit < S:
+        monkeypatch.setattr(arithmetic, "CONTRACT_TOKENS", limit)
+        # Blocks that are named, or the program that is compiled already would run again.
+        check_equal(jax_exact(inputs, **OPTIONS[name], query_chunk=T, key_chunk=S), expected)
 
 
 @pytest.mark.parametrize("empty", ("query", "key"))
@@ -388,7 +409,7 @@ def test_plain_attention_differs():
     theirs = (out, *torch.autograd.grad(out, leaves, grad.transpose(1, 2)))
     theirs = [theirs[0].transpose(1, 2), *theirs[1:]]
     ours = output_and_gradients(partial(dense_attention, is_causal=True))(**inputs)
-    exact = jax_exact(inputs, is_causal=True)
+    exact = torch_exact(inputs, is_causal=True)  # JAX has its bits, and would have to compile
     for name, a, b in zip(NAMES, ours, theirs, strict=True):
         for other in (a, torch_to_numpy(b.detach())):
             report = compare_bits(np.asarray(other), exact[name])
@@ -405,19 +426,21 @@ def test_one_mathematical_function_on_both_sides_of_a_seam():
         assert np.array_equal(np.concatenate([one[name][:1], one[name][1:]], axis=2), two[name])
 
 
-@KINDS
-def test_communication(kind):
+@pytest.mark.parametrize(
+    ("name", "kind", "shared"),
+    (("grouped", AxisType.Explicit, set()), ("multi-query", AxisType.Auto, {"all-reduce"})),
+)
+def test_communication(name, kind, shared):
     """As any attention; and for shared KV heads the sums, in a loop over the keys."""
     where = ONE_AXIS[4]
-    for case, shared in ((MESH_CASES["grouped"], False), (MESH_CASES["multi-query"], True)):
-        *inputs, grad = sharded_inputs(case, where, kind)
-        attend = partial(
-            dot_product_attention, attention=exact_attention, mesh=where.mesh(kind), is_causal=True
-        )
-        assert collectives(compiled(attend, *inputs)) == {"all-to-all": 4}
-        both = collectives(compiled(output_and_gradients(attend), *inputs, grad))
-        assert both.pop("all-to-all") == 8
-        assert set(both) == ({"all-reduce"} if shared else set())
+    *inputs, grad = sharded_inputs(MESH_CASES[name], where, kind)
+    attend = partial(
+        dot_product_attention, attention=exact_attention, mesh=where.mesh(kind), is_causal=True
+    )
+    assert collectives(compiled(attend, *inputs)) == {"all-to-all": 4}
+    both = collectives(compiled(output_and_gradients(attend), *inputs, grad))
+    assert both.pop("all-to-all") == 8
+    assert set(both) == shared
 
 
 def test_memory_is_linear_in_the_tokens():
@@ -429,8 +452,9 @@ def test_memory_is_linear_in_the_tokens():
         assert analysis is not None
         return analysis.temp_size_in_bytes
 
-    assert temporary(8192) < 2.2 * temporary(4096)
-    assert temporary(8192) < 8192 * 8192 * 4, "less than one matrix of weights"
+    whole, half = temporary(8192), temporary(4096)
+    assert whole < 2.2 * half
+    assert whole < 8192 * 8192 * 4, "less than one matrix of weights"
 
 
 def test_a_gradient_for_bias_is_refused():
@@ -445,8 +469,10 @@ def test_a_gradient_for_bias_is_refused():
     for differentiate in (jax.grad(loss), jax.jit(jax.grad(loss))):
         with pytest.raises(ValueError, match=message):
             differentiate(bias)
-    jax.grad(lambda b: loss(jax.lax.stop_gradient(b)))(bias)
-    jax.grad(lambda q: exact_attention(q, *operands[1:], bias=bias).sum())(operands[0])
+    # Refusals come while a function is traced, so these need not be compiled.
+    jax.eval_shape(jax.grad(lambda b: loss(jax.lax.stop_gradient(b))), bias)
+    query_only = jax.grad(lambda q: exact_attention(q, *operands[1:], bias=bias).sum())
+    jax.eval_shape(query_only, operands[0])
 
 
 def test_derivatives_that_it_does_not_have_are_refused():
