@@ -14,18 +14,18 @@ from exact_cases import NAMES, jax_exact, torch_exact
 SCRIPT = Path(__file__).parent / "exact_hash.py"
 
 SETTINGS = {
-    "AVX2": {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2"},
+    "AVX2, configuration": {
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+    },
     "SSE4.2, one thread": {
         "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2 --xla_cpu_multi_thread_eigen=false"
     },
     # Lets the compiler reorder sums and products, and suppose that no number is NaN.
     "fast math": {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"},
     "not optimised": {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    "configuration": {
-        "JAX_ENABLE_X64": "1",
-        "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-    },
 }
 
 
