@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import KINDS, MeshCase
 from jax.sharding import NamedSharding, PartitionSpec
-from questions import collectives, compiled
+from questions import collectives, compiled, temporaries_of
 
 from jax_seqpar import MeshLayout
 from jax_seqpar.training import (
@@ -114,8 +114,7 @@ def test_the_tiled_loss_never_holds_the_logits():
     logits = 4 * tokens // 4 * vocabulary  # bytes of a device
 
     def temporaries(loss):
-        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, w, y).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return temporaries_of(jax.value_and_grad(loss, (0, 1)), x, w, y)
 
     tiled = partial(tiled_cross_entropy, tiles=16, layout=place.layout, mesh=place.mesh)
     assert temporaries(plain) >= logits

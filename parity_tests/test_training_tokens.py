@@ -1,6 +1,7 @@
 """Batches on a mesh: what lies where, against loops over single tokens."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ rng = np.random.default_rng(3)
 DATA_SEQ = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
 PLACE = TokenLayout(DATA_SEQ, MeshLayout(batch="data"))
 TOKENS = rng.integers(1, 99, (4, 10))
+# Of the wrong type by intent.
+abstract: Any = DATA_SEQ.abstract_mesh
+text: Any = [[1, 2], "text"]
 SEGMENTS = np.array(
     [
         [1, 1, 1, 2, 2, 3, 3, 3, 3, 3],
@@ -45,7 +49,7 @@ def by_token(tokens, segments):
 def test_what_lies_where(where, kind):
     place = TokenLayout(where.mesh(kind), where.layout)
     tokens, segments = (np.tile(x, (2, 1)) for x in (TOKENS, SEGMENTS))
-    batch = place.shard(tokens, segment_ids=segments)
+    batch: Any = place.shard(tokens, segment_ids=segments)
     labels, positions = by_token(tokens, segments)
     S = -(-10 // place.degree) * place.degree
     assert batch.tokens.shape == (8, S)
@@ -71,14 +75,14 @@ def test_a_row_is_one_document():
     labels, positions = by_token(TOKENS[:, :8], ones)
     assert np.array_equal(batch.labels, labels)
     assert np.array_equal(batch.positions, positions)
-    padded = PLACE.shard(TOKENS)
+    padded: Any = PLACE.shard(TOKENS)
     assert padded.tokens.shape == (4, 12)
     assert np.array_equal(padded.segment_ids, np.pad(np.ones((4, 10)), ((0, 0), (0, 2))))
 
 
 def test_lengths_are_padding():
     lengths = np.array([10, 3, 0, 1])
-    batch = PLACE.shard(TOKENS, lengths=lengths)
+    batch: Any = PLACE.shard(TOKENS, lengths=lengths)
     segments = (np.arange(10) < lengths[:, None]).astype(int)
     labels, _ = by_token(TOKENS, segments)
     assert np.array_equal(PLACE.unshard(batch.segment_ids, batch), segments)
@@ -173,8 +177,8 @@ def shifted(fill):
         (lambda: PLACE.shard(TOKENS, lengths=[1, 2, 3, 11]), "from 0 to S = 10"),
         (lambda: TokenLayout(DATA_SEQ, MeshLayout(batch="dp")), "names axis 'dp'.*does not have"),
         (lambda: TokenLayout(DATA_SEQ, MeshLayout(batch="seq")), "more than one array axis"),
-        (lambda: TokenLayout(DATA_SEQ.abstract_mesh), "must be a jax.sharding.Mesh"),
-        (lambda: pack_documents([[1, 2], "text"], 4), "document 1 must be a row of integer"),
+        (lambda: TokenLayout(abstract), "must be a jax.sharding.Mesh"),
+        (lambda: pack_documents(text, 4), "document 1 must be a row of integer"),
         (lambda: pack_documents([[1, 2]], 0), "tokens must be a positive integer"),
     ),
 )

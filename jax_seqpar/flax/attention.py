@@ -163,10 +163,10 @@ class Attention(nnx.Module):
         """
         refusals.check_tokens(x, self.features, positions, segment_ids)
         deterministic = self.deterministic if deterministic is None else deterministic
-        refusals.check_dropout(self.dropout_rate, deterministic, None if decode else rngs)
         drops = self.dropout_rate > 0 and not deterministic
         if decode:
             refusals.check_decode(self.cached_key, x.shape[1], segment_ids, drops)
+        refusals.check_dropout(self.dropout_rate, deterministic, rngs)
         start = self.cache_index[...] if decode and self.cache_index is not None else 0
         order = (start + jnp.arange(x.shape[1], dtype=jnp.int32))[None]
         query, key, value = self._project(x, order if positions is None else positions)

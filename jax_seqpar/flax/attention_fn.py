@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from jaxtyping import Array, Float, Shaped
 
@@ -53,8 +54,8 @@ class SequenceParallel:
         query: Float[Array, "*batch T N H"],
         key: Float[Array, "*batch S K H"],
         value: Float[Array, "*batch S K V"],
-        bias: Shaped[Array, "..."] | None = None,
-        mask: Shaped[Array, "..."] | None = None,
+        bias: Shaped[Array | np.ndarray, "..."] | None = None,
+        mask: Shaped[Array | np.ndarray, "..."] | None = None,
         broadcast_dropout: bool = True,
         dropout_rng: Any = None,
         dropout_rate: float = 0.0,
@@ -104,8 +105,8 @@ class SequenceParallel:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         *batch, T, N, _ = query.shape
         q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-        mask = None if mask is None else _one_batch_axis(mask, batch).astype(bool)
-        bias = None if bias is None else _one_batch_axis(bias, batch).astype(q.dtype)
+        mask = None if mask is None else _one_batch_axis(jnp.asarray(mask), batch).astype(bool)
+        bias = None if bias is None else _one_batch_axis(jnp.asarray(bias), batch).astype(q.dtype)
         options: dict[str, Any] = {}
         if dropout_rate > 0 and not deterministic:
             options["dropout_rate"] = dropout_rate
@@ -141,6 +142,6 @@ class SequenceParallel:
 def _one_batch_axis(x: Array, batch: list[int]) -> Array:
     """Broadcastable to `[*batch, N, T, S]`, made so to `[B, N, T, S]`."""
     x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
-    if any(n > 1 for n in x.shape[:-3]):
+    if len(batch) > 1 and any(n > 1 for n in x.shape[:-3]):
         x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
     return x.reshape(-1, *x.shape[-3:])

@@ -66,24 +66,25 @@ class Projection(nnx.Module):
         flat = tuple(math.prod(sizes[c] for c in part) for part in (summed, kept))
         self.letters, self.dtype = letters, dtype
         rules = dict(get_logical_axis_rules()) if sharding is None else sharding
-        self.gather = partial(gather, letters=kernel, sharding=rules, layout=layout, mesh=mesh)
+        self.gather = partial(gather, sharding=rules, layout=layout, mesh=mesh)
+        self.kernel_letters, self.bias_letters = kernel, "".join(kept)
         self.kernel = parameter(
             kernel_init(rngs.params(), flat, param_dtype).reshape(shape), kernel, sharding
         )
         self.bias: nnx.Param[Array] | None = nnx.data(None)
         if use_bias:
             bias = bias_init(rngs.params(), shape[len(summed) :], param_dtype)
-            self.bias = parameter(bias, "".join(kept), sharding)
+            self.bias = parameter(bias, self.bias_letters, sharding)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The projection of x."""
-        kernel = self.gather(self.kernel[...])
+        kernel = self.gather(self.kernel[...], self.kernel_letters)
         dtype = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype is None else self.dtype
         out_sharding = _out_sharding(self.letters, x, kernel)
         x, kernel = x.astype(dtype), kernel.astype(dtype)
         y = jnp.einsum(self.letters, x, kernel, out_sharding=out_sharding)
         if self.bias is not None:
-            bias = self.bias[...].astype(dtype)
+            bias = self.gather(self.bias[...], self.bias_letters).astype(dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y
 

@@ -16,7 +16,7 @@ class Rotary:
 
     Channel pair i turns by `position * theta^(-2i / R)` radians, of R channels that turn. An angle
     in float32 is wrong by 0.03 radians at position 10^6; here it is counted in parts of a turn, in
-    integers, and right to 2^-31 of a turn at every position below 2^31.
+    integers, and wrong by at most 2^-30 + position * 2^-53 of a turn, 10^-6 radians at 2^30.
 
     Args:
       theta: the base.
@@ -72,12 +72,15 @@ class Rotary:
 def _angles(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Float[Array, "B T R2"]:
     """`positions * frequencies` modulo a turn, in radians from -pi to pi."""
     turns = np.mod(frequencies / (2 * math.pi), 1.0)
-    # 48 bits after the point, as 32 and 16; float64 has 53 for a number below 1.
-    high = np.floor(turns * 2.0**32)
-    low = np.floor((turns * 2.0**32 - high) * 2.0**16)
-    F, f = (jnp.asarray(n[None, None], jnp.uint32) for n in (high, low))
+    # 64 bits after the point, as 32, 16 and 16; of a float64 below 1 the first 53 are right.
+    parts, words = turns, []
+    for bits in (32, 16, 16):
+        parts = parts * 2.0**bits
+        words.append(np.floor(parts))
+        parts = parts - words[-1]
+    f0, f1, f2 = (jnp.asarray(word[None, None], jnp.uint32) for word in words)
     p: UInt32[Array, "B T 1"] = positions.astype(jnp.uint32)[:, :, None]
-    # Whole turns overflow, and are meant to; of p * f only what reaches the 32 bits is kept.
-    carried = (p >> 16) * f + (((p & 0xFFFF) * f) >> 16)
-    parts = p * F + carried
+    high, low = p >> 16, p & 0xFFFF
+    # Whole turns overflow, and are meant to; of the rest what reaches the first 32 bits is kept.
+    parts = p * f0 + high * f1 + ((high * f2) >> 16) + ((low * f1) >> 16)
     return parts.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2 * math.pi / 2**32)

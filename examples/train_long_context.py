@@ -1,0 +1,252 @@
+"""Trains a decoder on long rows of packed documents, byte by byte, on a data x seq mesh.
+
+    python examples/train_long_context.py --degree 4 --tokens 4096
+    python examples/train_long_context.py --attention exact --folder run   # again: goes on
+    python examples/train_long_context.py my_book.txt my_code/*.py
+
+Reads the files named, or Python's own library. On a machine without accelerators it simulates
+devices; on GPUs and TPUs it is the same command. On several processes start it once on each, with
+`--coordinator HOST:PORT --processes N --process I`. Needs the extra "training".
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import typer
+from decoder import FSDP, Config, Decoder, Placement
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jax_seqpar import MeshLayout, blockwise_attention, exact_attention
+from jax_seqpar.training import TokenLayout, pack_documents
+
+ATTENTION = {"auto": None, "blockwise": blockwise_attention, "exact": exact_attention}
+LAYOUT = MeshLayout(batch="data", tokens="seq")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training; everything that its losses depend on, and how it is spread."""
+
+    degree: int = 4
+    data: int = 1
+    tokens: int = 4096
+    batch: int = 2
+    steps: int = 100
+    learning_rate: float = 1e-3
+    attention: str = "auto"
+    fsdp: bool = False
+    tiles: int = 1
+    seed: int = 0
+    save_every: int = 20
+
+
+@dataclass(frozen=True)
+class Text:
+    """Packed documents: rows of bytes, and which document each byte is of."""
+
+    rows: np.ndarray
+    segments: np.ndarray
+
+    def batch(self, run: Run, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a step: a function of seed and step, so a resumed run sees the same."""
+        order = np.random.default_rng((run.seed, step)).choice(len(self.rows), run.batch)
+        return self.rows[order], self.segments[order]
+
+
+def read(files: Sequence[Path], tokens: int, limit: int = 8 << 20) -> Text:
+    """Files as documents, in rows of `tokens` bytes; of Python's library at most `limit` bytes."""
+    if not files:
+        files = sorted(Path(os.__file__).parent.glob("*.py"))
+    documents, size = [], 0
+    for file in files:
+        document = np.frombuffer(file.read_bytes()[: limit - size], np.uint8)
+        documents.append(document)
+        size += len(document)
+    rows, segments = pack_documents(documents, tokens)
+    if not len(rows):
+        raise ValueError(f"no bytes in {len(files)} files: name files with text in them.")
+    return Text(rows, segments)
+
+
+def train(
+    run: Run, text: Text, config: Config, folder: Path | None = None, on_step: OnStep | None = None
+) -> list[float]:
+    """The loss of each step.
+
+    Args:
+      folder: of checkpoints, absolute; what is there is resumed, at whatever degree it was written.
+      on_step: called after each step with its number and loss.
+    """
+    devices = jax.devices()[: run.degree * run.data]
+    mesh = jax.make_mesh((run.data, run.degree), ("data", "seq"), devices=devices)
+    sharding = FSDP if run.fsdp else {}  # letters without an axis stay whole
+    place = Placement(LAYOUT, ATTENTION[run.attention], sharding=sharding, tiles=run.tiles)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.linear_schedule(run.learning_rate / 10, run.learning_rate, 10)),
+    )
+    with jax.set_mesh(mesh), _checkpoints(folder, run.save_every) as checkpoints:
+        graph, state = _initial(config, place, optimizer, mesh, run.seed)
+        losses: list[float] = []
+        if checkpoints is not None and checkpoints.latest_step() is not None:
+            shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            saved = checkpoints.restore(
+                checkpoints.latest_step(),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(shapes), losses=ocp.args.JsonRestore()
+                ),
+            )
+            state, losses = saved["state"], saved["losses"]["losses"]
+
+        @jax.jit
+        def update(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+            params, moments = state
+            loss, grads = jax.value_and_grad(lambda p: nnx.merge(graph, p).loss(batch))(params)
+            updates, moments = optimizer.update(grads, moments, params)
+            return (optax.apply_updates(params, updates), moments), loss
+
+        layout = TokenLayout(mesh, LAYOUT)
+        for step in range(len(losses), run.steps):
+            rows, segments = text.batch(run, step)
+            state, loss = update(state, layout.shard(rows, segment_ids=segments))
+            losses.append(float(loss))
+            if on_step:
+                on_step(step, losses[-1])
+            if checkpoints is not None:
+                checkpoints.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state),
+                        losses=ocp.args.JsonSave({"losses": losses}),
+                    ),
+                    force=step + 1 == run.steps,
+                )
+    return losses
+
+
+def _initial(
+    config: Config, place: Placement, optimizer: Any, mesh: jax.sharding.Mesh, seed: int
+) -> tuple[Any, Any]:
+    """The graph of the model, and parameters and moments as they lie on the mesh."""
+
+    def parameters() -> tuple[Any, Any]:
+        return nnx.split(Decoder(config, place, rngs=nnx.Rngs(seed)))
+
+    graph, shapes = nnx.eval_shape(parameters)
+
+    def lies(spec: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec or PartitionSpec())
+
+    specs = jax.tree.map(
+        lies,
+        nnx.get_partition_spec(shapes),
+        is_leaf=lambda x: x is None or isinstance(x, PartitionSpec),
+    )
+    params = jax.jit(lambda: parameters()[1], out_shardings=specs)()
+    return graph, (params, jax.jit(optimizer.init)(params))
+
+
+@contextmanager
+def _checkpoints(folder: Path | None, every: int) -> Iterator[Any]:
+    if folder is None:
+        yield None
+        return
+    options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=2)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        yield manager
+
+
+def plot(curves: dict[str, list[float]], file: Path) -> None:
+    """Losses by step, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for i, (label, losses) in enumerate(curves.items()):
+        # Curves that coincide show as dashes of several colours.
+        axes.plot(losses, label=label, linestyle=(2 * i, (4, 2 * len(curves))) if i else "-")
+    axes.set(xlabel="step", ylabel="loss in nats per byte")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+@app.command()
+def main(
+    files: Annotated[list[Path] | None, typer.Argument(exists=True, dir_okay=False)] = None,
+    degree: Annotated[int, typer.Option(min=1, help="Devices that share the tokens.")] = 4,
+    data: Annotated[int, typer.Option(min=1, help="Devices that share the batch.")] = 1,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each row.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 2,
+    steps: Annotated[int, typer.Option(min=1)] = 100,
+    learning_rate: float = 1e-3,
+    attention: Annotated[str, typer.Option(help=", ".join(ATTENTION))] = "auto",
+    fsdp: Annotated[bool, typer.Option(help="Share the parameters, too.")] = False,
+    tiles: Annotated[int, typer.Option(min=1, help="In MLP and loss, to save memory.")] = 1,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    features: Annotated[int, typer.Option(min=8)] = 128,
+    folder: Annotated[Path | None, typer.Option(help="Of checkpoints and the plot.")] = None,
+    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0.")] = None,
+    processes: int = 1,
+    process: int = 0,
+) -> None:
+    """Trains a decoder on bytes; resumes what the folder holds."""
+    if attention not in ATTENTION:
+        raise typer.BadParameter(f"attention must be one of {', '.join(ATTENTION)}.")
+    # Of the CPU only, if that is all there is.
+    jax.config.update("jax_num_cpu_devices", -(-degree * data // processes))
+    if coordinator is not None:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, processes, process)
+    if len(jax.devices()) < degree * data:
+        raise typer.BadParameter(
+            f"degree {degree} x data {data} needs {degree * data} devices, here are "
+            f"{len(jax.devices())}."
+        )
+    run = Run(degree, data, tokens, batch, steps, learning_rate, attention, fsdp, tiles)
+    config = Config(features=features, hidden=4 * features, layers=layers)
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
+    fields = (TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),)
+    first = process == 0
+    try:
+        text = read(files or [], tokens)
+        with Progress(*columns, *fields, disable=not first) as progress:
+            bar = progress.add_task("", total=steps, loss=float("nan"), speed=0.0)
+            last = time.perf_counter()
+
+            def on_step(step: int, loss: float) -> None:
+                nonlocal last
+                now = time.perf_counter()
+                speed = batch * tokens / (now - last)
+                last = now
+                progress.update(bar, completed=step + 1, loss=loss, speed=speed)
+
+            losses = train(run, text, config, folder and folder.absolute() / "steps", on_step)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if first:
+        print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at step {len(losses)}")
+        if folder is not None:
+            (folder / "losses.json").write_text(json.dumps(losses))
+            plot({f"degree {degree}, {attention}": losses}, folder / "loss.png")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,361 @@
+"""The attention layer of decoders: against a layer written out in float64."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import KINDS
+from flax import nnx
+from jax.sharding import PartitionSpec
+from questions import collectives
+
+from jax_seqpar import MeshLayout, dense_attention
+from jax_seqpar.bridge import compare_bits
+from jax_seqpar.flax import Attention, Projection, Rotary, SequenceParallel
+
+B, S, D, N, K, H = 2, 24, 20, 8, 2, 6
+EPS = np.finfo(np.float32).eps
+LAYOUT = MeshLayout(batch="data")
+rng = np.random.default_rng(4)
+X = rng.standard_normal((B, S, D)).astype(np.float32)
+SEGMENTS = np.repeat([[1, 2, 3], [1, 1, 2]], 8, axis=1).astype(np.int32)
+POSITIONS = np.stack([np.r_[0:8, 0:8, 0:8], np.r_[0:16, 0:8]]).astype(np.int32)
+FEATURES = {
+    "plain": {},
+    "everything": {
+        "qk_norm": True,
+        "sinks": True,
+        "local_window_size": (5, 0),
+        "logits_soft_cap": 3.0,
+        "use_bias": True,
+        "use_out_bias": True,
+        "scale": 0.3,
+    },
+    "bidirectional, interleaved, half of the channels": {
+        "is_causal": False,
+        "rotary": Rotary(theta=100.0, interleaved=True, fraction=0.67),
+    },
+    "no rotary": {"rotary": None, "num_kv_heads": None},
+}
+
+
+def make(kind=KINDS[0], sharding=None, shape=(2, 4), **options: Any) -> tuple[Any, Any]:
+    """A layer whose parameters are random, none of them 0 or 1, and its mesh."""
+    devices = jax.devices()[: shape[0] * shape[1]]
+    mesh = jax.make_mesh(shape, ("data", "seq"), axis_types=(kind,) * 2, devices=devices)
+    options = {"num_heads": N, "num_kv_heads": K, "head_dim": H} | options
+    with jax.set_mesh(mesh):
+        layer = Attention(D, **options, layout=LAYOUT, sharding=sharding, rngs=nnx.Rngs(0))
+        numbers = np.random.default_rng(0)
+        for path, x in sorted(nnx.to_flat_state(nnx.state(layer, nnx.Param)), key=str):
+            random = numbers.standard_normal(x.shape).astype(np.float32) / np.sqrt(x.shape[0])
+            x[...] = jax.device_put(jnp.asarray(random), x[...].sharding)
+            assert path
+    return layer, mesh
+
+
+def rotate(x, rotary, positions):
+    """Complex numbers, in float64."""
+    R = int(rotary.fraction * x.shape[-1])
+    turn = positions[..., None] * rotary.theta ** (-np.arange(0, R, 2) / R)
+    pairs = (
+        (slice(0, R, 2), slice(1, R, 2))
+        if rotary.interleaved
+        else (slice(0, R // 2), slice(R // 2, R))
+    )
+    z = (x[..., pairs[0]] + 1j * x[..., pairs[1]]) * np.exp(1j * turn)[:, :, None]
+    out = x.copy()
+    out[..., pairs[0]], out[..., pairs[1]] = z.real, z.imag
+    return out
+
+
+def truth(layer, options, segment_ids=None, positions=None):
+    wide = lambda p: np.asarray(p[...], np.float64)  # noqa: E731
+    x = X.astype(np.float64)
+    q, k, v = (
+        np.einsum("bsd,dnh->bsnh", x, wide(p.kernel)) for p in (layer.query, layer.key, layer.value)
+    )
+    if options.get("use_bias"):
+        q, k, v = (
+            y + wide(p.bias) for y, p in ((q, layer.query), (k, layer.key), (v, layer.value))
+        )
+    if options.get("qk_norm"):
+        q, k = (
+            y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * wide(scale)
+            for y, scale in ((q, layer.query_scale), (k, layer.key_scale))
+        )
+    rotary = options.get("rotary", Rotary())
+    if rotary is not None:
+        at = np.broadcast_to(np.arange(S), (B, S)) if positions is None else positions
+        q, k = rotate(q, rotary, at), rotate(k, rotary, at)
+    names = ("is_causal", "local_window_size", "logits_soft_cap", "scale")
+    given: dict[str, Any] = {"is_causal": True} | {n: options[n] for n in names if n in options}
+    if options.get("sinks"):
+        given["sinks"] = wide(layer.sinks)
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(y, jnp.float64) for y in (q, k, v))
+        given = {n: jnp.asarray(y) if isinstance(y, np.ndarray) else y for n, y in given.items()}
+        out = np.asarray(
+            dense_attention(
+                q,
+                k,
+                v,
+                segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
+                **given,
+            )
+        )
+    y = np.einsum("bsnh,nhd->bsd", out, wide(layer.out.kernel))
+    return y + wide(layer.out.bias) if options.get("use_out_bias") else y
+
+
+def assert_close(got, expected, roundings=16):
+    got = np.asarray(got, np.float64)
+    assert np.abs(got - expected).max() <= roundings * EPS * np.abs(expected).max()
+
+
+def run(layer, mesh, x=X, **arguments):
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, PartitionSpec("data", "seq"))
+        return nnx.jit(lambda layer, x, a: layer(x, **a))(layer, sharded, arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("features", FEATURES)
+def test_output(features, kind):
+    layer, mesh = make(kind, **FEATURES[features])
+    assert_close(run(layer, mesh), truth(layer, FEATURES[features]))
+    if features in ("plain", "everything"):
+        got = run(layer, mesh, segment_ids=SEGMENTS, positions=POSITIONS)
+        assert_close(got, truth(layer, FEATURES[features], SEGMENTS, POSITIONS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_is_that_of_one_device(kind):
+    """Of every parameter, with all of its sharding."""
+    options = {**FEATURES["everything"], "attention": dense_attention}
+    grads = []
+    for shape, sharding in (((1, 1), None), ((2, 4), None), ((2, 4), {"D": "data"})):
+        layer, mesh = make(kind, sharding, shape, **options)
+        with jax.set_mesh(mesh):
+            sharded = jax.device_put(X, PartitionSpec("data", "seq"))
+            loss = nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum()))
+            grads.append(nnx.to_flat_state(loss(layer, sharded)))
+    for other in grads[1:]:
+        for (path, a), (_, b) in zip(grads[0], other, strict=True):
+            a, b = np.asarray(a[...], np.float64), np.asarray(b[...], np.float64)
+            # A sum of B S terms in another order.
+            assert np.abs(a - b).max() <= B * S * EPS * np.abs(a).max(), path
+
+
+@pytest.mark.parametrize("features", ("plain", "everything", "bidirectional"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding(features, kind):
+    """A prompt of 8 tokens at once, then token by token: what the whole sequence gives."""
+    options = {"bidirectional": {"is_causal": False}}.get(features) or FEATURES.get(features, {})
+    layer, mesh = make(kind, **options)
+    if features == "bidirectional":
+        # Each token sees those before it only, as nothing later is in the cache.
+        options = options | {"is_causal": True}
+    with jax.set_mesh(mesh):
+        layer.init_cache(B, 12)
+        step = nnx.jit(lambda layer, x: layer(x, decode=True))
+        first = 8 if features != "bidirectional" else 1
+        parts = [X[:, :first], *(X[:, i : i + 1] for i in range(first, 12))]
+        got = np.concatenate([np.asarray(step(layer, part)) for part in parts], axis=1)
+    assert_close(got, truth(layer, options)[:, :12])
+
+
+def test_the_cache_is_shared_by_heads():
+    """And no key or value moves in a step but the new ones."""
+    layer, mesh = make(num_kv_heads=4)
+    with jax.set_mesh(mesh):
+        layer.init_cache(B, 512)
+        assert layer.cached_key[...].sharding.shard_shape((B, 512, 4, H)) == (1, 512, 1, H)
+        graph, state = nnx.split(layer)
+
+        def step(state, x):
+            layer = nnx.merge(graph, state)
+            return layer(x, decode=True), nnx.state(layer)
+
+        program = jax.jit(step).lower(state, jnp.asarray(X[:, :1])).compile().as_text() or ""
+    assert not {"all-to-all", "collective-permute"} & set(collectives(program))
+    assert f"{B // 2},512,4,{H}]" not in program
+
+
+def test_parameters_have_names():
+    """The letters of the einsums, without any mesh, and a sharding where there are rules."""
+    layer = Attention(
+        D, num_heads=N, num_kv_heads=K, head_dim=H, qk_norm=True, sinks=True, rngs=nnx.Rngs(0)
+    )
+    names = {
+        "/".join(map(str, path)): x.get_metadata("out_sharding")
+        for path, x in nnx.to_flat_state(nnx.state(layer, nnx.Param))
+    }
+    assert names == {
+        "query/kernel": ("D", "N", "H"),
+        "key/kernel": ("D", "K", "H"),
+        "value/kernel": ("D", "K", "H"),
+        "out/kernel": ("N", "H", "D"),
+        "query_scale": ("H",),
+        "key_scale": ("H",),
+        "sinks": ("N",),
+    }
+    rules = (("D", "data"), ("N", None), ("K", None), ("H", None))
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "seq"))), nnx.logical_axis_rules(rules):
+        layer = Attention(
+            D, num_heads=N, num_kv_heads=K, head_dim=H, layout=LAYOUT, rngs=nnx.Rngs(0)
+        )
+        assert jax.typeof(layer.query.kernel[...]).sharding.spec == PartitionSpec(
+            "data", None, None
+        )
+        assert jax.typeof(layer.out.kernel[...]).sharding.spec == PartitionSpec(None, None, "data")
+    given, _ = make(sharding={"D": "data"})
+    assert given.out.kernel[...].sharding.shard_shape((N, H, D)) == (N, H, D // 2)
+
+
+def test_dropout():
+    layer, mesh = make(dropout_rate=0.5, attention=dense_attention)
+    with jax.set_mesh(mesh):
+        outs = [
+            layer(jnp.asarray(X), deterministic=False, rngs=nnx.Rngs(dropout=seed))
+            for seed in (1, 1, 2)
+        ]
+        plain = layer(jnp.asarray(X), deterministic=True)
+    assert compare_bits(outs[0], outs[1]).equal
+    assert not compare_bits(outs[0], outs[2]).equal
+    assert not compare_bits(outs[0], plain).equal
+    assert_close(plain, truth(layer, {}))
+
+
+def test_sixteen_bits():
+    """Parameters stay float32."""
+    layer, mesh = make(dtype=jnp.bfloat16)
+    out = run(layer, mesh)
+    assert out.dtype == jnp.bfloat16
+    assert layer.query.kernel[...].dtype == jnp.float32
+    # Products of D, then N H terms, of numbers with 8 bits.
+    assert_close(out, truth(layer, {}), roundings=4 * 2**16)
+
+
+def test_what_a_record_says():
+    seen = {}
+    layer, mesh = make(shape=(1, 1))
+    with jax.set_mesh(mesh):
+        out = layer(jnp.asarray(X), record=lambda name, x: seen.update({name: x}))
+    assert {name: x.shape for name, x in seen.items()} == {
+        "query": (B, S, N, H),
+        "key": (B, S, K, H),
+        "value": (B, S, K, H),
+        "context": (B, S, N, H),
+    }
+    assert compare_bits(layer.out(seen["context"]), out).equal
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("start", (0, 1 << 12, 1 << 20, (1 << 30) - 40))
+def test_rotary_is_right_at_every_position(start, interleaved):
+    """In float32 angles it would be wrong by 0.03 at 2^20 and by anything at 2^30."""
+    rotary = Rotary(interleaved=interleaved)
+    x = rng.standard_normal((1, 40, 2, 64)).astype(np.float32)
+    positions = np.arange(start, start + 40)[None]
+    got = rotary(jnp.asarray(x), jnp.asarray(positions, jnp.int32))
+    expected = rotate(x.astype(np.float64), rotary, positions)
+    # cos and sin, two products and a sum, of an angle that is right to 2^-31 of a turn.
+    assert np.abs(np.asarray(got) - expected).max() <= 8 * EPS * np.abs(x).max()
+
+
+def test_rotary_with_frequencies_of_its_own():
+    x = rng.standard_normal((1, 9, 2, 4)).astype(np.float32)
+    own = Rotary(frequencies=(0.5, 0.25 * 100.0 ** (-1 / 2)))
+    positions = jnp.arange(9, dtype=jnp.int32)[None]
+    z = x[..., :2] + 1j * x[..., 2:]
+    z = z * np.exp(1j * np.arange(9)[:, None] * np.asarray(own.frequencies))[None, :, None]
+    got = own(jnp.asarray(x), positions)
+    assert_close(got, np.concatenate([z.real, z.imag], -1))
+
+
+def test_rotary_on_a_shard_uses_global_positions():
+    """The layer gives each token its position in the sequence, not in its shard."""
+    layer, mesh = make(shape=(1, 8))
+    one, alone = make(shape=(1, 1))
+    assert_close(run(layer, mesh), np.asarray(run(one, alone), np.float64))
+
+
+def test_linen_by_the_bridge_of_flax():
+    """The layer is a linen module, too: `nnx.bridge.to_linen`."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"))
+    with jax.set_mesh(mesh):
+        linen = nnx.bridge.to_linen(
+            Attention, D, num_heads=N, num_kv_heads=K, layout=LAYOUT, head_dim=H
+        )
+        x = jax.device_put(X, PartitionSpec("data", "seq"))
+        variables = linen.init(jax.random.key(0), x)
+        out = jax.jit(linen.apply)(variables, x)
+    assert out.shape == (B, S, D)
+    assert np.isfinite(np.asarray(out)).all()
+    kernel = jax.tree.leaves(variables["params"]["query"]["kernel"])[0]
+    assert kernel.shape == (D, N, H)
+
+
+def attention(**options: Any) -> Attention:
+    options = {"num_heads": N, "num_kv_heads": K, "head_dim": H} | options
+    return Attention(D, **options, rngs=nnx.Rngs(0))
+
+
+def decoder(**options):
+    layer, mesh = make(**options)
+    with jax.set_mesh(mesh):
+        layer.init_cache(B, 4)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    (
+        (lambda: attention(num_kv_heads=3), "must be a multiple of num_kv_heads = 3"),
+        (lambda: attention(head_dim=None, num_heads=3, num_kv_heads=3), "give head_dim"),
+        (lambda: attention()(jnp.ones((S, D))), r"write x\[None\]"),
+        (lambda: attention()(jnp.ones((B, S, D + 1))), r"x must be \[B, T, 20\]"),
+        (
+            lambda: attention()(jnp.ones((B, S, D)), positions=jnp.zeros((B, 6), jnp.int32)),
+            "Positions and segments are global",
+        ),
+        (lambda: attention(dropout_rate=0.1)(jnp.ones((B, S, D))), "say deterministic"),
+        (
+            lambda: attention(dropout_rate=0.1)(jnp.ones((B, S, D)), deterministic=False),
+            "needs rngs",
+        ),
+        (lambda: attention()(jnp.ones((B, 1, D)), decode=True), "call init_cache"),
+        (lambda: decoder()(jnp.ones((B, 5, D)), decode=True), "do not fit the cache of 4"),
+        (
+            lambda: decoder()(
+                jnp.ones((B, 1, D)), decode=True, segment_ids=jnp.zeros((B, 1), jnp.int32)
+            ),
+            "leave segment_ids out",
+        ),
+        (
+            lambda: decoder(dropout_rate=0.1)(
+                jnp.ones((B, 1, D)), decode=True, deterministic=False
+            ),
+            "decode=True has no dropout",
+        ),
+        (lambda: decoder(num_heads=6, num_kv_heads=2), "num_heads = 6 must be divisible"),
+        (lambda: attention(head_dim=5)(jnp.ones((B, S, D))), "Rotary turns an even number"),
+        (lambda: attention(rotary=Rotary(frequencies=(1.0,)))(jnp.ones((B, S, D))), "needs a freq"),
+        (lambda: attention(rotary=Rotary(fraction=0.0))(jnp.ones((B, S, D))), "fraction"),
+        (lambda: attention()(jnp.ones((B, S, D))), "no mesh"),
+        (lambda: Projection("BSD,DF", {"D": 2, "F": 3}, rngs=nnx.Rngs(0)), "must be an einsum"),
+        (lambda: Projection("BSD,FD->BSF", {"D": 2, "F": 3}, rngs=nnx.Rngs(0)), "come first"),
+        (lambda: Projection("BSD,DF->BSF", {"D": 2}, rngs=nnx.Rngs(0)), "axis 'F'.*has no size"),
+        (
+            lambda: SequenceParallel()(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones(3)),
+            "with the same batch",
+        ),
+    ),
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

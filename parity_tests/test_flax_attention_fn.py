@@ -1,0 +1,296 @@
+"""`attention_fn=SequenceParallel()` in Flax's own layers: what they compute, over a mesh."""
+
+import inspect
+from functools import partial
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import KINDS
+from flax import nnx
+from jax.sharding import PartitionSpec
+from questions import collectives
+
+from jax_seqpar import MeshLayout, blockwise_attention, exact_attention
+from jax_seqpar.bridge import compare_bits
+from jax_seqpar.flax import SequenceParallel
+
+B, S, D = 4, 24, 32
+EPS = np.finfo(np.float32).eps
+LAYOUT = MeshLayout(batch="data")
+rng = np.random.default_rng(2)
+TOKENS = X = rng.standard_normal((B, S, D)).astype(np.float32)
+LENGTHS = np.array([24, 7, 1, 16])
+# Queries that have a key: what the others give differs by intent.
+REAL = np.arange(S) < LENGTHS[:, None]
+PADDING = np.asarray(linen.make_attention_mask(REAL, REAL))
+CAUSAL = np.asarray(linen.make_causal_mask(np.ones((B, S))))
+MASKS = {
+    "none": None,
+    "causal": CAUSAL,
+    "padding": PADDING,
+    "combined": np.asarray(linen.combine_masks(CAUSAL, PADDING)),
+    "by head": rng.random((B, 8, S, S)) < 0.7,
+    "of keys": (rng.random((B, 1, 1, S)) < 0.7) | (np.arange(S) == 0),
+}
+# Each mask on one kind of mesh, the first on both.
+BY_KIND = [("none", KINDS[1]), *((name, KINDS[i % 2]) for i, name in enumerate(MASKS))]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def mesh(request):
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "seq"), axis_types=(request.param,) * 2)):
+        yield
+
+
+def on_mesh(x):
+    return jax.device_put(x, PartitionSpec("data", "seq"))
+
+
+def assert_close(a, b, kept=None):
+    """Of two float32 attentions of the same inputs, within projections of `D` terms each."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if kept is not None:
+        a, b = a[kept], b[kept]
+    # Seen to be 8 units of the largest at most.
+    assert np.abs(a - b).max() <= D * EPS * np.abs(b).max()
+
+
+def nnx_layer(attention_fn=nnx.dot_product_attention, **options):
+    options = {"num_kv_heads": 2, "decode": False} | options
+    return nnx.MultiHeadAttention(8, D, attention_fn=attention_fn, rngs=nnx.Rngs(0), **options)
+
+
+def linen_layer(attention_fn=linen.dot_product_attention, **options):
+    return linen.MultiHeadDotProductAttention(8, attention_fn=attention_fn, **options)
+
+
+@pytest.mark.parametrize(("mask", "mesh"), BY_KIND, indirect=["mesh"], ids=str)
+@pytest.mark.usefixtures("mesh")
+def test_nnx_output_and_gradient(mask):
+    is_causal = mask == "none"
+    kept = REAL if mask in ("padding", "combined") else np.ones((B, S), bool)
+    cotangent = np.where(kept[..., None], rng.standard_normal(X.shape), 0).astype(np.float32)
+
+    @nnx.jit
+    def run(layer, x):
+        out = layer(x, mask=MASKS[mask], is_causal=is_causal)
+        return out, nnx.grad(
+            lambda m, x: jnp.vdot(m(x, mask=MASKS[mask], is_causal=is_causal), cotangent),
+            argnums=(0, 1),
+        )(layer, x)
+
+    expected, (dw, dx) = run(nnx_layer(), X)
+    got, (dw2, dx2) = run(nnx_layer(SequenceParallel(LAYOUT)), on_mesh(X))
+    assert_close(got, expected, kept)
+    assert_close(dx2, dx)
+    for a, b in zip(jax.tree.leaves(nnx.state(dw2)), jax.tree.leaves(nnx.state(dw)), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 4 * D * EPS * max(
+            np.abs(np.asarray(b)).max(), 1
+        )
+
+
+@pytest.mark.parametrize(("mask", "mesh"), BY_KIND, indirect=["mesh"], ids=str)
+@pytest.mark.usefixtures("mesh")
+def test_linen_output(mask):
+    kept = REAL if mask in ("padding", "combined") else np.ones((B, S), bool)
+    layer, parallel = linen_layer(), linen_layer(SequenceParallel(LAYOUT))
+    variables = layer.init(jax.random.key(0), X)
+    expected = jax.jit(partial(layer.apply, mask=MASKS[mask]))(variables, X)
+    got = jax.jit(partial(parallel.apply, mask=MASKS[mask]))(variables, on_mesh(X))
+    assert_close(got, expected, kept)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_linen_is_causal_without_a_mask():
+    layer = linen_layer()
+    variables = layer.init(jax.random.key(0), X)
+    expected = layer.apply(variables, X, mask=CAUSAL)
+    got = linen_layer(SequenceParallel(LAYOUT, is_causal=True)).apply(variables, on_mesh(X))
+    assert_close(got, expected)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_linen_initialises_with_one_token():
+    """And with one sequence, which two devices cannot share."""
+    layer = linen_layer(SequenceParallel(LAYOUT))
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 1, D)))
+    expected = linen_layer().init(jax.random.key(0), jnp.ones((1, 1, D)))
+    assert compare_bits(variables, expected).equal
+
+
+@pytest.mark.parametrize("batch", ((), (2, 2), (2, 1, 2)), ids=str)
+def test_any_number_of_batch_axes(batch):
+    query, key, value = rng.standard_normal((3, *batch, S, 8, 4)).astype(np.float32)
+    masks = [None, CAUSAL[0, 0], rng.random((*batch, 1, S, S)) < 0.8]
+    attend = jax.jit(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",))))
+    for mask in masks:
+        expected = linen.dot_product_attention(query, key, value, mask=mask)
+        assert_close(attend(*map(jnp.asarray, (query, key, value)), mask=mask), expected)
+
+
+@pytest.mark.parametrize("tokens", (1, 5, 23))
+def test_tokens_that_the_devices_do_not_divide(tokens):
+    query, key, value = map(jnp.asarray, rng.standard_normal((3, 2, tokens, 8, 4), np.float32))
+    attend = jax.jit(SequenceParallel(mesh=jax.make_mesh((8,), ("seq",)), is_causal=True))
+    expected = nnx.dot_product_attention(query, key, value, is_causal=True)
+    assert_close(attend(query, key, value), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"), tuple(zip(("nnx", "linen"), KINDS, strict=True)), indirect=["mesh"]
+)
+@pytest.mark.usefixtures("mesh")
+def test_decoding_token_by_token(kind):
+    """Flax's own cache, one query at a time, against the whole sequence at once."""
+    S = 5
+    X, CAUSAL = TOKENS[:, :S], linen.make_causal_mask(jnp.ones((B, S)))
+    attend = SequenceParallel(LAYOUT)
+    if kind == "nnx":
+        layer = nnx_layer(attend, decode=True)
+        layer.init_cache((B, S, D))
+        step = nnx.jit(lambda layer, x: layer(x))
+        got = [step(layer, X[:, i : i + 1]) for i in range(S)]
+        expected = nnx_layer()(jnp.asarray(X), is_causal=True)
+    else:
+        layer = linen_layer(attend, decode=True)
+        variables = layer.init(jax.random.key(0), X)
+        params, cache, got = variables["params"], variables["cache"], []
+        step = jax.jit(partial(layer.apply, mutable=["cache"]))
+        for i in range(S):
+            out, changed = step({"params": params, "cache": cache}, X[:, i : i + 1])
+            cache = changed["cache"]
+            got.append(out)
+        expected = linen_layer().apply({"params": params}, X, mask=CAUSAL)
+    assert_close(np.concatenate([np.asarray(x) for x in got], axis=1), expected)
+
+
+@pytest.mark.parametrize("broadcast", (True, False))
+def test_dropout_is_the_same_at_every_degree(broadcast):
+    query, key, value = map(jnp.asarray, rng.standard_normal((3, 2, S, 8, 4), np.float32))
+    key_ = jax.random.key(3)
+    options = {"dropout_rate": 0.5, "dropout_rng": key_, "broadcast_dropout": broadcast}
+
+    def run(degree, **more):
+        mesh = jax.make_mesh((degree,), ("seq",))
+        attend = SequenceParallel(mesh=mesh, attention=exact_attention)
+        return jax.jit(partial(attend, **(options | more)))(query, key, value)
+
+    out = run(1)
+    assert compare_bits(out, run(8)).equal
+    assert not compare_bits(out, run(1, dropout_rng=jax.random.key(4))).equal
+    plain = run(8, deterministic=True)
+    assert compare_bits(plain, run(8, dropout_rate=0.0)).equal
+    # One mask for all heads and sequences, or one for each: with equal inputs it shows.
+    same = jnp.ones_like(query)
+    random = jnp.broadcast_to(value[:1, :, :1], value.shape)
+    mesh = jax.make_mesh((8,), ("seq",))
+    heads = jax.jit(partial(SequenceParallel(mesh=mesh), **options))(same, same, random)
+    assert bool((heads == heads[:1, :, :1]).all()) == broadcast
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"), tuple(zip(("nnx", "linen"), KINDS, strict=True)), indirect=["mesh"]
+)
+@pytest.mark.usefixtures("mesh")
+def test_dropout_in_a_layer(kind):
+    """In training it drops, the same for the same key; in evaluation it does not."""
+    attend = SequenceParallel(LAYOUT)
+    if kind == "nnx":
+        layer = nnx_layer(attend, dropout_rate=0.5, keep_rngs=False)
+
+        def run(seed):
+            rngs = None if seed is None else nnx.Rngs(dropout=seed)
+            evaluate = seed is None
+            run = nnx.jit(lambda layer, x, rngs: layer(x, rngs=rngs, deterministic=evaluate))
+            return run(layer, on_mesh(X), rngs)
+    else:
+        layer = linen_layer(attend, dropout_rate=0.5)
+        variables = layer.init(jax.random.key(0), X, deterministic=True)
+
+        def run(seed):
+            rngs = None if seed is None else {"dropout": jax.random.key(seed)}
+            apply = jax.jit(partial(layer.apply, deterministic=seed is None))
+            return apply(variables, on_mesh(X), rngs=rngs)
+
+    assert compare_bits(run(1), run(1)).equal
+    assert not compare_bits(run(1), run(2)).equal
+    assert not compare_bits(run(1), run(None)).equal
+
+
+def test_every_argument_of_flax_is_named():
+    """Linen drops what a function does not name, so a causal model becomes bidirectional."""
+    named = set(inspect.signature(SequenceParallel()).parameters)
+    for contract in (nnx.dot_product_attention, linen.dot_product_attention):
+        assert set(inspect.signature(contract).parameters) <= named
+
+
+def test_it_is_a_value():
+    """So that nnx.jit and linen compile a module with it once."""
+    assert SequenceParallel(LAYOUT) == SequenceParallel(LAYOUT)
+    assert hash(SequenceParallel(LAYOUT)) == hash(SequenceParallel(LAYOUT))
+    assert SequenceParallel(LAYOUT) != SequenceParallel(LAYOUT, is_causal=True)
+
+
+def test_options_of_its_own():
+    """Window and soft cap, against the front door's kernel with the same words."""
+    query, key, value = map(jnp.asarray, rng.standard_normal((3, 2, S, 8, 4), np.float32))
+    options = {"is_causal": True, "local_window_size": (5, 0), "logits_soft_cap": 2.0}
+    got = SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)), **options)(query, key, value)
+    assert_close(got, blockwise_attention(query, key, value, **options))
+    full = SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)), is_causal=True)(query, key, value)
+    assert np.abs(np.asarray(got - full)).max() > 1e-2
+
+
+def test_dtype_and_bias():
+    query, key, value = map(jnp.asarray, rng.standard_normal((3, 2, S, 8, 4), np.float32))
+    bias = jnp.asarray(rng.standard_normal((8, S, S)), jnp.float32)
+    attend = SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)))
+    assert_close(
+        attend(query, key, value, bias=bias),
+        nnx.dot_product_attention(query, key, value, bias[None]),
+    )
+    assert attend(query, key, value, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_what_is_sent():
+    """Four all-to-alls in a layer, and no more."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"))
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(nnx_layer(SequenceParallel(LAYOUT)))
+        run = jax.jit(lambda state, x: nnx.merge(graph, state)(x, is_causal=True))
+        program = run.lower(state, on_mesh(X)).compile().as_text()
+    assert collectives(program or "") == {"all-to-all": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ({"precision": "highest"}, "does not support precision.*default_matmul_precision"),
+        ({"module": object()}, "sow_weights needs the T x S weights"),
+        ({"einsum_dot_general": jax.lax.dot_general}, "einsum_dot_general"),
+        ({"qk_attn_weights_einsum": jnp.einsum}, "leave qk_attn_weights_einsum_cls out|Leave"),
+        ({"attn_weights_value_einsum": jnp.einsum}, "Leave attn_weights_value_einsum_cls out"),
+        ({"dropout_rate": 0.5}, "needs a key"),
+        ({"mask": np.ones((3, 1, S, S), bool)}, "mask"),
+        ({"force_fp32_for_softmax": 3}, "force_fp32_for_softmax"),
+    ),
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_refusals(options, message):
+    x = jnp.ones((2, S, 8, 4))
+    with pytest.raises(ValueError, match=message):
+        SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)))(x, x, x, **options)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    x = jnp.ones((3, S, 8, 4))
+    mesh = jax.make_mesh((2, 4), ("data", "seq"))
+    with pytest.raises(ValueError, match="batch B = 3 is not divisible by the 2 devices"):
+        SequenceParallel(LAYOUT, mesh=mesh)(x, x, x)
+    with pytest.raises(ValueError, match="names axis 'seq', which the mesh does not have"):
+        SequenceParallel(mesh=jax.make_mesh((8,), ("data",)))(x, x, x)
+    with pytest.raises(ValueError, match="no mesh"):
+        SequenceParallel()(x, x, x)
