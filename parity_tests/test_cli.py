@@ -705,10 +705,17 @@ def answers(output):
     return {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in found}
 
 
-def test_this_machine_is_certified():
+def test_this_machine_is_certified(monkeypatch):
+    found = []
+
+    def certificates(backend):
+        found.extend(certify.certificates(backend))
+        return found
+
+    monkeypatch.setattr(cli, "certificates", certificates)
     result = seqpar_certify()
     assert result.exit_code == 0, result.output
-    expected = [(check.name, check.total) for check in certificate.certify().checks]
+    expected = [(check.name, check.total) for check in found[0].checks]
     assert len(expected) == len(certificate._QUESTIONS)
     assert answers(result.output) == {name: [0, total] * 2 for name, total in expected}
     jax_line, torch_line = result.output.splitlines()[-2:]
