@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import CASES, DEGREES
+from cases import CASES
 
 from jax_seqpar.bridge.checks import Check, PipelineCheck, history_checks, reshard_checks
 from jax_seqpar.bridge.parity import run_parity
@@ -28,7 +28,8 @@ def plan(degree):
     return [*checks, *history_checks(degree, CASES["grouped"].inputs())]
 
 
-@pytest.mark.parametrize("degree", DEGREES)
+# The command runs much the same on two, in `test_cli`.
+@pytest.mark.parametrize("degree", (1, 4, 8))
 def test_output_and_gradients(degree):
     results = run_parity(plan(degree), degree)
     failed = [r for r in results if not r.passed]
