@@ -141,8 +141,7 @@ def single_device(case):
     return torch_exact(case.inputs(), is_causal=case.is_causal)
 
 
-@pytest.mark.parametrize("degree", (2, 8))
-def test_every_option_on_a_mesh(degree):
+def test_every_option_on_a_mesh():
     """Masks and biases are sliced to the heads of each device, segments sent whole."""
     case = Case(batch=2, tokens=24, heads=8, kv_heads=2, head_dim=5)
     rng = np.random.default_rng(7)
@@ -155,14 +154,13 @@ def test_every_option_on_a_mesh(degree):
         "scale": 0.4,
     }
     arrays = {name: jnp.asarray(x) if is_array(x) else x for name, x in options.items()}
-    ours = sharded(case, ONE_AXIS[degree], AxisType.Auto, **arrays)
+    ours = sharded(case, ONE_AXIS[8], AxisType.Auto, **arrays)
     check_equal(ours, torch_exact(case.inputs(), is_causal=True, **options))
 
 
 # Query heads and KV heads; what they lie on; whether by positions; slices of the heads, one after
 # another on two devices, else side by side.
 EVERYTHING = {
-    "one device": ((4, 2), ONE_AXIS[1], AxisType.Auto, False, 1),
     "slices of the heads": ((8, 4), ONE_AXIS[2], AxisType.Explicit, False, 2),
     "KV heads that do not divide": ((6, 3), ONE_AXIS[4], AxisType.Auto, True, 1),
     "groups that do not divide": ((6, 2), ONE_AXIS[4], AxisType.Explicit, False, 1),
@@ -421,7 +419,8 @@ def test_one_mathematical_function_on_both_sides_of_a_seam():
     case = Case(batch=2, tokens=17, heads=2, kv_heads=1, head_dim=8)
     inputs = case.inputs()
     as_heads = {name: np.concatenate([x[:1], x[1:]], axis=2) for name, x in inputs.items()}
-    one, two = jax_exact(inputs, is_causal=True), jax_exact(as_heads, is_causal=True)
+    # One by PyTorch, which has the bits of JAX and need not be compiled.
+    one, two = torch_exact(inputs, is_causal=True), jax_exact(as_heads, is_causal=True)
     for name in NAMES:
         assert np.array_equal(np.concatenate([one[name][:1], one[name][1:]], axis=2), two[name])
 
