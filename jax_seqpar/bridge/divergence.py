@@ -228,12 +228,12 @@ def _row(name: str, x: Any, y: Any, rtol: float) -> _Row:
 def _parts(a: np.ndarray, b: np.ndarray, bound: float | None) -> np.ndarray:
     """Which elements part: by more than a bound, or, with None, in any bit."""
     if bound is None:
-        as_bytes = (np.ascontiguousarray(x).reshape(-1, 1).view(np.uint8) for x in (a, b))
-        return np.not_equal(*as_bytes).any(axis=1).reshape(a.shape)
+        bytes_a, bytes_b = (np.ascontiguousarray(x).reshape(-1, 1).view(np.uint8) for x in (a, b))
+        return np.asarray((bytes_a != bytes_b).any(axis=1)).reshape(a.shape)
     x, y = wide(a), wide(b)
     # Equal infinities have no distance, and a NaN is compared with nothing.
     with np.errstate(all="ignore"):
-        return np.asarray(np.logical_or(np.abs(x - y) > bound, np.isnan(x) != np.isnan(y)))
+        return np.asarray((np.abs(x - y) > bound) | (np.isnan(x) != np.isnan(y)))
 
 
 def _divergence(row: _Row, agreed: str | None, axes: Sequence[str]) -> Divergence:

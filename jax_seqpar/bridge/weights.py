@@ -135,7 +135,6 @@ def _converted(
     leaves: dict[str, Any],
 ) -> dict[str, jax.Array]:
     """By path, arrays on JAX's default device, of the shapes and dtypes of the leaves."""
-    torch = require_torch()
     arranged, problems = {}, []
     for entry in entries:
         tensor = tensors[entry.torch].detach()
@@ -147,11 +146,11 @@ def _converted(
     _refuse("The tensors do not fit the tree", problems)
     arrays = {}
     for entry, x in arranged.items():
-        # Memory of its own: an optimizer of PyTorch writes in place, and JAX must not see it. The
-        # key is what a refusal names. Then through NumPy: an array that stays with no device may
-        # be used beside others that are spread over a mesh.
-        own = {entry.torch: x.clone(memory_format=torch.contiguous_format)}
-        arrays[entry.flax] = jnp.asarray(np.asarray(to_jax(own)[entry.torch]))
+        # By name, as that is what a refusal of to_jax tells.
+        shared = to_jax({entry.torch: x})[entry.torch]
+        # A copy: an optimizer of PyTorch writes in place, and JAX must not see it. Of a NumPy
+        # array, as that is on no device, so the copy may join others that are spread over a mesh.
+        arrays[entry.flax] = jnp.array(np.asarray(shared), copy=True)
     return arrays
 
 
