@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -210,8 +210,9 @@ def main(
     """Trains a decoder on bytes; resumes what the folder holds."""
     if attention not in ATTENTION:
         raise typer.BadParameter(f"attention must be one of {', '.join(ATTENTION)}.")
-    # Of the CPU only, if that is all there is.
-    jax.config.update("jax_num_cpu_devices", -(-degree * data // processes))
+    with suppress(RuntimeError):  # JAX runs already, with the devices it has
+        # Of the CPU only, if that is all there is.
+        jax.config.update("jax_num_cpu_devices", -(-degree * data // processes))
     if coordinator is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, processes, process)
