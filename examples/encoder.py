@@ -1,0 +1,150 @@
+"""A BERT encoder of Flax's own layers, which goes sequence-parallel by one argument.
+
+    Encoder(config, attention_fn=SequenceParallel(), rngs=rngs)
+
+Embeddings, post-norm blocks of attention and MLP, GELU, padding. No layer here knows that tokens
+are sharded: on a mesh whose axes are Auto the compiler keeps all else where the tokens are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jax_seqpar.bridge import Ignored, Map
+
+Record = Callable[[str, Array], None]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of an encoder: by default those of all-MiniLM-L6-v2."""
+
+    vocabulary: int = 30_522
+    positions: int = 512
+    types: int = 2
+    features: int = 384
+    hidden: int = 1536
+    layers: int = 6
+    heads: int = 12
+    epsilon: float = 1e-12
+
+
+# Where the parameters of transformers' `BertModel` are here; N is of `sizes`.
+FROM, TO = "encoder.layer.{i}", "layers.{i}"
+MAPPING = (
+    Map("embeddings.word_embeddings.weight", "words.embedding"),
+    Map("embeddings.position_embeddings.weight", "positions.embedding"),
+    Map("embeddings.token_type_embeddings.weight", "types.embedding"),
+    Map("embeddings.LayerNorm.weight", "norm.scale"),
+    Map("embeddings.LayerNorm.bias", "norm.bias"),
+    Map(f"{FROM}.attention.self.query.weight", f"{TO}.attention.query.kernel", "(N H) D -> D N H"),
+    Map(f"{FROM}.attention.self.query.bias", f"{TO}.attention.query.bias", "(N H) -> N H"),
+    Map(f"{FROM}.attention.self.key.weight", f"{TO}.attention.key.kernel", "(N H) D -> D N H"),
+    Map(f"{FROM}.attention.self.key.bias", f"{TO}.attention.key.bias", "(N H) -> N H"),
+    Map(f"{FROM}.attention.self.value.weight", f"{TO}.attention.value.kernel", "(N H) D -> D N H"),
+    Map(f"{FROM}.attention.self.value.bias", f"{TO}.attention.value.bias", "(N H) -> N H"),
+    Map(f"{FROM}.attention.output.dense.weight", f"{TO}.attention.out.kernel", "D (N H) -> N H D"),
+    Map(f"{FROM}.attention.output.dense.bias", f"{TO}.attention.out.bias"),
+    Map(f"{FROM}.attention.output.LayerNorm.weight", f"{TO}.attention_norm.scale"),
+    Map(f"{FROM}.attention.output.LayerNorm.bias", f"{TO}.attention_norm.bias"),
+    Map(f"{FROM}.intermediate.dense.weight", f"{TO}.up.kernel", "F D -> D F"),
+    Map(f"{FROM}.intermediate.dense.bias", f"{TO}.up.bias"),
+    Map(f"{FROM}.output.dense.weight", f"{TO}.down.kernel", "D F -> F D"),
+    Map(f"{FROM}.output.dense.bias", f"{TO}.down.bias"),
+    Map(f"{FROM}.output.LayerNorm.weight", f"{TO}.mlp_norm.scale"),
+    Map(f"{FROM}.output.LayerNorm.bias", f"{TO}.mlp_norm.bias"),
+    Ignored("pooler.dense.weight", "texts are compared by the means of their tokens"),
+    Ignored("pooler.dense.bias", "texts are compared by the means of their tokens"),
+)
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each added to what came before, and normed after."""
+
+    def __init__(self, config: Config, attention_fn: Callable[..., Array], rngs: nnx.Rngs) -> None:
+        self.attention = nnx.MultiHeadAttention(
+            config.heads, config.features, attention_fn=attention_fn, decode=False, rngs=rngs
+        )
+        self.attention_norm = _norm(config, rngs)
+        self.up = nnx.Linear(config.features, config.hidden, rngs=rngs)
+        self.down = nnx.Linear(config.hidden, config.features, rngs=rngs)
+        self.mlp_norm = _norm(config, rngs)
+
+    def __call__(self, x: Array, mask: Array, record: Record | None) -> Array:
+        note: Record = record or (lambda name, x: None)
+        attention = _recording(self.attention, record) if record else self.attention
+        mixed = attention(x, mask=mask)
+        note("attention", mixed)
+        x = self.attention_norm(x + mixed)
+        note("attention_norm", x)
+        fed = self.down(jax.nn.gelu(self.up(x), approximate=False))
+        note("mlp", fed)
+        x = self.mlp_norm(x + fed)
+        note("output", x)
+        return x
+
+
+class Encoder(nnx.Module):
+    """Tokens to hidden states."""
+
+    def __init__(
+        self,
+        config: Config,
+        attention_fn: Callable[..., Array] = nnx.dot_product_attention,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        embed = partial(nnx.Embed, features=config.features, rngs=rngs)
+        self.words = embed(config.vocabulary)
+        self.positions = embed(config.positions)
+        self.types = embed(config.types)
+        self.norm = _norm(config, rngs)
+        self.layers = nnx.List(Layer(config, attention_fn, rngs) for _ in range(config.layers))
+
+    def __call__(
+        self, tokens: Array, mask: Array, types: Array | None = None, record: Record | None = None
+    ) -> Array:
+        """Hidden states `[B, S, D]`.
+
+        Args:
+          tokens, types: integers `[B, S]`, sharded in any way; types are 0 if None.
+          mask: boolean `[B, S]`, False for padding, to which nothing attends.
+          record: called with the name of each tensor, layer by layer, and the tensor.
+        """
+        places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        types = jnp.zeros_like(tokens) if types is None else types
+        x = self.norm(self.words(tokens) + self.types(types) + self.positions(places))
+        note: Record = record or (lambda name, x: None)
+        note("embedding", x)
+        for i, layer in enumerate(self.layers):
+            of_layer = record and (lambda name, x, i=i: note(f"layers.{i}/{name}", x))
+            x = layer(x, mask[:, None, None, :], of_layer)
+        return x
+
+
+def _norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # As PyTorch does it; Flax's fast variance, mean(x^2) - mean(x)^2, rounds more.
+    return nnx.LayerNorm(
+        config.features, epsilon=config.epsilon, use_fast_variance=False, rngs=rngs
+    )
+
+
+def _recording(attention: nnx.MultiHeadAttention, record: Record) -> nnx.MultiHeadAttention:
+    """The same layer; what it attends with only its attention_fn sees."""
+    attend = attention.attention_fn
+
+    def recorded(query: Array, key: Array, value: Array, **options: Any) -> Array:
+        out = attend(query, key, value, **options)
+        for name, x in {"query": query, "key": key, "value": value, "context": out}.items():
+            record(name, x)
+        return out
+
+    same = nnx.clone(attention, variables=False)
+    same.attention_fn = recorded
+    return same
