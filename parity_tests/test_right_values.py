@@ -1,18 +1,18 @@
 """Right value and right gradient: the whole pipeline against the float64 oracle."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import CASES, DEGREES, MESHES, ON_MESHES, ONE_AXIS
+from cases import CASES, MESHES, ON_MESHES, ONE_AXIS
 from features import as_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
-from questions import attend, error, oracle, output_and_gradients, right_values
+from questions import QUICK, attend, error, oracle, output_and_gradients, right_values
 
 from jax_seqpar import MeshLayout, blockwise_attention, dense_attention, dot_product_attention
 from jax_seqpar.bridge import compare_bits
@@ -23,10 +23,18 @@ from torch_ref.dense import dense_attention as torch_dense_attention
 both_kinds = pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
 
 
-@pytest.mark.parametrize("degree", DEGREES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_output_and_gradients_by_degree(case, degree):
-    right_values(case, ONE_AXIS[degree])
+# Every case where devices share KV heads and where they do not. On few devices the three ways for
+# KV heads to lie: their own, divided, and shared.
+FEW_DEVICES = ("grouped", "fewer KV heads than devices", "multi-query")
+BY_DEGREE = (
+    *((name, degree) for name in CASES for degree in (4, 8)),
+    *((name, degree) for name in FEW_DEVICES for degree in (1, 2)),
+)
+
+
+@pytest.mark.parametrize(("name", "degree"), BY_DEGREE)
+def test_output_and_gradients_by_degree(name, degree):
+    right_values(CASES[name], ONE_AXIS[degree])
 
 
 @pytest.mark.parametrize(("case", "where", "kind"), ON_MESHES, ids=str)
@@ -34,7 +42,7 @@ def test_output_and_gradients_by_mesh(case, where, kind):
     right_values(case, where, kind)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     degree=st.sampled_from((2, 4)),
     groups=st.integers(1, 3),
@@ -68,18 +76,23 @@ options_of_masks = {
 }
 
 
-@pytest.mark.parametrize(
-    ("where", "kind"),
-    (
-        (MESHES[0], AxisType.Auto),
-        (MESHES[4], AxisType.Explicit),
-        (MESHES[7], AxisType.Explicit),
+# All of them where heads are sharded twice. Elsewhere one of each size along batch and heads.
+MASKS_ON_MESHES = (
+    *((name, MESHES[4], AxisType.Explicit) for name in options_of_masks),
+    *(
+        (name, MESHES[0], AxisType.Auto)
+        for name in ("bias", "bias of each head", "mask of each entry", "all of them")
     ),
-    ids=str,
+    *(
+        (name, MESHES[7], AxisType.Explicit)
+        for name in ("mask", "bias of each head", "all of them")
+    ),
 )
-@pytest.mark.parametrize("options", options_of_masks.values(), ids=options_of_masks)
-def test_masks_and_biases_reach_the_right_heads(where, kind, options):
-    rng = np.random.default_rng(1)
+
+
+@pytest.mark.parametrize(("name", "where", "kind"), MASKS_ON_MESHES, ids=str)
+def test_masks_and_biases_reach_the_right_heads(name, where, kind):
+    rng, options = np.random.default_rng(1), options_of_masks[name]
     case = MASK_CASE if where.layout.tokens else Case(8, 24, 16, 8, 6)
     make = {
         "bias": lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32),
@@ -90,7 +103,7 @@ def test_masks_and_biases_reach_the_right_heads(where, kind, options):
         return (case.batch if shape[0] > 1 else 1, *shape[1:])
 
     made = {n: make[n](batched(x)) if n in make else x for n, x in options.items()}
-    ours = output_and_gradients(attend(case, where, kind, **made))(**case.inputs())
+    ours = output_and_gradients(attend(case, where, kind, **made), QUICK)(**case.inputs())
     assert_near(ours, oracle(case, case.inputs(), **as_torch(made)))
 
 
@@ -100,7 +113,7 @@ def test_lengths_are_padding(kind):
     lengths = jnp.array([24, 7, 1, 0])
     inputs = case.inputs()
     function = attend(case, where, kind, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-    ours = output_and_gradients(function)(**inputs)
+    ours = output_and_gradients(function, QUICK)(**inputs)
     valid = torch.arange(24) < numpy_to_torch(np.asarray(lengths))[:, None]
     mask = valid[:, None, :, None] & valid[:, None, None, :]
     assert_near(ours, oracle(case, inputs, mask=mask))
@@ -135,18 +148,16 @@ def test_cross_attention(kind, tokens, is_causal):
     inputs["query"], inputs["grad"] = (
         np.random.default_rng(3).standard_normal((2, 2, T, 16, 6)).astype(np.float32)
     )
-    ours = output_and_gradients(attend(case, ONE_AXIS[4], kind))(**inputs)
+    ours = output_and_gradients(attend(case, ONE_AXIS[4], kind), QUICK)(**inputs)
     assert_near(ours, oracle(case, inputs))
 
 
-@both_kinds
-def test_under_every_transformation(kind):
-    """jit of vmap, jvp, remat, scan and second derivatives, against one device in float32."""
-    case, where = Case(2, 16, 8, 4, 6), MESHES[2]
-    query, key, value, tangent = (jnp.asarray(x) for x in case.inputs().values())
-    sharded = attend(case, where, kind)
-    either_mode = partial(blockwise_attention, forward_mode=True)
-    alone = partial(dense_attention, is_causal=True)
+TRANSFORMED = Case(2, 16, 8, 4, 6)
+
+
+def transformations():
+    """By name, each as a function of the attention alone."""
+    query, key, value, tangent = (jnp.asarray(x) for x in TRANSFORMED.inputs().values())
 
     def jvp(f):
         return jax.jvp(lambda q: f(q, key, value), (query,), (tangent,))
@@ -165,14 +176,29 @@ def test_under_every_transformation(kind):
 
         return jax.jvp(jax.grad(loss), (query,), (tangent,))[1]
 
-    for transformed, ours in (
-        (jvp, partial(sharded, attention=either_mode)),
-        (vmapped, sharded),
-        (scanned, sharded),
-        (second, sharded),
-    ):
-        got = jax.jit(partial(transformed, ours))()
-        expected = jax.jit(partial(transformed, alone))()
+    return {f.__name__: f for f in (jvp, vmapped, scanned, second)}
+
+
+@cache
+def transformed_on_one_device():
+    """All in one program: both kinds of axes are compared with it."""
+    alone = partial(dense_attention, is_causal=True)
+
+    def run():
+        return {name: transformed(alone) for name, transformed in transformations().items()}
+
+    return jax.jit(run, compiler_options=QUICK)()
+
+
+@both_kinds
+def test_under_every_transformation(kind):
+    """jit of vmap, jvp, remat, scan and second derivatives, against one device in float32."""
+    sharded = attend(TRANSFORMED, MESHES[2], kind)
+    either_mode = partial(sharded, attention=partial(blockwise_attention, forward_mode=True))
+    for name, transformed in transformations().items():
+        ours = partial(transformed, either_mode if name == "jvp" else sharded)
+        got = jax.jit(ours, compiler_options=QUICK)()
+        expected = transformed_on_one_device()[name]
         # The same float32 arithmetic in another program: XLA may fuse it otherwise.
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.max(jnp.abs(b))), rtol=0)
@@ -183,8 +209,10 @@ def test_the_mesh_is_found(kind):
     """Given, from `jax.set_mesh`, or from the sharding of the query: the same bits."""
     case, where = Case(2, 16, 8, 4, 6), ONE_AXIS[4]
     mesh = where.mesh(kind)
-    given = attend(case, where, kind)
-    found = partial(dot_product_attention, is_causal=True)
+    # One program in eager mode, too, where each operation is otherwise one.
+    attention = jax.jit(dense_attention, static_argnames="is_causal")
+    given = attend(case, where, kind, attention=attention)
+    found = partial(dot_product_attention, is_causal=True, attention=attention)
     query, key, value, _ = map(jnp.asarray, case.inputs().values())
     sharding = jax.sharding.NamedSharding(mesh, where.layout.spec)
     placed = [jax.device_put(x, sharding) for x in (query, key, value)]
@@ -220,7 +248,9 @@ def test_the_local_attention_is_a_function():
     case, where = Case(2, 16, 8, 4, 6), ONE_AXIS[4]
     for check_vma in (True, False):
         function = attend(case, where, attention=jax.nn.dot_product_attention, check_vma=check_vma)
-        assert_near(output_and_gradients(function)(**case.inputs()), oracle(case, case.inputs()))
+        assert_near(
+            output_and_gradients(function, QUICK)(**case.inputs()), oracle(case, case.inputs())
+        )
 
 
 def test_arrays_without_a_sequence_axis():
@@ -228,7 +258,7 @@ def test_arrays_without_a_sequence_axis():
     assert str(layout) == "[B, S, N, H]"
     case, where = Case(2, 15, 7, 7, 6), MESHES[2]
     function = partial(dot_product_attention, is_causal=True, layout=layout, mesh=where.mesh())
-    assert_near(output_and_gradients(function)(**case.inputs()), oracle(case, case.inputs()))
+    assert_near(output_and_gradients(function, QUICK)(**case.inputs()), oracle(case, case.inputs()))
 
 
 @pytest.mark.parametrize("size", (0, 1))
