@@ -49,7 +49,7 @@ def by_token(tokens, segments):
 def test_what_lies_where(where, kind):
     place = TokenLayout(where.mesh(kind), where.layout)
     tokens, segments = (np.tile(x, (2, 1)) for x in (TOKENS, SEGMENTS))
-    batch: Any = place.shard(tokens, segment_ids=segments)
+    batch = place.shard(tokens, segment_ids=segments)
     labels, positions = by_token(tokens, segments)
     S = -(-10 // place.degree) * place.degree
     assert batch.tokens.shape == (8, S)
@@ -75,14 +75,14 @@ def test_a_row_is_one_document():
     labels, positions = by_token(TOKENS[:, :8], ones)
     assert np.array_equal(batch.labels, labels)
     assert np.array_equal(batch.positions, positions)
-    padded: Any = PLACE.shard(TOKENS)
+    padded = PLACE.shard(TOKENS)
     assert padded.tokens.shape == (4, 12)
     assert np.array_equal(padded.segment_ids, np.pad(np.ones((4, 10)), ((0, 0), (0, 2))))
 
 
 def test_lengths_are_padding():
     lengths = np.array([10, 3, 0, 1])
-    batch: Any = PLACE.shard(TOKENS, lengths=lengths)
+    batch = PLACE.shard(TOKENS, lengths=lengths)
     segments = (np.arange(10) < lengths[:, None]).astype(int)
     labels, _ = by_token(TOKENS, segments)
     assert np.array_equal(PLACE.unshard(batch.segment_ids, batch), segments)

@@ -26,21 +26,24 @@ from .loss import IGNORE
 class Batch:
     """A batch on the mesh, its tokens padded to the degree.
 
+    A pytree, so its leaves may be anything that JAX puts there.
+
     Attributes:
-      tokens: int32.
-      labels: the token that each is to predict, `IGNORE` where there is none: at the end of a
-        document, in padding, and where the caller said so.
-      positions: counted from 0 in each document.
-      segment_ids: of the documents, padding 0; None where a row is one document without padding.
-      normaliser: how many labels count, in the whole batch.
+      tokens: int32 `[B, S2]`.
+      labels: `[B, S2]`, the token that each is to predict, `IGNORE` where there is none: at the end
+        of a document, in padding, and where the caller said so.
+      positions: `[B, S2]`, counted from 0 in each document.
+      segment_ids: `[B, S2]`, of the documents, padding 0; None where a row is one document without
+        padding.
+      normaliser: `[]`, how many labels count, in the whole batch.
       size: B and S before padding.
     """
 
-    tokens: Int[Array, "B S2"]
-    labels: Int[Array, "B S2"]
-    positions: Int[Array, "B S2"]
-    segment_ids: Int[Array, "B S2"] | None
-    normaliser: Int[Array, ""]
+    tokens: Any
+    labels: Any
+    positions: Any
+    segment_ids: Any
+    normaliser: Any
     size: tuple[int, int]
 
 
