@@ -44,6 +44,11 @@ class MeshLayout:
         return PartitionSpec(self.batch, self.tokens, self.heads, None)
 
     @property
+    def activations(self) -> PartitionSpec:
+        """The sharding of what is between layers: `[B@batch, S@tokens, D]`."""
+        return PartitionSpec(self.batch, self.tokens, None)
+
+    @property
     def axis_names(self) -> tuple[str, ...]:
         """Every mesh axis named, in the order batch, tokens, heads."""
         return (*names(self.batch), *names(self.tokens), *names(self.heads))

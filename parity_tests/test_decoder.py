@@ -54,15 +54,16 @@ PLACES: dict[str, Any] = {
 class Trainer:
     """A decoder on a mesh, its batch, and steps of clipped gradient descent."""
 
-    def __init__(self, where: Any, options: Any, kind: Any, config: Config = CONFIG) -> None:
+    def __init__(self, place: Any, kind: Any, config: Config = CONFIG) -> None:
+        where, options = place
         devices = jax.devices()[: np.prod(where.shape)]
         kinds = (kind,) * len(where.axes)
         self.mesh = jax.make_mesh(where.shape, where.axes, axis_types=kinds, devices=devices)
         # Dense, so that the kernel compiles fast; its numbers are asked elsewhere.
         options = {"sharding": {}} | options
-        place = Placement(where.layout, dense_attention, **options)
+        placement = Placement(where.layout, dense_attention, **options)
         with jax.set_mesh(self.mesh):
-            self.graph, self.params = nnx.split(Decoder(config, place, rngs=nnx.Rngs(0)))
+            self.graph, self.params = nnx.split(Decoder(config, placement, rngs=nnx.Rngs(0)))
         self.batch = TokenLayout(self.mesh, where.layout).shard(TOKENS, segment_ids=SEGMENTS)
         self.optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.3))
         self.gradient = jax.jit(jax.value_and_grad(self.loss))
@@ -89,7 +90,7 @@ def flat(params):
 
 @pytest.fixture(scope="module")
 def alone():
-    trainer = Trainer(*ALONE, KINDS[0])
+    trainer = Trainer(ALONE, KINDS[0])
     with jax.set_mesh(trainer.mesh):
         loss, grads = trainer.gradient(trainer.params, trainer.batch)
     return trainer, float(loss), flat(grads), trainer.run(5)
@@ -102,7 +103,7 @@ def assert_close(got, expected, roundings):
 
 @pytest.mark.parametrize(("name", "kind"), [(n, KINDS[i % 2]) for i, n in enumerate(PLACES)])
 def test_loss_gradient_and_steps_are_those_of_one_device(alone, name, kind):
-    trainer = Trainer(*PLACES[name], kind)
+    trainer = Trainer(PLACES[name], kind)
     with jax.set_mesh(trainer.mesh):
         loss, grads = trainer.gradient(trainer.params, trainer.batch)
     _, expected_loss, expected_grads, (expected_params, expected_losses) = alone
@@ -124,8 +125,8 @@ def test_loss_gradient_and_steps_are_those_of_one_device(alone, name, kind):
 
 def test_the_untied_vocabulary_and_a_window():
     config = replace(CONFIG, tied=False, local_window_size=(6, 0))
-    one = Trainer(*ALONE, KINDS[0], config)
-    many = Trainer(*PLACES["data 2, degree 4, FSDP"], KINDS[1], config)
+    one = Trainer(ALONE, KINDS[0], config)
+    many = Trainer(PLACES["data 2, degree 4, FSDP"], KINDS[1], config)
     results = []
     for trainer in (one, many):
         with jax.set_mesh(trainer.mesh):
@@ -137,7 +138,7 @@ def test_the_untied_vocabulary_and_a_window():
 def test_what_is_sent():
     """All-to-alls of attention, sums of gradients, and one gather, of the segments."""
     where, options = PLACES["degree 8"]
-    trainer = Trainer(where, options, KINDS[0])
+    trainer = Trainer((where, options), KINDS[0])
     with jax.set_mesh(trainer.mesh):
         program = trainer.gradient.lower(trainer.params, trainer.batch).compile().as_text() or ""
     counts = collectives(program)
@@ -148,8 +149,8 @@ def test_what_is_sent():
 
 def test_checkpoints_are_of_no_degree(tmp_path):
     """Written at degree 1, read at degree 4 with shared parameters, and back; to the last bit."""
-    one = Trainer(*ALONE, KINDS[0])
-    many = Trainer(*PLACES["data 2, degree 4, FSDP"], KINDS[0])
+    one = Trainer(ALONE, KINDS[0])
+    many = Trainer(PLACES["data 2, degree 4, FSDP"], KINDS[0])
     params, _ = one.run(2)
     with ocp.StandardCheckpointer() as files:
         files.save(tmp_path / "one", params)
@@ -172,7 +173,7 @@ def test_checkpoints_are_of_no_degree(tmp_path):
 
 
 def test_decoding_is_what_the_whole_sequence_gives():
-    trainer = Trainer(*PLACES["degree 8"], KINDS[0])
+    trainer = Trainer(PLACES["degree 8"], KINDS[0])
     with jax.set_mesh(trainer.mesh):
         model = nnx.merge(trainer.graph, trainer.params)
         tokens = jnp.asarray(TOKENS[:, :24])
@@ -188,7 +189,7 @@ def test_decoding_is_what_the_whole_sequence_gives():
 def test_sixteen_bits_and_what_is_recorded():
     seen: dict[str, Any] = {}
     where, _ = ALONE
-    trainer = Trainer(where, {"dtype": jnp.bfloat16}, KINDS[0])
+    trainer = Trainer((where, {"dtype": jnp.bfloat16}), KINDS[0])
     # Flax's own norm multiplies float32 by bfloat16.
     with jax.set_mesh(trainer.mesh), jax.numpy_dtype_promotion("standard"):
         model = nnx.merge(trainer.graph, trainer.params)
