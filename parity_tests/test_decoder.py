@@ -21,6 +21,8 @@ from jax_seqpar import MeshLayout, dense_attention
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.training import TokenLayout
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 SIZES: Any = {
     "features": 24,
     "hidden": 40,
@@ -135,6 +137,7 @@ def test_the_untied_vocabulary_and_a_window():
     assert any("unembedding" in str(path) for path in flat(results[0][1]))
 
 
+@pytest.mark.usefixtures("optimised")
 def test_what_is_sent():
     """All-to-alls of attention, sums of gradients, and one gather, of the segments."""
     where, options = PLACES["degree 8"]

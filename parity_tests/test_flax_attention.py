@@ -15,6 +15,8 @@ from jax_seqpar import MeshLayout, dense_attention
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.flax import Attention, Projection, Rotary, SequenceParallel
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 B, S, D, N, K, H = 2, 24, 20, 8, 2, 6
 EPS = np.finfo(np.float32).eps
 LAYOUT = MeshLayout(batch="data")
@@ -167,6 +169,7 @@ def test_decoding(features, kind):
     assert_close(got, truth(layer, options)[:, :12])
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_cache_is_shared_by_heads():
     """And no key or value moves in a step but the new ones."""
     layer, mesh = make(num_kv_heads=4)
@@ -215,6 +218,7 @@ def test_parameters_have_names():
     assert given.out.kernel[...].sharding.shard_shape((N, H, D)) == (N, H, D // 2)
 
 
+@pytest.mark.usefixtures("optimised")  # counters compile no faster without
 def test_dropout():
     layer, mesh = make(dropout_rate=0.5, attention=dense_attention)
     with jax.set_mesh(mesh):

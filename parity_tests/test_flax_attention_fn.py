@@ -17,6 +17,8 @@ from jax_seqpar import MeshLayout, blockwise_attention, exact_attention
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.flax import SequenceParallel
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 B, S, D = 4, 24, 32
 EPS = np.finfo(np.float32).eps
 LAYOUT = MeshLayout(batch="data")
@@ -255,6 +257,7 @@ def test_dtype_and_bias():
     assert attend(query, key, value, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
+@pytest.mark.usefixtures("optimised")
 def test_what_is_sent():
     """Four all-to-alls in a layer, and no more."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"))

@@ -19,6 +19,8 @@ from loss_curves import planted_bug
 from train_long_context import Run, app, read, train
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIG = Config(features=32, hidden=48, layers=1)
 TEXT = read([], 64, limit=1 << 17)

@@ -25,6 +25,8 @@ from jax_seqpar.training import (
     tiled_cross_entropy,
 )
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 B, S, D, V = 4, 24, 6, 11
 EPS = np.finfo(np.float32).eps
 rng = np.random.default_rng(5)
@@ -104,6 +106,7 @@ def test_any_number_of_tiles(tiles):
     assert_close((value, *grads), truth())
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_tiled_loss_never_holds_the_logits():
     """Memory by the compiler, and no array of all tokens and the vocabulary in the program."""
     place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
@@ -122,6 +125,7 @@ def test_the_tiled_loss_never_holds_the_logits():
     assert temporaries(tiled) <= 3 * logits / 16 + 4 * 4 * width * vocabulary
 
 
+@pytest.mark.usefixtures("optimised")
 def test_what_is_sent():
     """Of the tiled loss: the gradient of the kernel once, and the sums; nothing for a tile."""
     place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
