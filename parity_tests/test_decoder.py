@@ -190,14 +190,18 @@ def test_decoding_is_what_the_whole_sequence_gives():
 
 
 def test_sixteen_bits_and_what_is_recorded():
-    seen: dict[str, Any] = {}
+    seen, tokens = [], jnp.asarray(TOKENS)
     where, _ = ALONE
+
+    def record(name, x):
+        seen.append(name)
+
     trainer = Trainer((where, {"dtype": jnp.bfloat16}), KINDS[0])
     # Flax's own norm multiplies float32 by bfloat16.
     with jax.set_mesh(trainer.mesh), jax.numpy_dtype_promotion("standard"):
-        model = nnx.merge(trainer.graph, trainer.params)
-        logits = model(jnp.asarray(TOKENS), record=lambda name, x: seen.update({name: x}))
+        run = jax.jit(lambda params: nnx.merge(trainer.graph, params)(tokens, record=record))
+        logits = run(trainer.params)
     assert logits.dtype == jnp.bfloat16
     names = ("attention_norm", "query", "key", "value", "context", "attention", "mlp", "output")
     layers = [f"layers.{i}/{name}" for i in range(2) for name in names]
-    assert list(seen) == ["embedding", *layers, "norm", "logits"]
+    assert seen == ["embedding", *layers, "norm", "logits"]

@@ -218,15 +218,12 @@ def test_parameters_have_names():
     assert given.out.kernel[...].sharding.shard_shape((N, H, D)) == (N, H, D // 2)
 
 
-@pytest.mark.usefixtures("optimised")  # counters compile no faster without
 def test_dropout():
     layer, mesh = make(dropout_rate=0.5, attention=dense_attention)
+    drop = nnx.jit(lambda layer, x, rngs: layer(x, deterministic=False, rngs=rngs))
     with jax.set_mesh(mesh):
-        outs = [
-            layer(jnp.asarray(X), deterministic=False, rngs=nnx.Rngs(dropout=seed))
-            for seed in (1, 1, 2)
-        ]
-        plain = layer(jnp.asarray(X), deterministic=True)
+        outs = [drop(layer, X, nnx.Rngs(dropout=seed)) for seed in (1, 1, 2)]
+        plain = nnx.jit(lambda layer, x: layer(x, deterministic=True))(layer, X)
     assert compare_bits(outs[0], outs[1]).equal
     assert not compare_bits(outs[0], outs[2]).equal
     assert not compare_bits(outs[0], plain).equal
@@ -244,17 +241,23 @@ def test_sixteen_bits():
 
 
 def test_what_a_record_says():
-    seen = {}
     layer, mesh = make(shape=(1, 1))
+
+    @nnx.jit
+    def recorded(layer, x):
+        seen = {}
+        out = layer(x, record=lambda name, y: seen.update({name: y}))
+        return out, seen, layer.out(seen["context"])
+
     with jax.set_mesh(mesh):
-        out = layer(jnp.asarray(X), record=lambda name, x: seen.update({name: x}))
+        out, seen, again = recorded(layer, X)
     assert {name: x.shape for name, x in seen.items()} == {
         "query": (B, S, N, H),
         "key": (B, S, K, H),
         "value": (B, S, K, H),
         "context": (B, S, N, H),
     }
-    assert compare_bits(layer.out(seen["context"]), out).equal
+    assert compare_bits(again, out).equal
 
 
 @pytest.mark.parametrize("interleaved", (False, True))
@@ -295,7 +298,7 @@ def test_linen_by_the_bridge_of_flax():
             Attention, D, num_heads=N, num_kv_heads=K, layout=LAYOUT, head_dim=H
         )
         x = jax.device_put(X, PartitionSpec("data", "seq"))
-        variables = linen.init(jax.random.key(0), x)
+        variables = jax.jit(linen.init)(jax.random.key(0), x)
         out = jax.jit(linen.apply)(variables, x)
     assert out.shape == (B, S, D)
     assert np.isfinite(np.asarray(out)).all()

@@ -99,7 +99,7 @@ def test_nnx_output_and_gradient(mask):
 def test_linen_output(mask):
     kept = REAL if mask in ("padding", "combined") else np.ones((B, S), bool)
     layer, parallel = linen_layer(), linen_layer(SequenceParallel(LAYOUT))
-    variables = layer.init(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     expected = jax.jit(partial(layer.apply, mask=MASKS[mask]))(variables, X)
     got = jax.jit(partial(parallel.apply, mask=MASKS[mask]))(variables, on_mesh(X))
     assert_close(got, expected, kept)
@@ -108,9 +108,10 @@ def test_linen_output(mask):
 @pytest.mark.usefixtures("mesh")
 def test_linen_is_causal_without_a_mask():
     layer = linen_layer()
-    variables = layer.init(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     expected = layer.apply(variables, X, mask=CAUSAL)
-    got = linen_layer(SequenceParallel(LAYOUT, is_causal=True)).apply(variables, on_mesh(X))
+    parallel = linen_layer(SequenceParallel(LAYOUT, is_causal=True))
+    got = jax.jit(parallel.apply)(variables, on_mesh(X))
     assert_close(got, expected)
 
 
@@ -118,8 +119,8 @@ def test_linen_is_causal_without_a_mask():
 def test_linen_initialises_with_one_token():
     """And with one sequence, which two devices cannot share."""
     layer = linen_layer(SequenceParallel(LAYOUT))
-    variables = layer.init(jax.random.key(0), jnp.ones((1, 1, D)))
-    expected = linen_layer().init(jax.random.key(0), jnp.ones((1, 1, D)))
+    variables = jax.jit(layer.init)(jax.random.key(0), jnp.ones((1, 1, D)))
+    expected = jax.jit(linen_layer().init)(jax.random.key(0), jnp.ones((1, 1, D)))
     assert compare_bits(variables, expected).equal
 
 
@@ -158,7 +159,7 @@ def test_decoding_token_by_token(kind):
         expected = nnx_layer()(jnp.asarray(X), is_causal=True)
     else:
         layer = linen_layer(attend, decode=True)
-        variables = layer.init(jax.random.key(0), X)
+        variables = jax.jit(layer.init)(jax.random.key(0), X)
         params, cache, got = variables["params"], variables["cache"], []
         step = jax.jit(partial(layer.apply, mutable=["cache"]))
         for i in range(S):
@@ -210,7 +211,7 @@ def test_dropout_in_a_layer(kind):
             return run(layer, on_mesh(X), rngs)
     else:
         layer = linen_layer(attend, dropout_rate=0.5)
-        variables = layer.init(jax.random.key(0), X, deterministic=True)
+        variables = jax.jit(partial(layer.init, deterministic=True))(jax.random.key(0), X)
 
         def run(seed):
             rngs = None if seed is None else {"dropout": jax.random.key(seed)}
@@ -240,9 +241,10 @@ def test_options_of_its_own():
     """Window and soft cap, against the front door's kernel with the same words."""
     query, key, value = map(jnp.asarray, rng.standard_normal((3, 2, S, 8, 4), np.float32))
     options = {"is_causal": True, "local_window_size": (5, 0), "logits_soft_cap": 2.0}
-    got = SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)), **options)(query, key, value)
+    mesh = jax.make_mesh((4,), ("seq",))
+    got = jax.jit(SequenceParallel(mesh=mesh, **options))(query, key, value)
     assert_close(got, blockwise_attention(query, key, value, **options))
-    full = SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)), is_causal=True)(query, key, value)
+    full = jax.jit(SequenceParallel(mesh=mesh, is_causal=True))(query, key, value)
     assert np.abs(np.asarray(got - full)).max() > 1e-2
 
 
@@ -250,11 +252,12 @@ def test_dtype_and_bias():
     query, key, value = map(jnp.asarray, rng.standard_normal((3, 2, S, 8, 4), np.float32))
     bias = jnp.asarray(rng.standard_normal((8, S, S)), jnp.float32)
     attend = SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)))
+    jitted = jax.jit(attend, static_argnames="dtype")
     assert_close(
-        attend(query, key, value, bias=bias),
+        jitted(query, key, value, bias=bias),
         nnx.dot_product_attention(query, key, value, bias[None]),
     )
-    assert attend(query, key, value, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    assert jitted(query, key, value, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
 @pytest.mark.usefixtures("optimised")
