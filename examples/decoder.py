@@ -1,9 +1,9 @@
 """A decoder of the shape of Llama, whose attention is sequence-parallel.
 
-RMSNorm, rotary embedding, grouped queries, SwiGLU; the vocabulary tied or not. Nothing in it but
-`jax_seqpar.flax.Attention` knows that the tokens are sharded. How parameters lie on the mesh is
-data, by the letters of the einsums: V vocabulary, D features, F hidden features, N query heads, K
-KV heads, H head dimension.
+RMSNorm, rotary embedding, grouped queries, SwiGLU; the vocabulary tied or not. Tokens of different
+devices meet in `jax_seqpar.flax.Attention` and nowhere else. How parameters lie on the mesh is data,
+by the letters of the einsums: V vocabulary, D features, F hidden features, N query heads, K KV heads,
+H head dimension.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,7 +55,8 @@ class Placement:
       layout, attention, check_vma: as for `jax_seqpar.dot_product_attention`; the mesh is that of
         `jax.set_mesh`.
       sharding: of the parameters, mesh axes by letter; None leaves them whole.
-      tiles: in which each device takes its tokens through MLP and loss, to save memory.
+      tiles: in which each device takes its tokens through MLP and loss, to save memory; their
+        kernels are whole on each device then, whatever tensor parallelism there is.
       remat: computes each block again for the gradient, instead of keeping what is in it.
       dtype: of the computation; parameters are float32.
     """
@@ -168,7 +169,7 @@ class Decoder(nnx.Module):
                 return block(x, lambda name, y: note(f"layers.{i}/{name}", y), **attention)
 
             # What is recorded would leave the recomputed part.
-            again = self.place.remat and record is None
+            again = self.place.remat and record is None and not attention.get("decode")
             x = (nnx.remat(run) if again else run)(block, x, attention)
             note(f"layers.{i}/output", x)
         x = self.norm(x)

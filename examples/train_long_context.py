@@ -70,7 +70,9 @@ class Text:
 
 def read(files: Sequence[Path], tokens: int, limit: int = 8 << 20) -> Text:
     """Files as documents, in rows of `tokens` bytes; of Python's library at most `limit` bytes."""
-    if not files:
+    if files:
+        limit = sum(file.stat().st_size for file in files)
+    else:
         files = sorted(Path(os.__file__).parent.glob("*.py"))
     documents, size = [], 0
     for file in files:
@@ -111,6 +113,11 @@ def train(
                     state=ocp.args.StandardRestore(shapes), losses=ocp.args.JsonRestore()
                 ),
             )
+            if saved["losses"]["of"] != _decides(run, config):
+                raise ValueError(
+                    f"{folder} holds a training of {saved['losses']['of']}, not of "
+                    f"{_decides(run, config)}. Give another folder."
+                )
             state, losses = saved["state"], saved["losses"]["losses"]
 
         @jax.jit
@@ -132,11 +139,17 @@ def train(
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardSave(state),
-                        losses=ocp.args.JsonSave({"losses": losses}),
+                        losses=ocp.args.JsonSave({"losses": losses, "of": _decides(run, config)}),
                     ),
                     force=step + 1 == run.steps,
                 )
     return losses
+
+
+def _decides(run: Run, config: Config) -> dict[str, Any]:
+    """What the losses depend on, so that a resumed run has one curve; not how it is spread."""
+    names = ("tokens", "batch", "learning_rate", "seed")
+    return {name: getattr(run, name) for name in names} | {"config": str(config)}
 
 
 def _initial(

@@ -273,6 +273,14 @@ def test_rotary_is_right_at_every_position(start, interleaved):
     assert np.abs(np.asarray(got) - expected).max() <= 8 * EPS * np.abs(x).max()
 
 
+def test_rotary_of_negative_positions():
+    """As of a batch that is padded on the left: only differences matter."""
+    x = jnp.asarray(rng.standard_normal((1, 8, 2, 64)), jnp.float32)
+    positions = np.arange(8)[None] - 5
+    got = Rotary()(x, jnp.asarray(positions, jnp.int32))
+    assert_close(got, rotate(np.asarray(x, np.float64), Rotary(), positions))
+
+
 def test_rotary_with_frequencies_of_its_own():
     x = rng.standard_normal((1, 9, 2, 4)).astype(np.float32)
     own = Rotary(frequencies=(0.5, 0.25 * 100.0 ** (-1 / 2)))
@@ -328,6 +336,18 @@ def decoder(**options):
         (
             lambda: attention()(jnp.ones((B, S, D)), positions=jnp.zeros((B, 6), jnp.int32)),
             "Positions and segments are global",
+        ),
+        (
+            lambda: attention()(jnp.ones((B, S, D)), positions=jnp.zeros((3, S), jnp.int32)),
+            r"positions must be \[B, T\]",
+        ),
+        (
+            lambda: attention()(jnp.ones((B, S, D)), positions=jnp.zeros((B, S))),
+            "positions must be integers, got float32",
+        ),
+        (
+            lambda: Rotary()(jnp.ones((B, S, N, H)), jnp.zeros((B, S))),
+            "positions must be integers",
         ),
         (lambda: attention(dropout_rate=0.1)(jnp.ones((B, S, D))), "say deterministic"),
         (

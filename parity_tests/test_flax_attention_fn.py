@@ -260,6 +260,19 @@ def test_dtype_and_bias():
     assert jitted(query, key, value, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
+def test_a_bias_keeps_its_precision():
+    """In 16 bits a bias of 100 would be wrong by a quarter."""
+    query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in rng.standard_normal((3, 2, S, 8, 4)))
+    bias = jnp.asarray(100 + rng.standard_normal((1, 8, S, S)), jnp.float32)
+    got = jax.jit(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",))))(
+        query, key, value, bias=bias
+    )
+    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    expected = np.asarray(nnx.dot_product_attention(*wide, bias=bias))
+    # Inputs and output of 8 bits.
+    assert np.abs(np.asarray(got, np.float32) - expected).max() <= 2**-7 * np.abs(expected).max()
+
+
 @pytest.mark.usefixtures("optimised")
 def test_what_is_sent():
     """Four all-to-alls in a layer, and no more."""
@@ -300,3 +313,12 @@ def test_a_batch_that_does_not_divide_is_refused():
         SequenceParallel(mesh=jax.make_mesh((8,), ("data",)))(x, x, x)
     with pytest.raises(ValueError, match="no mesh"):
         SequenceParallel()(x, x, x)
+
+
+@pytest.mark.parametrize("options", ({"is_causal": True}, {"local_window_size": (2, 0)}), ids=str)
+def test_rules_about_positions_are_refused_when_decoding(options):
+    """The query of one token would be taken for the first, and see one key."""
+    layer = nnx_layer(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)), **options), decode=True)
+    layer.init_cache((B, 8, D))
+    with pytest.raises(ValueError, match=r"1 queries and 8 keys.*is not told where"):
+        layer(jnp.asarray(X[:, :1]))

@@ -99,6 +99,8 @@ def test_a_killed_run_goes_on_at_another_degree(one_device, tmp_path):
     losses = train(run(2), TEXT, CONFIG, folder)
     assert losses[: first + 5] == part
     assert far(losses, one_device) < 1e-3
+    with pytest.raises(ValueError, match=r"holds a training of .* Give another folder"):
+        train(run(2, learning_rate=1e-3), TEXT, CONFIG, folder)
 
 
 def test_two_processes():

@@ -6,6 +6,7 @@ https://github.com/<owner>/<repository>/issues/<number>.
 
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from jax_seqpar.training import (
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
 B, S, D, V = 4, 24, 6, 11
+HALF: Any = 0.5  # of the wrong type by intent
 EPS = np.finfo(np.float32).eps
 rng = np.random.default_rng(5)
 HIDDEN = rng.standard_normal((B, S, D)).astype(np.float32)
@@ -161,6 +163,18 @@ def test_a_label_outside_the_vocabulary_is_loud(label):
     labels = LABELS.astype(np.int32)
     labels[1, 3] = label
     assert np.isnan(cross_entropy(jnp.asarray(HIDDEN @ KERNEL), jnp.asarray(labels)))
+
+
+@pytest.mark.parametrize("dtype", (jnp.uint8, jnp.int8, jnp.uint32))
+def test_narrow_labels_are_numbers(dtype):
+    """In uint8, -100 is 156, and a vocabulary of 256 is none at all."""
+    logits = jnp.asarray(rng.standard_normal((3, 300)), jnp.float32)
+    labels = jnp.asarray([100, 2, 3], dtype)
+    assert cross_entropy(logits, labels) == cross_entropy(logits, labels.astype(jnp.int32))
+    if dtype == jnp.uint8:
+        labels = jnp.asarray([156, 2, 3], dtype)
+        assert cross_entropy(logits, labels) == cross_entropy(logits, labels.astype(jnp.int32))
+        assert np.isfinite(cross_entropy(logits[:, :256], labels))
 
 
 def test_another_index_to_ignore():
@@ -314,6 +328,10 @@ def test_no_tile_is_wrong_for_being_made_up():
     (
         (lambda: cross_entropy(jnp.ones((2, 3, V)), jnp.ones((2, 2), jnp.int32)), "do not cut log"),
         (lambda: cross_entropy(jnp.ones((2, 3, V)), jnp.ones((2, 3))), "not probabilities"),
+        (
+            lambda: cross_entropy(jnp.ones((2, V)), jnp.ones(2, jnp.int32), normaliser=HALF),
+            "normaliser must be an integer",
+        ),
         (
             lambda: cross_entropy(jnp.ones((2, V)), jnp.ones(2, jnp.int32), label_smoothing=2.0),
             "label_smoothing from 0 to 1",

@@ -103,6 +103,9 @@ def test_targets_are_taken_as_they_are():
     targets = rng.integers(0, 5, TOKENS.shape)
     batch = PLACE.shard(TOKENS, targets=targets)
     assert np.array_equal(PLACE.unshard(batch.labels, batch), targets)
+    padded = PLACE.shard(TOKENS, targets=targets, lengths=np.array([6, 3, 0, 10]))
+    assert int(padded.normaliser) == 19
+    assert (np.asarray(padded.labels)[1, 3:] == IGNORE).all()
 
 
 @pytest.mark.parametrize("where", MESHES, ids=str)
@@ -164,6 +167,9 @@ def shifted(fill):
         (lambda: PLACE.shard(TOKENS, labels=TOKENS + 1), r"at \[0, 0\] the label is.*targets="),
         (lambda: PLACE.shard(TOKENS, labels=TOKENS, targets=TOKENS), "not both"),
         (lambda: PLACE.shard(TOKENS, targets=TOKENS[:, 1:]), "targets must be integers"),
+        (lambda: PLACE.shard(TOKENS[:, :1], labels=TOKENS[:, :1] + 1), r"at \[0, 0\] the label"),
+        (lambda: PLACE.shard(TOKENS + 2**32), "tokens must be integers of 32 bits"),
+        (lambda: PLACE.shard(TOKENS, segment_ids=SEGMENTS * 2**32), "segment_ids must be integers"),
         (lambda: PLACE.shard(TOKENS[:3]), "B = 3 is not divisible by the 2 devices.*Give 4"),
         (lambda: PLACE.shard(TOKENS[0]), r"write tokens\[None\]"),
         (lambda: PLACE.shard(TOKENS.astype(float)), "tokens must be integers"),

@@ -137,7 +137,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
@@ -153,8 +153,10 @@ class Attention(nnx.Module):
           segment_ids: packed documents, as for `dot_product_attention`.
           deterministic, rngs: dropout unless deterministic, with `rngs.dropout()`.
           decode: x is what follows the tokens in the cache; they are attended to, and x is added to
-            it. The cache is shared by heads, so that no key or value moves. More tokens than the
-            cache holds must not be fed: what is written then is undefined.
+            it. The devices share the cache by heads where they divide K, so that no key or value
+            moves; otherwise each has it whole. More tokens than it holds must not be fed: what is
+            written then is undefined. All tokens fed are attended to, so prompts of a batch are
+            of one length.
           record: called with "query", "key", "value" as they are attended with, and "context", what
             attention returns, each `[B, T, heads, H]`.
 
@@ -196,7 +198,7 @@ class Attention(nnx.Module):
         return query, key, value
 
     def init_cache(self, batch: int, tokens: int, dtype: Any = jnp.float32) -> None:
-        """An empty cache for decoding, `[B, S, K@(heads, tokens), H]`.
+        """An empty cache for decoding, `[B, S, K@(heads, tokens), H]`; whole if K does not divide.
 
         Raises:
           ValueError: if the devices cannot share the heads.

@@ -35,6 +35,9 @@ class SequenceParallel:
         T x S; with nnx it is the same as `is_causal=True` at the call.
       local_window_size, logits_soft_cap: as there; Flax has no word for them.
 
+    With is_causal or a window it refuses to decode with Flax's cache, T queries and S keys: it is
+    not told where the queries are. Decode without them, as Flax's mask says what is filled.
+
     Example:
       nnx.MultiHeadAttention(8, 512, attention_fn=SequenceParallel(), decode=False, rngs=rngs)
     """
@@ -102,11 +105,14 @@ class SequenceParallel:
         )
         refusals.check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
         flax_refusals.check_batch_axes(query, key, value)
+        flax_refusals.check_same_tokens(
+            query.shape[-3], key.shape[-3], self.is_causal, self.local_window_size
+        )
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         *batch, T, N, _ = query.shape
         q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         mask = None if mask is None else _one_batch_axis(jnp.asarray(mask), batch).astype(bool)
-        bias = None if bias is None else _one_batch_axis(jnp.asarray(bias), batch).astype(q.dtype)
+        bias = None if bias is None else _one_batch_axis(jnp.asarray(bias), batch)
         options: dict[str, Any] = {}
         if dropout_rate > 0 and not deterministic:
             options["dropout_rate"] = dropout_rate

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 _NEVER = {
     "precision": (
         "the kernels state the precision of their own products. Write "
@@ -39,6 +41,16 @@ def check_batch_axes(query: Any, key: Any, value: Any) -> None:
         )
 
 
+def check_same_tokens(queries: int, keys: int, is_causal: bool, window: Any) -> None:
+    """Refuses rules about positions where those of the queries are not known: at decoding."""
+    if queries != keys and (is_causal or window is not None):
+        raise ValueError(
+            f"{queries} queries and {keys} keys: SequenceParallel(is_causal=, local_window_size=) "
+            f"is not told where the queries are. Decode with SequenceParallel() and Flax's mask, "
+            f"or with jax_seqpar.flax.Attention."
+        )
+
+
 def check_letters(letters: str, sizes: Mapping[str, int]) -> None:
     """Refuses what is no einsum of an input and a kernel."""
     operands, _, output = letters.replace(" ", "").partition("->")
@@ -72,6 +84,15 @@ def check_rotary(
         )
 
 
+def check_integers(name: str, x: Any) -> None:
+    """Refuses numbers that would be cut to integers."""
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be integers, got {x.dtype}. For scaled positions give "
+            f"Rotary(frequencies=...)."
+        )
+
+
 def check_layer(features: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     """Refuses heads that make no attention."""
     if min(features, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
@@ -96,11 +117,15 @@ def check_tokens(x: Any, features: int, positions: Any, segment_ids: Any) -> Non
             f"x must be [B, T, {features}], got shape {x.shape}. For one sequence write x[None]."
         )
     for name, ids in (("positions", positions), ("segment_ids", segment_ids)):
-        if ids is not None and (len(ids.shape) != 2 or ids.shape[1] != x.shape[1]):
+        if ids is None:
+            continue
+        fits = len(ids.shape) == 2 and ids.shape[1] == x.shape[1]
+        if not fits or ids.shape[0] not in (1, x.shape[0]):
             raise ValueError(
                 f"{name} must be [B, T] of all tokens of x {x.shape}, got shape {ids.shape}. "
                 f"Positions and segments are global: give those of the whole sequence."
             )
+        check_integers(name, ids)
 
 
 def check_dropout(rate: float, deterministic: bool | None, rngs: Any) -> None:

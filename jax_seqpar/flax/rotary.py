@@ -47,6 +47,7 @@ class Rotary:
           ValueError: for an odd number of channels, or of frequencies that does not fit.
         """
         R = int(self.fraction * x.shape[-1])
+        refusals.check_integers("positions", positions)
         refusals.check_rotary(R, x.shape[-1], self.fraction, self.frequencies)
         angles = _angles(positions, self._frequencies(R))[:, :, None]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -79,8 +80,9 @@ def _angles(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Float[Arra
         words.append(np.floor(parts))
         parts = parts - words[-1]
     f0, f1, f2 = (jnp.asarray(word[None, None], jnp.uint32) for word in words)
-    p: UInt32[Array, "B T 1"] = positions.astype(jnp.uint32)[:, :, None]
+    p: UInt32[Array, "B T 1"] = jnp.abs(positions).astype(jnp.uint32)[:, :, None]
     high, low = p >> 16, p & 0xFFFF
     # Whole turns overflow, and are meant to; of the rest what reaches the first 32 bits is kept.
     parts = p * f0 + high * f1 + ((high * f2) >> 16) + ((low * f1) >> 16)
-    return parts.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2 * math.pi / 2**32)
+    angles = parts.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2 * math.pi / 2**32)
+    return jnp.where((positions < 0)[:, :, None], -angles, angles)

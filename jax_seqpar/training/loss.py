@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from ..layout import MeshAxes, MeshLayout, names
 from ..mesh import AnyMesh
@@ -16,7 +16,7 @@ IGNORE = -100
 
 def cross_entropy(
     logits: Float[Array, "*tokens V"],
-    labels: Int[Array, "*tokens"],
+    labels: Integer[Array, "*tokens"],
     *,
     normaliser: Int[Array, ""] | int | None = None,
     z_loss: float = 0.0,
@@ -33,7 +33,7 @@ def cross_entropy(
       logits: global arrays, sharded in any way, or those of a device, with axis_name.
       labels: already shifted: what each token is to predict.
       normaliser: labels that count; those given here if None. With gradient accumulation give
-        that of all the steps together.
+        that of all the steps together, with axis_name that of the whole mesh.
       z_loss: z, which keeps `lse` near 0 (PaLM, https://arxiv.org/abs/2204.02311).
       label_smoothing: e, from 0 to 1 (https://arxiv.org/abs/1512.00567).
       ignore_index: the label that does not count. Another label outside of 0 to V - 1 gives NaN.
@@ -46,6 +46,8 @@ def cross_entropy(
       ValueError: for shapes, dtypes or numbers that make no loss.
     """
     refusals.check_loss(logits, labels, z_loss, label_smoothing)
+    refusals.check_normaliser(normaliser)
+    labels = labels.astype(jnp.int32)  # -100 and V may be no number of a narrow dtype
     losses = _token_losses(logits, labels, z_loss, label_smoothing, ignore_index)
     return _mean(losses, labels, normaliser, ignore_index, names(axis_name))
 
@@ -53,7 +55,7 @@ def cross_entropy(
 def tiled_cross_entropy(
     hidden: Float[Array, "B S D"],
     kernel: Float[Array, "D V"],
-    labels: Int[Array, "B S"],
+    labels: Integer[Array, "B S"],
     *,
     tiles: int,
     layout: MeshLayout = MeshLayout(),
@@ -84,6 +86,8 @@ def tiled_cross_entropy(
     """
     refusals.check_projection(hidden, kernel, labels)
     refusals.check_loss(None, labels, z_loss, label_smoothing)
+    refusals.check_normaliser(normaliser)
+    labels = labels.astype(jnp.int32)
 
     def losses(kernel: Array, hidden: Array, labels: Array) -> Array:
         kernel = kernel.astype(hidden.dtype)

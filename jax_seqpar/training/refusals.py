@@ -104,7 +104,7 @@ def check_labels(labels: np.ndarray, tokens: np.ndarray, ignore: int) -> None:
     if own.all():
         return
     following = (labels[:, :-1] == ignore) | (labels[:, :-1] == tokens[:, 1:])
-    if following.all():
+    if following.size and following.all():
         raise ValueError(
             "labels are shifted already: each is the token that follows. They are shifted here, "
             "before the tokens are sharded. Give labels=tokens, or what you have as targets=."
@@ -137,6 +137,24 @@ def check_loss(logits: Any, labels: Any, z_loss: float, label_smoothing: float) 
         raise ValueError(
             f"z_loss must be at least 0 and label_smoothing from 0 to 1, got {z_loss} and "
             f"{label_smoothing}."
+        )
+
+
+def check_normaliser(normaliser: Any) -> None:
+    """Refuses what is no number of labels."""
+    if normaliser is not None and not jnp.issubdtype(jnp.result_type(normaliser), jnp.integer):
+        raise ValueError(
+            f"normaliser must be an integer, how many labels count, got {normaliser!r}. Weigh the "
+            f"loss after it is returned."
+        )
+
+
+def check_int32(name: str, x: np.ndarray) -> None:
+    """Refuses numbers that JAX's 32 bits would change."""
+    if x.size and (x.max() > 2**31 - 1 or x.min() < -(2**31)):
+        raise ValueError(
+            f"{name} must be integers of 32 bits, got {x.min()} to {x.max()}. Number them "
+            f"anew, for example by np.unique(..., return_inverse=True)."
         )
 
 

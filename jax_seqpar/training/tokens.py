@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from .. import refusals as attention_refusals
 from ..layout import MeshLayout, axes_size, names
@@ -85,12 +85,12 @@ class TokenLayout:
 
     def shard(
         self,
-        tokens: Int[Any, "B S"],
+        tokens: Integer[Any, "B S"],
         *,
-        segment_ids: Int[Any, "B S"] | None = None,
-        lengths: Int[Any, "B"] | None = None,
-        labels: Int[Any, "B S"] | None = None,
-        targets: Int[Any, "B S"] | None = None,
+        segment_ids: Integer[Any, "B S"] | None = None,
+        lengths: Integer[Any, "B"] | None = None,
+        labels: Integer[Any, "B S"] | None = None,
+        targets: Integer[Any, "B S"] | None = None,
     ) -> Batch:
         """A batch on the mesh; labels are shifted before anything is sharded.
 
@@ -103,7 +103,7 @@ class TokenLayout:
           labels: the tokens themselves, or `IGNORE` for those that nobody has to predict (a
             prompt); not shifted: they are here. All tokens if None.
           targets: instead of labels, what each token is to predict, shifted already or something
-            else entirely.
+            else entirely; in padding they do not count.
 
         Raises:
           ValueError: for what does not fit together, labels that are shifted already, and a batch
@@ -113,6 +113,8 @@ class TokenLayout:
         refusals.check_batch(tokens, axes_size(self.layout.batch, self.mesh.shape), self.layout)
         segments = _segments(tokens, segment_ids, lengths)
         goal = _targets(tokens, segments, labels, targets)
+        for name, x in (("tokens", tokens), ("segment_ids", segments), ("targets", goal)):
+            refusals.check_int32(name, x)
         B, S = tokens.shape
         more = -S % self.degree
         known = segment_ids is not None or lengths is not None or more > 0
@@ -171,7 +173,7 @@ def _targets(tokens: np.ndarray, segments: np.ndarray, labels: Any, targets: Any
     if targets is not None:
         targets = np.asarray(targets)
         refusals.check_targets(targets, tokens.shape, labels)
-        return targets
+        return np.where(segments != 0, targets, IGNORE)
     if labels is None:
         labels = tokens
     labels = np.asarray(labels)
