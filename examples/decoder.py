@@ -1,9 +1,9 @@
 """A decoder of the shape of Llama, whose attention is sequence-parallel.
 
-RMSNorm, rotary embedding, grouped queries, SwiGLU; the vocabulary tied or not. Tokens of different
-devices meet in `jax_seqpar.flax.Attention` and nowhere else. How parameters lie on the mesh is data,
-by the letters of the einsums: V vocabulary, D features, F hidden features, N query heads, K KV heads,
-H head dimension.
+RMSNorm, rotary embedding, grouped queries, SwiGLU; the vocabulary tied or not. Tokens of
+different devices meet in `jax_seqpar.flax.Attention` and nowhere else. Parameters lie on the mesh
+by the letters of the einsums: V vocabulary, D features, F hidden features, N query heads, K KV
+heads, H head dimension.
 """
 
 from collections.abc import Callable, Mapping
