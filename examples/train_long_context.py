@@ -135,11 +135,14 @@ def train(
             if on_step:
                 on_step(step, losses[-1])
             if checkpoints is not None:
+                # Written in the background: a copy of what is appended to meanwhile.
                 checkpoints.save(
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardSave(state),
-                        losses=ocp.args.JsonSave({"losses": losses, "of": _decides(run, config)}),
+                        losses=ocp.args.JsonSave(
+                            {"losses": losses[:], "of": _decides(run, config)}
+                        ),
                     ),
                     force=step + 1 == run.steps,
                 )
