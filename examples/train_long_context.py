@@ -104,21 +104,7 @@ def train(
     )
     with jax.set_mesh(mesh), _checkpoints(folder, run.save_every) as checkpoints:
         graph, state = _initial(config, place, optimizer, mesh, run.seed)
-        losses: list[float] = []
-        if checkpoints is not None and checkpoints.latest_step() is not None:
-            shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            saved = checkpoints.restore(
-                checkpoints.latest_step(),
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(shapes), losses=ocp.args.JsonRestore()
-                ),
-            )
-            if saved["losses"]["of"] != _decides(run, config):
-                raise ValueError(
-                    f"{folder} holds a training of {saved['losses']['of']}, not of "
-                    f"{_decides(run, config)}. Give another folder."
-                )
-            state, losses = saved["state"], saved["losses"]["losses"]
+        state, losses = _resumed(checkpoints, state, _decides(run, config))
 
         @jax.jit
         def update(state: Any, batch: Any) -> tuple[Any, jax.Array]:
@@ -147,6 +133,23 @@ def train(
                     force=step + 1 == run.steps,
                 )
     return losses
+
+
+def _resumed(checkpoints: Any, state: Any, of: dict[str, Any]) -> tuple[Any, list[float]]:
+    """What the last checkpoint holds, put where `state` lies; `state` itself if there is none."""
+    if checkpoints is None or checkpoints.latest_step() is None:
+        return state, []
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    items = ocp.args.Composite(
+        state=ocp.args.StandardRestore(shapes), losses=ocp.args.JsonRestore()
+    )
+    saved = checkpoints.restore(checkpoints.latest_step(), args=items)
+    if saved["losses"]["of"] != of:
+        raise ValueError(
+            f"{checkpoints.directory} holds a training of {saved['losses']['of']}, not of {of}. "
+            f"Give another folder."
+        )
+    return saved["state"], saved["losses"]["losses"]
 
 
 def _decides(run: Run, config: Config) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def _record_layers(model: Any, hooks: Mapping[str, str], record: Callable[..., N
 def _record_attention(model: Any, kernel: Kernel, record: Callable[..., None]) -> None:
     """Query and key as they are attended with, after the rotary embedding."""
 
+    # transformers passes more: a dropout that is 0 in evaluation, and what other attentions read.
     def attend(
         module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any
     ) -> tuple[torch.Tensor, None]:

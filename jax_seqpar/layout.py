@@ -44,9 +44,9 @@ class MeshLayout:
         return PartitionSpec(self.batch, self.tokens, self.heads, None)
 
     @property
-    def activations(self) -> PartitionSpec:
-        """The sharding of what is between layers: `[B@batch, S@tokens, D]`."""
-        return PartitionSpec(self.batch, self.tokens, None)
+    def token_spec(self) -> PartitionSpec:
+        """The sharding of what each token has: `[B@batch, S@tokens, ...]`."""
+        return PartitionSpec(self.batch, self.tokens)
 
     @property
     def axis_names(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import KINDS
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from questions import collectives
 
 from jax_seqpar import MeshLayout, dense_attention
@@ -216,6 +216,17 @@ def test_parameters_have_names():
         assert jax.typeof(layer.out.kernel[...]).sharding.spec == PartitionSpec(None, None, "data")
     given, _ = make(sharding={"D": "data"})
     assert given.out.kernel[...].sharding.shard_shape((N, H, D)) == (N, H, D // 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_that_is_given(kind):
+    """Without `jax.set_mesh`: parameters are created on it, used on it and gathered on it."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
+    options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": LAYOUT}
+    layer = Attention(D, **options, sharding={"D": "data"}, mesh=mesh, rngs=nnx.Rngs(0))
+    assert layer.query.kernel[...].sharding.shard_shape((D, N, H)) == (D // 2, N, H)
+    x = jax.device_put(X, NamedSharding(mesh, LAYOUT.token_spec))
+    assert_close(nnx.jit(lambda layer, x: layer(x))(layer, x), truth(layer, {}))
 
 
 def test_dropout():

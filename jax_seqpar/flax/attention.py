@@ -122,13 +122,13 @@ class Attention(nnx.Module):
         self.out = projection("BSNH,NHD->BSD", use_out_bias)
 
         def ones() -> nnx.Param[Array]:
-            return parameter(jnp.ones(head_dim, param_dtype), "H", sharding)
+            return parameter(jnp.ones(head_dim, param_dtype), "H", sharding, mesh)
 
         self.query_scale = ones() if qk_norm else nnx.data(None)
         self.key_scale = ones() if qk_norm else nnx.data(None)
         self.sinks: nnx.Param[Array] | None = nnx.data(None)
         if sinks:
-            self.sinks = parameter(jnp.zeros(num_heads, param_dtype), "N", sharding)
+            self.sinks = parameter(jnp.zeros(num_heads, param_dtype), "N", sharding, mesh)
         self.cached_key: nnx.Cache[Array] | None = nnx.data(None)
         self.cached_value: nnx.Cache[Array] | None = nnx.data(None)
         self.cache_index: nnx.Cache[Array] | None = nnx.data(None)

@@ -69,12 +69,12 @@ class Projection(nnx.Module):
         self.gather = partial(gather, sharding=rules, layout=layout, mesh=mesh)
         self.kernel_letters, self.bias_letters = kernel, "".join(kept)
         self.kernel = parameter(
-            kernel_init(rngs.params(), flat, param_dtype).reshape(shape), kernel, sharding
+            kernel_init(rngs.params(), flat, param_dtype).reshape(shape), kernel, sharding, mesh
         )
         self.bias: nnx.Param[Array] | None = nnx.data(None)
         if use_bias:
             bias = bias_init(rngs.params(), shape[len(summed) :], param_dtype)
-            self.bias = parameter(bias, self.bias_letters, sharding)
+            self.bias = parameter(bias, self.bias_letters, sharding, mesh)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The projection of x."""
@@ -89,9 +89,19 @@ class Projection(nnx.Module):
         return y
 
 
-def parameter(value: Array, letters: str, sharding: ParameterSharding | None) -> nnx.Param[Array]:
-    """A parameter whose axes have names, and a sharding where there are rules for them."""
+def parameter(
+    value: Array, letters: str, sharding: ParameterSharding | None, mesh: AnyMesh | None = None
+) -> nnx.Param[Array]:
+    """A parameter whose axes have names, and a sharding where there are rules for them.
+
+    Args:
+      letters: a name for each axis.
+      sharding: mesh axes by letter; if None, that of `nnx.logical_axis_rules`.
+      mesh: if None, that of `jax.set_mesh`.
+    """
     metadata: dict[str, Any] = {"out_sharding": tuple(letters)}
+    if mesh is not None:
+        metadata["mesh"] = mesh
     if sharding is not None:
         metadata["sharding_rules"] = tuple((c, sharding.get(c)) for c in letters)
     elif not get_logical_axis_rules():

@@ -55,7 +55,7 @@ def map_tiles(
     attention_refusals.check_mesh(layout, mesh.shape, ())
     data, degree = (axes_size(x, mesh.shape) for x in (layout.batch, layout.tokens))
     refusals.check_division(arrays[0].shape, data, degree, layout)
-    spec = PartitionSpec(layout.batch, layout.tokens)
+    spec = layout.token_spec
     params = jax.tree.map(partial(reshard, spec=PartitionSpec(), mesh=mesh), params)
     arrays = tuple(reshard(x, spec, mesh=mesh) for x in arrays)
     varying = (*names(layout.batch), *names(layout.tokens))

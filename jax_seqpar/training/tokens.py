@@ -81,7 +81,7 @@ class TokenLayout:
     @property
     def sharding(self) -> NamedSharding:
         """Of `[B, S]`."""
-        return NamedSharding(self.mesh, PartitionSpec(self.layout.batch, self.layout.tokens))
+        return NamedSharding(self.mesh, self.layout.token_spec)
 
     def shard(
         self,
