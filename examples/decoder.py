@@ -1,13 +1,12 @@
 """A decoder of the shape of Llama, whose attention is sequence-parallel.
 
-RMSNorm, rotary embedding, grouped queries, SwiGLU; the vocabulary tied or not. Tokens of
-different devices meet in `jax_seqpar.flax.Attention` and nowhere else. Parameters lie on the mesh
-by the letters of the einsums: V vocabulary, D features, F hidden features, N query heads, K KV
-heads, H head dimension.
+RMSNorm, rotary embedding, grouped queries, SwiGLU. Tokens of different devices meet in
+`jax_seqpar.flax.Attention` alone. Parameters lie on the mesh by the letters of the einsums: V
+vocabulary, D features, F hidden features, N query heads, K KV heads, H head dimension.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -55,8 +54,7 @@ class Placement:
       layout, attention, check_vma: as for `jax_seqpar.dot_product_attention`; the mesh is that of
         `jax.set_mesh`.
       sharding: of the parameters, mesh axes by letter; None leaves them whole.
-      tiles: in which each device takes its tokens through MLP and loss, to save memory; their
-        kernels are whole on each device then, whatever tensor parallelism there is.
+      tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole.
       remat: computes each block again for the gradient, instead of keeping what is in it.
       dtype: of the computation; parameters are float32.
     """
@@ -81,13 +79,13 @@ class MLP(nnx.Module):
         self.down = Projection("BSF,FD->BSD", sizes, **options, rngs=rngs)
         self.place = place
 
-    def __call__(self, x: Array) -> Array:
-        if self.place.tiles == 1:
+    def __call__(self, x: Array, decode: bool) -> Array:
+        if self.place.tiles == 1 or decode:
             return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-        kernels = [p.kernel[...].astype(x.dtype) for p in (self.gate, self.up, self.down)]
+        kernels = [p.kernel[...] for p in (self.gate, self.up, self.down)]
 
         def tile(kernels: list[Array], x: Array) -> Array:
-            gate, up, down = kernels
+            gate, up, down = (k.astype(x.dtype) for k in kernels)  # gradients add up in float32
             hidden = jax.nn.silu(jnp.einsum("BSD,DF->BSF", x, gate))
             return jnp.einsum("BSF,FD->BSD", hidden * jnp.einsum("BSD,DF->BSF", x, up), down)
 
@@ -123,7 +121,7 @@ class Block(nnx.Module):
         mixed = self.attention(normed, record=record, **attention)
         record("attention", mixed)
         x = x + mixed
-        fed = self.mlp(self.mlp_norm(x))
+        fed = self.mlp(self.mlp_norm(x), decode=attention.get("decode", False))
         record("mlp", fed)
         return x + fed
 
@@ -144,9 +142,10 @@ class Decoder(nnx.Module):
         self.place = place
 
     def __call__(self, tokens: Array, *, record: Record | None = None, **attention: Any) -> Array:
-        """Logits `[B, S, V]` of tokens `[B, S]`; arguments as for `hidden`."""
+        """Logits `[B, S, V]`, float32, of tokens `[B, S]`; arguments as for `hidden`."""
         hidden = self.hidden(tokens, record=record, **attention)
-        logits = jnp.einsum("BSD,VD->BSV", hidden, self._table(self.unembedding or self.embedding))
+        table = self._table(self.unembedding or self.embedding).astype(hidden.dtype)
+        logits = jnp.einsum("BSD,VD->BSV", hidden, table, preferred_element_type=jnp.float32)
         if record:
             record("logits", logits)
         return logits
@@ -159,18 +158,20 @@ class Decoder(nnx.Module):
           record: called with the name of each tensor, layer by layer, and the tensor.
           attention: `positions`, `segment_ids`, `decode`, as for `jax_seqpar.flax.Attention`.
         """
-        table, layout = self._table(self.embedding), self.place.layout
-        x = map_tiles(lambda table, t: table[t], table, tokens, tiles=1, layout=layout)
+        table, layout, dtype = self._table(self.embedding), self.place.layout, self.place.dtype
+        if attention.get("decode"):  # a token has no devices to lie on
+            layout = replace(layout, tokens=None)
+        x = map_tiles(lambda w, t: w[t].astype(dtype), table, tokens, tiles=1, layout=layout)
         note: Record = record or (lambda name, x: None)
         note("embedding", x)
         for i, block in enumerate(self.blocks):
 
-            def run(block: Block, x: Array, attention: dict[str, Any], i: int = i) -> Array:
+            def run(block: Block, x: Array, i: int = i) -> Array:
                 return block(x, lambda name, y: note(f"layers.{i}/{name}", y), **attention)
 
             # What is recorded would leave the recomputed part.
             again = self.place.remat and record is None and not attention.get("decode")
-            x = (nnx.remat(run) if again else run)(block, x, attention)
+            x = (nnx.remat(run) if again else run)(block, x)
             note(f"layers.{i}/output", x)
         x = self.norm(x)
         note("norm", x)
@@ -192,8 +193,7 @@ class Decoder(nnx.Module):
         )
 
     def _table(self, table: nnx.Param[Array]) -> Array:
-        whole = gather(table[...], "VD", self.place.sharding, self.place.layout)
-        return whole.astype(self.place.dtype)
+        return gather(table[...], "VD", self.place.sharding, self.place.layout)
 
 
 def _norm(config: Config, place: Placement, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -41,7 +41,8 @@ def planted_bug() -> mock._patch:  # pyright: ignore[reportPrivateUsage]
 def main(
     out: Annotated[Path, typer.Option(help="A PNG.")] = Path("loss_curves.png"),
     tokens: int = 512,
-    steps: int = 120,
+    batch: int = 8,
+    steps: int = 150,
     attention: str = "blockwise",
 ) -> None:
     """Trains at every degree, and plots."""
@@ -50,10 +51,10 @@ def main(
     config = Config(features=64, hidden=192, layers=2)
     curves: dict[str, list[float]] = {}
     for degree in track(DEGREES, "training"):
-        run = Run(degree=degree, tokens=tokens, steps=steps, attention=attention)
+        run = Run(degree=degree, tokens=tokens, batch=batch, steps=steps, attention=attention)
         curves[f"degree {degree}"] = train(run, text, config)
     with planted_bug():
-        run = Run(degree=4, tokens=tokens, steps=steps, attention=attention)
+        run = Run(degree=4, tokens=tokens, batch=batch, steps=steps, attention=attention)
         curves["degree 4, historical bug"] = train(run, text, config)
     plot(curves, out)
     first = curves["degree 1"]

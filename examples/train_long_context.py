@@ -12,6 +12,7 @@ devices; on GPUs and TPUs it is the same command. On several processes start it 
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ OnStep = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class Run:
-    """One training; everything that its losses depend on, and how it is spread."""
+    """One training of a text: what its losses depend on, and how it is spread."""
 
     degree: int = 4
     data: int = 1
@@ -104,7 +105,8 @@ def train(
     )
     with jax.set_mesh(mesh), _checkpoints(folder, run.save_every) as checkpoints:
         graph, state = _initial(config, place, optimizer, mesh, run.seed)
-        state, losses = _resumed(checkpoints, state, _decides(run, config))
+        decides = _decides(run, text, config)
+        state, losses = _resumed(checkpoints, state, decides)
 
         @jax.jit
         def update(state: Any, batch: Any) -> tuple[Any, jax.Array]:
@@ -126,9 +128,7 @@ def train(
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardSave(state),
-                        losses=ocp.args.JsonSave(
-                            {"losses": losses[:], "of": _decides(run, config)}
-                        ),
+                        losses=ocp.args.JsonSave({"losses": losses[:], "of": decides}),
                     ),
                     force=step + 1 == run.steps,
                 )
@@ -140,22 +140,26 @@ def _resumed(checkpoints: Any, state: Any, of: dict[str, Any]) -> tuple[Any, lis
     if checkpoints is None or checkpoints.latest_step() is None:
         return state, []
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    items = ocp.args.Composite(
-        state=ocp.args.StandardRestore(shapes), losses=ocp.args.JsonRestore()
-    )
-    saved = checkpoints.restore(checkpoints.latest_step(), args=items)
-    if saved["losses"]["of"] != of:
+    last = checkpoints.latest_step()
+
+    def restored(**items: Any) -> Any:
+        return checkpoints.restore(last, args=ocp.args.Composite(**items))
+
+    # Before the state, whose shapes another model does not have.
+    saved = restored(losses=ocp.args.JsonRestore())["losses"]
+    if saved["of"] != of:
         raise ValueError(
-            f"{checkpoints.directory} holds a training of {saved['losses']['of']}, not of {of}. "
+            f"{checkpoints.directory} holds a training of {saved['of']}, not of {of}. "
             f"Give another folder."
         )
-    return saved["state"], saved["losses"]["losses"]
+    return restored(state=ocp.args.StandardRestore(shapes))["state"], saved["losses"]
 
 
-def _decides(run: Run, config: Config) -> dict[str, Any]:
+def _decides(run: Run, text: Text, config: Config) -> dict[str, Any]:
     """What the losses depend on, so that a resumed run has one curve; not how it is spread."""
     names = ("tokens", "batch", "learning_rate", "seed")
-    return {name: getattr(run, name) for name in names} | {"config": str(config)}
+    crc = zlib.crc32(text.segments.tobytes(), zlib.crc32(text.rows.tobytes()))
+    return {name: getattr(run, name) for name in names} | {"config": str(config), "text": crc}
 
 
 def _initial(
@@ -199,8 +203,15 @@ def plot(curves: dict[str, list[float]], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for i, (label, losses) in enumerate(curves.items()):
+        # Every step has another text: its own loss is faint, the mean of the last ten is the line.
+        axes.plot(losses, color=f"C{i}", alpha=0.15, linewidth=0.8)
+        means = [
+            sum(last) / len(last)
+            for last in (losses[max(0, j - 9) : j + 1] for j in range(len(losses)))
+        ]
         # Curves that coincide show as dashes of several colours.
-        axes.plot(losses, label=label, linestyle=(2 * i, (4, 2 * len(curves))) if i else "-")
+        dashes: Any = (2 * i, (4, 2 * len(curves))) if i else "-"
+        axes.plot(means, color=f"C{i}", label=label, linestyle=dashes)
     axes.set(xlabel="step", ylabel="loss in nats per byte")
     axes.legend(frameon=False)
     figure.savefig(file, dpi=120)

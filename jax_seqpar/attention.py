@@ -67,6 +67,7 @@ def dot_product_attention(
         platform of the mesh: the platform's own where it supports what is asked, else blockwise.
       layout: the mesh axes of tokens, batch and heads.
       mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one query is sharded over.
+        With Explicit axes an eager gradient needs `jax.set_mesh` (or `jax.jit` around it).
       head_chunks, overlap: as in `ulysses_attention`.
       check_vma: of `jax.shard_map`; False for a Pallas kernel, which does not state how its output
         varies. If None, True but for the platform's own kernel chosen here.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh
 
 from jax_seqpar import MeshLayout
@@ -64,6 +65,13 @@ MESH_CASES = {
     "grouped": Case(batch=8, tokens=24, heads=16, kv_heads=8, head_dim=6),
     "multi-query": Case(batch=8, tokens=40, heads=16, kv_heads=1, head_dim=5),
 }
+
+
+def slow(*values: Any) -> Any:
+    """A case like others, for `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 KINDS = (AxisType.Auto, AxisType.Explicit)
 # Every mesh with both cases and both kinds of axes, and both cases with both kinds.
 ON_MESHES = [

@@ -16,6 +16,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Each compiled program maps memory, and a process may have 65,530 maps: beyond, it crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked_shapes():
     """Switches the shape checks off, so that a refusal is seen as a user sees it."""

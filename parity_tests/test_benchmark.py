@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import slow
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--heads", "2", "--head-dim", "8")
@@ -63,13 +64,8 @@ def test_sizes_that_do_not_divide_are_refused():
 @pytest.mark.parametrize(
     ("command", "sizes", "expected"),
     [
-        pytest.param(
-            "kernels",
-            ("--tokens", "32", *ONCE),
-            ["torch flash", "blockwise", "jax.nn"],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
+        slow("kernels", ("--tokens", "32", *ONCE), ["torch flash", "blockwise", "jax.nn"]),
+        slow(
             "skipping",
             ("--tokens", "32", "--window", "4", "--documents", "4", *ONCE),
             [
@@ -80,10 +76,9 @@ def test_sizes_that_do_not_divide_are_refused():
                 "a quarter of the keys",
                 "a quarter of both",
             ],
-            marks=pytest.mark.slow,
         ),
         ("pipeline", ("--tokens", "32", "--degree", "2", *ONCE), ["jax_seqpar, 2 devices", None]),
-        (
+        slow(
             "memory",
             ("--tokens", "64", "--degree", "2", "--chunks", "1"),
             ["blockwise"] * 3 + ["pipeline"],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import MESH_CASES, MESHES, ONE_AXIS, is_array
+from cases import MESH_CASES, MESHES, ONE_AXIS, is_array, slow
 from exact_cases import (
     CASE,
     CROSS,
@@ -79,9 +79,11 @@ BLOCKS = ((1, 4), (5, 23), (8, 7))
     ("name", "chunks"),
     (
         ("full", BLOCKS[0]),
-        ("causal window", BLOCKS[1]),
-        ("segments", BLOCKS[2]),
-        *(("all at once", chunks) for chunks in BLOCKS),
+        slow("causal window", BLOCKS[1]),
+        slow("segments", BLOCKS[2]),
+        ("all at once", BLOCKS[0]),
+        slow("all at once", BLOCKS[1]),
+        ("all at once", BLOCKS[2]),
     ),
     ids=str,
 )
@@ -124,8 +126,10 @@ def sharded(case, where, kind, **options):
 # head on those that shard heads as well, where other devices share it, and on the most devices.
 ON_MESHES = (
     *((FEW_KV_HEADS, i) for i in range(len(MESHES))),
-    *((MESH_CASES["grouped"], i) for i in (2, 6)),
-    *((MESH_CASES["multi-query"], i) for i in (1, 4, 5)),
+    (MESH_CASES["grouped"], 2),
+    slow(MESH_CASES["grouped"], 6),
+    *(slow(MESH_CASES["multi-query"], i) for i in (1, 5)),
+    (MESH_CASES["multi-query"], 4),
 )
 
 
@@ -162,10 +166,10 @@ def test_every_option_on_a_mesh():
 # another on two devices, else side by side.
 EVERYTHING = {
     "slices of the heads": ((8, 4), ONE_AXIS[2], AxisType.Explicit, False, 2),
-    "KV heads that do not divide": ((6, 3), ONE_AXIS[4], AxisType.Auto, True, 1),
-    "groups that do not divide": ((6, 2), ONE_AXIS[4], AxisType.Explicit, False, 1),
+    "KV heads that do not divide": slow((6, 3), ONE_AXIS[4], AxisType.Auto, True, 1),
+    "groups that do not divide": slow((6, 2), ONE_AXIS[4], AxisType.Explicit, False, 1),
     "more devices than KV heads, uneven": ((12, 6), ONE_AXIS[8], AxisType.Auto, False, 1),
-    "shared KV heads": ((8, 2), ONE_AXIS[8], AxisType.Explicit, True, 1),
+    "shared KV heads": slow((8, 2), ONE_AXIS[8], AxisType.Explicit, True, 1),
     "three axes": ((16, 8), MESHES[4], AxisType.Explicit, False, 2),
 }
 

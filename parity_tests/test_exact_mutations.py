@@ -28,6 +28,8 @@ from jax_seqpar.shared_heads import SharedHeads
 from torch_ref.dropout import gain, is_kept
 from torch_ref.masks import places
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 CASE = Case(batch=1, tokens=29, heads=4, kv_heads=2, head_dim=16)
 SHARED = Case(batch=1, tokens=16, heads=8, kv_heads=2, head_dim=6)
 FEW = {"dropout_rate": 0.3, "dropout_rng": KEY, "sinks": CROSS.sinks()}

@@ -5,12 +5,15 @@ from dataclasses import replace
 import integer_oracle
 import numpy as np
 import pytest
+from cases import slow
 from exact_cases import CROSS, CROSS_OPTIONS, jax_exact, torch_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.cases import Case
+
+pytestmark = pytest.mark.usefixtures("less_optimised")
 
 
 def of_integers(inputs, *, mask=True, segment_ids=None, **options):
@@ -69,7 +72,7 @@ def test_cross_attention(options):
 
 @pytest.mark.parametrize(
     ("dtype", "by_positions"),
-    (("float32", False), ("bfloat16", False), ("float16", False), ("float32", True)),
+    (("float32", False), ("bfloat16", False), slow("float16", False), ("float32", True)),
 )
 def test_all_at_once(dtype, by_positions):
     case = replace(CROSS, dtype=dtype)

@@ -85,7 +85,8 @@ def test_every_pair(case):
     right(case)
 
 
-@settings(max_examples=2, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None)
 @given(st.fixed_dictionaries({name: st.sampled_from(x) for name, x in FACTORS.items()}))
 def test_any_combination(case):
     right(case)

@@ -161,7 +161,9 @@ def under_transfers(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("topology", "tokens"), (("v5e:2x4", 1 << 17), ("v5p:2x2x1", 1 << 17)), ids=str
+    ("topology", "tokens"),
+    (("v5e:2x4", 1 << 17), pytest.param("v5p:2x2x1", 1 << 17, marks=pytest.mark.slow)),
+    ids=str,
 )
 def test_splash_forward_and_backward(topology, tokens):
     programs = [Program(topology, tokens, gradients=gradients) for gradients in (False, True)]

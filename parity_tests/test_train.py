@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from decoder import Config
 from loss_curves import planted_bug
-from train_long_context import Run, app, read, train
+from train_long_context import Run, Text, app, read, train
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
@@ -99,8 +100,15 @@ def test_a_killed_run_goes_on_at_another_degree(one_device, tmp_path):
     losses = train(run(2), TEXT, CONFIG, folder)
     assert losses[: first + 5] == part
     assert far(losses, one_device) < 1e-3
-    with pytest.raises(ValueError, match=r"holds a training of .* Give another folder"):
-        train(run(2, learning_rate=1e-3), TEXT, CONFIG, folder)
+    other = Text(TEXT.rows[::-1].copy(), TEXT.segments[::-1].copy())
+    for wrong in (
+        (run(2, learning_rate=1e-3), TEXT, CONFIG),
+        (run(2), other, CONFIG),
+        (run(2), TEXT, replace(CONFIG, features=CONFIG.features * 2)),
+        (run(2), TEXT, replace(CONFIG, layers=CONFIG.layers + 1)),
+    ):
+        with pytest.raises(ValueError, match=r"holds a training of .* Give another folder"):
+            train(*wrong, folder)
 
 
 def test_two_processes():

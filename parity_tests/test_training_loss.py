@@ -165,6 +165,17 @@ def test_a_label_outside_the_vocabulary_is_loud(label):
     assert np.isnan(cross_entropy(jnp.asarray(HIDDEN @ KERNEL), jnp.asarray(labels)))
 
 
+def test_a_label_of_more_bits_is_loud():
+    """2^32 - 100 is -100 in 32 bits."""
+    logits = jnp.zeros((2, 4))
+    assert np.isnan(cross_entropy(logits, jnp.asarray([1, 2**32 - 100], jnp.uint32)))
+    with jax.enable_x64(True):
+        for label in (2**32 - 100, -(2**32), 2**32 + 1):
+            assert np.isnan(cross_entropy(logits, jnp.asarray([1, label], jnp.int64)))
+        labels = jnp.asarray([1, IGNORE], jnp.int64)
+        assert abs(float(cross_entropy(logits, labels)) - np.log(4)) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", (jnp.uint8, jnp.int8, jnp.uint32))
 def test_narrow_labels_are_numbers(dtype):
     """In uint8, -100 is 156, and a vocabulary of 256 is none at all."""
@@ -341,6 +352,16 @@ def test_no_tile_is_wrong_for_being_made_up():
                 jnp.ones((2, 8, D)), jnp.ones((V, D)), jnp.ones((2, 8), jnp.int32), tiles=2
             ),
             r"embedding\.T",
+        ),
+        (
+            lambda: tiled_cross_entropy(
+                jnp.ones((2, 8, D)),
+                jnp.ones((D, V)),
+                jnp.ones((2, 8), jnp.int32),
+                tiles=2,
+                logits_soft_cap=0.0,
+            ),
+            "logits_soft_cap must be positive",
         ),
         (lambda: map_tiles(mlp, {}, jnp.ones((2, 8)), tiles=0), "tiles must be a positive integer"),
         (

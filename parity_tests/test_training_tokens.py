@@ -185,6 +185,8 @@ def shifted(fill):
         (lambda: TokenLayout(DATA_SEQ, MeshLayout(batch="seq")), "more than one array axis"),
         (lambda: TokenLayout(abstract), "must be a jax.sharding.Mesh"),
         (lambda: pack_documents(text, 4), "document 1 must be a row of integer"),
+        (lambda: pack_documents([[1], [2**32 + 5, 7]], 4), "document 1 must be integers of 32"),
+        (lambda: PLACE.shard(TOKENS, segment_ids=SEGMENTS - 1), "not be negative.*segment 0"),
         (lambda: pack_documents([[1, 2]], 0), "tokens must be a positive integer"),
     ),
 )

@@ -610,6 +610,9 @@ def test_tied_to_what_does_not_go_over():
     both = [Map("a", "a"), Map("b", "b"), Tied("b", to="a")]
     message = refusal({"a": jnp.ones(2), "b": jnp.ones(2)}, both, back=True)
     assert "1 name is both tied and mapped: b. Keep one" in message
+    twice = [Map("a", "a"), Map("b", "b"), Tied("h", to="a"), Tied("h", to="b")]
+    message = refusal({"a": jnp.ones(2), "b": jnp.ones(2)}, twice, back=True)
+    assert "1 name is tied twice: h. Keep one" in message
 
 
 def test_ignored_names_may_be_anything():
@@ -695,6 +698,12 @@ def test_files_that_cannot_be_read(state, tmp_path):
     with pytest.raises(ValueError, match=r"broken\.safetensors is not a file of safetensors"):
         from_torch(broken, SMALL, sizes=TWO)
     broken.unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("{}", "[]", "no JSON", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=r"index\.json is no index of safetensors.*weight_map"):
+            load_safetensors(tmp_path)
+    index.unlink()
     for file in ("a.safetensors", "b.safetensors"):
         save_file(state, tmp_path / file)
     with pytest.raises(ValueError, match=r"6 names are in .*b\.safetensors and in a file before"):

@@ -129,7 +129,12 @@ def route_tied(entries: Sequence[Entry], mapping: Sequence[Line]) -> Routes:
     tied, problems = {}, []
     for line in (line for line in mapping if isinstance(line, Tied)):
         found = {e.torch: n for e in entries if (n := numbers_in(line.to, e.torch)) is not None}
-        tied |= {fill(line.torch, numbers): name for name, numbers in found.items()}
+        names = {fill(line.torch, numbers): name for name, numbers in found.items()}
+        if again := [name for name in names if name in tied]:
+            problems.append(
+                f"{count(again, 'name')} tied twice: {listed(again)}. Keep one of the lines."
+            )
+        tied |= names
         if not found:
             problems.append(f"{line} is tied to what no Map writes. Write to= the name of one.")
     twice = [name for name in tied if name in {entry.torch for entry in entries}]

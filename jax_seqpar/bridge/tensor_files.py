@@ -62,8 +62,14 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
             return files, set()
         path = indices[0]
     if path.name.endswith(".safetensors.index.json") and path.is_file():
-        places = json.loads(path.read_text())["weight_map"]
-        return [path.parent / name for name in sorted(set(places.values()))], set(places)
+        try:
+            places = json.loads(path.read_text())["weight_map"]
+            return [path.parent / name for name in sorted(set(places.values()))], set(places)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no index of safetensors files: it needs a weight_map of names to file "
+                f"names ({type(error).__name__}: {error})."
+            ) from error
     if path.suffix == ".safetensors" and path.is_file():
         return [path], set()
     raise ValueError(

@@ -47,7 +47,7 @@ def cross_entropy(
     """
     refusals.check_loss(logits, labels, z_loss, label_smoothing)
     refusals.check_normaliser(normaliser)
-    labels = labels.astype(jnp.int32)  # -100 and V may be no number of a narrow dtype
+    labels = _int32(labels)
     losses = _token_losses(logits, labels, z_loss, label_smoothing, ignore_index)
     return _mean(losses, labels, normaliser, ignore_index, names(axis_name))
 
@@ -87,7 +87,9 @@ def tiled_cross_entropy(
     refusals.check_projection(hidden, kernel, labels)
     refusals.check_loss(None, labels, z_loss, label_smoothing)
     refusals.check_normaliser(normaliser)
-    labels = labels.astype(jnp.int32)
+    labels = _int32(labels)
+    if logits_soft_cap is not None:
+        refusals.check_soft_cap(logits_soft_cap)
 
     def losses(kernel: Array, hidden: Array, labels: Array) -> Array:
         kernel = kernel.astype(hidden.dtype)
@@ -106,6 +108,15 @@ def tiled_cross_entropy(
         mesh=mesh,
     )
     return _mean(each, labels, normaliser, ignore_index, ())
+
+
+def _int32(labels: Array) -> Array:
+    """-100 and V may be no number of a narrow dtype; of a wide one none comes to count."""
+    largest = jnp.iinfo(jnp.int32).max
+    if jnp.iinfo(labels.dtype).max > largest:
+        fits = (labels <= largest) & (labels >= max(jnp.iinfo(labels.dtype).min, -largest))
+        labels = jnp.where(fits, labels, jnp.full_like(labels, largest))
+    return labels.astype(jnp.int32)
 
 
 def _token_losses(

@@ -34,6 +34,7 @@ def pack_documents(
     arrays: list[Any] = [np.asarray(document) for document in documents]
     for i, document in enumerate(arrays):
         refusals.check_document(i, document)
+        refusals.check_int32(f"document {i}", document)
     arrays = [x for x in arrays if x.size]
     stream = np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32)
     number = np.repeat(np.arange(1, len(arrays) + 1), [len(x) for x in arrays])

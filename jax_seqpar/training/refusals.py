@@ -62,6 +62,11 @@ def check_segments(segments: np.ndarray, shape: Shape, lengths: Any) -> None:
             f"segment_ids must be integers [B, S] = {list(shape)} like tokens, got "
             f"{segments.dtype}{list(segments.shape)}. Give those of the whole batch."
         )
+    if (segments < 0).any():
+        raise ValueError(
+            f"segment_ids must not be negative, got {segments.min()}. Padding is segment 0, "
+            f"documents are numbered from 1."
+        )
     starts = np.ones(shape, bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     for b, (row, start) in enumerate(zip(segments, starts, strict=True)):
@@ -148,6 +153,12 @@ def check_loss(logits: Any, labels: Any, z_loss: float, label_smoothing: float) 
             f"z_loss must be at least 0 and label_smoothing from 0 to 1, got {z_loss} and "
             f"{label_smoothing}."
         )
+
+
+def check_soft_cap(cap: float) -> None:
+    """Refuses a cap that leaves no logits."""
+    if not cap > 0:
+        raise ValueError(f"logits_soft_cap must be positive, got {cap}. For none give None.")
 
 
 def check_normaliser(normaliser: Any) -> None:
