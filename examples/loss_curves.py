@@ -40,9 +40,9 @@ def planted_bug() -> mock._patch:  # pyright: ignore[reportPrivateUsage]
 
 def main(
     out: Annotated[Path, typer.Option(help="A PNG.")] = Path("loss_curves.png"),
-    tokens: int = 512,
-    batch: int = 8,
-    steps: int = 150,
+    tokens: int = 256,
+    batch: int = 4,
+    steps: int = 120,
     attention: str = "blockwise",
 ) -> None:
     """Trains at every degree, and plots."""

@@ -23,6 +23,7 @@ def benchmark(*arguments, script="benchmark_ulysses.py"):
     )
 
 
+@pytest.mark.slow  # the rows of attention alone, below, go through the same tools
 def test_every_row_is_measured(tmp_path):
     file = tmp_path / "results.json"
     sizes = ("--tokens", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "8")
