@@ -57,11 +57,14 @@ def runs_of(compiled: list[Any], case: Case, sharding: Sharding | None = None) -
 
 
 def planned(program: Any) -> int:
+    """Bytes of a compiled program on a device, beside its inputs."""
     sizes = program.memory_analysis()
     return sizes.temp_size_in_bytes + sizes.output_size_in_bytes
 
 
 def timer(run: Run) -> Timer:
+    """A function that runs once, and returns its seconds."""
+
     def seconds() -> float:
         start = time.perf_counter()
         run()
@@ -106,6 +109,7 @@ def show(title: str, columns: dict[str, str], rows: list[Any], section: str | No
 
 
 def cell(row: Any, path: str) -> str:
+    """What lies at a path into a row, as text; bytes in MB."""
     for name in path.split("."):
         row = row[int(name)] if name.isdigit() else row[name]
     if row is None or isinstance(row, str):
@@ -119,6 +123,7 @@ def cell(row: Any, path: str) -> str:
 
 @contextmanager
 def progress(total: int) -> Iterator[Step]:
+    """A bar of `total` steps, advanced by each call with what is next."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
@@ -126,5 +131,6 @@ def progress(total: int) -> Iterator[Step]:
 
 
 def save(path: Path | None, found: dict[str, Any]) -> None:
+    """As JSON, if there is a path."""
     if path is not None:
         path.write_text(json.dumps(found, indent=2) + "\n")

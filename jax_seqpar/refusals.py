@@ -525,14 +525,19 @@ def varies_under_pallas() -> ValueError:
     )
 
 
-def check_rules(rules: Any) -> None:
-    """Refuses options that are not plain Python values."""
-    cap, scale, rate = rules.logits_soft_cap, rules.scale, rules.dropout_rate
+def check_soft_cap(cap: Any) -> None:
+    """Refuses a cap that is no plain number, or that float32 does not hold."""
     if cap is not None and not (_is_number(cap) and 1e-30 < cap < 1e30):
         raise ValueError(
             f"logits_soft_cap must be a Python number between 1e-30 and 1e30, got {cap!r}. "
             f"None, and not 0, leaves the logits as they are."
         )
+
+
+def check_rules(rules: Any) -> None:
+    """Refuses options that are not plain Python values."""
+    check_soft_cap(rules.logits_soft_cap)
+    scale, rate = rules.scale, rules.dropout_rate
     if not (scale is None or _is_number(scale)):
         raise ValueError(
             f"scale must be a Python number, got {type(scale).__name__}. "

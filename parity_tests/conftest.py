@@ -18,7 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Each compiled program maps memory, and a process may have 65,530 maps: beyond, it crashes."""
+    """Each compiled program maps memory, of which a process may have 65,530 regions."""
     yield
     jax.clear_caches()
 

@@ -361,7 +361,7 @@ def test_no_tile_is_wrong_for_being_made_up():
                 tiles=2,
                 logits_soft_cap=0.0,
             ),
-            "logits_soft_cap must be positive",
+            "logits_soft_cap must be a Python number.*None, and not 0",
         ),
         (lambda: map_tiles(mlp, {}, jnp.ones((2, 8)), tiles=0), "tiles must be a positive integer"),
         (

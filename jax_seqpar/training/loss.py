@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from ..layout import MeshAxes, MeshLayout, names
 from ..mesh import AnyMesh
+from ..refusals import check_soft_cap
 from . import refusals
 from .tiles import map_tiles
 
@@ -87,9 +88,8 @@ def tiled_cross_entropy(
     refusals.check_projection(hidden, kernel, labels)
     refusals.check_loss(None, labels, z_loss, label_smoothing)
     refusals.check_normaliser(normaliser)
+    check_soft_cap(logits_soft_cap)
     labels = _int32(labels)
-    if logits_soft_cap is not None:
-        refusals.check_soft_cap(logits_soft_cap)
 
     def losses(kernel: Array, hidden: Array, labels: Array) -> Array:
         kernel = kernel.astype(hidden.dtype)

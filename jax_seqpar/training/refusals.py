@@ -155,12 +155,6 @@ def check_loss(logits: Any, labels: Any, z_loss: float, label_smoothing: float) 
         )
 
 
-def check_soft_cap(cap: float) -> None:
-    """Refuses a cap that leaves no logits."""
-    if not cap > 0:
-        raise ValueError(f"logits_soft_cap must be positive, got {cap}. For none give None.")
-
-
 def check_normaliser(normaliser: Any) -> None:
     """Refuses what is no number of labels."""
     if normaliser is not None and not jnp.issubdtype(jnp.result_type(normaliser), jnp.integer):
