@@ -8,16 +8,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 # The compiler for TPUs, apart from the rest: where it is installed JAX looks for a TPU.
 TPU := TPU_LIBRARY_PATH=$(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
 
-.PHONY: parity test test-slow lint format benchmark clean
+.PHONY: parity test test-slow test-gpu lint format benchmark clean
 
 parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 	$(BIN)/seqpar parity
 
 test: $(VENV)/.test $(VENV)/.tpu  ## every test
-	$(TPU) $(BIN)/python -m pytest -n auto --dist loadfile
+	$(TPU) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.test  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.gpu  ## those that need an NVIDIA GPU; one is enough
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	    $(BIN)/python -m pytest -n 8 -m gpu parity_tests/test_gpu.py parity_tests/test_fused.py
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff format --check .
@@ -40,6 +44,10 @@ $(VENV)/.test: pyproject.toml $(CONSTRAINTS)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[test]"
 	touch $@ $(VENV)/.parity
+
+$(VENV)/.gpu: $(VENV)/.test
+	$(PIP) -e ".[test,cuda]"
+	touch $@
 
 $(VENV)/.tpu: $(VENV)/.test $(CONSTRAINTS)
 	$(PIP) --no-deps --target $(VENV)/tpu libtpu || echo "No libtpu here: its tests are skipped."

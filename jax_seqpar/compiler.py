@@ -4,7 +4,8 @@ from . import refusals
 
 OPTIONS: dict[str, dict[str, str]] = {
     "cpu": {},
-    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": "true"},
+    # XLA knows no other way to write a boolean than as Python does.
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": "True"},
     "tpu": {"xla_tpu_enable_async_all_to_all": "true"},
 }
 

@@ -16,6 +16,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        from jax_seqpar.kernels.cudnn import compute_capability  # with its shapes checked
+
+        if compute_capability() is None:
+            pytest.skip("needs an NVIDIA GPU, and JAX sees none")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """Each compiled program maps memory, of which a process may have 65,530 regions."""

@@ -25,6 +25,7 @@ DOT = "dot: the bit budget at its edge"
 CONTRACT = "contract: the bit budget at its edge"
 FLOAT64, INT8 = "matrix product: float64", "matrix product: int8"
 FLUSH, ROUND32 = "flush: subnormals are 0", "round32: ties and ends"
+WIDENED = "round32: widened again"
 OUT, DIVISION = "out: one NaN, no -0", "division: float64"
 ATTENTION = "attention and its gradients"
 
@@ -304,6 +305,7 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
         answer(lambda x, y: np.isinf(y), lambda x, y: np.finfo(np.float32).max),
         {ROUND32},
     ),
+    "round32 and back left out": ("widened", in_place_of(lambda x: x), {WIDENED}),
     "out keeps -0": (
         "out",
         answer(lambda x, y: (x == 0) & np.signbit(x), lambda x, y: np.float32(-0.0)),
@@ -382,7 +384,7 @@ def test_jax_is_trusted():
     assert found.trusted, str(found)
     assert str(found).endswith(": trusted, its bits are those of the specification.")
     assert f"JAX {jax.__version__} on cpu" in found.backend
-    assert len(found.checks) == 12
+    assert len(found.checks) == 13
     assert all(check.total > 0 for check in found.checks)
 
 

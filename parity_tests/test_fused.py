@@ -21,7 +21,6 @@ from jax_seqpar.kernels import choose_kernel, cudnn, fused_attention
 from jax_seqpar.kernels.splash import SCHEDULE_BYTES, Blocks, choose_blocks, schedule
 from torch_ref.masks import attends
 
-NO_GPU = cudnn.compute_capability() is None
 interpreted = partial(fused_attention, interpret=True)
 
 
@@ -338,7 +337,7 @@ def test_what_cudnn_is_asked_for(sizes, options, hopper, monkeypatch):
         assert_right_on_gpu(sizes, options, "bfloat16")
 
 
-@pytest.mark.skipif(NO_GPU, reason="cuDNN needs an NVIDIA GPU, and JAX sees none")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 @pytest.mark.parametrize(("sizes", "options"), CUDNN_CASES.values(), ids=CUDNN_CASES)
 def test_cudnn_is_right(sizes, options, dtype):

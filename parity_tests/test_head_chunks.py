@@ -20,6 +20,7 @@ from questions import (
 
 from jax_seqpar import (
     MeshLayout,
+    compiler_options,
     dense_attention,
     dot_product_attention,
     exact_attention,
@@ -164,3 +165,10 @@ def test_an_array_of_other_heads_per_device():
     message = r"sinks has 5 heads on axis 0, expected all 8, a device's 2"
     with pytest.raises(ValueError, match=message):
         mapped(q, k, v)
+
+
+@pytest.mark.parametrize("platform", ("cpu", "gpu"))
+def test_the_options_of_a_platform_are_options(platform):
+    """XLA reads those of GPUs on a CPU, too; those of TPUs are for the compiler of `test_tpu_aot`."""
+    added = jax.jit(lambda x: x + 1, compiler_options=compiler_options(platform))
+    assert added(1) == 2

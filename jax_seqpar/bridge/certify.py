@@ -61,6 +61,7 @@ def _operations() -> Operations:
         matmul=on_arrays(matmul),
         flush=on_arrays(exact.flush),
         round32=on_arrays(lambda x: exact.round32(x).float()),
+        widened=on_arrays(exact.round32),
         out=on_arrays(exact.out),
         reciprocal=on_arrays(lambda x: 1 / x),
         attention=attention,

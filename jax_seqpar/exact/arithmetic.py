@@ -8,7 +8,8 @@ result.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 Axes = int | tuple[int, ...]
 
@@ -33,8 +34,12 @@ def flush(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
 
 
 def round32(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The nearest float32. Flushed before: a backend may flush a subnormal before rounding it."""
-    return flush(x).astype(jnp.float32)
+    """The nearest float32; 0 for what is a subnormal of float32 before it is rounded to one.
+
+    The selection comes after the conversion. Where the result is widened again, XLA:GPU leaves out
+    two conversions that follow one another (https://github.com/openxla/xla/issues/41605).
+    """
+    return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, jnp.float32(0), x.astype(jnp.float32))
 
 
 def pinned(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -171,9 +176,26 @@ def contract(
 def out(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x rounded to float32; no -0, no subnormal, one NaN."""
     x = round32(x)
-    # By its bits: a compiler may take a selection between NaNs for no selection.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    magnitude = bits & jnp.uint32(0x7FFFFFFF)
-    bits = jnp.where(magnitude == 0, jnp.uint32(0), bits)
-    bits = jnp.where(magnitude > 0x7F800000, jnp.uint32(0x7FC00000), bits)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return _one_nan(jnp.where(bits << 1 == 0, jnp.uint32(0), bits), x.dtype)
+
+
+def narrowed(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """What `out` gives, rounded to 16 bits if that is the dtype.
+
+    A conversion makes of one NaN another one on another platform.
+    """
+    if dtype == x.dtype:
+        return x
+    return _one_nan(jax.lax.bitcast_convert_type(x.astype(dtype), jnp.uint16), dtype)
+
+
+def _one_nan(bits: Integer[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """The numbers of these bits, but for every NaN the quiet one with sign and payload 0.
+
+    By the bits: a compiler may take a selection between NaNs for no selection.
+    """
+    infinity, nan = (jnp.asarray(np.array(x, dtype).view(bits.dtype)) for x in (np.inf, np.nan))
+    magnitude = bits & jnp.asarray(jnp.iinfo(bits.dtype).max >> 1, bits.dtype)
+    bits = jnp.where(magnitude > infinity, nan, bits)
+    return jax.lax.bitcast_convert_type(bits, dtype)

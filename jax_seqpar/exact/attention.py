@@ -129,7 +129,7 @@ def _attention_fwd(options: Options, query: Any, key: Any, value: Any, descripti
     query, key, value = map(_once, (query, key, value))
     operands = (query, key, value, description)
     out = _looped_by_vmap(partial(_forward, options))(*operands)
-    return out.astype(query.dtype), (operands, out)
+    return arithmetic.narrowed(out, query.dtype), (operands, out)
 
 
 def _attention_bwd(options: Options, residuals: Any, grad: Any):
@@ -197,12 +197,11 @@ def _backward(
     with jax.enable_x64(True):
         operands = (_grouped(query, K), _heads_first(key), _heads_first(value))
         gradients = _map_heads(one, *operands, _grouped(out, K), _grouped(grad, K))
-        return tuple(
+        shaped = (
             x.reshape(like.shape[0], like.shape[2], like.shape[1], like.shape[3])
-            .transpose(0, 2, 1, 3)
-            .astype(query.dtype)
             for x, like in zip(gradients, (query, key, value), strict=True)
         )
+        return tuple(arithmetic.narrowed(x.transpose(0, 2, 1, 3), query.dtype) for x in shaped)
 
 
 def _map_heads(one: Callable[..., Any], *operands: Array) -> Any:

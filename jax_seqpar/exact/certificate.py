@@ -46,6 +46,7 @@ class Operations:
       contract: `[S, M] x [S, H] -> [M, H]`, float64 integers, as `arithmetic.contract`.
       matmul: `[M, H] x [H, N]`, of float64, or of int8 to int32.
       flush, round32, out: as in `arithmetic`.
+      widened: `round32`, and at once float64 again.
       reciprocal: of float64.
       attention: `(query, key, value, grad) -> (out, dq, dk, dv)`, causal.
     """
@@ -56,6 +57,7 @@ class Operations:
     matmul: Callable[..., np.ndarray]
     flush: Callable[..., np.ndarray]
     round32: Callable[..., np.ndarray]
+    widened: Callable[..., np.ndarray]
     out: Callable[..., np.ndarray]
     reciprocal: Callable[..., np.ndarray]
     attention: Callable[..., tuple[np.ndarray, ...]]
@@ -213,6 +215,14 @@ def _roundings(ask: Operations) -> Check:
     return _compare("round32: ties and ends", got, expected)
 
 
+def _widenings(ask: Operations) -> Check:
+    """A compiler may take two conversions, to and fro, for none."""
+    x = integers((1 << 12,), 50, 10).astype(np.float64)
+    return _compare(
+        "round32: widened again", ask.widened(x), x.astype(np.float32).astype(np.float64)
+    )
+
+
 def _outputs(ask: Operations) -> Check:
     nans = np.array([0x7FF8000000000000, 0xFFF8000000000000, 0x7FF0000000000001], np.uint64)
     x = np.concatenate([nans.view(np.float64), [-0.0, 0.0, -(2.0**-127), -1.0, -np.inf]])
@@ -254,6 +264,7 @@ _QUESTIONS = (
     _products8,
     _flushes,
     _roundings,
+    _widenings,
     _outputs,
     _reciprocals,
     _attention,
@@ -305,6 +316,7 @@ def _jax_operations() -> Operations:
         matmul=wide(matmul),
         flush=wide(arithmetic.flush),
         round32=wide(arithmetic.round32),
+        widened=wide(lambda x: arithmetic.round32(x).astype(jnp.float64)),
         out=wide(arithmetic.out),
         reciprocal=wide(lambda x: 1.0 / x),
         attention=wide(attention),

@@ -1,0 +1,135 @@
+"""The kernels on one NVIDIA GPU, beside cuDNN as `jax.nn` calls it and PyTorch's flash attention.
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python examples/benchmark_gpu.py
+    ... python examples/benchmark_gpu.py --tokens 8192 --json results.json
+
+Causal attention of one sequence, bfloat16 but where the row says otherwise, forward alone and
+forward with gradients. Medians of repeats that take turns, each of several calls; TFLOP/s counts
+the pairs that attend: 2 S^2 N H forward, 7 S^2 N H in all. `fused` is what the front door takes;
+it should cost what cuDNN costs. Float32 products of a GPU have 10 bits unless
+`jax.default_matmul_precision` says otherwise; exact attention takes float64.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import torch
+import typer
+from benchmark_tools import PASSES, TIMES, Run, planned, progress, save, show, take_turns, timer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from jax_seqpar import blockwise_attention, exact_attention, fused_attention
+
+CUDNN = "jax.nn, cuDNN"
+# With the tokens beyond which a row takes seconds, and is left out.
+KERNELS: dict[str, tuple[Any, Any, int]] = {
+    CUDNN: (partial(jax.nn.dot_product_attention, implementation="cudnn"), jnp.bfloat16, 1 << 20),
+    "fused": (fused_attention, jnp.bfloat16, 1 << 20),
+    "blockwise": (blockwise_attention, jnp.bfloat16, 1 << 14),
+    "blockwise, float32": (blockwise_attention, jnp.float32, 1 << 14),
+    "exact, float32": (exact_attention, jnp.float32, 1 << 12),
+}
+FLOPS = {"forward": 2, "both": 7}  # matrix products of S^2 N H, halved by causality
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def jax_runs(attention: Any, dtype: Any, shape: tuple[int, ...], calls: int) -> Any:
+    """Forward, forward with gradients, and the bytes that each program plans."""
+    inputs = [
+        jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 4)
+    ]
+    attend = partial(attention, is_causal=True)
+
+    def both(query: Any, key: Any, value: Any, grad: Any) -> Any:
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(grad)
+
+    programs = [
+        jax.jit(attend).lower(*inputs[:3]).compile(),
+        jax.jit(both).lower(*inputs).compile(),
+    ]
+
+    def run(program: Any, operands: Any) -> Run:
+        return lambda: jax.block_until_ready([program(*operands) for _ in range(calls)][-1])
+
+    runs = [run(p, x) for p, x in zip(programs, (inputs[:3], inputs), strict=True)]
+    return runs, [planned(p) for p in programs]
+
+
+def torch_runs(shape: tuple[int, ...], calls: int) -> list[Run]:
+    """PyTorch's flash attention, heads first: without and with gradients."""
+    B, S, N, H = shape
+    of: Any = {"device": "cuda", "dtype": torch.bfloat16}
+    query, key, value = (torch.randn(B, N, S, H, **of, requires_grad=True) for _ in range(3))
+    grad = torch.randn(B, N, S, H, **of)
+
+    def attend() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True
+            )
+
+    def forward() -> None:
+        with torch.no_grad():
+            for _ in range(calls):
+                attend()
+        torch.cuda.synchronize()
+
+    def both() -> None:
+        for _ in range(calls):
+            torch.autograd.grad(attend(), (query, key, value), grad)
+        torch.cuda.synchronize()
+
+    return [forward, both]
+
+
+@app.command()
+def benchmark(
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Repeat. Default: 4K, 16K, 64K.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Of query, key and value.")] = 16,
+    head_dim: Annotated[int, typer.Option(min=8, help="Channels of a head.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="After one to warm up.")] = 5,
+    calls: Annotated[int, typer.Option(min=1, help="Of each repeat.")] = 4,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every number to this file.")
+    ] = None,
+) -> None:
+    """Seconds of one GPU's kernels, and their ratios to cuDNN's."""
+    if jax.default_backend() != "gpu":
+        raise typer.BadParameter("JAX sees no GPU.")
+    sizes = tokens or [4096, 16384, 65536]
+    found: list[dict[str, Any]] = []
+    with progress(len(sizes) * (len(KERNELS) + 1) * (repeats + 1)) as step:
+        for S in sizes:
+            shape = (1, S, heads, head_dim)
+            rows, plans = {}, {}
+            for what, (attention, dtype, most) in KERNELS.items():
+                if most >= S:
+                    runs, plans[what] = jax_runs(attention, dtype, shape, calls)
+                    rows[what] = [timer(run) for run in runs]
+            if torch.cuda.is_available():
+                rows["torch flash"] = [timer(run) for run in torch_runs(shape, calls)]
+            for line in take_turns(rows, CUDNN, repeats, step):
+                for name in PASSES:
+                    line[name]["median"] /= calls
+                    flops = FLOPS[name] * S**2 * heads * head_dim
+                    line[name]["tflops"] = flops / line[name]["median"] / 1e12
+                line["planned_bytes"] = plans.get(line["what"], [None, None])
+                found.append({"tokens": S} | line)
+    columns = {"tokens": "tokens", "what": "what"} | TIMES
+    columns |= {"forward.tflops": "TFLOP/s\nforward", "both.tflops": "\nfwd+bwd"}
+    columns |= {"planned_bytes.0": "planned\nMB", "planned_bytes.1": "fwd+bwd\nMB"}
+    device = jax.devices()[0].device_kind
+    title = f"Causal attention 1 x tokens x {heads} x {head_dim} on {device}; ratios to {CUDNN}"
+    show(title, columns, found, section="tokens")
+    save(json_file, {"baseline": CUDNN, "device": device, "calls": calls, "rows": found})
+
+
+if __name__ == "__main__":
+    app()
