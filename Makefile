@@ -19,9 +19,10 @@ test: $(VENV)/.test $(VENV)/.tpu  ## every test
 test-slow: $(VENV)/.test  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: $(VENV)/.gpu  ## those that need an NVIDIA GPU; one is enough
+test-gpu: $(VENV)/.gpu  ## on an NVIDIA GPU; one is enough
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \
-	    $(BIN)/python -m pytest -n 8 -m gpu parity_tests/test_gpu.py parity_tests/test_fused.py
+	    $(BIN)/python -m pytest -n 8 -m "gpu or gpu_aot" parity_tests/test_gpu*.py \
+	    parity_tests/test_fused.py
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff format --check .

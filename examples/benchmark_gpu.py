@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import torch
 import typer
-from benchmark_tools import PASSES, TIMES, Run, planned, progress, save, show, take_turns, timer
+from benchmark_tools import PASSES, Run, planned, progress, save, show, take_turns, timer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jax_seqpar import blockwise_attention, exact_attention, fused_attention
@@ -117,18 +117,23 @@ def benchmark(
                 rows["torch flash"] = [timer(run) for run in torch_runs(shape, calls)]
             for line in take_turns(rows, CUDNN, repeats, step):
                 for name in PASSES:
-                    line[name]["median"] /= calls
+                    seconds = line[name]["median"] / calls
                     flops = FLOPS[name] * S**2 * heads * head_dim
-                    line[name]["tflops"] = flops / line[name]["median"] / 1e12
+                    line[name] |= {"ms": seconds * 1e3, "tflops": flops / seconds / 1e12}
                 line["planned_bytes"] = plans.get(line["what"], [None, None])
                 found.append({"tokens": S} | line)
-    columns = {"tokens": "tokens", "what": "what"} | TIMES
-    columns |= {"forward.tflops": "TFLOP/s\nforward", "both.tflops": "\nfwd+bwd"}
-    columns |= {"planned_bytes.0": "planned\nMB", "planned_bytes.1": "fwd+bwd\nMB"}
-    device = jax.devices()[0].device_kind
-    title = f"Causal attention 1 x tokens x {heads} x {head_dim} on {device}; ratios to {CUDNN}"
-    show(title, columns, found, section="tokens")
+    show_table(found, heads, head_dim, device := jax.devices()[0].device_kind)
     save(json_file, {"baseline": CUDNN, "device": device, "calls": calls, "rows": found})
+
+
+def show_table(rows: list[dict[str, Any]], heads: int, head_dim: int, device: str) -> None:
+    columns = {"tokens": "tokens", "what": "what"}
+    for name, heading in (("forward", "forward"), ("both", "fwd+bwd")):
+        columns |= {f"{name}.ms": f"{heading}\nms", f"{name}.ratio": "\nratio"}
+        columns |= {f"{name}.tflops": "\nTFLOP/s"}
+    columns |= {"planned_bytes.0": "planned\nMB", "planned_bytes.1": "fwd+bwd\nMB"}
+    title = f"Causal attention 1 x tokens x {heads} x {head_dim} on {device}; ratios to {CUDNN}"
+    show(title, columns, rows, section="tokens")
 
 
 if __name__ == "__main__":

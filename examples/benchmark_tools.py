@@ -116,9 +116,9 @@ def cell(row: Any, path: str) -> str:
         return row or "-"
     if "_bytes" in path:
         return f"{row / 1e6:.1f}"
-    return (
-        f"{row:.3f}" if path.endswith("median") else f"{row:.2f}" if "." in path else f"{row:.4g}"
-    )
+    if isinstance(row, int):
+        return str(row)
+    return f"{row:.3f}" if path.endswith("median") else f"{row:.2f}"
 
 
 @contextmanager

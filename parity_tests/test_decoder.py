@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from cases import KINDS, MeshCase
+from cases import KINDS, MeshCase, slow
 from decoder import FSDP, FSDP_AND_TENSOR, Config, Decoder, Placement
 from flax import nnx
 from questions import collectives
@@ -107,7 +107,14 @@ def assert_close(got, expected, roundings):
         assert np.abs(got[path] - x).max() <= roundings * EPS * np.abs(x).max(), path
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, KINDS[i % 2]) for i, n in enumerate(PLACES)])
+# FSDP alone is part of the last one.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (slow if n == "data 2, degree 4, FSDP" else pytest.param)(n, KINDS[i % 2])
+        for i, n in enumerate(PLACES)
+    ],
+)
 def test_loss_gradient_and_steps_are_those_of_one_device(alone, name, kind):
     trainer = Trainer(PLACES[name], kind)
     with jax.set_mesh(trainer.mesh):

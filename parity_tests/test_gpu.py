@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu
 
-Skipped where JAX sees no GPU. One is enough: programs for eight are compiled, and counted.
+Skipped where JAX sees no GPU. One is enough; programs for eight are in `test_gpu_aot`.
 """
 
 from functools import partial
@@ -16,14 +16,12 @@ from decoder import Config, Decoder, Placement
 from exact_cases import CASE, CROSS, OPTIONS, SHAPES, jax_exact, torch_exact
 from features import KERNELS, SIZES, cases, exact_by_torch, operands, options, run_jax, run_torch
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from questions import collectives, compiled, error, output_and_gradients
+from jax.sharding import NamedSharding, PartitionSpec
+from questions import compiled, error, output_and_gradients
 
 from jax_seqpar import (
     MeshLayout,
     blockwise_attention,
-    compiler_options,
     dot_product_attention,
     fused_attention,
 )
@@ -172,34 +170,3 @@ def test_the_front_door_takes_cudnn():
     theirs = output_and_gradients(partial(fused_attention, is_causal=True))(**inputs)
     for a, b in zip(ours, theirs, strict=True):
         check_equal(np.asarray(a), np.asarray(b))
-
-
-@pytest.mark.parametrize("head_chunks", (1, 2))
-@pytest.mark.parametrize("gradients", (False, True), ids=("forward", "gradients"))
-@pytest.mark.parametrize("name", ("cuDNN", "blockwise"))
-def test_programs_for_eight_gpus(name, gradients, head_chunks):
-    """Four all-to-alls of each slice of the heads, eight with gradients, and nothing else.
-
-    Compiled for GPUs like the one that is there.
-    """
-    eight = topologies.get_topology_desc(platform="cuda", topology="1x1x8").devices
-    mesh = Mesh(np.array(eight), ("seq",))
-    sharding = NamedSharding(mesh, PartitionSpec(None, "seq"))
-    query, key = (
-        jax.ShapeDtypeStruct((1, 1 << 14, heads, 128), jnp.bfloat16, sharding=sharding)
-        for heads in (32, 16)
-    )
-    attention = fused_attention if name == "cuDNN" else blockwise_attention
-    attend = partial(
-        dot_product_attention,
-        attention=attention,
-        is_causal=True,
-        mesh=mesh,
-        head_chunks=head_chunks,
-    )
-    run = output_and_gradients(attend) if gradients else attend
-    inputs = (query, key, key, query) if gradients else (query, key, key)
-    text = compiled(run, *inputs, compiler_options={**compiler_options("gpu")})
-    slices = (2 if gradients else 1) * head_chunks
-    assert collectives(text) == {"all-to-all": 4 * slices}
-    assert text.count(f'custom_call_target="{CUDNN}') == (slices if name == "cuDNN" else 0)

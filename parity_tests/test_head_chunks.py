@@ -169,6 +169,6 @@ def test_an_array_of_other_heads_per_device():
 
 @pytest.mark.parametrize("platform", ("cpu", "gpu"))
 def test_the_options_of_a_platform_are_options(platform):
-    """XLA reads those of GPUs on a CPU, too; those of TPUs are for the compiler of `test_tpu_aot`."""
+    """XLA reads those of GPUs on a CPU, too; those of TPUs are tried in `test_tpu_aot`."""
     added = jax.jit(lambda x: x + 1, compiler_options=compiler_options(platform))
     assert added(1) == 2
