@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import KINDS, MeshCase
+from cases import KINDS, ONE_AXIS, MeshCase
 from jax.sharding import NamedSharding, PartitionSpec
 from questions import collectives, compiled, temporaries_of
 
@@ -332,6 +332,31 @@ def test_no_tile_is_wrong_for_being_made_up():
 
     grad = jax.jit(jax.grad(lambda s, x: map_tiles(norm, s, x, tiles=2, mesh=mesh).sum(), (0, 1)))
     assert all(np.isfinite(np.asarray(g)).all() for g in grad(jnp.float32(2), x))
+
+
+@pytest.mark.parametrize("tiled", ("map_tiles", "tiled_cross_entropy"))
+def test_gradients_of_tiles_add_up_in_float32(tiled):
+    """512 tiles in bfloat16 that have one gradient: a sum in bfloat16 would stop at 256."""
+    tokens = 1024
+    mesh = ONE_AXIS[2].mesh()
+    x = jnp.ones((1, tokens, 1), jnp.bfloat16)
+
+    def by_map(kernel):
+        def product(kernel, x):
+            return x * kernel.astype(x.dtype)[None, None]
+
+        return map_tiles(product, kernel[0, :1], x, tiles=512, mesh=mesh).astype(jnp.float32).sum()
+
+    def by_loss(kernel):
+        labels = jnp.zeros((1, tokens), jnp.int32)
+        return tiled_cross_entropy(x, kernel, labels, tiles=512, normaliser=jnp.int32(1), mesh=mesh)
+
+    kernel = jnp.zeros((1, 2), jnp.float32)
+    gradient = jax.jit(jax.grad(by_map if tiled == "map_tiles" else by_loss))(kernel)
+    # Of two equal logits, the label's has the probability 1/2 too little.
+    expected = [tokens, 0] if tiled == "map_tiles" else [-tokens / 2, tokens / 2]
+    assert gradient.dtype == jnp.float32
+    assert gradient[0].tolist() == expected
 
 
 @pytest.mark.parametrize(
