@@ -13,6 +13,7 @@ TPU := TPU_LIBRARY_PATH=$(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
 parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 	$(BIN)/seqpar parity
 
+# File by file in their order: by the number of their tests the longest would come last, alone.
 test: $(VENV)/.test $(VENV)/.tpu  ## every test
 	$(TPU) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

@@ -1,4 +1,4 @@
-"""What the commands of `benchmark_attention.py` share: programs, turns and tables."""
+"""What the benchmarks of kernels share: programs, turns and tables."""
 
 import json
 import statistics

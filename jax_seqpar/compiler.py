@@ -4,7 +4,7 @@ from . import refusals
 
 OPTIONS: dict[str, dict[str, str]] = {
     "cpu": {},
-    # XLA knows no other way to write a boolean than as Python does.
+    # Of its own options XLA takes "True" and not "true"; those of TPUs are read by libtpu.
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": "True"},
     "tpu": {"xla_tpu_enable_async_all_to_all": "true"},
 }

@@ -1,7 +1,6 @@
 """Programs for TPUs and GPUs, compiled without one.
 
-A compiler is loaded in a process of its own, by running this file: it reads a list of `Program`s as
-JSON and writes for each the optimised program and the bytes of its temporaries on a device.
+`compiled` loads the compilers in a process of its own, by running this file with their environment.
 """
 
 import importlib.util
@@ -79,11 +78,6 @@ class Program:
     def platform(self) -> str:
         return "gpu" if self.topology == "h100:8" else "tpu"
 
-    @property
-    def kernel(self) -> str:
-        """What marks the fused kernel in a compiled program."""
-        return KERNELS[self.platform]
-
     def compiled(self) -> Any:
         mesh = Mesh(np.array(self._devices()), ("seq",))
         splash = self.fused and self.platform == "tpu"
@@ -131,24 +125,30 @@ class Program:
             return topologies.get_topology_desc(self.topology, "tpu").devices
         # As if JAX saw one of those that are compiled for.
         cudnn.compute_capability = lambda: (9, 0)
-        how: Any = {"platform": "cuda", "topology": "1x1x8", "target_config": H100}
-        return topologies.get_topology_desc(**how).devices
+        return gpus()
 
     @property
     def most_bytes(self) -> int:
         """Of temporaries on a device: everything gathered once.
 
         Query, key, value and output, with their gradients if there are any, have all the tokens and
-        a device's part of the heads. A TPU's kernels read positions, and leave the log of the sum
-        of exp of each head, in float32 over the 128 lanes of a register.
+        a device's part of the heads. The kernels leave the log of the sum of exp of each head and
+        read positions, in float32; a TPU's over the 128 lanes of a register. Blockwise attention
+        has besides, of one head, transposes of eight arrays and three blocks of logits.
         """
         devices = DEVICES[self.topology]
         heads, kv_heads = self.heads // devices, self.kv_heads // devices
         gathered = 2 * (heads + kv_heads) * HEAD_DIM * 2
-        lanes = 128 * 4
-        if self.gradients:
-            return self.tokens * (2 * gathered + (heads + 1) * lanes)
-        return self.tokens * (gathered + lanes)
+        row = 4 * (128 if self.platform == "tpu" else 1) * (heads + 1)
+        passes = 2 if self.gradients else 1
+        most = self.tokens * (passes * gathered + row)
+        return most if self.fused else most + self.tokens * 8 * HEAD_DIM * 4 + 3 * 4 * 1024**2
+
+
+def gpus() -> Any:
+    """Eight H100 to compile for."""
+    how: Any = {"platform": "cuda", "topology": "1x1x8", "target_config": H100}
+    return topologies.get_topology_desc(**how).devices
 
 
 def libtpu() -> str | None:
@@ -169,16 +169,16 @@ def has_cuda() -> bool:
 
 def compiled(*programs: Program) -> list[dict[str, Any]]:
     """For each: "text", the optimised program, and "temporaries", bytes on a device."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "TPU_LIBRARY_PATH": str(libtpu()),
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # tests may run side by side; no chip is touched
-        # No question to a metadata server about the machine.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if (path := libtpu()) is not None:
+        environment |= {
+            "TPU_LIBRARY_PATH": path,
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # tests may run side by side; no chip is touched
+            # No question to a metadata server about the machine.
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+        }
     asked = json.dumps([asdict(program) for program in programs])
     command = [sys.executable, __file__]
     done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True)

@@ -116,3 +116,9 @@ def test_every_row_of_the_default_attention_is_measured(command, sizes, expected
                 assert row["planned_bytes"][1] >= 4 * 32 * 2 * 8 * 4
     if command == "skipping":
         assert rows[2]["fewer_pairs"] == (32 * 33 / 2) / (4 * 8 * 9 / 2)
+
+
+def test_no_gpu_to_measure():
+    done = benchmark(script="benchmark_gpu.py")
+    assert done.returncode == 2
+    assert "JAX sees no GPU" in done.stderr

@@ -411,6 +411,16 @@ def test_out_has_one_nan(of):
     assert np.isnan(of.round32(NANS)).all()
 
 
+@pytest.mark.parametrize(("dtype", "quiet"), (("bfloat16", 0x7FC0), ("float16", 0x7E00)))
+def test_16_bits_have_one_nan(dtype, quiet):
+    nans = np.array([0x7FC00000, 0xFFC12345, 0x7F800001, 0x7FFFFFFF], np.uint32).view(np.float32)
+    narrowed = jax.jit(partial(arithmetic.narrowed, dtype=jnp.dtype(dtype)))
+    assert (np.asarray(narrowed(nans)).view(np.uint16) == quiet).all()
+    others = np.array([0.0, 1 + 2.0**-8, -(2.0**-20), 3e38, -np.inf, np.inf], np.float32)
+    with np.errstate(over="ignore"):
+        same_bits(np.asarray(narrowed(others)), others.astype(jnp.dtype(dtype)))
+
+
 @in_both
 def test_flush(of):
     bits = np.array([0, 1, 0x007FFFFF, 0x00800000, 0x00800001, 0x7F7FFFFF, 0x7F800000], np.uint32)

@@ -5,9 +5,14 @@ The compiler is that of the extra "cuda".
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
-from ahead_of_time import KERNELS, Program, compiled, has_cuda, under_transfers
+from ahead_of_time import KERNELS, Program, compiled, gpus, has_cuda, under_transfers
+from jax.sharding import SingleDeviceSharding
 from questions import collectives
+
+from jax_seqpar.exact.arithmetic import flush, round32
 
 KERNEL = KERNELS["gpu"]
 
@@ -40,3 +45,21 @@ def test_a_transfer_hides_under_the_attention_of_another_slice():
     assert [collectives(text) for text in texts] == [{"all-to-all": n} for n in (4, 8, 16)]
     assert [text.count(KERNEL) for text in texts] == [1, 2, 4]
     assert [len(under_transfers(text, KERNEL)) for text in texts] == [0, 2, 4]
+
+
+def test_the_rounding_of_exact_attention_survives_the_compiler():
+    """And a conversion and back does not: if it did, nothing would be shown."""
+
+    def round_by_conversion(x):
+        return flush(x).astype(jnp.float32)
+
+    def program(rounding):
+        with jax.enable_x64(True):
+            x = jax.ShapeDtypeStruct((64,), jnp.float64, sharding=SingleDeviceSharding(gpus()[0]))
+            widened = jax.jit(lambda x: rounding(x).astype(jnp.float64))
+            text = widened.lower(x).compile().as_text()
+        assert text
+        return text
+
+    assert "f32[64]" in program(round32)
+    assert "f32[64]" not in program(round_by_conversion)

@@ -27,7 +27,7 @@ below 2^53. rint rounds half to even. Inputs are float32, bfloat16 or float16.
                     two roundings of additions
     exp(x)          of a float32: the float32 nearest to e^x; 0 for x < -80
     out(x, dtype)   round32(x), -0 as +0, any NaN as the quiet NaN with sign and payload 0; a
-                    16-bit dtype is rounded from that
+                    16-bit dtype is rounded from that, any NaN again to that one
 
 Forward, for query i and the keys j of one head; q, k, v, do and bias are flushed first:
 

@@ -34,10 +34,11 @@ def flush(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
 
 
 def round32(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The nearest float32; 0 for what is a subnormal of float32 before it is rounded to one.
+    """The nearest float32; 0 where |x| < 2^-126.
 
-    The selection comes after the conversion. Where the result is widened again, XLA:GPU leaves out
-    two conversions that follow one another (https://github.com/openxla/xla/issues/41605).
+    The selection comes after the conversion and so stands between it and one that widens the result
+    again. Where one follows the other XLA:GPU leaves out both, as `xla_allow_excess_precision`
+    permits (https://github.com/openxla/xla/issues/41605 for 16 bits), and the rounding is lost.
     """
     return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, jnp.float32(0), x.astype(jnp.float32))
 

@@ -169,6 +169,7 @@ def _looped_by_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
 @partial(jax.jit, static_argnums=0)
 def _forward(options: Options, query: Any, key: Any, value: Any, description: Any) -> Array:
     """The output in float32."""
+    query, key, value, description = _as_given((query, key, value, description))
     B, T, N, _ = query.shape
     K, V = value.shape[2:]
 
@@ -186,6 +187,9 @@ def _backward(
     options: Options, query: Any, key: Any, value: Any, description: Any, out: Any, grad: Any
 ) -> tuple[Array, ...]:
     """The gradients, of the dtype of the operands."""
+    query, key, value, description, out, grad = _as_given(
+        (query, key, value, description, out, grad)
+    )
     N, K = query.shape[2], key.shape[2]
 
     def one(index: Array, q: Array, k: Array, v: Array, out: Array, grad: Array):
@@ -202,6 +206,14 @@ def _backward(
             for x, like in zip(gradients, (query, key, value), strict=True)
         )
         return tuple(arithmetic.narrowed(x.transpose(0, 2, 1, 3), query.dtype) for x in shaped)
+
+
+def _as_given(operands: Any) -> Any:
+    """The operands. A caller's own rounding to 16 bits just before stays, though they are widened.
+
+    XLA:GPU leaves out such a pair of conversions; see `arithmetic.round32`.
+    """
+    return jax.lax.optimization_barrier(operands)
 
 
 def _map_heads(one: Callable[..., Any], *operands: Array) -> Any:
