@@ -79,7 +79,10 @@ LLAMA = (
     Map(f"{FROM}.mlp.up_proj.weight", f"{TO}.mlp.up.kernel", "F D -> D F"),
     Map(f"{FROM}.mlp.down_proj.weight", f"{TO}.mlp.down.kernel", "D F -> F D"),
     Map("model.norm.weight", "norm.scale"),
+)
+UNTIED, TIED = (
     Map("lm_head.weight", "unembedding"),
+    Tied("lm_head.weight", "model.embed_tokens.weight"),
 )
 LLAMA_HOOKS = {
     "model.embed_tokens": "embedding",
@@ -100,7 +103,11 @@ ENCODER_HOOKS = {
 
 
 def llama(
-    layers: int = 4, tokens: int = 64, layout: MeshLayout = MeshLayout(), **placement: Any
+    layers: int = 4,
+    tokens: int = 64,
+    layout: MeshLayout = MeshLayout(),
+    tied: bool = False,
+    **placement: Any,
 ) -> Port:
     """A decoder with random weights; no two of its sizes are equal, so that no swap is hidden."""
     config = decoder.Config(
@@ -111,7 +118,7 @@ def llama(
         heads=8,
         kv_heads=2,
         head_dim=12,
-        tied=False,
+        tied=tied,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -126,6 +133,7 @@ def llama(
             rms_norm_eps=config.epsilon,
             rope_parameters={"rope_type": "default", "rope_theta": config.theta},
             initializer_range=0.1,
+            tie_word_embeddings=tied,
         )
     )
     # Norms start as 1 everywhere, which would hide that they are forgotten or swapped.
@@ -148,7 +156,7 @@ def llama(
         torch_loss=torch_loss,
         flax_model=lambda: decoder.Decoder(config, place, rngs=nnx.Rngs(0)),
         flax_loss=flax_loss,
-        mapping=LLAMA,
+        mapping=[*LLAMA, TIED if tied else UNTIED],
         sizes={"N": config.heads, "K": config.kv_heads},
         hooks=LLAMA_HOOKS,
         batch={"tokens": numbers, "labels": following},

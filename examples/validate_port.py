@@ -158,7 +158,9 @@ def run_flax(port: Port, mesh: Mesh) -> Run:
             return value, seen
 
         (value, seen), grads = loss(params, batch)
-    state = bridge.to_torch_state(grads, port.mapping, sizes=port.sizes)
+    # A tied name has no gradient of its own in PyTorch.
+    mapping = [line for line in port.mapping if not isinstance(line, bridge.Tied)]
+    state = bridge.to_torch_state(grads, mapping, sizes=port.sizes)
     return Run(
         tensors={name: np.asarray(x) for name, x in (seen | {"loss": value}).items()},
         grads={name: state[name].numpy() for name in sorted(state)},

@@ -20,7 +20,7 @@ from jax_seqpar import MeshLayout
 from jax_seqpar.bridge import first_divergence
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CASES = ("llama on 8", "llama on 2x4", "encoder on 8")
+CASES = ("llama on 8", "tied llama on 2x4", "encoder on 8")
 U = 2.0**-24
 RTOL = 1e-4
 
@@ -51,13 +51,14 @@ def example():
 def case(request, example):
     """A model and its runs: PyTorch's in float64 and, with two attentions, in float32; Flax's."""
     mesh, layout = mesh_of_8(), MeshLayout()
-    if request.param == "llama on 2x4":
+    tied = request.param == "tied llama on 2x4"
+    if tied:
         # Explicit axes, and data parallelism beside.
         mesh, layout = jax.make_mesh((2, 4), ("data", "seq")), MeshLayout(batch="data")
     if request.param == "encoder on 8":
         port = example.pretrained_encoder(tokens=40, layout=layout)
     else:
-        port = example.llama(layers=2, tokens=24, layout=layout)
+        port = example.llama(layers=2, tokens=24, layout=layout, tied=tied)
     return _run(example, port, mesh)
 
 
