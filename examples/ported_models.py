@@ -145,7 +145,8 @@ def llama(
 
     def torch_loss(model: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits
-        return cross_entropy(logits.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORE)
+        logits = logits.flatten(0, 1).float()
+        return cross_entropy(logits, labels.flatten().long(), ignore_index=IGNORE)
 
     def flax_loss(model: Any, record: decoder.Record, tokens: Any, labels: Any) -> Any:
         return jax_seqpar.training.cross_entropy(model(tokens, record=record), labels)

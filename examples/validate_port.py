@@ -82,7 +82,7 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options:
     return scaled_dot_product_attention(q, k, v, enable_gqa=True, **options).transpose(1, 2)
 
 
-def run_torch(port: Port, kernel: Kernel = sdpa, *, float64: bool = False) -> Run:
+def run_torch(port: Port, kernel: Kernel = sdpa, *, dtype: torch.dtype = torch.float32) -> Run:
     """PyTorch's model, with an attention of `[B, S, N, H]`."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -90,10 +90,10 @@ def run_torch(port: Port, kernel: Kernel = sdpa, *, float64: bool = False) -> Ru
         x.retain_grad()
         seen[name] = x
 
-    with Float64() if float64 else nullcontext():
+    with Float64() if dtype is torch.float64 else nullcontext():
         model = type(port.torch_model)(port.torch_model.config).eval()
         model.load_state_dict(port.torch_model.state_dict())
-        model = model.double() if float64 else model
+        model = model.to(dtype)
         _record_layers(model, port.hooks, record)
         _record_attention(model, kernel, record)
         batch = {name: torch.from_numpy(x) for name, x in port.batch.items()}
@@ -101,10 +101,15 @@ def run_torch(port: Port, kernel: Kernel = sdpa, *, float64: bool = False) -> Ru
         seen["loss"].backward()
     grads = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     return Run(
-        tensors={name: x.detach().numpy() for name, x in seen.items()},
-        grads={name: grads[name].numpy() for name in sorted(grads)},
-        tensor_grads={name: x.grad.numpy() for name, x in seen.items() if x.grad is not None},
+        tensors={name: _numbers(x) for name, x in seen.items()},
+        grads={name: _numbers(grads[name]) for name in sorted(grads)},
+        tensor_grads={name: _numbers(x.grad) for name, x in seen.items() if x.grad is not None},
     )
+
+
+def _numbers(x: torch.Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: 16 bits as float32."""
+    return (x.float() if x.dtype.itemsize == 2 else x).detach().numpy()
 
 
 def _record_layers(model: Any, hooks: Mapping[str, str], record: Callable[..., None]) -> None:
@@ -217,7 +222,11 @@ def main(
     torch.set_num_threads(1)
     # Flax's own layers leave it to the compiler where arrays lie.
     mesh = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
-    truth, expected, got = run_torch(right, float64=True), run_torch(right), run_flax(port, mesh)
+    truth, expected, got = (
+        run_torch(right, dtype=torch.float64),
+        run_torch(right),
+        run_flax(port, mesh),
+    )
     console = Console(width=110)
     found = [
         _compare(console, kind, getattr(truth, kind), getattr(expected, kind), getattr(got, kind))

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -106,6 +107,24 @@ def test_bound_catches_what_is_a_little_wrong(example, small):
     assert "model.layers.0.self_attn.q_proj.weight" in _wrong(small, run, "grads")
 
 
+def test_port_in_16_bits_is_as_right_as_pytorch(example):
+    """By the same bound, of bfloat16; the weights are numbers of it."""
+    port = example.llama(layers=2, tokens=24, dtype=jnp.bfloat16)
+    port.torch_model.bfloat16().float()
+    with jax.numpy_dtype_promotion("standard"):  # of Flax's norm
+        flax = example.run_flax(port, mesh_of_8())
+    case = SimpleNamespace(
+        truth=example.run_torch(port, dtype=torch.float64),
+        torch=example.run_torch(port, dtype=torch.bfloat16),
+        exact=example.run_torch(port, example.torch_exact_attention, dtype=torch.bfloat16),
+    )
+    flax = replace(flax, tensors={n: x.astype(np.float32) for n, x in flax.tensors.items()})
+    for kind in ("tensors", "grads"):
+        assert not _wrong(case, flax, kind, u=2.0**-9)
+        for name, (_, bound) in _errors(case, flax, kind, u=2.0**-9).items():
+            assert bound < 0.1 * _rms(getattr(case.truth, kind)[name]), "or it could not fail"
+
+
 def test_every_parameter_has_a_gradient(case):
     names = {name for name, _ in case.port.torch_model.named_parameters()}
     assert set(case.flax.grads) == {name for name in names if not name.startswith("pooler")}
@@ -124,7 +143,7 @@ def test_truth_is_float64(example):
     turn = np.exp(1j * angles)[None, :, None]
     turned = (query[..., :6] + 1j * query[..., 6:]) * turn
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    got = example.run_torch(port, float64=True).tensors["layers.0/query"]
+    got = example.run_torch(port, dtype=torch.float64).tensors["layers.0/query"]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-14 * np.abs(expected).max())
 
 
@@ -185,14 +204,14 @@ def _run(example, port, mesh) -> SimpleNamespace:
     return SimpleNamespace(
         port=port,
         mesh=mesh,
-        truth=example.run_torch(port, float64=True),
+        truth=example.run_torch(port, dtype=torch.float64),
         torch=example.run_torch(port),
         exact=example.run_torch(port, example.torch_exact_attention),
         flax=example.run_flax(port, mesh),
     )
 
 
-def _errors(case, flax, kind) -> dict[str, tuple[float, float]]:
+def _errors(case, flax, kind, u=U) -> dict[str, tuple[float, float]]:
     """By name, the error of Flax and the bound of `test_port_is_as_right_as_pytorch`."""
     truth = getattr(case.truth, kind)
     runs = [getattr(run, kind) for run in (case.torch, case.exact, flax)]
@@ -202,12 +221,12 @@ def _errors(case, flax, kind) -> dict[str, tuple[float, float]]:
         assert right.dtype == np.float64
         assert all(run[name].dtype == np.float32 for run in runs)
         *of_torch, of_flax = (_rms(run[name] - right) for run in runs)
-        errors[name] = (of_flax, 2 * max(of_torch) + 4 * U * _rms(right))
+        errors[name] = (of_flax, 2 * max(of_torch) + 4 * u * _rms(right))
     return errors
 
 
-def _wrong(case, flax, kind) -> dict[str, tuple[float, float]]:
-    errors = _errors(case, flax, kind)
+def _wrong(case, flax, kind, u=U) -> dict[str, tuple[float, float]]:
+    errors = _errors(case, flax, kind, u)
     return {name: (error, bound) for name, (error, bound) in errors.items() if error > bound}
 
 
