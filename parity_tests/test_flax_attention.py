@@ -166,6 +166,9 @@ def test_decoding(features, kind):
         first = 8 if features != "bidirectional" else 1
         parts = [X[:, :first], *(X[:, i : i + 1] for i in range(first, 12))]
         got = np.concatenate([np.asarray(step(layer, part)) for part in parts], axis=1)
+        assert np.isnan(step(layer, X[:, :1])).all(), "the cache was full"
+        with pytest.raises(ValueError, match="1 tokens after 13 do not fit the cache of 12"):
+            layer(jnp.asarray(X[:, :1]), decode=True)
     assert_close(got, truth(layer, options)[:, :12])
 
 

@@ -154,9 +154,9 @@ class Attention(nnx.Module):
           deterministic, rngs: dropout unless deterministic, with `rngs.dropout()`.
           decode: x is what follows the tokens in the cache; they are attended to, and x is added to
             it. The devices share the cache by heads where they divide K, so that no key or value
-            moves; otherwise each has it whole. More tokens than it holds must not be fed: what is
-            written then is undefined. All tokens fed are attended to, so prompts of a batch are
-            of one length.
+            moves; otherwise each has it whole. All tokens fed are attended to, so prompts of a
+            batch are of one length. Tokens beyond the end of the cache are refused, and give NaN
+            under `jit`, which does not know how many it holds.
           record: called with "query", "key", "value" as they are attended with, and "context", what
             attention returns, each `[B, T, heads, H]`.
 
@@ -167,7 +167,7 @@ class Attention(nnx.Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         drops = self.dropout_rate > 0 and not deterministic
         if decode:
-            refusals.check_decode(self.cached_key, x.shape[1], segment_ids, drops)
+            refusals.check_decode(self.cached_key, self.cache_index, x.shape[1], segment_ids, drops)
         refusals.check_dropout(self.dropout_rate, deterministic, rngs)
         start = self.cache_index[...] if decode and self.cache_index is not None else 0
         order = (start + jnp.arange(x.shape[1], dtype=jnp.int32))[None]
@@ -235,7 +235,7 @@ class Attention(nnx.Module):
         if not options["is_causal"]:
             filled = jnp.full(B, start + query.shape[1], jnp.int32)
             options["key_value_seq_lengths"] = filled
-        return dot_product_attention(
+        out = dot_product_attention(
             self._place(query, layout, mesh),
             *whole,
             positions=positions,
@@ -243,6 +243,8 @@ class Attention(nnx.Module):
             mesh=self.mesh,
             **options,
         )
+        fits = start + query.shape[1] <= S  # beyond, other tokens were written over
+        return jnp.where(fits, out, jnp.asarray(jnp.nan, out.dtype))
 
     def _decode_layout(self, query: Array | None) -> tuple[MeshLayout, AnyMesh]:
         """Heads over all the axes of heads and tokens: each device keeps its own part of each."""

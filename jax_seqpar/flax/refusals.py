@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.core import Tracer
 
 _NEVER = {
     "precision": (
@@ -151,14 +152,19 @@ def check_cache_heads(num_heads: int, num_kv_heads: int, devices: int, axes: obj
         )
 
 
-def check_decode(cache: Any, tokens: int, segment_ids: Any, drops: bool) -> None:
-    """Refuses decoding without a cache, and what a cache does not keep."""
+def check_decode(cache: Any, index: Any, tokens: int, segment_ids: Any, drops: bool) -> None:
+    """Refuses decoding without a cache, and what a cache does not keep.
+
+    Args:
+      index: how many tokens the cache holds; under `jit` that is not known.
+    """
     if cache is None:
         raise ValueError("decode=True needs a cache: call init_cache(batch, tokens) first.")
-    if tokens > cache.shape[1]:
+    held = 0 if isinstance(index[...], Tracer) else int(index[...])
+    if held + tokens > cache.shape[1]:
         raise ValueError(
-            f"{tokens} tokens do not fit the cache of {cache.shape[1]}: init_cache(batch, tokens) "
-            f"with more."
+            f"{tokens} tokens after {held} do not fit the cache of {cache.shape[1]}: "
+            f"init_cache(batch, tokens) with more."
         )
     if segment_ids is not None:
         raise ValueError("decode=True keeps one document per sequence: leave segment_ids out.")
