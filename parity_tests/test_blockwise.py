@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import is_array
+from cases import is_array, slow
 from features import Sizes, operands, run_jax, run_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,8 +147,15 @@ def of_dense_attention(derivative: Any) -> Any:
     return derived(derivative, dense_attention)
 
 
-@pytest.mark.parametrize("derivative", (norm, forward_over_reverse))
-@pytest.mark.parametrize("either_mode", (False, True))
+@pytest.mark.parametrize(
+    ("derivative", "either_mode"),
+    (
+        (norm, False),
+        (forward_over_reverse, True),
+        slow(norm, True),
+        slow(forward_over_reverse, False),
+    ),
+)
 def test_second_derivatives(either_mode, derivative):
     got = derived(derivative, partial(small, forward_mode=either_mode))
     # Float32 against float32, through two derivatives of a square.

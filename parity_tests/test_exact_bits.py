@@ -64,7 +64,7 @@ def test_both_frameworks_with_every_shape(case):
     check_equal(jax_exact(inputs, **options), torch_exact(inputs, **options))
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("dtype", ("bfloat16", slow("float16")))
 def test_every_option_in_16_bits(dtype):
     """Causal attention is among the shapes."""
     inputs = {name: x.astype(jax.numpy.dtype(dtype)) for name, x in CASE.inputs().items()}
@@ -294,7 +294,7 @@ def test_a_kernel_that_is_wrapped_still_knows_who_shares_its_heads(wrap):
     check_equal(dict(zip(NAMES, map(np.asarray, results), strict=True)), single_device(case))
 
 
-@pytest.mark.parametrize("size", (2**31 - 1, (2**40, 2**31)))
+@pytest.mark.parametrize("size", (slow(2**31 - 1), (2**40, 2**31)))
 def test_a_window_wider_than_any_sequence(size):
     inputs = CASE.inputs()
     check_equal(jax_exact(inputs, local_window_size=size), jax_exact(inputs))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import rank_functions
 import torch
+from cases import slow
 
 from jax_seqpar.bridge import RankError, run_ranks
 
@@ -78,7 +79,7 @@ def test_a_failure_brings_its_traceback():
     assert message.endswith("LookupError: no seventh seal\n")
 
 
-@pytest.mark.parametrize("code", (3, 0))
+@pytest.mark.parametrize("code", (slow(3), 0))
 def test_a_death_is_told_by_its_exit_code(code):
     with pytest.raises(RankError) as caught:
         run_ranks(rank_functions.exit_in_rank_1, 2, code)
