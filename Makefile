@@ -17,8 +17,8 @@ parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 test: $(VENV)/.test $(VENV)/.tpu  ## every test
 	$(TPU) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/.test  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.test $(VENV)/.tpu  ## the tests that take minutes
+	$(TPU) $(BIN)/python -m pytest -m slow
 
 test-gpu: $(VENV)/.gpu  ## on an NVIDIA GPU; one is enough
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \

@@ -125,7 +125,7 @@ def sharded(case, where, kind, **options):
 # Every mesh where KV heads are shared. Where they are not, there is less to go wrong: a few. One KV
 # head on those that shard heads as well, where other devices share it, and on the most devices.
 ON_MESHES = (
-    *((FEW_KV_HEADS, i) for i in range(len(MESHES))),
+    *((slow if i in (0, 7) else pytest.param)(FEW_KV_HEADS, i) for i in range(len(MESHES))),
     (MESH_CASES["grouped"], 2),
     slow(MESH_CASES["grouped"], 6),
     *(slow(MESH_CASES["multi-query"], i) for i in (1, 5)),
@@ -359,10 +359,10 @@ def test_nothing_to_attend(empty):
     assert not any(x.any() for x in ours.values())
 
 
-@pytest.mark.parametrize("case", SPECIAL.values(), ids=SPECIAL)
-def test_special_numbers(case):
+@pytest.mark.parametrize("name", ("float32", "bfloat16", slow("float16")))
+def test_special_numbers(name):
     """Zeros of both signs, subnormals, one-hot and equal rows, huge logits, NaN and infinity."""
-    inputs = adversarial(case.inputs())
+    inputs = adversarial(SPECIAL[name].inputs())
     ours = jax_exact(inputs, is_causal=True)
     check_equal(ours, torch_exact(inputs, is_causal=True))
     for x in ours.values():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ONE_AXIS
+from cases import ONE_AXIS, slow
 from features import Sizes, exact_by_torch, operands, run_jax, run_torch
 from jax.sharding import AxisType
 from questions import QUICK, error
@@ -70,7 +70,12 @@ PADDED = ("bias", "mask", "positions", "segment_ids")
 @pytest.mark.parametrize(
     ("name", "kernel"),
     # Exact attention, whose programs are large, where something is new to it.
-    [(n, k) for n in CASES for k in KERNELS if k == "blockwise" or n in ("cross", "masks")],
+    [
+        slow(n, k) if (n, k) == ("cross", "exact") else (n, k)
+        for n in CASES
+        for k in KERNELS
+        if k == "blockwise" or n in ("cross", "masks")
+    ],
 )
 def test_as_without(name, kernel):
     """Output and gradients are those on one device; of exact attention, in every bit."""
