@@ -129,6 +129,7 @@ def benchmark(
 
 
 def show_table(rows: list[dict[str, Any]], heads: int, head_dim: int, device: str) -> None:
+    """Milliseconds, ratios, TFLOP/s and planned memory, by tokens."""
     columns = {"tokens": "tokens", "what": "what"}
     for name, heading in (("forward", "forward"), ("both", "fwd+bwd")):
         columns |= {f"{name}.ms": f"{heading}\nms", f"{name}.ratio": "\nratio"}

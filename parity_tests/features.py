@@ -76,6 +76,11 @@ def cases() -> list[dict[str, Any]]:
     return [dict(zip(FACTORS, levels, strict=True)) for levels in AllPairs(list(FACTORS.values()))]
 
 
+def name_of(case: dict[str, Any]) -> str:
+    """What a case asks for, to name its test by."""
+    return ", ".join(f"{n} {x}" for n, x in case.items() if x not in (None, False, 0.0))
+
+
 def options(case: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a case, arrays as NumPy arrays."""
     s = SIZES[case["sizes"]]

@@ -15,6 +15,7 @@ from features import (
     assert_as_near,
     cases,
     exact_by_torch,
+    name_of,
     operands,
     options,
     run_jax,
@@ -36,11 +37,6 @@ from jax_seqpar import (
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.description import AXES, Rules
 from jax_seqpar.heads import plan_heads
-
-
-def name_of(case):
-    return ", ".join(f"{n} {x}" for n, x in case.items() if x not in (None, False, 0.0))
-
 
 # The dense kernel has all heads in one product, the path for either mode in one sum.
 BITWISE = ("blockwise", "exact")

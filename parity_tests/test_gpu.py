@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 from decoder import Config, Decoder, Placement
 from exact_cases import CASE, CROSS, OPTIONS, SHAPES, jax_exact, torch_exact
-from features import KERNELS, SIZES, cases, exact_by_torch, operands, options, run_jax, run_torch
+from features import (
+    KERNELS,
+    SIZES,
+    cases,
+    exact_by_torch,
+    name_of,
+    operands,
+    options,
+    run_jax,
+    run_torch,
+)
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from questions import compiled, error, output_and_gradients
@@ -79,10 +89,6 @@ def test_and_with_special_numbers(dtype):
     case = Case(batch=2, tokens=31, heads=4, kv_heads=2, head_dim=6, dtype=dtype)
     inputs = adversarial(case.inputs())
     check_equal(jax_exact(inputs, is_causal=True), torch_exact(inputs, is_causal=True))
-
-
-def name_of(case):
-    return ", ".join(f"{n} {x}" for n, x in case.items() if x not in (None, False, 0.0))
 
 
 @pytest.mark.parametrize("case", cases(), ids=name_of)
