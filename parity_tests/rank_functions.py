@@ -1,7 +1,6 @@
 """What the tests' ranks run, importable by a fresh process, and the inputs that both sides make."""
 
 import os
-import signal
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -62,16 +61,25 @@ def exit_in_rank_1(rank: int, code: int) -> None:
     wait_for_the_others()
 
 
-def kill_rank_1(rank: int) -> None:
+def return_with_a_signal_in_rank_1(rank: int, number: int) -> Any:
+    """Rank 1 gets the signal after 64 MB of its answer are written, before the rest."""
     if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        return np.ones(1 << 23), SignalWhenPickled(number)
     wait_for_the_others()
+
+
+@dataclass(frozen=True)
+class SignalWhenPickled:
+    number: int
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), self.number)
+        return SignalWhenPickled, (self.number,)
 
 
 def hang_in_rank_1(rank: int) -> None:
     if rank == 1:
         time.sleep(3600)
-    wait_for_the_others()
 
 
 def return_a_lambda(rank: int) -> Any:

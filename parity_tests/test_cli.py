@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -88,17 +89,19 @@ def devices(monkeypatch):
 def remembered_ranks():
     """PyTorch runs the same checks once, as nothing that these tests change is on its side."""
     remembered = {}
-    run_ranks = parity.run_ranks
+    start_ranks = parity.start_ranks
 
-    def run(fn, degree, checks, *, timeout):
+    @contextmanager
+    def start(fn, degree, checks, *, timeout):
         bits = (tuple(x.tobytes() for x in check.inputs.values()) for check in checks)
         key = degree, tuple(check.name for check in checks), tuple(bits)
         if key not in remembered:
-            remembered[key] = run_ranks(fn, degree, checks, timeout=timeout)
-        return remembered[key]
+            with start_ranks(fn, degree, checks, timeout=timeout) as collect:
+                remembered[key] = collect()
+        yield lambda: remembered[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parity, "run_ranks", run)
+        patch.setattr(parity, "start_ranks", start)
         yield
 
 

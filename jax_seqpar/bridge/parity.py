@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from .cases import Arrays
 from .checks import Check, PipelineCheck
 from .checks.sides import Outputs
 from .golden import digest, expected_digest
-from .ranks import run_ranks
+from .ranks import start_ranks
 
 COLUMNS = ("forward", "dq", "dk", "dv")
 
@@ -111,14 +110,13 @@ def run_parity(
 
     Raises:
       ValueError: fewer than `degree` JAX CPU devices.
-      RankError, TimeoutError: of `run_ranks`.
+      RankError, TimeoutError: of `start_ranks`.
     """
     mesh = cpu_mesh(degree)
     # JAX compiles while the ranks start.
-    with ThreadPoolExecutor(1) as pool:
-        ranks = pool.submit(run_ranks, _run_rank, degree, list(checks), timeout=timeout)
+    with start_ranks(_run_rank, degree, list(checks), timeout=timeout) as collect:
         by_device = [check.run_jax(mesh) for check in checks]
-        by_rank = ranks.result()
+        by_rank = collect()
     results = []
     for check, jax_side, parts in zip(checks, by_device, zip(*by_rank, strict=True), strict=True):
         result, torch_side = _compare(check, degree, parts, jax_side)

@@ -2,16 +2,31 @@
 
 import contextlib
 import datetime
+import multiprocessing
+import os
 import pickle
-import queue as queues
+import shutil
+import signal
+import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from .extras import require_torch
+
+# Signals that end a program: they reach its whole process group, and are the parent's to handle.
+_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+_SENDABLE = (
+    "Define functions and classes at the top of a module in a file: not in a notebook, "
+    "`python -c` or another function. Pass and return arrays, tensors and what else pickle copies."
+)
 
 
 class RankError(RuntimeError):
@@ -37,108 +52,254 @@ def run_ranks(
 
     Returns:
       What each rank returned, in rank order. It travels by `pickle`, which PyTorch's float8 and
-      wide unsigned tensors do not survive: return those as NumPy arrays.
+      wide unsigned tensors do not survive: return those as NumPy arrays. Arguments and values lie
+      in a temporary folder meanwhile, below `tempfile.gettempdir()`.
 
     Raises:
+      TypeError: a function, argument or value that cannot be pickled.
+      ValueError: an invalid world_size, timeout or threads; or a program read from standard input,
+        which the ranks cannot import.
       RankError: a rank raised or died.
       TimeoutError: not done in time; the message names the ranks that had not finished.
 
-    No process is left when it returns or raises.
+    No process and no folder is left when it returns or raises. Should this process be killed, the
+    ranks see it, remove the folder and end.
+    """
+    with start_ranks(fn, world_size, *args, timeout=timeout, threads=threads) as collect:
+        return collect()
+
+
+@contextlib.contextmanager
+def start_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float | int = 120.0,
+    threads: int = 1,
+) -> Iterator[Callable[[], list[Any]]]:
+    """`run_ranks` in two steps, with other work in between: yields a function that waits for the
+    ranks and returns their values. Leaving the context kills the ranks.
+
+    Example:
+      with start_ranks(fn, 4) as collect:
+          other_work()
+          values = collect()
     """
     require_torch()
-    import torch.multiprocessing as mp
-
-    context = mp.get_context("spawn")
-    answers = context.Queue()
-    # Pickled by hand: tensors then travel as bytes, not as memory shared with a process that ends.
-    task = pickle.dumps((fn, args))
+    _check(world_size, timeout, threads)
+    deadline = time.monotonic() + timeout
+    # By import, as a fork would copy locks that JAX's and PyTorch's threads hold.
+    context = multiprocessing.get_context("spawn")
+    # Started here, or with the first process, which SIGINT and SIGTERM would then reach: it leaves
+    # them unblocked.
+    resource_tracker.ensure_running()
     processes: list[Any] = []
-    with tempfile.TemporaryDirectory(prefix="seqpar-") as folder:
-        store = (Path(folder) / "store").as_uri()
+    with tempfile.TemporaryDirectory(prefix="seqpar-") as name:
+        folder = Path(name)
         try:
-            for rank in range(world_size):
-                arguments = (rank, world_size, store, timeout, threads, task, answers)
-                process = context.Process(target=_rank_main, args=arguments, daemon=True)
-                process.start()
-                processes.append(process)
-            values = _collect(processes, answers, timeout)
-            return [values[rank] for rank in range(world_size)]
+            # At once: a folder without a rank stays if this process is killed.
+            with _ending_signals_blocked():
+                for rank in range(world_size):
+                    # Few bytes: a start writes them into a pipe, which blocks when it is full.
+                    arguments = (rank, world_size, folder, timeout, threads)
+                    process = context.Process(target=_rank_main, args=arguments, daemon=True)
+                    processes.append(process)
+                    process.start()
+            what = "the ranks cannot be sent this function and its arguments"
+            _write(folder / "task", (fn, args), what, _TaskPickler)
+            yield partial(_collect, processes, folder, deadline, timeout)
         finally:
-            for process in processes:
+            started = [process for process in processes if process.pid is not None]
+            for process in started:
                 process.kill()
+            for process in started:
                 process.join()
                 process.close()
-            answers.close()
-            answers.join_thread()
 
 
-def _collect(processes: list[Any], answers: Any, timeout: float) -> dict[int, Any]:
-    deadline = time.monotonic() + timeout
+def _check(world_size: Any, timeout: Any, threads: Any) -> None:
+    """Raises unless the ranks can be started with these numbers, from this process."""
+    for name, count in (("world_size", world_size), ("threads", threads)):
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name} must be a positive Python integer, got {count!r}.")
+    # Below a billion: PyTorch counts a timeout in nanoseconds, in 64 bits.
+    if isinstance(timeout, bool) or not isinstance(timeout, float | int) or not 0 < timeout < 1e9:
+        raise ValueError(f"timeout must be a number of seconds, like 120.0, got {timeout!r}.")
+    if multiprocessing.current_process().daemon:
+        raise RuntimeError(
+            "a daemonic process, such as a rank, may not start ranks. Call run_ranks in the "
+            "program that started it."
+        )
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if getattr(main, "__spec__", None) is None and file is not None and not Path(file).is_file():
+        raise ValueError(
+            f"ranks import the program that starts them, and {file!r} is no file. Write the "
+            f'program to a file, with the call of run_ranks under `if __name__ == "__main__":`.'
+        )
+
+
+@contextlib.contextmanager
+def _ending_signals_blocked() -> Iterator[None]:
+    """Processes started by this thread inherit the mask: no signal ends one before its parent.
+
+    They would print a traceback for a Ctrl-C while they import, or be gone before the parent, which
+    without a handler of its own leaves the removal of the folder to them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _TaskPickler(pickle.Pickler):
+    """A pickler that raises for what a rank would not find in its own `__main__`."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if (
+            isinstance(obj, type | FunctionType)
+            and obj.__module__ == "__main__"
+            and not _ranks_have_main()
+        ):
+            raise pickle.PicklingError(f"{obj.__qualname__} is of a __main__ that has no file")
+        return NotImplemented
+
+
+def _ranks_have_main() -> bool:
+    """Whether a spawned process runs this program's `__main__`, as `multiprocessing` decides it."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is None:
+        return getattr(main, "__file__", None) is not None
+    return spec.name.rpartition(".")[2] != "__main__"
+
+
+def _write(path: Path, value: Any, what: str, pickler: type = pickle.Pickler) -> None:
+    """Pickles a value under another name and renames the file: `path` is whole or absent.
+
+    By no pickler of PyTorch's: those share the memory of tensors, which ends with this process.
+    """
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    try:
+        with unfinished.open("wb") as file, _pickling(what):
+            pickler(file).dump(value)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # of a full disk: the error needs room, too
+
+
+@contextlib.contextmanager
+def _pickling(what: str) -> Iterator[None]:
+    """Raises a TypeError of `what` and of what to write instead, where pickle raises anything."""
+    try:
+        yield
+    except (OSError, MemoryError):  # no space
+        raise
+    except Exception as error:
+        raise TypeError(f"{what}: {type(error).__name__}: {error}. {_SENDABLE}") from error
+
+
+def _collect(processes: list[Any], folder: Path, deadline: float, timeout: float) -> list[Any]:
+    """The ranks' values. It waits for nothing but the time and the ends of processes."""
     values: dict[int, Any] = {}
-    while len(values) < len(processes):
-        missing = [rank for rank in range(len(processes)) if rank not in values]
-        # Looked at before the queue: a rank that is gone may have left its answer there.
+    while missing := [rank for rank in range(len(processes)) if rank not in values]:
+        connection.wait([processes[rank].sentinel for rank in missing], timeout=0.05)
+        # Looked at before the files: what is gone, or late, may have written its answer.
+        late = time.monotonic() > deadline
         dead = [rank for rank in missing if processes[rank].exitcode is not None]
-        try:
-            rank, payload, error = answers.get(timeout=0.2)
-        except queues.Empty:
-            if dead:
-                raise RankError(_death(processes, dead)) from None
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"ranks {missing} of {len(processes)} had not finished after {timeout:g} s; "
-                    f"all were stopped. Give more time with timeout=."
-                ) from None
-            continue
-        if error is not None:
-            raise RankError(_cause(processes, answers, values, rank, error))
-        values[rank] = pickle.loads(payload)
-    return values
+        for rank in missing:
+            if (folder / f"error-{rank}").exists():
+                raise RankError(_cause(processes, folder, rank))
+            if (answer := folder / f"answer-{rank}").exists():
+                what = f"what rank {rank} returned cannot be unpickled here"
+                values[rank] = _read(answer, what)
+        if dead := [rank for rank in dead if rank not in values]:
+            raise RankError(_death(processes, folder, dead))
+        missing = [rank for rank in missing if rank not in values]
+        if late and missing:
+            raise TimeoutError(
+                f"ranks {missing} of {len(processes)} had not finished after {timeout:g} s; "
+                f"all were stopped. Give more time with timeout=."
+            )
+    return [values[rank] for rank in range(len(processes))]
 
 
-def _cause(
-    processes: list[Any], answers: Any, values: dict[int, Any], rank: int, error: str
-) -> str:
+def _read(path: Path, what: str) -> Any:
+    with path.open("rb") as file, _pickling(what):
+        return pickle.load(file)
+
+
+def _cause(processes: list[Any], folder: Path, rank: int) -> str:
     """The error, after any death: a rank that dies makes its peers fail, so it is the cause."""
+    # The connections of a process close just before its end can be seen.
     time.sleep(0.2)
-    # Looked at before the queue: a rank that is gone may have left its answer there.
+    # Looked at before the files: a rank that is gone may have left its answer there.
     gone = [r for r, process in enumerate(processes) if process.exitcode is not None]
-    answered = {rank, *values}
-    with contextlib.suppress(queues.Empty):
-        while True:
-            answered.add(answers.get(timeout=0.5)[0])
-    dead = [r for r in gone if r not in answered]
-    cause = _death(processes, dead) + "\n" if dead else ""
+    told = {r for r in gone for x in ("answer", "error") if (folder / f"{x}-{r}").exists()}
+    dead = [r for r in gone if r not in told]
+    cause = _death(processes, folder, dead) + "\n" if dead else ""
+    error = _read(folder / f"error-{rank}", "")
     return f"{cause}rank {rank} of {len(processes)} failed:\n{error}"
 
 
-def _death(processes: list[Any], dead: list[int]) -> str:
+def _death(processes: list[Any], folder: Path, dead: list[int]) -> str:
     codes = ", ".join(f"rank {rank} with exit code {processes[rank].exitcode}" for rank in dead)
-    return f"died without an answer: {codes} (negative: the number of a signal)."
+    message = f"died without an answer: {codes} (negative: the number of a signal)."
+    if not any((folder / f"begun-{rank}").exists() for rank in dead):
+        message += (
+            " The function was not reached; what was printed before says why. A script that calls "
+            'run_ranks needs `if __name__ == "__main__":` around the call, as ranks import it.'
+        )
+    return message
 
 
-def _rank_main(
-    rank: int, world_size: int, store: str, timeout: float, threads: int, task: bytes, answers: Any
-) -> None:
-    import torch
-    import torch.distributed as dist
-
+def _rank_main(rank: int, world_size: int, folder: Path, timeout: float, threads: int) -> None:
+    """A rank's process. It ends when the parent kills it, or has ended."""
+    for number in _ENDING:
+        signal.signal(number, _leave_to_the_parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if not parent.is_alive():  # killed while this rank started
+        _end_without(parent, folder)
+    threading.Thread(target=_end_without, args=(parent, folder), daemon=True).start()
+    (folder / f"begun-{rank}").touch()
     try:
+        import torch
+        import torch.distributed as dist
+
         torch.set_num_threads(threads)
         dist.init_process_group(
             "gloo",
-            init_method=store,
+            init_method=(folder / "store").as_uri(),
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout),
         )
-        fn, args = pickle.loads(task)
-        answer = rank, pickle.dumps(fn(rank, *args)), None
-        # Nobody leaves while a peer may still be talking to it.
-        dist.barrier()
-        dist.destroy_process_group()
+        while not (folder / "task").exists():
+            time.sleep(0.01)
+        fn, args = _read(folder / "task", "a rank cannot load the function and its arguments")
+        _answer(folder / f"answer-{rank}", fn(rank, *args))
     except Exception:
-        answer = rank, None, traceback.format_exc()
-    answers.put(answer)
-    answers.close()
-    answers.join_thread()
+        _answer(folder / f"error-{rank}", traceback.format_exc())
+    # A rank that leaves breaks the connections of its peers, which may still need them.
+    threading.Event().wait()
+
+
+def _leave_to_the_parent(number: int, frame: Any) -> None:
+    """A signal handler and not SIG_IGN, which programs that a rank starts would inherit."""
+
+
+def _end_without(parent: Any, folder: Path) -> None:
+    """Waits for the end of the parent, removes the folder that it left behind, and ends."""
+    parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _answer(path: Path, value: Any) -> None:
+    for stream in (sys.stdout, sys.stderr):  # no exit will do it
+        with contextlib.suppress(Exception):
+            stream.flush()
+    _write(path, value, "what it returned cannot be pickled")
