@@ -1,5 +1,6 @@
 """Blockwise attention: its blocks, its derivatives, and what it does not compute."""
 
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import is_array, slow
-from features import Sizes, operands, run_jax, run_torch
+from features import Sizes, operands, run_jax, run_torch, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from questions import QUICK, error, output_and_gradients, temporaries_of
@@ -352,10 +353,147 @@ def test_adversarial(some):
     unit = EPS * max(np.max(np.abs(x)) for x in truth.values())
     for name, expected in truth.items():
         assert np.isfinite(np.asarray(got[name])).all()
-        # Where logits are large so is their rounding, and that of their lse, which the backward
-        # pass subtracts: relative to a weight it is the largest logit times eps.
+        # Where logits are large so is their rounding: relative to a weight it is the largest logit
+        # times eps.
         logits = 400 * 8 if some.get("scale") == 400.0 else 16
         assert error(got[name], expected) <= logits * unit, name
+
+
+def exact_logits(common: float) -> list[np.ndarray]:
+    """Operands whose products are multiples of 1/4 with a common part, held exactly by float32."""
+    inputs = operands(replace(SIZES, V=5))  # jax.nn has H = V
+    q, k = (np.round(x * 2) / 2 for x in inputs[:2])
+    q[..., 0], k[..., 0] = 512, common / 512
+    return [q, k, *inputs[2:]]
+
+
+BEFORE = np.arange(17) < np.array([[6], [3]])  # keys of padding on the left of each sequence
+FAR = tuple(
+    np.stack([np.arange(n, dtype=np.int32)] * 2) + first for n, first in ((13, 1 << 20), (17, 0))
+)
+SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+
+
+def padding_bias(masked: float, kept: float = 0.0) -> np.ndarray:
+    return np.where(BEFORE, masked, kept).astype(np.float32)[:, None, None, :]
+
+
+# Common part of the dot products, options, and what the sinks are near to.
+LARGE: dict[str, tuple[float, dict[str, Any], float]] = {
+    "padding by finfo.min": (0.0, {"bias": padding_bias(np.finfo(np.float32).min)}, 0.0),
+    "padding by -1e9": (0.0, {"bias": padding_bias(-1e9)}, 0.0),
+    "rows of padding alone": (
+        0.0,
+        {"bias": padding_bias(np.finfo(np.float32).min), "is_causal": True},
+        -1e30,
+    ),
+    "rows of padding by -1e9 alone": (0.0, {"bias": padding_bias(-1e9), "is_causal": True}, -1e9),
+    "a bias of 1e5": (0.0, {"bias": padding_bias(1e5, 1e5 - 2)}, 1e5),
+    "dot products of 2^17": (2.0**19, {}, 2.0**17),
+    "ALiBi from a million positions away": (
+        0.0,
+        {"alibi_slopes": SLOPES, "positions": FAR},
+        -(2.0**19),
+    ),
+}
+SCALE = 0.25
+
+
+def in_float64(
+    inputs: list[np.ndarray], some: dict[str, Any], dlse: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Results, and the sums of the sizes of the terms of each, of logits rounded to float32 once.
+
+    That rounding belongs to every kernel: beside -1e9 float32 holds no dot product.
+    """
+    q, k, v, do = (x.astype(np.float64) for x in inputs)
+    k, v = (x.repeat(2, axis=2) for x in (k, v))
+    bias = some.get("bias", np.zeros((1, 1, 1, 1)))
+    t, s = some.get("positions", (np.arange(13)[None], np.arange(17)[None]))
+    apart = np.abs(t[:, None, :, None] - s[:, None, None, :]).astype(np.float64)
+    slopes = some.get("alibi_slopes", np.zeros(4))[None, :, None, None]
+    z = np.einsum("btnh,bsnh->bnts", q, k) * SCALE + bias - slopes * apart
+    z = z.astype(np.float32).astype(np.float64)
+    z = np.where((s[:, None, None] <= t[:, None, :, None]) | ("is_causal" not in some), z, -np.inf)
+    sinks = some.get("sinks", np.full(4, -np.inf)).astype(np.float64)[None, :, None, None]
+    top = np.maximum(z.max(-1, keepdims=True), sinks)
+    total = np.exp(z - top).sum(-1, keepdims=True) + np.exp(sinks - top)
+    p, of_sink = np.exp(z - top) / total, np.exp(sinks - top) / total
+
+    def results(q: Any, k: Any, v: Any, do: Any, dlse: Any, sign: int) -> dict[str, np.ndarray]:
+        dp = np.einsum("btnv,bsnv->bnts", do, v)
+        D = (p * dp).sum(-1, keepdims=True)
+        by_lse = dlse.swapaxes(1, 2)[..., None]
+        dz = p * (dp + sign * D + by_lse)
+        made = {
+            "out": np.einsum("bnts,bsnv->btnv", p, v),
+            "dq": np.einsum("bnts,bsnh->btnh", dz, k) * SCALE,
+            "dk": np.einsum("bnts,btnh->bsnh", dz, q).reshape(2, 17, 2, 2, 5).sum(3) * SCALE,
+            "dv": np.einsum("bnts,btnv->bsnv", p, do).reshape(2, 17, 2, 2, 5).sum(3),
+        }
+        if "bias" in some:
+            made["bias"] = dz.sum((1, 2), keepdims=True)
+        if "alibi_slopes" in some:
+            made["alibi_slopes"] = sign * (dz * apart).sum((0, 2, 3))
+        if "sinks" in some:
+            made["sinks"] = (of_sink * (by_lse + sign * D)).sum((0, 2, 3))
+        return made
+
+    exact = results(q, k, v, do, dlse, -1)
+    sizes = results(*map(np.abs, (q, k, v, do, dlse)), 1)
+    return {name: (x, sizes[name]) for name, x in exact.items()}
+
+
+OF_LARGE: dict[str, Any] = {
+    "blockwise": partial(small, return_lse=True),
+    "blockwise, either mode": partial(small, return_lse=True, forward_mode=True),
+    "dense": dense_attention,
+    "jax.nn": jax.nn.dot_product_attention,
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    (
+        *(("blockwise", name) for name in LARGE),
+        *(slow("dense", name) for name in LARGE),
+        ("dense", "rows of padding alone"),
+        ("blockwise, either mode", "padding by -1e9"),
+        ("jax.nn", "padding by finfo.min"),
+        ("jax.nn", "a bias of 1e5"),
+    ),
+)
+def test_logits_with_a_large_common_part(kernel, name):
+    """Output and gradients, through the lse as well, as if the common part was not there."""
+    common, some, near = LARGE[name]
+    q, k, v, do = map(jnp.asarray, inputs := exact_logits(common))
+    dlse = np.zeros((2, 13, 4), np.float32)
+    if kernel != "jax.nn":
+        sinks = np.array([0.5, -1, 2, -np.inf], np.float32)
+        some = some | {"sinks": np.float32(near) + sinks, "scale": SCALE}
+    else:
+        some = some | {"scale": SCALE}
+    cotangent: Any = do
+    if kernel.startswith("blockwise"):
+        dlse = np.random.default_rng(1).standard_normal(dlse.shape).astype(np.float32)
+        cotangent = do, jnp.asarray(dlse)
+    added, rest = map(arrays_of, split(some, kernel))
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def run(*operands: Any) -> Any:
+        results, pull = jax.vjp(
+            lambda q, k, v, added: OF_LARGE[kernel](q, k, v, **added, **rest), *operands
+        )
+        return jax.tree.leaves(results)[0], *pull(cotangent)
+
+    with jax.numpy_dtype_promotion("standard" if kernel == "jax.nn" else "strict"):
+        *got, more = run(q, k, v, added)
+    got = dict(zip(("out", "dq", "dk", "dv"), got, strict=True)) | more
+    expected = in_float64(inputs, some, dlse)
+    assert got.keys() == expected.keys()
+    for tensor, (want, size) in expected.items():
+        off = np.max(np.abs(np.asarray(got[tensor], np.float64) - want) / (size + 1e-30))
+        assert off <= 16 * EPS, f"{tensor}: {off / EPS:.3g} units"
 
 
 @pytest.mark.parametrize("sizes", (Sizes(1, 1, 1, 1, 1, 1, 1), Sizes(1, 1, 9, 3, 1, 4, 2)), ids=str)

@@ -14,6 +14,7 @@ from ..description import ADDED, Description, PerToken, Window, describe
 from . import flash
 from .dense import dense_rows
 from .flash import Chunks
+from .normaliser import Normaliser
 
 
 def blockwise_attention(
@@ -53,7 +54,10 @@ def blockwise_attention(
       query, key, value: of one floating dtype; K divides N.
       bias, mask, ...: as `jax_seqpar.description.Description` says.
       return_lse: also return the log of the sum of exp of the logits, which merges parts of an
-        attention over keys; it may be differentiated, too.
+        attention over keys; it may be differentiated, too. One float32 number does not hold the
+        sum beside a large logit: near a maximum of 1e5 it is a multiple of 1/128, near -1e9 (a row
+        of padding by a large negative bias) one of 64, and so are the shares of the parts merged by
+        it. Output and gradients do not go by this number.
       forward_mode: derivatives of any order in either mode, with a slower first one.
       query_chunk, key_chunk: queries and keys of a block. If None up to 1024, or up to 512 where
         windows, segments or positions leave blocks out.
@@ -89,9 +93,12 @@ def blockwise_attention(
     refusals.check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
     chunks = _chunks(query.shape[1], key.shape[1], description, query_chunk, key_chunk)
     query, key, value, description = vary_alike((query, key, value, description))
-    attend: Any = _forward if forward_mode else _attention
-    out, lse = attend(chunks, query, key, value, description)
-    return (out, lse) if return_lse else out
+    if 0 in (*query.shape[:3], *value.shape[1:]):
+        attend: Any = _row_after_row  # of nothing, a loop can cut no block
+    else:
+        attend = _forward if forward_mode else _attention
+    out, normaliser = attend(chunks, query, key, value, description)
+    return (out, normaliser.lse) if return_lse else out
 
 
 def _chunks(
@@ -119,8 +126,8 @@ def _attention(chunks: Chunks, query: Any, key: Any, value: Any, description: An
 
 
 def _attention_fwd(chunks: Chunks, *operands: Any) -> Any:
-    out, lse = _forward(chunks, *operands)
-    return (out, lse), (*operands, out, lse)
+    results = _forward(chunks, *operands)
+    return results, (*operands, *results)
 
 
 def _attention_bwd(chunks: Chunks, residuals: Any, gradients: Any) -> Any:
@@ -151,7 +158,7 @@ def _backward(chunks: Chunks, *operands: Any) -> Any:
 @_backward.defjvp
 def _backward_jvp(chunks: Chunks, operands: Any, tangents: Any) -> Any:
     def gradient(query: Any, key: Any, value: Any, description: Any, *rest: Any) -> Any:
-        _, _, *gradients = rest  # output and lse are functions of the others
+        _, _, *gradients = rest  # output and normaliser are functions of the others
 
         def attend(query: Any, key: Any, value: Any, added: Any) -> Any:
             own = Description(description.rules, description.arrays | added)
@@ -165,15 +172,15 @@ def _backward_jvp(chunks: Chunks, operands: Any, tangents: Any) -> Any:
 
 def _row_after_row(
     chunks: Chunks, query: Array, key: Array, value: Array, description: Description
-) -> tuple[Array, Array]:
+) -> tuple[Array, Normaliser]:
     """The same in operations that JAX differentiates, whole rows of some queries at a time."""
     (B, T, N, _), K = query.shape, key.shape[2]
-    if 0 in (B, T, N, key.shape[1]):
+    if 0 in (B, T, N, *value.shape[1:]):
         return dense_rows(query, key, value, description, Block(0, T))
     blocks = -(-T // chunks.queries)
 
     @jax.checkpoint
-    def rows(index: Array) -> tuple[Array, Array]:
+    def rows(index: Array) -> tuple[Array, Normaliser]:
         head, i = index // blocks, index % blocks
         b, n = head // N, head % N
         queries = Block(jnp.minimum(i * chunks.queries, T - chunks.queries), chunks.queries)
@@ -181,8 +188,8 @@ def _row_after_row(
             jax.lax.dynamic_slice(x, (b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))
             for x, n in ((query, n), (key, n // (N // K)), (value, n // (N // K)))
         )
-        out, lse = dense_rows(queries.of(q, 1), k, v, description.of_heads(b, n, 1), queries)
-        return out[0, :, 0], lse[0, :, 0]
+        own = description.of_heads(b, n, 1)
+        return jax.tree.map(lambda x: x[0, :, 0], dense_rows(queries.of(q, 1), k, v, own, queries))
 
     def together(x: Array) -> Array:
         """`[B N blocks, t, ...]`; the last block of a head ends with the last query."""
@@ -191,5 +198,4 @@ def _row_after_row(
         last = x[:, :, -1, blocks * chunks.queries - T :]
         return jnp.concatenate([first, last], axis=2).swapaxes(1, 2)
 
-    out, lse = jax.lax.map(rows, jnp.arange(B * N * blocks))
-    return together(out), together(lse)
+    return jax.tree.map(together, jax.lax.map(rows, jnp.arange(B * N * blocks)))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..blocks import Block
 from ..description import Description, PerToken, Window, accumulated, describe, kept, logits
+from .normaliser import Normaliser, finite
 
 
 def dense_attention(
@@ -74,8 +75,8 @@ def dense_attention(
 
 def dense_rows(
     query: Array, key: Array, value: Array, description: Description, queries: Block
-) -> tuple[Array, Array]:
-    """The output `[B, t, N, V]` and the log of the sum of exp `[B, t, N]` of a block of queries.
+) -> tuple[Array, Normaliser]:
+    """The output `[B, t, N, V]` and the normaliser `[B, t, N]` of a block of queries.
 
     Args:
       query: `[B, t, N, H]`, the queries of the block.
@@ -88,32 +89,30 @@ def dense_rows(
     grouped = query.reshape(B, T, K, N // K, H)
     dots = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=dtype)
     z = logits(description.rules, dots.reshape(B, N, T, S), description.terms(queries, keys), H)
-    weights, lse = softmax(z, description.arrays.get("sinks"))
+    weights, normaliser = softmax(z, description.arrays.get("sinks"))
     weights = kept(weights, description.rules, description.keep(queries, keys))
 
     weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
     out = jnp.einsum("BKGTS,BSKV->BTKGV", weights, value, preferred_element_type=dtype)
     out = out.reshape(B, T, N, value.shape[3]).astype(query.dtype)
-    return out, lse.swapaxes(1, 2)
+    return out, Normaliser(*(x[..., 0].swapaxes(1, 2) for x in normaliser))
 
 
-def softmax(logits: Array, sinks: Array | None) -> tuple[Array, Array]:
-    """The weights, 0 in a row of -inf, and the log of the sum of exp.
+def softmax(logits: Array, sinks: Array | None) -> tuple[Array, Normaliser]:
+    """The weights, 0 in a row of -inf, and what they were divided by, `[B, N, t, 1]`.
 
     Args:
       logits: `[B, N, t, s]`.
       sinks: `[N]`.
     """
-    # A row without a key has the maximum -inf; 0 in its place keeps inf - inf out of the row.
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     if sinks is not None:
         sinks = sinks.astype(logits.dtype)[None, :, None, None]
         top = jnp.maximum(top, sinks)
-    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+    top = jax.lax.stop_gradient(finite(top))
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
         total = total + jnp.exp(sinks - top)
-    safe = jnp.where(total == 0, 1, total)
-    lse = jnp.where(total == 0, -jnp.inf, jnp.log(safe) + top)
-    return weights / safe, lse[..., 0]
+    normaliser = Normaliser(top, total)
+    return weights / normaliser.divisor, normaliser

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from ..blocks import Block, for_blocks, full
 from ..description import Description, Terms, accumulated, kept, logits
+from .normaliser import Normaliser, finite
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,13 @@ class Head(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 def forward(
     chunks: Chunks, query: Array, key: Array, value: Array, description: Description
-) -> tuple[Array, Array]:
-    """The output `[B, T, N, V]`, and the log of the sum of exp, `[B, T, N]`."""
-    (B, T, N, _), S, V = query.shape, key.shape[1], value.shape[3]
+) -> tuple[Array, Normaliser]:
+    """The output `[B, T, N, V]`, and the normaliser `[B, T, N]`."""
+    (B, T, N, _), V = query.shape, value.shape[3]
     dtype = accumulated(query.dtype)
     like = (query, key, value, description)
-    start = (full((B, T, N, V), 0, query.dtype, like), full((B, T, N, 1), -jnp.inf, dtype, like))
+    none = full((B, T, N, 1), 0, dtype, like)
+    start = (full((B, T, N, V), 0, query.dtype, like), Normaliser(none, none))
 
     def attend(index: Array, carry: Any) -> Any:
         b, n = index // N, index % N
@@ -95,8 +97,8 @@ def forward(
                 if fresh is not None:
                     z = jnp.where(fresh[None], z, -jnp.inf)
                 higher = jnp.maximum(top, z.max(-1, keepdims=True))
-                p = jnp.exp(z - _finite(higher))
-                rescale = jnp.exp(top - _finite(higher))
+                p = jnp.exp(z - finite(higher))
+                rescale = jnp.exp(top - finite(higher))
                 total = total * rescale + p.sum(-1, keepdims=True)
                 p = head.kept(p, queries, keys)
                 part = head.dot("ts,sv->tv", p, keys.of(head.v, 0))
@@ -109,15 +111,17 @@ def forward(
                 total = jnp.where(top == -jnp.inf, total, 1)
             none = (top, total, full((t, V), 0, dtype, like))
             top, total, weighted = head.for_keys(queries, chunks.keys, add, none)
-            safe = jnp.where(total == 0, 1, total)
-            lse = jnp.where(total == 0, -jnp.inf, _finite(top) + jnp.log(safe))
-            outs, lses = carry
-            return _put(outs, weighted / safe, b, queries, n), _put(lses, lse, b, queries, n)
+            normaliser = Normaliser(finite(top), total)
+            return jax.tree.map(
+                lambda x, part: _put(x, part, b, queries, n),
+                carry,
+                (weighted / normaliser.divisor, normaliser),
+            )
 
         return for_blocks(T, chunks.queries, (0, T), rows, carry)
 
-    out, lse = start if 0 in (B, T, N, S) else jax.lax.fori_loop(0, B * N, attend, start)
-    return out, lse[..., 0]
+    out, normaliser = jax.lax.fori_loop(0, B * N, attend, start)
+    return out, Normaliser(*(x[..., 0] for x in normaliser))
 
 
 class GradientHead(NamedTuple):
@@ -126,20 +130,26 @@ class GradientHead(NamedTuple):
     head: Head
     do: Array
     D: Array  # [T, 1], the sum of gradient times output, less the gradient of the lse
-    top: Array  # [T, 1], the lse, 0 where it is -inf
+    top: Array  # [T, 1]
+    share: Array  # [T, 1], 1 / divisor
 
     @classmethod
     def of(
-        cls, b: Any, n: Any, operands: tuple[Any, ...], out_gradient: Array, D: Array, lse: Array
+        cls,
+        b: Any,
+        n: Any,
+        operands: tuple[Any, ...],
+        out_gradient: Array,
+        rows: tuple[Array, ...],
     ) -> "GradientHead":
-        head = Head.of(b, n, *operands)
-        return cls(head, _head(out_gradient, b, n), _head(D, b, n), _finite(_head(lse, b, n)))
+        own = (_head(x, b, n) for x in (out_gradient, *rows))
+        return cls(Head.of(b, n, *operands), *own)
 
     def weights(self, queries: Block, keys: Block, fresh: Any) -> Any:
         """The weights `[t, s]`, the gradient of the logits, and the derivative of the latter."""
         head = self.head
         z, pull = head.logits_and_pull(queries, keys)
-        p = jnp.exp(z - queries.of(self.top, 0))
+        p = jnp.exp(z - queries.of(self.top, 0)) * queries.of(self.share, 0)
         for axis, mine in zip((1, 0), fresh, strict=True):
             if mine is not None:
                 p = jnp.where(jnp.expand_dims(mine, axis), p, 0)
@@ -155,22 +165,20 @@ def backward(
     value: Array,
     description: Description,
     out: Array,
-    lse: Array,
+    normaliser: Normaliser,
     out_gradient: Array,
-    lse_gradient: Array,
+    normaliser_gradient: Normaliser,
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
     """The gradients of query, key and value, and of bias, slopes and sinks where they are given."""
     operands = (query, key, value, description)
     arrays = description.arrays
     dtype = accumulated(query.dtype)
     products = out_gradient.astype(dtype) * out.astype(dtype)
-    D = _total(_rounded(products, lse[..., None])) - lse_gradient[..., None]
+    top, total, share = (x[..., None] for x in (*normaliser, 1 / normaliser.divisor))
+    # The derivative of the lse by a logit is its weight, that of the total as much times the total.
+    D = _total(_rounded(products, total)) - normaliser_gradient.total[..., None] * total
     head_of = partial(
-        GradientHead.of,
-        operands=operands,
-        out_gradient=out_gradient,
-        D=D,
-        lse=lse[..., None],
+        GradientHead.of, operands=operands, out_gradient=out_gradient, rows=(D, top, share)
     )
     dq, dk, dv, added = _operand_gradients(chunks, head_of, operands)
     if "bias" in arrays:
@@ -233,7 +241,7 @@ def _operand_gradients(
 
             dqs, dk, dv, added = for_blocks(T, chunks.queries, (0, T), rows, carry)
             if head.sink is not None:
-                part = -jnp.sum(jnp.exp(head.sink - one.top) * one.D)
+                part = -jnp.sum(jnp.exp(head.sink - one.top) * one.share * one.D)
                 added = added | {"sinks": added["sinks"].at[n].add(part)}
             return dqs, dk, dv, added
 
@@ -243,15 +251,15 @@ def _operand_gradients(
         all_keys = Block(0, S)
         return dqs, _put(dks, dk.T, b, all_keys, kv), _put(dvs, dv.T, b, all_keys, kv), added
 
-    return start if 0 in (B, T, N, S, V) else jax.lax.fori_loop(0, B * K, kv_head, start)
+    return jax.lax.fori_loop(0, B * K, kv_head, start)
 
 
 def _bias_gradient(
     chunks: Chunks, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
 ) -> Array:
     """In a pass of its own, which is not compiled where nobody asks for it."""
-    query, _, value, description = operands
-    (B, T, N, _), (_, S, _, V) = query.shape, value.shape
+    query, *_, description = operands
+    B, T, N, _ = query.shape
     bias = description.arrays["bias"]
 
     def query_head(index: Array, sums: Array) -> Array:
@@ -270,7 +278,7 @@ def _bias_gradient(
         return for_blocks(T, chunks.queries, (0, T), rows, sums)
 
     start = full(bias.shape, 0, accumulated(query.dtype), operands)
-    return start if 0 in (B, T, N, S, V) else jax.lax.fori_loop(0, B * N, query_head, start)
+    return jax.lax.fori_loop(0, B * N, query_head, start)
 
 
 def _head(x: Array, b: Any, n: Any) -> Array:
@@ -314,8 +322,3 @@ def _total(x: Array) -> Array:
         rest = [(0, 0)] * (x.ndim - 1) + [(0, size % 2)]
         x = x[..., :half] + jnp.pad(x[..., half:], rest)
     return x
-
-
-def _finite(top: Array) -> Array:
-    """A maximum to subtract: 0 for that of a row of -inf, so that inf - inf is nowhere."""
-    return jnp.where(top == -jnp.inf, 0, top)
