@@ -14,6 +14,7 @@ from cases import is_array, slow
 from features import Sizes, operands, run_jax, run_torch, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 from questions import QUICK, error, output_and_gradients, temporaries_of
 
 from jax_seqpar import blockwise_attention, dense_attention
@@ -25,6 +26,7 @@ from torch_ref.dense import dense_attention as torch_dense_attention
 
 SIZES = Sizes(2, 13, 17, 4, 2, 5, 3)
 EPS = np.finfo(np.float32).eps
+LEAST = float(np.finfo(np.float32).min)
 small = partial(blockwise_attention, query_chunk=4, key_chunk=5)
 rng = np.random.default_rng(5)
 EVERYTHING: dict[str, Any] = {
@@ -169,6 +171,38 @@ def test_forward_mode():
     loss, at = with_numbers(small)
     with pytest.raises(TypeError, match="custom_vjp"):
         in_a_direction(loss, at)
+
+
+def precisions(jaxpr: Any) -> list[Any]:
+    """Of every product of a jaxpr and those inside it."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            found.append(eqn.params["precision"])
+        for inner in jaxprs_in_params(eqn.params):
+            found += precisions(inner)
+    return found
+
+
+@pytest.mark.parametrize(
+    "attend",
+    (small, partial(small, forward_mode=True), dense_attention),
+    ids=("blockwise", "blockwise, either mode", "dense"),
+)
+@pytest.mark.parametrize(
+    "derivative", (lambda loss, at: jax.grad(loss)(at), norm), ids=("first", "second")
+)
+def test_products_have_the_precision_of_the_call(attend, derivative):
+    """Those of all derivatives, too, though JAX traces their rules outside of the context."""
+
+    def highest(*args: Any, **keywords: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return attend(*args, **keywords)
+
+    loss, at = with_numbers(highest)
+    found = precisions(jax.make_jaxpr(partial(derivative, loss))(at).jaxpr)
+    assert len(found) >= 6
+    assert set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 def test_a_batch_of_attentions():
@@ -380,11 +414,11 @@ def padding_bias(masked: float, kept: float = 0.0) -> np.ndarray:
 
 # Common part of the dot products, options, and what the sinks are near to.
 LARGE: dict[str, tuple[float, dict[str, Any], float]] = {
-    "padding by finfo.min": (0.0, {"bias": padding_bias(np.finfo(np.float32).min)}, 0.0),
+    "padding by finfo.min": (0.0, {"bias": padding_bias(LEAST)}, 0.0),
     "padding by -1e9": (0.0, {"bias": padding_bias(-1e9)}, 0.0),
     "rows of padding alone": (
         0.0,
-        {"bias": padding_bias(np.finfo(np.float32).min), "is_causal": True},
+        {"bias": padding_bias(LEAST), "is_causal": True},
         -1e30,
     ),
     "rows of padding by -1e9 alone": (0.0, {"bias": padding_bias(-1e9), "is_causal": True}, -1e9),
@@ -440,7 +474,8 @@ def in_float64(
         return made
 
     exact = results(q, k, v, do, dlse, -1)
-    sizes = results(*map(np.abs, (q, k, v, do, dlse)), 1)
+    q, k, v, do, dlse = map(np.abs, (q, k, v, do, dlse))
+    sizes = results(q, k, v, do, dlse, 1)
     return {name: (x, sizes[name]) for name, x in exact.items()}
 
 

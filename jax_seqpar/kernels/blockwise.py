@@ -13,7 +13,7 @@ from ..blocks import Block, vary_alike
 from ..description import ADDED, Description, PerToken, Window, describe
 from . import flash
 from .dense import dense_rows
-from .flash import Chunks
+from .flash import Plan
 from .normaliser import Normaliser
 
 
@@ -91,23 +91,23 @@ def blockwise_attention(
         dropout_rng=dropout_rng,
     )
     refusals.check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
-    chunks = _chunks(query.shape[1], key.shape[1], description, query_chunk, key_chunk)
+    plan = _plan(query.shape[1], key.shape[1], description, query_chunk, key_chunk)
     query, key, value, description = vary_alike((query, key, value, description))
     if 0 in (*query.shape[:3], *value.shape[1:]):
         attend: Any = _row_after_row  # of nothing, a loop can cut no block
     else:
         attend = _forward if forward_mode else _attention
-    out, normaliser = attend(chunks, query, key, value, description)
+    out, normaliser = attend(plan, query, key, value, description)
     return (out, normaliser.lse) if return_lse else out
 
 
-def _chunks(
+def _plan(
     queries: int,
     keys: int,
     description: Description,
     query_chunk: int | None,
     key_chunk: int | None,
-) -> Chunks:
+) -> Plan:
     """Large blocks make the most of matrix products, small ones of what need not be computed."""
     window = description.rules.local_window_size is not None
     most = 512 if window or description.arrays.keys() & {"segment_ids", "positions"} else 1024
@@ -117,22 +117,23 @@ def _chunks(
         even = -(-tokens // max(-(-tokens // most), 1))
         return max(min(tokens, chunk or -(-even // 16) * 16), 1)
 
-    return Chunks(size(queries, query_chunk), size(keys, key_chunk))
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore
+    return Plan(size(queries, query_chunk), size(keys, key_chunk), precision)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(chunks: Chunks, query: Any, key: Any, value: Any, description: Any) -> Any:
-    return _forward(chunks, query, key, value, description)
+def _attention(plan: Plan, query: Any, key: Any, value: Any, description: Any) -> Any:
+    return _forward(plan, query, key, value, description)
 
 
-def _attention_fwd(chunks: Chunks, *operands: Any) -> Any:
-    results = _forward(chunks, *operands)
+def _attention_fwd(plan: Plan, *operands: Any) -> Any:
+    results = _forward(plan, *operands)
     return results, (*operands, *results)
 
 
-def _attention_bwd(chunks: Chunks, residuals: Any, gradients: Any) -> Any:
+def _attention_bwd(plan: Plan, residuals: Any, gradients: Any) -> Any:
     description = residuals[3]
-    dq, dk, dv, added = _backward(chunks, *residuals, *gradients)
+    dq, dk, dv, added = _backward(plan, *residuals, *gradients)
     absent = dict.fromkeys(description.arrays)
     return dq, dk, dv, Description(description.rules, absent | added)
 
@@ -141,28 +142,29 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _forward(chunks: Chunks, *operands: Any) -> Any:
-    return flash.forward(chunks, *operands)
+def _forward(plan: Plan, *operands: Any) -> Any:
+    return flash.forward(plan, *operands)
 
 
 @_forward.defjvp
-def _forward_jvp(chunks: Chunks, operands: Any, tangents: Any) -> Any:
-    return jax.jvp(partial(_row_after_row, chunks), operands, tangents)
+def _forward_jvp(plan: Plan, operands: Any, tangents: Any) -> Any:
+    return jax.jvp(partial(_row_after_row, plan), operands, tangents)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward(chunks: Chunks, *operands: Any) -> Any:
-    return flash.backward(chunks, *operands)
+def _backward(plan: Plan, *operands: Any) -> Any:
+    with jax.default_matmul_precision(plan.precision):
+        return flash.backward(plan, *operands)
 
 
 @_backward.defjvp
-def _backward_jvp(chunks: Chunks, operands: Any, tangents: Any) -> Any:
+def _backward_jvp(plan: Plan, operands: Any, tangents: Any) -> Any:
     def gradient(query: Any, key: Any, value: Any, description: Any, *rest: Any) -> Any:
         _, _, *gradients = rest  # output and normaliser are functions of the others
 
         def attend(query: Any, key: Any, value: Any, added: Any) -> Any:
             own = Description(description.rules, description.arrays | added)
-            return _row_after_row(chunks, query, key, value, own)
+            return _row_after_row(plan, query, key, value, own)
 
         added = {name: x for name, x in description.arrays.items() if name in ADDED}
         return jax.vjp(attend, query, key, value, added)[1](tuple(gradients))
@@ -171,19 +173,20 @@ def _backward_jvp(chunks: Chunks, operands: Any, tangents: Any) -> Any:
 
 
 def _row_after_row(
-    chunks: Chunks, query: Array, key: Array, value: Array, description: Description
+    plan: Plan, query: Array, key: Array, value: Array, description: Description
 ) -> tuple[Array, Normaliser]:
     """The same in operations that JAX differentiates, whole rows of some queries at a time."""
     (B, T, N, _), K = query.shape, key.shape[2]
     if 0 in (B, T, N, *value.shape[1:]):
         return dense_rows(query, key, value, description, Block(0, T))
-    blocks = -(-T // chunks.queries)
+    blocks = -(-T // plan.queries)
 
     @jax.checkpoint
+    @jax.default_matmul_precision(plan.precision)
     def rows(index: Array) -> tuple[Array, Normaliser]:
         head, i = index // blocks, index % blocks
         b, n = head // N, head % N
-        queries = Block(jnp.minimum(i * chunks.queries, T - chunks.queries), chunks.queries)
+        queries = Block(jnp.minimum(i * plan.queries, T - plan.queries), plan.queries)
         q, k, v = (
             jax.lax.dynamic_slice(x, (b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))
             for x, n in ((query, n), (key, n // (N // K)), (value, n // (N // K)))
@@ -195,7 +198,7 @@ def _row_after_row(
         """`[B N blocks, t, ...]`; the last block of a head ends with the last query."""
         x = x.reshape(B, N, blocks, *x.shape[1:])
         first = x[:, :, :-1].reshape(B, N, -1, *x.shape[4:])
-        last = x[:, :, -1, blocks * chunks.queries - T :]
+        last = x[:, :, -1, blocks * plan.queries - T :]
         return jnp.concatenate([first, last], axis=2).swapaxes(1, 2)
 
     return jax.tree.map(together, jax.lax.map(rows, jnp.arange(B * N * blocks)))

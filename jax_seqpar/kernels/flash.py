@@ -20,11 +20,18 @@ from .normaliser import Normaliser, finite
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """Queries and keys at a time."""
+class Plan:
+    """What is static besides the rules.
+
+    Attributes:
+      queries, keys: tokens of a block.
+      precision: that of matrix products where the attention is called. JAX traces the rules of
+        derivatives later, where another may be in force.
+    """
 
     queries: int
     keys: int
+    precision: str | None
 
 
 class Head(NamedTuple):
@@ -77,7 +84,7 @@ class Head(NamedTuple):
 # Compiled in an eager call, too: a loop that is traced anew each time would compile each time.
 @partial(jax.jit, static_argnums=0)
 def forward(
-    chunks: Chunks, query: Array, key: Array, value: Array, description: Description
+    plan: Plan, query: Array, key: Array, value: Array, description: Description
 ) -> tuple[Array, Normaliser]:
     """The output `[B, T, N, V]`, and the normaliser `[B, T, N]`."""
     (B, T, N, _), V = query.shape, value.shape[3]
@@ -110,7 +117,7 @@ def forward(
                 top = jnp.maximum(top, head.sink)
                 total = jnp.where(top == -jnp.inf, total, 1)
             none = (top, total, full((t, V), 0, dtype, like))
-            top, total, weighted = head.for_keys(queries, chunks.keys, add, none)
+            top, total, weighted = head.for_keys(queries, plan.keys, add, none)
             normaliser = Normaliser(finite(top), total)
             return jax.tree.map(
                 lambda x, part: _put(x, part, b, queries, n),
@@ -118,7 +125,7 @@ def forward(
                 (weighted / normaliser.divisor, normaliser),
             )
 
-        return for_blocks(T, chunks.queries, (0, T), rows, carry)
+        return for_blocks(T, plan.queries, (0, T), rows, carry)
 
     out, normaliser = jax.lax.fori_loop(0, B * N, attend, start)
     return out, Normaliser(*(x[..., 0] for x in normaliser))
@@ -159,7 +166,7 @@ class GradientHead(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def backward(
-    chunks: Chunks,
+    plan: Plan,
     query: Array,
     key: Array,
     value: Array,
@@ -180,14 +187,14 @@ def backward(
     head_of = partial(
         GradientHead.of, operands=operands, out_gradient=out_gradient, rows=(D, top, share)
     )
-    dq, dk, dv, added = _operand_gradients(chunks, head_of, operands)
+    dq, dk, dv, added = _operand_gradients(plan, head_of, operands)
     if "bias" in arrays:
-        added["bias"] = _bias_gradient(chunks, head_of, operands)
+        added["bias"] = _bias_gradient(plan, head_of, operands)
     return dq, dk, dv, {name: x.astype(arrays[name].dtype) for name, x in added.items()}
 
 
 def _operand_gradients(
-    chunks: Chunks, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
+    plan: Plan, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
     """Of query, key, value, slopes and sinks.
 
@@ -233,13 +240,13 @@ def _operand_gradients(
                     return dq, dk, dv, added
 
                 none = full((queries.size, H), 0, dtype, operands)
-                dq, dk, dv, added = head.for_keys(queries, chunks.keys, add, (none, dk, dv, added))
+                dq, dk, dv, added = head.for_keys(queries, plan.keys, add, (none, dk, dv, added))
                 dq = dq.astype(query.dtype)
                 if fresh_queries is not None:
                     dq = jnp.where(fresh_queries[:, None], dq, _get(dqs, b, queries, n))
                 return _put(dqs, dq, b, queries, n), dk, dv, added
 
-            dqs, dk, dv, added = for_blocks(T, chunks.queries, (0, T), rows, carry)
+            dqs, dk, dv, added = for_blocks(T, plan.queries, (0, T), rows, carry)
             if head.sink is not None:
                 part = -jnp.sum(jnp.exp(head.sink - one.top) * one.share * one.D)
                 added = added | {"sinks": added["sinks"].at[n].add(part)}
@@ -255,7 +262,7 @@ def _operand_gradients(
 
 
 def _bias_gradient(
-    chunks: Chunks, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
+    plan: Plan, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
 ) -> Array:
     """In a pass of its own, which is not compiled where nobody asks for it."""
     query, *_, description = operands
@@ -273,9 +280,9 @@ def _bias_gradient(
                 # An axis of size 1 is added up over.
                 return _add(sums, pull(dz)[1], tuple(0 if size == 1 else i for size, i in at))
 
-            return one.head.for_keys(queries, chunks.keys, add, sums)
+            return one.head.for_keys(queries, plan.keys, add, sums)
 
-        return for_blocks(T, chunks.queries, (0, T), rows, sums)
+        return for_blocks(T, plan.queries, (0, T), rows, sums)
 
     start = full(bias.shape, 0, accumulated(query.dtype), operands)
     return jax.lax.fori_loop(0, B * N, query_head, start)
