@@ -1,10 +1,12 @@
 """`seqpar parity` and `seqpar certify`: what they print and write, their exit status, and what
 they refuse to run."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from jax_seqpar import cli, dot_product_attention, sequence_to_heads
-from jax_seqpar.bridge import certify, compare_bits, parity
+from jax_seqpar.bridge import cases, certify, compare_bits, parity
 from jax_seqpar.bridge.bits_report import BitsReport
 from jax_seqpar.bridge.cases import Case
 from jax_seqpar.bridge.checks import pipeline, reshard
@@ -522,6 +524,20 @@ def assert_refused(result, message):
 
 QKV = ("query", "key", "value")
 SINGLE = random_inputs(np.float32, (*QKV, "grad"))
+
+
+def claiming(shape):
+    """An .npz of three arrays of this shape, by their headers, with 64 bytes each."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in QKV:
+            with archive.open(f"{name}.npy", "w") as member:
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                member.write(bytes(64))
+    return file.getvalue()
+
+
 # The file, what is in it, and the error.
 MISFITS = {
     "no key": ("a.npz", {n: SINGLE[n] for n in ("query", "value")}, r"a\.npz has no 'key'; it has"),
@@ -556,6 +572,11 @@ MISFITS = {
     "empty .npz": ("a.npz", b"", r"a\.npz"),
     "cut .npz": ("a.npz", b"PK\x03\x04 and no more", r"a\.npz"),
     "another .npz": ("a.npz", "npy", r"a\.npz"),
+    "an .npz that claims a lot": (
+        "a.npz",
+        claiming((1 << 20, 1 << 20, 4, 4)),
+        r"query claims shape .* 70,368,744,177,664 bytes, where the file holds 192 at the most",
+    ),
     "cut .safetensors": ("a.safetensors", b"and no more than this", r"a\.safetensors"),
 }
 
@@ -573,6 +594,25 @@ def test_files_that_do_not_fit(planned, case, tmp_path):
         write(path, content)
     assert_refused(seqpar("--degree=2", "--input", path), message)
     assert not planned
+
+
+@pytest.mark.parametrize("error", (MemoryError, RecursionError))
+def test_a_file_that_needs_too_much_memory(planned, error, tmp_path, monkeypatch):
+    def read(*_):
+        raise error("too much")
+
+    monkeypatch.setattr(cases, "npz_array", read)
+    write(tmp_path / "a.npz", SINGLE)
+    assert_refused(
+        seqpar("--degree=2", "--input", tmp_path / "a.npz"), rf"a\.npz needs .*{error.__name__}"
+    )
+
+
+def test_arrays_that_nobody_asked_for_are_not_read(tmp_path):
+    write(tmp_path / "a.npz", SINGLE)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("other.npy", b"no array")
+    assert list(cases.load_inputs(tmp_path / "a.npz")) == [*QKV, "grad"]
 
 
 def test_help_lists_every_option():

@@ -699,9 +699,20 @@ def test_files_that_cannot_be_read(state, tmp_path):
         from_torch(broken, SMALL, sizes=TWO)
     broken.unlink()
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("{}", "[]", "no JSON", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+    for text in (
+        "{}",
+        "[]",
+        "no JSON",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 10**6,
+    ):
         index.write_text(text)
         with pytest.raises(ValueError, match=r"index\.json is no index of safetensors.*weight_map"):
+            load_safetensors(tmp_path)
+    for place in ("../model.safetensors", "/etc/model.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"a": place}}))
+        with pytest.raises(ValueError, match=rf"1 file is outside its folder: {place}\. Put them"):
             load_safetensors(tmp_path)
     index.unlink()
     for file in ("a.safetensors", "b.safetensors"):

@@ -1,11 +1,14 @@
 """The inputs of one attention: their sizes, generated numbers, or a file of the user's."""
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+
+from .tensor_files import npz_array
 
 Arrays = dict[str, np.ndarray]
 NAMES = ("query", "key", "value", "grad")
@@ -108,12 +111,21 @@ def _read(path: Path) -> Arrays:
     try:
         if path.suffix == ".npz":
             with path.open("rb") as stream, np.load(stream) as file:
-                return dict(file)
+                return {name: npz_array(file, name) for name in NAMES if name in file.files}
         if path.suffix == ".safetensors":
             with safe_open(path, "np") as file:
                 return {name: file.get_tensor(name) for name in NAMES if name in file.keys()}  # noqa: SIM118
     except AttributeError as error:  # a dtype that NumPy has no name for
         raise ValueError(f"{path} has an array that NumPy cannot hold: {error}.") from None
-    except (SafetensorError, zipfile.BadZipFile, EOFError, TypeError, ValueError) as error:
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(
+            f"{path} needs more memory than there is ({type(error).__name__}: {error}). "
+            f"Write fewer sequences or tokens into it."
+        ) from None
+    # RuntimeError: a .zip that is encrypted, or compressed in a way that Python has not.
+    except (
+        *(SafetensorError, zipfile.BadZipFile, zlib.error, EOFError),
+        *(RuntimeError, TypeError, ValueError),
+    ) as error:
         raise ValueError(f"{path} is not what its name says: {error}.") from None
     raise ValueError(f"{path} must end in .npz or .safetensors.")

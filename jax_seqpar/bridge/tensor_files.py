@@ -1,8 +1,13 @@
-"""Tensors by name from files of safetensors."""
+"""Tensors by name from files of safetensors, and arrays from .npz."""
 
 import json
-from pathlib import Path
+import math
+import zipfile
+from pathlib import Path, PurePath
 from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
 
 from .extras import require
 from .mapping import count, listed
@@ -20,7 +25,7 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
 
     Raises:
       ValueError: for a path of another kind, a broken file, a name in two files, or one that an
-        index promises in vain.
+        index promises in vain, and for an index that names a file outside its folder.
 
     Example:
       tensors = load_safetensors("checkpoints/llama")
@@ -64,15 +69,54 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
     if path.name.endswith(".safetensors.index.json") and path.is_file():
         try:
             places = json.loads(path.read_text())["weight_map"]
-            return [path.parent / name for name in sorted(set(places.values()))], set(places)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            names, promised = sorted(set(places.values())), set(places)
+            # By their names alone: the files of a download cache are links that lead elsewhere.
+            outside = [x for x in names if PurePath(x).is_absolute() or ".." in PurePath(x).parts]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is no index of safetensors files: it needs a weight_map of names to file "
                 f"names ({type(error).__name__}: {error})."
             ) from error
+        if outside:
+            raise ValueError(
+                f"{path}: {count(outside, 'file')} outside its folder: {listed(outside)}. "
+                f"Put them beside the index, and write their names alone."
+            )
+        return [path.parent / name for name in names], promised
     if path.suffix == ".safetensors" and path.is_file():
         return [path], set()
     raise ValueError(
         f"{path} must be a folder, or a file that ends in .safetensors or .safetensors.index.json. "
         f"Of another file, give the state_dict that torch.load(path, weights_only=True) returns."
     )
+
+
+def npz_array(file: Any, name: str) -> np.ndarray:
+    """One array of an open .npz file, after a look at what its header claims.
+
+    NumPy allocates what a header claims before it reads the data, so that a file of a few hundred
+    bytes could ask for all of the memory.
+
+    Args:
+      file: what `np.load` returns for an .npz.
+      name: of the array, without ".npy".
+
+    Raises:
+      ValueError: a header that claims more bytes than the file can hold.
+    """
+    info = file.zip.getinfo(name if name in file.zip.namelist() else f"{name}.npy")
+    with file.zip.open(info) as stream:
+        version = npy.read_magic(stream)
+        old = version == (1, 0)
+        read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    claimed = math.prod(shape) * dtype.itemsize
+    # Of the .zip's two sizes one may lie; deflation makes 1032 bytes of one at the most.
+    unpacked = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else 1032)
+    held = min(info.file_size, unpacked)
+    if claimed > held:
+        raise ValueError(
+            f"{name} claims shape {shape} and dtype {dtype}, {claimed:,} bytes, where the file "
+            f"holds {held:,} at the most"
+        )
+    return file[name]
