@@ -5,11 +5,16 @@ import os
 # Read when JAX starts its backend, and inherited by processes that the tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook("jax_seqpar", "beartype.beartype")
+
+# An example that takes longer than 200 ms, Hypothesis' default, tells of a busy machine.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

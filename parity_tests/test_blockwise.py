@@ -256,7 +256,7 @@ def description_of(B: int, T: int, S: int, some: dict[str, Any]) -> Any:
     return describe(q, k, k, **dict.fromkeys(AXES) | arrays_of(some))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(drawn=described(), size=st.sampled_from((1, 2, 5)))
 def test_no_block_that_matters_is_left_out(drawn, size):
     B, T, S, some = drawn

@@ -97,7 +97,7 @@ def test_frameworks_may_differ(side_a, side_b):
     assert (divergence.name, divergence.index) == (QUERY, (1, 7, 2, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_planted_difference_is_found_where_it_is(data):
     a = recorded()

@@ -87,7 +87,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data(), is_causal=st.booleans())
 def test_any_numbers(data, is_causal):
     """One shape, so that JAX compiles once for each of the two masks."""

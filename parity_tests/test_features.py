@@ -82,7 +82,7 @@ def test_every_pair(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.fixed_dictionaries({name: st.sampled_from(x) for name, x in FACTORS.items()}))
 def test_any_combination(case):
     right(case)

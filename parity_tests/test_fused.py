@@ -348,7 +348,7 @@ def test_cudnn_is_right(sizes, options, dtype):
 numbers = st.integers(0, 40)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     tokens=st.tuples(st.integers(1, 60), st.integers(1, 60)),
     sizes=st.tuples(st.integers(1, 20), st.integers(1, 20)),

@@ -70,7 +70,7 @@ def test_bytes(sizes):
     assert all_to_all_bytes(program) == 2 * sent * 2 * (24 // degree) * 5 * 4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(kv_heads=st.integers(1, 9), group=st.integers(1, 9), degree=st.integers(1, 9))
 def test_every_query_head_finds_its_own_keys(kv_heads, group, degree):
     """On the device that has it, by the rule of every kernel: n // (query heads / KV heads)."""

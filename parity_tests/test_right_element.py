@@ -24,7 +24,7 @@ def test_every_device_holds_what_the_oracle_says(name, degree):
 
 
 @both_reshards
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     degree=st.sampled_from((2, 4)),
     sizes=st.tuples(*(st.integers(1, n) for n in (3, 4, 4, 3))),

@@ -42,7 +42,7 @@ def test_output_and_gradients_by_mesh(case, where, kind):
     right_values(case, where, kind)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     degree=st.sampled_from((2, 4)),
     groups=st.integers(1, 3),

@@ -131,7 +131,7 @@ def test_a_batch_goes_through_jit():
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=9), max_size=9), st.integers(1, 7))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_packing_loses_nothing(documents, tokens):
     rows, segments = pack_documents(documents, tokens)
     assert rows.shape == segments.shape

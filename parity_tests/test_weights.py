@@ -273,7 +273,7 @@ def test_memory_is_not_shared(state):
     assert compare_bits(to_torch_state(params, SMALL, sizes=TWO), before).equal
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_random_patterns_invert(data):
     """Axes named at random, grouped on either side, against reshape and transpose of NumPy."""
