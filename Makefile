@@ -8,7 +8,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 # The compiler for TPUs, apart from the rest: where it is installed JAX looks for a TPU.
 TPU := TPU_LIBRARY_PATH=$(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
 
-.PHONY: parity test test-slow test-gpu lint format benchmark clean
+# What a newer Python than 3.11 changes is JAX and Flax (.ci/constraints.txt): the tests that ask most
+# of those two, in an environment beside the other.
+NEWEST := .venv-newest
+NEWEST_CORE := $(addprefix parity_tests/test_, $(addsuffix .py, import flax_attention \
+    flax_attention_fn train heads right_communication right_bits exact_flags peer_cases))
+
+.PHONY: parity test test-slow test-newest test-gpu lint format benchmark clean
 
 parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 	$(BIN)/seqpar parity
@@ -19,6 +25,13 @@ test: $(VENV)/.test $(VENV)/.tpu  ## every test
 
 test-slow: $(VENV)/.test $(VENV)/.tpu  ## the tests that take minutes
 	$(TPU) $(BIN)/python -m pytest -m slow
+
+test-newest:  ## a core of the tests on the newest JAX and Flax: PYTHON=python3.13, say
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 12) or sys.exit("$(PYTHON) is Python " \
+	    + sys.version.split()[0] + ", which the newest JAX does not support. Write: make " \
+	    + "test-newest PYTHON=python3.12, or a later one.")'
+	$(MAKE) VENV=$(NEWEST) $(NEWEST)/.test
+	$(NEWEST)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(NEWEST_CORE)
 
 test-gpu: $(VENV)/.gpu  ## on an NVIDIA GPU; one is enough
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \
@@ -56,4 +69,4 @@ $(VENV)/.tpu: $(VENV)/.test $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(NEWEST)
