@@ -315,10 +315,36 @@ def test_a_batch_that_does_not_divide_is_refused():
         SequenceParallel()(x, x, x)
 
 
-@pytest.mark.parametrize("options", ({"is_causal": True}, {"local_window_size": (2, 0)}), ids=str)
-def test_rules_about_positions_are_refused_when_decoding(options):
+@pytest.mark.parametrize(
+    ("options", "call", "message"),
+    (
+        ({"is_causal": True}, {}, r"1 queries and 8 keys.*is not told where"),
+        ({"local_window_size": (2, 0)}, {}, r"1 queries and 8 keys.*is not told where"),
+        ({}, {"is_causal": True}, r"1 query and 8 keys.*write is_causal=False"),
+    ),
+    ids=str,
+)
+def test_rules_about_positions_are_refused_when_decoding(options, call, message):
     """The query of one token would be taken for the first, and see one key."""
     layer = nnx_layer(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)), **options), decode=True)
     layer.init_cache((B, 8, D))
-    with pytest.raises(ValueError, match=r"1 queries and 8 keys.*is not told where"):
-        layer(jnp.asarray(X[:, :1]))
+    with pytest.raises(ValueError, match=message):
+        layer(jnp.asarray(X[:, :1]), **call)
+    if options:
+        layer = linen_layer(layer.attention_fn, decode=True)
+        variables = layer.init(jax.random.key(0), X[:, :8])
+        with pytest.raises(ValueError, match=message):
+            layer.apply(variables, X[:, :1], mutable=["cache"])
+
+
+@pytest.mark.parametrize("padding", (False, True))
+@pytest.mark.parametrize(("queries", "keys"), ((8, 8), (2, 4), (7, 3), (1, 1)), ids=str)
+def test_causality_at_the_call(queries, keys, padding):
+    """With a mask and without, as Flax's own function has it: query i sees keys 0 to i."""
+    query = jnp.asarray(rng.standard_normal((2, queries, 8, 4)), jnp.float32)
+    key, value = map(jnp.asarray, rng.standard_normal((2, 2, keys, 2, 4), np.float32))
+    mask = jnp.asarray(rng.random((2, 1, queries, keys)) < 0.6).at[..., 0].set(True)
+    mask = mask if padding else None
+    attend = jax.jit(partial(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",))), is_causal=True))
+    expected = nnx.dot_product_attention(query, key, value, mask=mask, is_causal=True)
+    assert_close(attend(query, key, value, mask=mask), expected)

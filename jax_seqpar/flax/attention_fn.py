@@ -35,8 +35,10 @@ class SequenceParallel:
         T x S; with nnx it is the same as `is_causal=True` at the call.
       local_window_size, logits_soft_cap: as there; Flax has no word for them.
 
-    With is_causal or a window it refuses to decode with Flax's cache, T queries and S keys: it is
-    not told where the queries are. Decode without them, as Flax's mask says what is filled.
+    Flax's cache gives one query and S keys, and a mask of the keys so far, but not the position of
+    the query. Decode without is_causal, at construction and at the call, and without a window: they
+    are refused then. Flax before 0.12.12 passes `is_causal` on while decoding; write
+    `layer(x, is_causal=not decode)`.
 
     Example:
       nnx.MultiHeadAttention(8, 512, attention_fn=SequenceParallel(), decode=False, rngs=rngs)
@@ -88,7 +90,8 @@ class SequenceParallel:
           dropout_rng, dropout_rate, deterministic: dropout unless deterministic. The weights that
             are dropped are those of `jax_seqpar`, the same at every degree, not those of Flax.
           dtype, promote_dtype: of query, key and value, as in Flax.
-          is_causal: keys up to the query, in addition to the mask.
+          is_causal: query i attends to keys 0 to i, in addition to the mask; for S > 1 keys of a
+            single query refused.
           force_fp32_for_softmax: always so, whatever is said.
           precision, module (`sow_weights`), einsum_dot_general, qk_attn_weights_einsum,
             attn_weights_value_einsum: refused.
@@ -105,8 +108,11 @@ class SequenceParallel:
         )
         refusals.check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
         flax_refusals.check_batch_axes(query, key, value)
-        flax_refusals.check_same_tokens(
-            query.shape[-3], key.shape[-3], self.is_causal, self.local_window_size
+        flax_refusals.check_query_positions(
+            query.shape[-3],
+            key.shape[-3],
+            own_rules=self.is_causal or self.local_window_size is not None,
+            is_causal_at_call=is_causal,
         )
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         *batch, T, N, _ = query.shape

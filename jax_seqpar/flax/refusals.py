@@ -42,13 +42,27 @@ def check_batch_axes(query: Any, key: Any, value: Any) -> None:
         )
 
 
-def check_same_tokens(queries: int, keys: int, is_causal: bool, window: Any) -> None:
-    """Refuses rules about positions where those of the queries are not known: at decoding."""
-    if queries != keys and (is_causal or window is not None):
+def check_query_positions(
+    queries: int, keys: int, *, own_rules: bool, is_causal_at_call: bool
+) -> None:
+    """Raises ValueError for rules about positions where nobody said where the queries are.
+
+    Args:
+      own_rules: `is_causal` or a window of the SequenceParallel; they need T = S.
+      is_causal_at_call: query i sees the keys up to i, as in Flax. A single query of more keys is
+        taken for a step of decoding: it would see the first key only.
+    """
+    if queries != keys and own_rules:
         raise ValueError(
             f"{queries} queries and {keys} keys: SequenceParallel(is_causal=, local_window_size=) "
             f"is not told where the queries are. Decode with SequenceParallel() and Flax's mask, "
             f"or with jax_seqpar.flax.Attention."
+        )
+    if queries == 1 < keys and is_causal_at_call:
+        raise ValueError(
+            f"1 query and {keys} keys with is_causal=True: the query would be taken for the first "
+            f"token and see one key. When decoding write is_causal=False: Flax's mask of its cache "
+            f"leaves out what follows the query. Elsewhere give mask=."
         )
 
 
