@@ -4,12 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
+import torch
 from cases import KINDS
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from questions import collectives
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from jax_seqpar import MeshLayout, dense_attention
 from jax_seqpar.bridge import compare_bits
@@ -22,6 +27,7 @@ EPS = np.finfo(np.float32).eps
 LAYOUT = MeshLayout(batch="data")
 rng = np.random.default_rng(4)
 X = rng.standard_normal((B, S, D)).astype(np.float32)
+INDEX = np.zeros((1, 1), np.int32)
 SEGMENTS = np.repeat([[1, 2, 3], [1, 1, 2]], 8, axis=1).astype(np.int32)
 POSITIONS = np.stack([np.r_[0:8, 0:8, 0:8], np.r_[0:16, 0:8]]).astype(np.int32)
 FEATURES = {
@@ -287,12 +293,77 @@ def test_rotary_is_right_at_every_position(start, interleaved):
     assert np.abs(np.asarray(got) - expected).max() <= 8 * EPS * np.abs(x).max()
 
 
-def test_rotary_of_negative_positions():
-    """As of a batch that is padded on the left: only differences matter."""
-    x = jnp.asarray(rng.standard_normal((1, 8, 2, 64)), jnp.float32)
-    positions = np.arange(8)[None] - 5
-    got = Rotary()(x, jnp.asarray(positions, jnp.int32))
-    assert_close(got, rotate(np.asarray(x, np.float64), Rotary(), positions))
+def exact_turn(x, frequencies, positions):
+    """Half-split pairs turned by exact products: Python's integers, and pi of 100 digits."""
+    with mpmath.workdps(100):
+        angles = [[mpmath.mpf(float(f)) * int(p) for f in frequencies] for p in positions]
+        turn = np.array([[complex(mpmath.expj(angle)) for angle in row] for row in angles])
+    half = len(frequencies)
+    z = (x[..., :half] + 1j * x[..., half:]) * turn[None, :, None]
+    return np.concatenate([z.real, z.imag], -1)
+
+
+@pytest.mark.parametrize("dtype", [f"{u}int{bits}" for bits in (8, 16, 32, 64) for u in ("", "u")])
+def test_rotary_of_every_integer_dtype(dtype):
+    """Both ends of each, as of a batch that is padded on the left, and 2^32 where it has it."""
+    info = np.iinfo(dtype)
+    ends = [info.min, info.min + 1, info.max - 1, info.max, 0, 1, -1, -5, 127, 128, 65535, 65536]
+    wide = [(1 << 32) - 1, 1 << 32, (1 << 32) + 1, -(1 << 32) - 7, 0x0123_4567_89AB_CDEF]
+    inside = [p for p in ends + wide if info.min <= p <= info.max]
+    x = rng.standard_normal((1, len(inside), 1, 8)).astype(np.float32)
+    frequencies = 10_000.0 ** (-np.arange(0, 8, 2) / 8)
+    for x64 in (True,) if info.bits == 64 else (False, True) if info.bits == 32 else (False,):
+        with jax.enable_x64(x64):
+            positions = jnp.asarray(np.array(inside, dtype)[None])
+            assert positions.dtype == dtype
+            got = jax.jit(Rotary())(jnp.asarray(x), positions)
+        assert got.dtype == jnp.float32
+        expected = exact_turn(x.astype(np.float64), frequencies, inside)
+        assert np.abs(np.asarray(got) - expected).max() <= 8 * EPS * np.abs(x).max()
+
+
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 1.5, 2.0, 4.0],
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_rotary_of_scaled_variants(kind):
+    """Against the frequencies, the factor and the products of `transformers`."""
+    config = LlamaConfig(
+        hidden_size=16,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": kind, "rope_theta": 10_000.0} | SCALED[kind],
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=256)
+    assert (factor != 1) == (kind in ("yarn", "longrope"))
+    x = rng.standard_normal((1, 256, 2, 8)).astype(np.float32)
+    positions = torch.arange(256)[None]
+    cos, sin = LlamaRotaryEmbedding(config)(torch.asarray(x), positions)
+    if kind == "longrope":  # its module takes the long factors beyond the original length only
+        angles = positions[..., None] * torch.cat([frequencies, frequencies])
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+    expected, _ = apply_rotary_pos_emb(
+        torch.asarray(x), torch.asarray(x), cos, sin, unsqueeze_dim=2
+    )
+    rotary = Rotary(frequencies=tuple(frequencies.tolist()), attention_factor=factor)
+    got = jax.jit(rotary)(jnp.asarray(x), jnp.asarray(positions.numpy(), jnp.int32))
+    # `transformers` multiplies in float32: angles of 256 radians are wrong by 256 EPS / 2.
+    assert np.abs(np.asarray(got) - expected.numpy()).max() <= 256 * EPS * np.abs(x).max()
 
 
 def test_rotary_with_frequencies_of_its_own():
@@ -385,6 +456,14 @@ def decoder(**options):
         (lambda: decoder(num_heads=6, num_kv_heads=2), "num_heads = 6 must be divisible"),
         (lambda: attention(head_dim=5)(jnp.ones((B, S, D))), "Rotary turns an even number"),
         (lambda: attention(rotary=Rotary(frequencies=(1.0,)))(jnp.ones((B, S, D))), "needs a freq"),
+        (
+            lambda: Rotary(frequencies=(1.0, np.nan))(jnp.ones((1, 1, 1, 4)), INDEX),
+            "finite frequencies",
+        ),
+        (
+            lambda: Rotary(attention_factor=0.0)(jnp.ones((1, 1, 1, 4)), INDEX),
+            "attention_factor must be a positive",
+        ),
         (lambda: attention(rotary=Rotary(fraction=0.0))(jnp.ones((B, S, D))), "fraction"),
         (lambda: attention()(jnp.ones((B, S, D))), "no mesh"),
         (lambda: Projection("BSD,DF", {"D": 2, "F": 3}, rngs=nnx.Rngs(0)), "must be an einsum"),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from ..attention import dot_product_attention
 from ..description import Window
@@ -137,7 +137,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        positions: Int[Array, "#B T"] | None = None,
+        positions: Integer[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,

@@ -1,5 +1,6 @@
 """Every refusal of the Flax layers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,19 @@ def check_rotary(
         raise ValueError(
             f"Rotary needs a frequency for each of the {turning // 2} pairs of channels, got "
             f"{len(frequencies)}."
+        )
+    if frequencies is not None and not all(math.isfinite(f) for f in frequencies):
+        raise ValueError(
+            f"Rotary needs finite frequencies, in radians per token, got {frequencies}."
+        )
+
+
+def check_attention_factor(factor: Any) -> None:
+    """Raises ValueError unless cosine and sine can be multiplied by the factor."""
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(
+            f"attention_factor must be a positive Python number, got {factor!r}. Write 1.0 for a "
+            f"rotary embedding without one, float(...) of a number that is an array."
         )
 
 

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Integer
 
 from . import refusals
+
+# 1 / (2 pi) in units of 2^-256.
+_INVERSE_TURN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A5664F10E4107F9458EAF7AEF158
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Rotary:
 
     Channel pair i turns by `position * theta^(-2i / R)` radians, of R channels that turn. An angle
     in float32 is wrong by 0.03 radians at position 10^6; here it is counted in parts of a turn, in
-    integers, and wrong by at most 2^-30 + position * 2^-53 of a turn, 10^-6 radians at 2^30.
+    integers, and wrong by at most 2^-30 of a turn (2^-29 for positions of 64 bits), 10^-8 radians,
+    with the frequencies in float64.
 
     Args:
       theta: the base.
@@ -24,7 +28,10 @@ class Rotary:
         (i, i + R/2), as in GPT-NeoX and the Llama of `transformers`.
       fraction: of the channels, those that turn: the first R = fraction * H; the rest stay.
       frequencies: R/2 of them, in radians per token, in place of those of theta: for scaled
-        variants (linear, NTK, YaRN, Llama 3).
+        variants (linear, NTK, YaRN, LongRoPE, Llama 3).
+      attention_factor: multiplies cosine and sine, so the channels that turn, of query and key
+        alike: YaRN's and LongRoPE's temperature, `attention_scaling` in `transformers`, where both
+        come from `ROPE_INIT_FUNCTIONS[rope_type](config)`.
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864.
     """
@@ -33,24 +40,28 @@ class Rotary:
     interleaved: bool = False
     fraction: float = 1.0
     frequencies: tuple[float, ...] | None = None
+    attention_factor: float = 1.0
 
     def __call__(
-        self, x: Float[Array, "B T N H"], positions: Int[Array, "#B T"]
+        self, x: Float[Array, "B T N H"], positions: Integer[Array, "#B T"]
     ) -> Float[Array, "B T N H"]:
         """x, turned.
 
         Args:
           x: query or key; computed in float32, returned in its own dtype.
-          positions: of its tokens, in the whole sequence or document, whatever the sharding.
+          positions: of its tokens, in the whole sequence or document, whatever the sharding; of
+            any integer dtype, negative ones included.
 
         Raises:
-          ValueError: for an odd number of channels, or of frequencies that does not fit.
+          ValueError: for an odd number of channels, frequencies of another number or not finite, an
+            attention_factor that is not a positive number, and positions of floats.
         """
         R = int(self.fraction * x.shape[-1])
         refusals.check_integers("positions", positions)
         refusals.check_rotary(R, x.shape[-1], self.fraction, self.frequencies)
+        refusals.check_attention_factor(self.attention_factor)
         angles = _angles(positions, self._frequencies(R))[:, :, None]
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        cos, sin = (f(angles) * jnp.float32(self.attention_factor) for f in (jnp.cos, jnp.sin))
         turning, rest = x[..., :R], x[..., R:]
         if self.interleaved:
             a, b = turning[..., 0::2], turning[..., 1::2]
@@ -70,19 +81,32 @@ class Rotary:
         return self.theta ** (-np.arange(0, channels, 2, dtype=np.float64) / channels)
 
 
-def _angles(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Float[Array, "B T R2"]:
+def _angles(positions: Integer[Array, "B T"], frequencies: np.ndarray) -> Float[Array, "B T R2"]:
     """`positions * frequencies` modulo a turn, in radians from -pi to pi."""
-    turns = np.mod(frequencies / (2 * math.pi), 1.0)
-    # 64 bits after the point, as 32, 16 and 16; of a float64 below 1 the first 53 are right.
-    parts, words = turns, []
-    for bits in (32, 16, 16):
-        parts = parts * 2.0**bits
-        words.append(np.floor(parts))
-        parts = parts - words[-1]
-    f0, f1, f2 = (jnp.asarray(word[None, None], jnp.uint32) for word in words)
-    p: UInt32[Array, "B T 1"] = jnp.abs(positions).astype(jnp.uint32)[:, :, None]
-    high, low = p >> 16, p & 0xFFFF
-    # Whole turns overflow, and are meant to; of the rest what reaches the first 32 bits is kept.
-    parts = p * f0 + high * f1 + ((high * f2) >> 16) + ((low * f1) >> 16)
-    angles = parts.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2 * math.pi / 2**32)
-    return jnp.where((positions < 0)[:, :, None], -angles, angles)
+    bits = 64 if positions.dtype.itemsize == 8 else 32
+    p = positions.astype(f"uint{bits}")  # modulo 2^bits, from a narrow signed dtype, too
+    is_negative = positions < 0
+    # 0 - p and not abs(), which the most negative number of a dtype does not have.
+    p = jnp.where(is_negative, jnp.zeros_like(p) - p, p)
+    turns = jnp.zeros((), jnp.uint32)
+    for shift in range(0, bits, 16):
+        digit = (p >> shift).astype(jnp.uint32) & 0xFFFF
+        high, low = (jnp.asarray(word)[None, None] for word in _turns(frequencies, shift))
+        # 2^-32 of a turn. Whole turns overflow, and are meant to.
+        turns = turns + digit[:, :, None] * high + ((digit[:, :, None] * low) >> 16)
+    angles = turns.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2 * math.pi / 2**32)
+    return jnp.where(is_negative[:, :, None], -angles, angles)
+
+
+def _turns(frequencies: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """`2^shift * frequencies / (2 pi)` modulo 1: its first 32 bits after the point, the next 16.
+
+    In Python's integers: the product with a float64 of 1 / (2 pi) would be wrong by 2^-53.
+    """
+    high, low = [], []
+    for frequency in frequencies:
+        numerator, denominator = float(frequency).as_integer_ratio()
+        fraction = ((numerator * _INVERSE_TURN << shift + 48) // (denominator << 256)) % 2**48
+        high.append(fraction >> 16)
+        low.append(fraction & 0xFFFF)
+    return np.asarray(high, np.uint32), np.asarray(low, np.uint32)
