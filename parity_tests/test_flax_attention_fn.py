@@ -5,6 +5,7 @@ from functools import partial
 
 import flax.linen as linen
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -287,7 +288,9 @@ def test_what_is_sent():
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ({"precision": "highest"}, "does not support precision.*default_matmul_precision"),
+        ({"precision": ("highest", "high")}, "cannot carry precision.*one jax.lax.Precision"),
+        ({"precision": "exact"}, "cannot carry precision = 'exact'"),
+        ({"precision": jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3}, "default_matmul_precision"),
         ({"module": object()}, "sow_weights needs the T x S weights"),
         ({"einsum_dot_general": jax.lax.dot_general}, "einsum_dot_general"),
         ({"qk_attn_weights_einsum": jnp.einsum}, "leave qk_attn_weights_einsum_cls out|Leave"),
@@ -348,3 +351,59 @@ def test_causality_at_the_call(queries, keys, padding):
     attend = jax.jit(partial(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",))), is_causal=True))
     expected = nnx.dot_product_attention(query, key, value, mask=mask, is_causal=True)
     assert_close(attend(query, key, value, mask=mask), expected)
+
+
+@pytest.mark.parametrize("kind", ("nnx", "linen"))
+def test_the_class_in_place_of_an_instance(kind):
+    if kind == "nnx":
+        call = nnx_layer(SequenceParallel)
+    else:
+        call = partial(linen_layer(SequenceParallel).init, jax.random.key(0))
+    with pytest.raises(TypeError, match=r"Write attention_fn=SequenceParallel\(\)"):
+        call(X)
+
+
+def products(jaxpr):
+    """The precision of every dot_general, those of inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params["precision"]
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+DEFAULT, HIGH, HIGHEST = jax.lax.Precision
+PRECISIONS = {
+    "none": (None, None),
+    "default": (DEFAULT, DEFAULT),
+    "high": (HIGH, HIGH),
+    "highest": (HIGHEST, HIGHEST),
+    "a name": ("highest", HIGHEST),
+    "a pair": ((HIGH, HIGH), HIGH),
+    "a pair of names": (("float32", "highest"), HIGHEST),
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("kind", ("nnx", "linen"))
+def test_precision(kind, name):
+    """Every product of the layer carries it, forward and backward, as with Flax's own function."""
+    given, expected = PRECISIONS[name]
+    make = nnx_layer if kind == "nnx" else linen_layer
+    x = jnp.asarray(X[:, :8])
+    with jax.set_mesh(jax.make_mesh((4,), ("seq",))):
+        layer, plain = make(SequenceParallel(), precision=given), make(precision=given)
+        if kind == "nnx":
+            graph, variables = nnx.split(layer)
+
+            def run(variables, x):
+                return nnx.merge(graph, variables)(x)
+        else:
+            variables, run = plain.init(jax.random.key(0), x), layer.apply
+
+        def loss(variables, x):
+            return (run(variables, x) ** 2).sum()
+
+        for function in (run, jax.grad(loss)):
+            found = set(products(jax.make_jaxpr(function)(variables, x).jaxpr))
+            assert found == {None if expected is None else (expected, expected)}

@@ -1,5 +1,13 @@
 """Attention for Flax models: one argument of Flax's own layers, or a layer for decoders."""
 
+from importlib.util import find_spec
+
+if find_spec("flax") is None:
+    raise ImportError(
+        "jax_seqpar.flax needs Flax 0.12 or later, which is not installed. Write "
+        "pip install 'jax-seqpar[flax]'."
+    )
+
 from .attention import Attention as Attention
 from .attention_fn import SequenceParallel as SequenceParallel
 from .projection import Projection as Projection

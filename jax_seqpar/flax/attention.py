@@ -14,6 +14,7 @@ from ..description import Window
 from ..layout import MeshLayout, axes_size, names
 from ..mesh import AnyMesh, find_mesh, place
 from . import refusals
+from .precision import kernel_precision
 from .projection import Initializer, ParameterSharding, Projection, parameter
 from .rotary import Rotary
 
@@ -38,6 +39,8 @@ class Attention(nnx.Module):
       dropout_rate, deterministic: of the weights; `deterministic` may be said at the call.
       layout, mesh, attention, head_chunks, overlap, check_vma: as for `dot_product_attention`.
       sharding, kernel_init, dtype, param_dtype: as for `Projection`.
+      precision: of all products, the kernel's included, forward and backward: one
+        `jax.lax.Precision` or its name. None leaves it to `jax.default_matmul_precision`.
       rngs: of `nnx`.
 
     Raises:
@@ -78,8 +81,10 @@ class Attention(nnx.Module):
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ) -> None:
+        kernel_precision("Attention", precision)
         if head_dim is None:
             refusals.check_head_dim(features, num_heads)
             head_dim = features // num_heads
@@ -89,7 +94,7 @@ class Attention(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.layout, self.mesh = layout, mesh
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
-        self.norm_epsilon = norm_epsilon
+        self.norm_epsilon, self.precision = norm_epsilon, precision
         self.options = {
             "is_causal": is_causal,
             "scale": scale,
@@ -113,6 +118,7 @@ class Attention(nnx.Module):
                 use_bias=use_bias,
                 dtype=dtype,
                 param_dtype=param_dtype,
+                precision=precision,
                 rngs=rngs,
             )
 
@@ -180,11 +186,12 @@ class Attention(nnx.Module):
             options["sinks"] = self.sinks[...].astype(jnp.float32)
         if drops and rngs is not None:
             options |= {"dropout_rate": self.dropout_rate, "dropout_rng": rngs.dropout()}
-        if decode:
-            out = self._decode(query, key, value, order, options)
-        else:
-            options |= {"segment_ids": segment_ids, "layout": self.layout, "mesh": self.mesh}
-            out = dot_product_attention(query, key, value, **options, **self.chunks)
+        with kernel_precision("Attention", self.precision):
+            if decode:
+                out = self._decode(query, key, value, order, options)
+            else:
+                options |= {"segment_ids": segment_ids, "layout": self.layout, "mesh": self.mesh}
+                out = dot_product_attention(query, key, value, **options, **self.chunks)
         record("context", out)
         return self.out(out)
 

@@ -17,10 +17,19 @@ from ..layout import MeshLayout, axes_size
 from ..mesh import AnyMesh, find_mesh
 from ..padding import pad_to_degree
 from . import refusals as flax_refusals
+from .precision import kernel_precision
+
+
+class _Instances:
+    """Raises TypeError where Flax calls the class itself as its attention function."""
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Any:
+        flax_refusals.check_makes_instance(arguments, options)
+        return super().__new__(cls)
 
 
 @dataclass(frozen=True)
-class SequenceParallel:
+class SequenceParallel(_Instances):
     """`attention_fn=SequenceParallel(...)` of `nnx.MultiHeadAttention` and of linen's
     `MultiHeadDotProductAttention`.
 
@@ -93,14 +102,14 @@ class SequenceParallel:
           is_causal: query i attends to keys 0 to i, in addition to the mask; for S > 1 keys of a
             single query refused.
           force_fp32_for_softmax: always so, whatever is said.
-          precision, module (`sow_weights`), einsum_dot_general, qk_attn_weights_einsum,
+          precision: of the kernel's products, forward and backward: one for both operands.
+          module (`sow_weights`), einsum_dot_general, qk_attn_weights_einsum,
             attn_weights_value_einsum: refused.
 
         Raises:
           ValueError: for what is refused, and for sizes that do not fit.
         """
         flax_refusals.check_flax(
-            precision=precision,
             module=module,
             einsum_dot_general=einsum_dot_general,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
@@ -132,22 +141,23 @@ class SequenceParallel:
         layout = replace(self.layout, batch=None) if q.shape[0] == 1 else self.layout
         degree = axes_size(layout.tokens, mesh.shape)
         padded = pad_to_degree(q, k, v, degree=degree, bias=bias, mask=mask)
-        out = dot_product_attention(
-            padded.query,
-            padded.key,
-            padded.value,
-            **padded.keywords,
-            **options,
-            is_causal=self.is_causal or is_causal,
-            local_window_size=self.local_window_size,
-            logits_soft_cap=self.logits_soft_cap,
-            attention=self.attention,
-            layout=layout,
-            mesh=self.mesh,
-            head_chunks=self.head_chunks,
-            overlap=self.overlap,
-            check_vma=self.check_vma,
-        )
+        with kernel_precision("SequenceParallel", precision):
+            out = dot_product_attention(
+                padded.query,
+                padded.key,
+                padded.value,
+                **padded.keywords,
+                **options,
+                is_causal=self.is_causal or is_causal,
+                local_window_size=self.local_window_size,
+                logits_soft_cap=self.logits_soft_cap,
+                attention=self.attention,
+                layout=layout,
+                mesh=self.mesh,
+                head_chunks=self.head_chunks,
+                overlap=self.overlap,
+                check_vma=self.check_vma,
+            )
         return padded.unpad(out).reshape(*batch, T, N, -1)
 
 

@@ -35,6 +35,7 @@ class Projection(nnx.Module):
       kernel_init: called with the shape `(summed, other)`.
       use_bias, bias_init: over the kernel's letters that remain.
       dtype: of the computation; if None, that of input and parameters together.
+      precision: of the products, forward and backward, as for `jnp.einsum`.
       param_dtype: of the parameters.
       rngs: of `nnx`.
 
@@ -55,6 +56,7 @@ class Projection(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ) -> None:
         refusals.check_letters(letters, sizes)
@@ -64,7 +66,7 @@ class Projection(nnx.Module):
         kept = [c for c in kernel if c in output]
         shape = tuple(sizes[c] for c in kernel)
         flat = tuple(math.prod(sizes[c] for c in part) for part in (summed, kept))
-        self.letters, self.dtype = letters, dtype
+        self.letters, self.dtype, self.precision = letters, dtype, precision
         rules = dict(get_logical_axis_rules()) if sharding is None else sharding
         self.gather = partial(gather, sharding=rules, layout=layout, mesh=mesh)
         self.kernel_letters, self.bias_letters = kernel, "".join(kept)
@@ -82,7 +84,7 @@ class Projection(nnx.Module):
         dtype = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype is None else self.dtype
         out_sharding = _out_sharding(self.letters, x, kernel)
         x, kernel = x.astype(dtype), kernel.astype(dtype)
-        y = jnp.einsum(self.letters, x, kernel, out_sharding=out_sharding)
+        y = jnp.einsum(self.letters, x, kernel, precision=self.precision, out_sharding=out_sharding)
         if self.bias is not None:
             bias = self.gather(self.bias[...], self.bias_letters).astype(dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)

@@ -6,12 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.lax import Precision
 
 _NEVER = {
-    "precision": (
-        "the kernels state the precision of their own products. Write "
-        "jax.default_matmul_precision(...) around the training step, gradient included"
-    ),
     "module": (
         "sow_weights needs the T x S weights, which are never in memory. Look at them with "
         "Flax's own dot_product_attention, on a short sequence"
@@ -31,6 +28,31 @@ def check_flax(**arguments: Any) -> None:
     for name, x in arguments.items():
         if x is not None:
             raise ValueError(f"SequenceParallel does not support {name}: {_NEVER[name]}.")
+
+
+def check_makes_instance(arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Raises TypeError for the arguments that Flax gives to an attention function."""
+    if any(hasattr(x, "shape") for x in arguments[:1]) or {"query", "mask"} & set(options):
+        raise TypeError(
+            "attention_fn=SequenceParallel is the class: Flax would call it in place of an "
+            "instance. Write attention_fn=SequenceParallel(), or SequenceParallel(layout)."
+        )
+
+
+def check_precision(layer: str, precision: Any) -> Precision:
+    """The one precision of both operands; raises ValueError for what is not one."""
+    pair = precision if isinstance(precision, tuple | list) else (precision, precision)
+    try:
+        a, b = (Precision(p) for p in pair)
+    except ValueError:
+        a, b = None, None
+    if a is None or a != b:
+        raise ValueError(
+            f"{layer} cannot carry precision = {precision!r} to the products of its kernel, which "
+            f"take one jax.lax.Precision for both operands. Write jax.lax.Precision.HIGHEST or "
+            f"'highest'; for a dot algorithm jax.default_matmul_precision(...) around the step."
+        )
+    return a
 
 
 def check_batch_axes(query: Any, key: Any, value: Any) -> None:
