@@ -1,7 +1,7 @@
 """The front door: attention of global arrays on a mesh."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from . import refusals
-from .description import AXES, PerToken, Window, describe
+from .compiled import compiled_with
+from .description import AXES, Description, PerToken, Window, describe
 from .heads import HeadPlan, plan_heads
 from .kernels import choose_kernel
 from .layout import MeshLayout, axes_size, names
@@ -64,7 +65,9 @@ def dot_product_attention(
         small, every device gets whole.
       attention: the local attention, called with all the tokens of some heads and with those
         keywords above that differ from their defaults. If None, that of `choose_kernel` for the
-        platform of the mesh: the platform's own where it supports what is asked, else blockwise.
+        platform of the mesh: the platform's own where it supports what is asked, else blockwise. It
+        is traced under `jax.jit`, also in an eager call, whose program is kept as long as the
+        function and is used again for equal `functools.partial`s; so it must be pure.
       layout: the mesh axes of tokens, batch and heads.
       mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one query is sharded over.
         With Explicit axes an eager gradient needs `jax.set_mesh` (or `jax.jit` around it).
@@ -122,6 +125,40 @@ def dot_product_attention(
     refusals.check_flag("overlap", overlap)
     refusals.check_flag("check_vma", check_vma, (None, True, False))
 
+    arrange = _Arrangement(
+        layout,
+        mesh,
+        # None given means all; to name them all forbids a vmap over one more sharded axis.
+        frozenset(mesh.axis_names) - set(manual) if manual else frozenset(),
+        head_chunks,
+        overlap,
+        check_vma is not False,
+    )
+    return compiled_with(attention, _attend, arrange)(query, key, value, description)
+
+
+@dataclass(frozen=True)
+class _Arrangement:
+    """How the work is divided: hashable, part of the compiled program."""
+
+    layout: MeshLayout
+    mesh: AnyMesh
+    axis_names: frozenset[str]
+    head_chunks: int
+    overlap: bool
+    check_vma: bool
+
+
+def _attend(
+    attention: Callable[..., Array],
+    arrange: _Arrangement,
+    query: Array,
+    key: Array,
+    value: Array,
+    description: Description,
+) -> Array:
+    """The attention that all checks have passed."""
+    layout, mesh = arrange.layout, arrange.mesh
     degree, tensor_parallel = (axes_size(x, mesh.shape) for x in (layout.tokens, layout.heads))
     N, K = query.shape[2] // tensor_parallel, max(key.shape[2] // tensor_parallel, 1)
     plan = plan_heads(N, K, degree, may_copy=not adds_without_rounding(attention))
@@ -155,8 +192,8 @@ def dot_product_attention(
             axis_name=layout.tokens,
             attention=local,
             per_head=per_head,
-            head_chunks=head_chunks,
-            overlap=overlap,
+            head_chunks=arrange.head_chunks,
+            overlap=arrange.overlap,
         )
 
     array_specs = {
@@ -170,9 +207,8 @@ def dot_product_attention(
         mesh=mesh,
         in_specs=specs,
         out_specs=layout.spec,
-        # None given means all; to name them all forbids a vmap over one more sharded axis.
-        axis_names=set(mesh.axis_names) - set(manual) if manual else frozenset(),
-        check_vma=check_vma is not False,
+        axis_names=set(arrange.axis_names),
+        check_vma=arrange.check_vma,
     )(*operands)
 
 

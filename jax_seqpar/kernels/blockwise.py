@@ -93,11 +93,7 @@ def blockwise_attention(
     refusals.check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
     plan = _plan(query.shape[1], key.shape[1], description, query_chunk, key_chunk)
     query, key, value, description = vary_alike((query, key, value, description))
-    if 0 in (*query.shape[:3], *value.shape[1:]):
-        attend: Any = _row_after_row  # of nothing, a loop can cut no block
-    else:
-        attend = _forward if forward_mode else _attention
-    out, normaliser = attend(plan, query, key, value, description)
+    out, normaliser = _attend(forward_mode, plan, query, key, value, description)
     return (out, normaliser.lse) if return_lse else out
 
 
@@ -119,6 +115,16 @@ def _plan(
 
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore
     return Plan(size(queries, query_chunk), size(keys, key_chunk), precision)
+
+
+# Compiled in an eager call, too: the loops of a derivative would else be compiled at each call.
+@partial(jax.jit, static_argnums=(0, 1))
+def _attend(forward_mode: bool, plan: Plan, query: Any, key: Any, value: Any, description: Any):
+    if 0 in (*query.shape[:3], *value.shape[1:]):
+        attend: Any = _row_after_row  # of nothing, a loop can cut no block
+    else:
+        attend = _forward if forward_mode else _attention
+    return attend(plan, query, key, value, description)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,0 +1,203 @@
+"""Eager calls: programs are compiled once, and go when their kernel goes."""
+
+import gc
+import logging
+import weakref
+from contextlib import contextmanager
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import ONE_AXIS
+from jax.sharding import AxisType
+from questions import collectives, compiled, error, oracle
+
+from jax_seqpar import (
+    MeshLayout,
+    blockwise_attention,
+    dense_attention,
+    dot_product_attention,
+    exact_attention,
+    pad_to_degree,
+)
+from jax_seqpar.bridge.cases import Case
+
+CASE = Case(batch=2, tokens=16, heads=8, kv_heads=4, head_dim=4)
+QUERY, KEY, VALUE, GRAD = map(jnp.asarray, CASE.inputs().values())
+SEGMENTS = jnp.zeros((2, 16), jnp.int32)
+RNG = jax.random.key(0)
+
+
+@contextmanager
+def compilations():
+    """The names of the programs that XLA compiles meanwhile."""
+    names, logger = [], logging.getLogger("jax")
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            if record.getMessage().startswith("Finished XLA compilation"):
+                names.append(record.getMessage())
+
+    handler, propagate = Listener(), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def own_kernel(query, key, value, is_causal):
+    return query * 2
+
+
+def forward(attend):
+    return attend(QUERY, KEY, VALUE)
+
+
+def gradient(attend):
+    return jax.grad(lambda q: jnp.vdot(attend(q, KEY, VALUE), GRAD))(QUERY)
+
+
+def pullback(attend):
+    return jax.vjp(attend, QUERY, KEY, VALUE)[1](GRAD)
+
+
+def tangent(attend):
+    return jax.jvp(attend, (QUERY, KEY, VALUE), (QUERY, KEY, VALUE))
+
+
+def sharded(kind=AxisType.Auto, **options):
+    mesh = ONE_AXIS[4].mesh(kind)
+    return partial(dot_product_attention, **{"mesh": mesh, "is_causal": True} | options)
+
+
+def with_chunks(query, key, value, **options):
+    """As written inside a user's loop: another partial, and another array, at each call."""
+    bias = jnp.zeros((1, 1, 16, 16))
+    kernel = partial(partial(blockwise_attention, bias=bias), query_chunk=8)
+    return sharded(attention=kernel)(query, key, value, **options)
+
+
+CALLS = {
+    "defaults": (forward, sharded()),
+    "defaults, gradient": (gradient, sharded()),
+    "Explicit axes": (forward, sharded(AxisType.Explicit)),
+    "Explicit axes, pullback": (pullback, sharded(AxisType.Explicit)),
+    "segments and dropout": (
+        forward,
+        sharded(segment_ids=SEGMENTS, dropout_rate=0.5, dropout_rng=RNG),
+    ),
+    "dense, pullback": (pullback, sharded(attention=dense_attention)),
+    "exact, gradient": (gradient, sharded(attention=exact_attention)),
+    "a user's kernel, gradient": (gradient, sharded(attention=own_kernel)),
+    "equal partials": (forward, with_chunks),
+    "equal partials, gradient": (gradient, with_chunks),
+    "blockwise alone": (forward, blockwise_attention),
+    "blockwise alone, pullback": (pullback, blockwise_attention),
+    "blockwise alone, tangent": (tangent, partial(blockwise_attention, forward_mode=True)),
+    "dense alone, gradient": (gradient, dense_attention),
+    "exact alone, gradient": (gradient, exact_attention),
+    "padding": (lambda attend: attend(QUERY, KEY, VALUE), partial(pad_to_degree, degree=5)),
+}
+
+
+@pytest.mark.parametrize(("ask", "attend"), CALLS.values(), ids=CALLS)
+def test_the_third_equal_call_compiles_nothing(ask, attend):
+    ask(attend)
+    ask(attend)
+    with compilations() as names:
+        jax.block_until_ready(ask(attend))
+    assert names == []
+
+
+def test_compilations_are_seen():
+    with compilations() as names:
+        jax.jit(lambda x: x + 3)(QUERY)
+    assert len(names) == 1
+
+
+def test_values_and_gradients_of_an_eager_call():
+    """Against float64; on Explicit axes with a cotangent that lies on one device, too."""
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        out, pull = jax.vjp(sharded(kind), QUERY, KEY, VALUE)
+        expected = oracle(CASE, CASE.inputs())
+        for got, truth in zip((out, *pull(GRAD)), expected, strict=True):
+            bound = 16 * np.finfo(np.float32).eps * np.max(np.abs(truth))
+            assert error(got, truth) <= bound
+
+
+def test_what_is_bound_to_a_partial_is_heard():
+    """Static values are compared with their types, arrays are operands."""
+    spy = []
+
+    def kernel(query, key, value, factor, shift):
+        spy.append(factor)
+        return query * float(factor) + shift
+
+    run = sharded(is_causal=False)
+    for factor in (1, 1.0, True, 2, 2, 1.0):
+        for shift in (jnp.float32(3), jnp.float32(4)):
+            out = run(QUERY, KEY, VALUE, attention=partial(kernel, factor=factor, shift=shift))
+            np.testing.assert_allclose(out, QUERY * float(factor) + shift, rtol=1e-6)
+    assert [(type(x), x) for x in spy] == [(int, 1), (float, 1.0), (bool, True), (int, 2)]
+
+
+def test_a_kernel_of_a_loop_goes_with_its_programs():
+    """With what it closes over, its programs included."""
+    before = len(jax.live_executables()) if hasattr(jax, "live_executables") else None
+    large = np.ones(3)
+    seen = weakref.ref(large)
+
+    def kernel(query, key, value, large=large):
+        return query * float(large[0])
+
+    kept = weakref.ref(kernel)
+    sharded(is_causal=False)(QUERY, KEY, VALUE, attention=kernel)
+    gradient(sharded(is_causal=False, attention=kernel))
+    del kernel, large
+    gc.collect()
+    assert kept() is None
+    assert seen() is None
+    assert before is None or len(jax.live_executables()) == before
+
+
+def test_kernels_that_cannot_be_kept():
+    """Without a hash: called as it is."""
+
+    class Kernel:
+        __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+        def __call__(self, query, key, value):
+            return query * 2
+
+    out = sharded(is_causal=False)(QUERY, KEY, VALUE, attention=Kernel())
+    np.testing.assert_array_equal(out, QUERY * 2)
+
+
+def test_a_traced_array_in_a_closure():
+    run = sharded(is_causal=False)
+
+    def loss(bias):
+        kernel = lambda query, key, value: dense_attention(query, key, value, bias=bias)  # noqa: E731
+        return jnp.sum(run(QUERY, KEY, VALUE, attention=kernel) ** 2)
+
+    bias = jnp.zeros((1, 1, 16, 16))
+    jitted = jax.jit(jax.grad(loss))(bias)
+    alone = jax.jit(jax.grad(lambda b: jnp.sum(dense_attention(QUERY, KEY, VALUE, bias=b) ** 2)))
+    for got in (jitted, jax.grad(loss)(bias)):
+        np.testing.assert_allclose(got, alone(bias), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
+def test_inside_a_callers_jit_the_same_program(kind):
+    """As many all-to-alls, and no call is left in the compiled text."""
+    spec = jax.NamedSharding(ONE_AXIS[4].mesh(kind), MeshLayout().spec)
+    inputs = [jax.device_put(x, spec) for x in (QUERY, KEY, VALUE)]
+    program = compiled(sharded(kind), *inputs)
+    assert collectives(program) == {"all-to-all": 4}
+    assert " call(" not in program
