@@ -77,11 +77,12 @@ def capture(texts: list[str], tokens: int) -> list[Layer]:
 
 
 def write(layers: list[Layer], folder: Path) -> list[Path]:
-    """One file for each layer, `layer-0.safetensors` and so on; `seqpar parity` reads them."""
+    """One file for each layer, `layer-0.safetensors` and so on, as `seqpar parity` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"layer-{i}.safetensors" for i in range(len(layers))]
     for path, layer in zip(paths, layers, strict=True):
-        save_file(layer, path)
+        kept = {name: x for name, x in layer.items() if name != "context"}
+        save_file(kept | {"mask": layer["mask"][:, None, None]}, path)
     return paths
 
 

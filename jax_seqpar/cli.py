@@ -2,8 +2,11 @@
 
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,25 +17,43 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 except ImportError as error:
-    raise SystemExit('The seqpar command needs: pip install "jax-seqpar[parity]"') from error
+    raise SystemExit('The seqpar command needs: pip install "jax-seqpar[cli]"') from error
 
-from .bridge.cases import Case
+from .bridge.cases import DTYPES, OPTIONAL, Case
 from .bridge.certify import certificate_table, certificates
 from .bridge.extras import require_torch
 from .bridge.parity import Result, run_parity
-from .bridge.plan import DTYPES, Kernels, inputs_by_label, plan
+from .bridge.plan import Kernels, inputs_by_label, plan, understood
 from .bridge.ranks import RankError
 from .bridge.report import parity_table, summary
+from .description import Rules
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+# Without rich's panels, which cut the names of options and break paths at the width of a terminal.
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 def _size(help: str, default: int) -> Any:
     return typer.Option(min=1, help=f"{help} Default: {default}.")
 
 
+def _print_version(asked: bool | None) -> None:
+    if asked:
+        typer.echo(f"jax-seqpar {_versions()['jax-seqpar']}")
+        raise typer.Exit
+
+
 @app.callback()
-def seqpar() -> None:
+def seqpar(
+    version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = None,
+) -> None:
     """Sequence-parallel attention for JAX, compared bit for bit with PyTorch."""
 
 
@@ -55,10 +76,24 @@ def parity(
         str | None, typer.Option(help=f"{', '.join(DTYPES)}. Default: {Case.dtype}.")
     ] = None,
     causal: Annotated[bool, typer.Option(help="Causal attention.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the generated inputs.")] = 0,
+    window: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Tokens that a query sees before and after its own position."),
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Scale of the logits. Default: 1 / sqrt(head dimension).")
+    ] = None,
+    soft_cap: Annotated[
+        float | None, typer.Option(help="Logits become cap * tanh(logits / cap).")
+    ] = None,
+    query_offset: Annotated[int, typer.Option(help="Position of the first query.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the generated inputs.")] = 0,
     input: Annotated[
         list[Path] | None,
-        typer.Option(help="Your own query, key, value (and grad): .npz or .safetensors; repeat."),
+        typer.Option(
+            help="Your own query [B, S, N, H], key, value [B, S, K, H] and, optionally, grad and "
+            f"{', '.join(OPTIONAL)}, in a file .npz or .safetensors; repeat."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results to this file.")
@@ -74,6 +109,7 @@ def parity(
     if the PyTorch ranks failed, 130 if interrupted.
     """
     require_torch()
+    asked = {name: x for name, x in locals().items() if x is not None}
     sizes: dict[str, Any] = dict(
         batch=batch, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim
     )
@@ -84,22 +120,37 @@ def parity(
         if input and given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"--input has its own sizes and dtype. Leave out {options}.")
-        case = Case(**given, is_causal=causal)
-        if json_file is not None and not json_file.parent.is_dir():
-            raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}.")
-        named = inputs_by_label(case, input or [], seed, kernel)
-        plans = {d: plan(d, named, causal, kernel) for d in sorted(set(degree or (1, 2, 4, 8)))}
+        _refuse_places(json_file, save_failing)
+        rules = Rules(
+            scale=scale,
+            is_causal=causal,
+            query_offset=query_offset,
+            local_window_size=window,
+            logits_soft_cap=soft_cap,
+        )
+        named = inputs_by_label(Case(**given), input or [], seed, kernel)
+        plans = {d: plan(d, named, rules, kernel) for d in sorted(set(degree or (1, 2, 4, 8)))}
         jax.config.update("jax_num_cpu_devices", max(plans))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
 
-    console = Console()
+    console, errors = _stdout(), Console(stderr=True)
+    for label, inputs in (named if input else {"generated": named["grouped"]}).items():
+        for line in understood(label, inputs, rules, kernel):
+            style = "bold yellow" if line.startswith("WARNING") else None
+            _say(console, line, style=style)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    shown = errors.is_terminal
     results = []
-    with _ranks_may_fail(console), Progress(*columns, console=console, transient=True) as progress:
+    with (
+        _ranks_may_fail(console),
+        Progress(*columns, console=errors, transient=True, disable=not shown) as progress,
+    ):
         task = progress.add_task("parity", total=sum(map(len, plans.values())))
         for d, checks in plans.items():
             progress.update(task, description=f"degree {d}: PyTorch ranks, then JAX devices")
+            if not shown:
+                _say(errors, f"degree {d}: {len(checks)} checks")
             results += run_parity(
                 checks,
                 d,
@@ -107,14 +158,23 @@ def parity(
                 save_failing=save_failing,
                 on_result=lambda _: progress.advance(task),
             )
-    console.print(parity_table(results))
+    console.print(parity_table(results, console.width))
     for result in results:
         if not result.passed:
             _explain(console, result)
     passed = all(result.passed for result in results)
-    console.print(summary(results), style="bold green" if passed else "bold red")
+    if not passed and save_failing is not None:
+        _say(console, f"Inputs and outputs of what failed are in {save_failing}")
+    _say(console, summary(results), style="bold green" if passed else "bold red")
     if json_file is not None:
-        payload = {"passed": passed, "results": [result.to_json() for result in results]}
+        payload = {
+            "passed": passed,
+            "seed": seed,
+            "options": json.loads(json.dumps(asked, default=str)),
+            "versions": _versions(),
+            "platform": platform.platform(),
+            "results": [result.to_json() for result in results],
+        }
         json_file.write_text(json.dumps(payload, indent=2) + "\n")
     if not passed:
         raise typer.Exit(1)
@@ -128,10 +188,10 @@ def certify(
 ) -> None:
     """Ask JAX's backend, and PyTorch, whether exact attention has its bits on this machine.
 
-    Exit status: 0 if both can be trusted, 1 if not, 2 if JAX has no such backend.
+    Without PyTorch, JAX alone is asked. Exit status: 0 if all that was asked can be trusted, 1 if
+    not, 2 if JAX has no such backend.
     """
-    require_torch()
-    console = Console()
+    console = _stdout()
     try:
         jax.devices(backend)
     except RuntimeError as error:
@@ -141,7 +201,9 @@ def certify(
     console.print(certificate_table(found))
     for certificate in found:
         style = "bold green" if certificate.trusted else "bold red"
-        console.print(str(certificate), style=style, markup=False, highlight=False)
+        _say(console, str(certificate), style=style)
+    if find_spec("torch") is None:
+        _say(console, 'PyTorch is not installed, so it was not asked: "jax-seqpar[parity]" has it.')
     if not all(certificate.trusted for certificate in found):
         raise typer.Exit(1)
 
@@ -151,7 +213,7 @@ def _ranks_may_fail(console: Console) -> Iterator[None]:
     try:
         yield
     except (RankError, TimeoutError) as error:
-        console.print(f"The PyTorch ranks failed: {error}", markup=False, highlight=False)
+        _say(console, f"The PyTorch ranks failed: {error}")
         raise typer.Exit(3) from None
     except KeyboardInterrupt:
         typer.echo("Interrupted: the PyTorch ranks were stopped.", err=True)
@@ -162,11 +224,46 @@ def _ranks_may_fail(console: Console) -> Iterator[None]:
 
 def _explain(console: Console, result: Result) -> None:
     head = f"\n{result.name}, degree {result.degree}: {result.verdict}"
-    console.print(head, style="bold red", markup=False, highlight=False)
+    _say(console, head, style="bold red")
     if result.error is not None:
-        console.print(result.error, markup=False, highlight=False)
+        _say(console, result.error)
     if result.golden not in (None, result.sha256):
-        console.print(f"SHA-256 {result.sha256}, expected {result.golden}", highlight=False)
+        _say(console, f"SHA-256 {result.sha256}, expected {result.golden}")
     for name, report in result.reports.items():
         if not report.equal:
-            console.print(f"{name}: {report}", markup=False, highlight=False)
+            _say(console, f"{name}: {report}")
+
+
+def _stdout() -> Console:
+    """Standard output, as wide as its terminal or COLUMNS; a file or a pipe has no width."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 10_000
+    return console
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """Prints text as it is; a line is broken by the terminal alone, so that paths stay whole."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _refuse_places(json_file: Path | None, save_failing: Path | None) -> None:
+    """Raises ValueError for a file or folder that could not be written after the run."""
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json {json_file} is a folder. Write the name of a file.")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}.")
+    for place in (save_failing, *save_failing.parents) if save_failing is not None else ():
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"--save-failing {save_failing}: {place} is a file, not a folder.")
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that bits may depend on; None where there is none."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("jax-seqpar", "jax", "jaxlib", "numpy", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

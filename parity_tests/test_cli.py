@@ -3,12 +3,16 @@ they refuse to run."""
 
 import io
 import json
+import platform
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,6 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from exact_cases import torch_exact
 from rich.console import Console
 from safetensors import safe_open
@@ -24,15 +29,20 @@ from typer.testing import CliRunner
 
 from jax_seqpar import cli, dot_product_attention, sequence_to_heads
 from jax_seqpar.bridge import cases, certify, compare_bits, parity
+from jax_seqpar.bridge.arrays import numpy_to_torch
 from jax_seqpar.bridge.bits_report import BitsReport
-from jax_seqpar.bridge.cases import Case
+from jax_seqpar.bridge.cases import DTYPES, OPTIONAL, Case, keywords
 from jax_seqpar.bridge.checks import pipeline, reshard
 from jax_seqpar.bridge.golden import digest, expected_digest
-from jax_seqpar.bridge.plan import DTYPES, Kernels, inputs_by_label
+from jax_seqpar.bridge.plan import Kernels, inputs_by_label
 from jax_seqpar.bridge.ranks import RankError
 from jax_seqpar.bridge.report import parity_table, summary
+from jax_seqpar.description import Rules
 from jax_seqpar.exact import certificate
 from torch_ref import history
+from torch_ref.dense import dense_attention as torch_dense_attention
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 TINY = ("--batch=2", "--tokens=4", "--heads=4", "--kv-heads=2", "--head-dim=3")
 SHAPE, SHAPE_MHA, SHAPE_MQA = "2x4x4/2x3", "2x4x4x3", "2x4x4/1x3"
@@ -95,7 +105,10 @@ def remembered_ranks():
 
     @contextmanager
     def start(fn, degree, checks, *, timeout):
-        bits = (tuple(x.tobytes() for x in check.inputs.values()) for check in checks)
+        bits = (
+            (getattr(check, "rules", None), *(x.tobytes() for x in check.inputs.values()))
+            for check in checks
+        )
         key = degree, tuple(check.name for check in checks), tuple(bits)
         if key not in remembered:
             with start_ranks(fn, degree, checks, timeout=timeout) as collect:
@@ -261,8 +274,8 @@ def test_a_golden_hash_that_does_not_match(monkeypatch, tmp_path):
     """Both frameworks agree, and on something else than on every other machine."""
     asked = []
 
-    def expected(inputs, is_causal):
-        asked.append((digest(inputs), is_causal))
+    def expected(inputs, rules):
+        asked.append((digest(inputs), rules))
         return "0" * 64
 
     monkeypatch.setattr(parity, "expected_digest", expected)
@@ -276,7 +289,7 @@ def test_a_golden_hash_that_does_not_match(monkeypatch, tmp_path):
     assert "grouped exact, degree 2: NOT GOLDEN" in result.output
     assert f"NOT EQUAL: {len(EXACT)} of {len(ROWS['exact'])} checks failed." in result.output
     named = inputs_by_label(Case(2, 4, 4, 2, 3), [], 0, Kernels.EXACT)
-    assert set(asked) == {(digest(inputs), True) for inputs in named.values()}
+    assert set(asked) == {(digest(inputs), Rules(is_causal=True)) for inputs in named.values()}
     for r in json.loads(file.read_text())["results"]:
         assert r["golden"] == ("0" * 64 if r["case"] in EXACT else None)
         assert r["sha256"] != r["golden"] or r["sha256"] is None
@@ -300,14 +313,14 @@ def test_a_hash_is_golden_or_is_not():
 def test_inputs_of_default_size_have_golden_hashes(dtype, causal):
     named = inputs_by_label(Case(dtype=dtype), [], 0, Kernels.EXACT)
     assert list(named) == ["multi-head", "multi-query", "adversarial", "grouped"]
-    kept = [expected_digest(inputs, causal) for inputs in named.values()]
+    kept = [expected_digest(inputs, Rules(is_causal=causal)) for inputs in named.values()]
     assert all(re.fullmatch("[0-9a-f]{64}", str(sha256)) for sha256 in kept)
-    others = [expected_digest(inputs, not causal) for inputs in named.values()]
+    others = [expected_digest(inputs, Rules(is_causal=not causal)) for inputs in named.values()]
     assert len({*kept, *others}) == 8
     # One bit of the inputs, and it is another question.
     query = named["grouped"]["query"].copy()
     query.view(np.uint8)[0, 0, 0, 0] ^= 1
-    assert expected_digest({**named["grouped"], "query": query}, causal) is None
+    assert expected_digest({**named["grouped"], "query": query}, Rules(is_causal=causal)) is None
 
 
 @pytest.fixture
@@ -398,7 +411,7 @@ def random_inputs(dtype, names, heads=4, tokens=4, seed=3):
 
 def write(path, arrays):
     if path.suffix == ".npz":
-        np.savez(path, allow_pickle=False, **arrays)
+        np.savez(path, **arrays)
     else:
         save_file(arrays, path)
 
@@ -581,6 +594,76 @@ MISFITS = {
 }
 
 
+MISFITS |= {
+    "an unknown name": (
+        "a.npz",
+        {**SINGLE, "sink": np.zeros(4, np.float32)},
+        r"a\.npz has 'sink', of which .* It takes query, key, .* sinks, .* Leave out or rename",
+    ),
+    "an unknown name in the other format": (
+        "a.safetensors",
+        {**SINGLE, "context": SINGLE["query"]},
+        r"a\.safetensors has 'context', of which",
+    ),
+    "sinks of another number": (
+        "a.npz",
+        {**SINGLE, "sinks": np.zeros(2, np.float32)},
+        r"a: sinks must be floating of shape \(N,\) = \(4,\)",
+    ),
+    "wide sinks": (
+        "a.npz",
+        {**SINGLE, "sinks": np.zeros(4)},
+        r"sinks must be float32, .* got float64. Write sinks\.astype\(np\.float32\)",
+    ),
+    "wide segments": (
+        "a.npz",
+        {**SINGLE, "segment_ids": np.full((1, 4), 2**31)},
+        r"segment_ids has numbers from 2147483648 .*return_inverse=True",
+    ),
+    "segments of the queries alone": (
+        "a.npz",
+        {**SINGLE, "query_segment_ids": np.zeros((1, 4), np.int32)},
+        "a.npz has no 'segment_ids'",
+    ),
+    "a mask of numbers": (
+        "a.npz",
+        {**SINGLE, "mask": np.zeros((1, 1, 4, 4), np.float32)},
+        r"a: mask must be boolean, got dtype float32; write mask\.astype\(bool\)",
+    ),
+    "float64": (
+        "a.npz",
+        {name: x.astype(np.float64) for name, x in SINGLE.items()},
+        r"got float64\. Write x\.astype\(np\.float32\)",
+    ),
+    "integers": (
+        "a.npz",
+        {name: x.astype(np.int32) for name, x in SINGLE.items()},
+        r"query must have a floating dtype, got int32. Write query\.astype",
+    ),
+    "bytes of another machine": (
+        "a.npz",
+        {**SINGLE, "query": SINGLE["query"].astype(">f4")},
+        r"query has dtype >f4, .*newbyteorder",
+    ),
+    "Python objects": (
+        "a.npz",
+        {**SINGLE, "query": SINGLE["query"].astype(object)},
+        r"a\.npz is not what its name says: Object arrays",
+    ),
+    "no sequence": (
+        "a.npz",
+        {name: x[:0] for name, x in SINGLE.items()},
+        r"nothing to compare: query \(0, 4, 4, 3\).* Write at least one sequence",
+    ),
+    "values of another width": (
+        "a.npz",
+        {**SINGLE, "value": SINGLE["value"][..., :2]},
+        r"key and value must have one shape .*\(1, 4, 2, 2\)\. Pad",
+    ),
+    "a folder": ("a.npz", "folder", r"a\.npz is a folder. Write --input once for each"),
+}
+
+
 @pytest.mark.parametrize("case", MISFITS.values(), ids=MISFITS)
 def test_files_that_do_not_fit(planned, case, tmp_path):
     name, content, message = case
@@ -588,6 +671,8 @@ def test_files_that_do_not_fit(planned, case, tmp_path):
     if content == "npy":
         with path.open("wb") as file:
             np.save(file, SINGLE["query"])
+    elif content == "folder":
+        path.mkdir()
     elif isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
@@ -623,6 +708,7 @@ def test_help_lists_every_option():
         *("--degree", "--batch", "--tokens", "--heads", "--kv-heads", "--head-dim", "--dtype"),
         *("--causal", "--no-causal", "--seed", "--input", "--json", "--save-failing"),
         *("--kernel", "--timeout", "--help"),
+        *("--window", "--scale", "--soft-cap", "--query-offset"),
     }
     assert "Exit status: 0" in result.output
     commands = CliRunner().invoke(cli.app, ["--help"]).output
@@ -644,11 +730,11 @@ def test_every_option_arrives(planned, kernel):
         assert {check.degree for check in run.checks} == {degree}
         assert (run.timeout, run.save_failing) == (7.0, None)
         by_name = {check.name: check for check in run.checks}
-        assert not by_name[grouped.replace("grouped", "multi-head")].is_causal
-        assert not by_name[last].is_causal
+        assert not by_name[grouped.replace("grouped", "multi-head")].rules.is_causal
+        assert not by_name[last].rules.is_causal
         if kernel != "plain":
             # Without the mask a wrong version may be right by chance.
-            assert by_name["history v1"].is_causal
+            assert by_name["history v1"].rules.is_causal
         query = by_name[grouped].inputs["query"]
         expected = np.random.default_rng(5).standard_normal((2, 48, 16, 20)).astype(np.float16)
         assert np.array_equal(query, expected)
@@ -682,7 +768,7 @@ def test_the_table_shows_everything_at_any_length_of_a_name():
     """A file's name may be long, or hold what rich would take for a style."""
     names = ["[red]acts[/red] sdpa", "activations-of-layer-17-after-the-first-epoch-" * 2 + " sdpa"]
     console = Console(width=80, record=True)
-    console.print(parity_table([row(name, expected="scrambled") for name in names]))
+    console.print(parity_table([row(name, expected="scrambled") for name in names], 80))
     text = console.export_text()
     assert "[red]acts[/red]" in text
     header = text.splitlines()[1].split()
@@ -710,6 +796,204 @@ def test_a_failing_check_is_named_as_it_is(monkeypatch):
     result = seqpar(*TINY, "--degree=2")
     assert result.exit_code == 1
     assert "[red]acts[/red] sdpa, degree 2: NOT CAUGHT" in result.output
+
+
+def test_what_a_kernel_makes_nothing_of_is_refused(planned, tmp_path):
+    path = tmp_path / "a.npz"
+    key = SINGLE["key"].copy()
+    key[0, 1, 1, 2] = np.nan
+    write(path, {**SINGLE, "key": key})
+    for kernel in ("shared", "plain"):
+        refused = seqpar("--degree=2", "--input", path, f"--kernel={kernel}")
+        assert_refused(refused, "a: NaN or infinities.* Write --kernel exact")
+    result = seqpar("--degree=2", "--input", path)
+    assert "a: key with NaN or infinities." in result.output
+    assert_refused(seqpar("--degree=2", "--input", path, "--input", path), "one file twice")
+
+
+def test_how_a_file_is_read_is_said_first(planned, tmp_path):
+    """A file laid out `[B, N, S, H]` has as many heads as it should have tokens."""
+    path = tmp_path / "acts.npz"
+    arrays = random_inputs(np.float32, (*QKV, "grad"), tokens=6)
+    beside = {"sinks": np.zeros(4, np.float32), "segment_ids": np.zeros((1, 6), np.int64)}
+    write(path, arrays | beside)
+    first, *more = seqpar("--degree=2", "--input", path, "--window", 3, 0).output.splitlines()
+    assert first == (
+        "acts: batch 1, 6 tokens, 4 query and 2 KV heads of dimension 3, float32, causal, "
+        "local window size (3, 0), segment_ids [1, 6], sinks [4]."
+    )
+    assert "no gradient of sinks is computed or compared" in more[0]
+    assert not any("WARNING" in line for line in more)
+
+    swapped = {name: np.repeat(x, 2, axis=0).swapaxes(1, 2) for name, x in arrays.items()}
+    swapped |= {name: swapped["query"] for name in QKV}
+    write(path, swapped)
+    first, warning, *_ = seqpar("--degree=2", "--input", path).output.splitlines()
+    assert first.startswith("acts: batch 2, 4 tokens, 6 heads of dimension 3")
+    assert warning.startswith("WARNING: acts has more heads than tokens.")
+    assert warning.endswith("Of arrays [B, N, S, H] write x.swapaxes(1, 2).")
+
+
+def packed_inputs():
+    """What a file may hold, all of it where an attention with gradients may have it at once."""
+    rng = np.random.default_rng(5)
+    arrays = random_inputs(np.float32, (*QKV, "grad"), tokens=8)
+    beside = {
+        "bias": rng.standard_normal((1, 4, 8, 8)).astype(np.float32),
+        "mask": rng.random((1, 4, 8, 8)) < 0.8,
+        "query_seq_lengths": np.array([7]),
+        "key_value_seq_lengths": np.array([6]),
+        "segment_ids": np.array([[0, 0, 0, 0, 0, 1, 1, 1]]),
+        "query_segment_ids": np.array([[0, 0, 0, 1, 1, 1, 1, 1]]),
+        "positions": np.array([[0, 1, 2, 3, 4, 5, 6, 7]]),
+        "query_positions": np.array([[0, 1, 2, 3, 4, 5, 6, 8]]),
+        "alibi_slopes": np.array([0.5, 0.25, 0.125, 0.1], np.float32),
+        "sinks": np.array([0.5, -1.0, 2.0, 0.0], np.float32),
+    }
+    assert set(beside) == set(OPTIONAL)
+    return arrays, beside
+
+
+OPTIONS = {
+    "local_window_size": ((4, 1), ("--window", 4, 1)),
+    "scale": (0.7, ("--scale", 0.7)),
+    "logits_soft_cap": (1.5, ("--soft-cap", 1.5)),
+}
+
+
+@pytest.mark.parametrize("kernel", ("exact", "shared", "plain"))
+def test_the_attention_that_a_file_describes(kernel, monkeypatch, tmp_path):
+    """Every array and option reaches both frameworks: outputs are those of float64 attention, which
+    each of them changes."""
+    arrays, beside = packed_inputs()
+    path, found = tmp_path / "acts.npz", []
+    write(path, arrays | beside)
+    compare = parity._compare
+
+    def keep(check, degree, parts, jax_side):
+        result, torch_side = compare(check, degree, parts, jax_side)
+        found.append((result, jax_side, torch_side))
+        return result, torch_side
+
+    monkeypatch.setattr(parity, "_compare", keep)
+    file = tmp_path / "results.json"
+    options = [word for _, words in OPTIONS.values() for word in words]
+    result = seqpar("--degree=2", f"--kernel={kernel}", "--input", path, "--json", file, *options)
+    assert result.exit_code == 0, result.output
+    own = {"exact": "exact", "shared": "dense", "plain": "plain"}[kernel]
+    ((_, jax_side, torch_side),) = (x for x in found if x[0].name == f"acts {own}")
+
+    given = {name: x for name, (x, _) in OPTIONS.items()} | keywords(
+        {name: x.astype(np.int32) if x.dtype.kind == "i" else x for name, x in beside.items()}
+    )
+    truth = float64(arrays, given)
+    for name, expected in truth.items():
+        for side in (jax_side, torch_side):
+            assert np.allclose(side[name], expected, rtol=0, atol=1e-5), name
+    for name in given:
+        without = float64(arrays, {n: x for n, x in given.items() if n != name})
+        changed = max(np.abs(without[n] - x).max() for n, x in truth.items())
+        assert changed > 1e-3, f"{name} changes nothing"
+
+    lines = result.output.splitlines()
+    asked = any("scaled_dot_product_attention is not asked about" in line for line in lines)
+    assert asked == (kernel != "exact")
+    payload = json.loads(file.read_text())
+    assert payload["versions"]["jax"] == jax.__version__
+    assert set(payload["versions"]) >= {"python", "jax-seqpar", "jaxlib", "numpy", "torch"}
+    assert payload["platform"] == platform.platform()
+    assert (payload["seed"], payload["options"]["window"]) == (0, [4, 1])
+    assert payload["options"]["input"] == [str(path)]
+
+
+def float64(arrays, given):
+    *leaves, grad = (numpy_to_torch(arrays[name]).double() for name in (*QKV, "grad"))
+    leaves = [x.requires_grad_() for x in leaves]
+    out = torch_dense_attention(*leaves, is_causal=True, **jax.tree.map(as_tensor, given))
+    gradients = torch.autograd.grad(out, leaves, grad)
+    return dict(zip(OUTPUTS, (x.detach().numpy() for x in (out, *gradients)), strict=True))
+
+
+def as_tensor(x):
+    return numpy_to_torch(x) if isinstance(x, np.ndarray) else x
+
+
+def test_a_name_of_its_own_for_every_file_that_is_saved(tmp_path):
+    names = ["a b", "a-b", "a.b", "A b", "a  b", "a_b", "\u00e9", "x" * 300, "y" + "x" * 299]
+    for name in names:
+        parity._save(tmp_path, row(name), {}, {}, {})
+    saved = list(tmp_path.glob("*.json"))
+    assert {json.loads(path.read_text())["case"] for path in saved} == set(names)
+    assert len({path.name.lower() for path in saved}) == len(names)
+    assert "a-b-degree-2.json" in {path.name for path in saved}
+
+
+def test_narrow_tables_leave_out_columns_and_break_no_word():
+    full = ["case", "shape", "degree", *OUTPUTS, "verdict", "SHA-256"]
+    names = [name for name in ROWS["exact"] if "v1" not in name]
+    results = [row(name, sha256="c" * 64) for name in names]
+    for width, dropped in ((None, 0), (80, 0), (60, 1), (52, 2), (30, 6)):
+        table = parity_table(results, width)
+        console = Console(width=width or 200, record=True)
+        console.print(table)
+        text = console.export_text()
+        shown = [column.header for column in table.columns]
+        left = [c for c in full if c not in shown]
+        assert len(left) == dropped, (width, left)
+        assert ("Left out" in text) == bool(left)
+        assert all(len(line) <= (width or 200) for line in text.splitlines())
+        words = {word for line in text.splitlines() for word in line.split()}
+        assert {word for name in names for word in name.split()} <= words
+
+
+def test_piped_into_a_file_nothing_is_cut(monkeypatch, tmp_path):
+    """No terminal and no COLUMNS: lines as long as they are, progress on the other stream."""
+    long = "activations-of-layer-17-after-the-first-epoch-" * 3 + "x sdpa"
+    failing = replace(row(long, expected="scrambled"), error=None)
+    monkeypatch.setattr(cli, "run_parity", lambda *_, **__: [failing])
+    environment = {"COLUMNS": None, "TERMINAL_WIDTH": None}
+    folder = tmp_path / ("f" * 100)
+    arguments = ["parity", *TINY, "--degree=2", "--degree=1", "--save-failing", str(folder)]
+    result = CliRunner().invoke(cli.app, arguments, env=environment)
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stdout.splitlines() if SHAPE in line and "axes" not in line)
+    assert line.startswith(long)
+    assert line.split()[-2:] == ["NOT", "CAUGHT"]
+    assert str(folder) in result.stdout
+    assert result.stderr.splitlines() == ["degree 1: 16 checks", "degree 2: 16 checks"]
+
+
+def test_places_that_cannot_be_written_are_refused_at_once(planned, tmp_path):
+    file = tmp_path / "there"
+    file.write_text("")
+    assert_refused(seqpar(*TINY, "--save-failing", file / "x"), "there is a file, not a folder")
+    assert_refused(seqpar(*TINY, "--json", tmp_path), "is a folder. Write the name of a file")
+    assert not planned
+
+
+def test_the_version():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"jax-seqpar {version('jax-seqpar')}\n")
+
+
+def test_without_pytorch_jax_alone_is_certified(monkeypatch):
+    monkeypatch.setattr(certify, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    trusted = certificate.Certificate("JAX", ())
+    monkeypatch.setattr(certify, "certify", lambda backend: trusted)
+    result = seqpar_certify()
+    assert result.exit_code == 0, result.output
+    assert "PyTorch is not installed, so it was not asked" in result.output
+
+
+def test_without_its_packages_the_command_names_its_extra():
+    code = "import sys; sys.modules['typer'] = None; import jax_seqpar.cli"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert run.stderr.strip() == 'The seqpar command needs: pip install "jax-seqpar[cli]"'
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    assert {"rich", "typer"} == {re.split("[><=]", need)[0] for need in extras["cli"]}
+    assert "jax-seqpar[cli]" in extras["parity"]
 
 
 def test_what_a_file_decides_is_not_asked(planned, tmp_path):

@@ -14,6 +14,7 @@ from jax_seqpar.bridge.arrays import numpy_to_torch
 from jax_seqpar.bridge.cases import NAMES, load_inputs
 from jax_seqpar.bridge.checks import PipelineCheck, history_checks
 from jax_seqpar.bridge.parity import COLUMNS, run_parity
+from jax_seqpar.description import Rules
 from torch_ref.dense import dense_attention
 
 DEGREE = 4
@@ -45,7 +46,7 @@ def results(layers):
     """Every layer and every historical version, in one launch of the ranks."""
     inputs = [{name: layer[name] for name in NAMES} for layer in layers]
     checks = [
-        PipelineCheck(DEGREE, x, kernel, is_causal, label=_label(i, is_causal))
+        PipelineCheck(DEGREE, x, kernel, Rules(is_causal=is_causal), label=_label(i, is_causal))
         for kernel in KERNELS
         for i, x in enumerate(inputs)
         for is_causal in CAUSAL[kernel]
@@ -135,6 +136,7 @@ def test_historical_versions_are_caught(results):
 def test_files_go_through_the_command(example, layers, tmp_path):
     path = example.write(layers, tmp_path)[0]
     inputs = load_inputs(path)
+    assert np.array_equal(inputs["mask"][:, 0, 0], layers[0]["mask"])
     assert all(np.array_equal(inputs[name], layers[0][name]) for name in NAMES)
 
     command = [sys.executable, "-m", "jax_seqpar", "parity", "--degree", "2", "--input", str(path)]

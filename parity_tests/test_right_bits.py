@@ -6,6 +6,7 @@ from cases import CASES
 
 from jax_seqpar.bridge.checks import Check, PipelineCheck, history_checks, reshard_checks
 from jax_seqpar.bridge.parity import run_parity
+from jax_seqpar.description import Rules
 
 LAYOUTS = ("bshd", "sbhd")
 # By the truth table, for batch 3. Batch-first, v1 and v2 fail with an error, on one rank too.
@@ -20,13 +21,17 @@ def plan(degree):
     labels = CASES if degree == 4 else ("grouped", "multi-query")
     for label, case in ((label, CASES[label]) for label in labels):
         inputs = case.inputs()
-        checks.append(PipelineCheck(degree, inputs, "sdpa", case.is_causal, label=label))
+        checks.append(
+            PipelineCheck(degree, inputs, "sdpa", Rules(is_causal=case.is_causal), label=label)
+        )
         if label == "grouped":
             checks.append(PipelineCheck(degree, inputs, "sdpa", layout="sbhd", label=label))
             checks += [PipelineCheck(degree, inputs, "identity", layout=x) for x in LAYOUTS]
         few_ranks = degree < 8 and label == "grouped"
         if few_ranks or (degree == 4 and label in ("multi-query", "bfloat16")):
-            checks.append(PipelineCheck(degree, inputs, "dense", case.is_causal, label=label))
+            checks.append(
+                PipelineCheck(degree, inputs, "dense", Rules(is_causal=case.is_causal), label=label)
+            )
     return [*checks, *history_checks(degree, CASES["grouped"].inputs())]
 
 

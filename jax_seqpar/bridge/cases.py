@@ -2,16 +2,24 @@
 
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from ..description import AXES
 from .tensor_files import npz_array
 
 Arrays = dict[str, np.ndarray]
 NAMES = ("query", "key", "value", "grad")
+DTYPES = ("float32", "bfloat16", "float16")
+# Arrays of the queries, where they differ from those of the keys: the first of a pair.
+OF_QUERIES = {"segment_ids": "query_segment_ids", "positions": "query_positions"}
+# Arrays that a file may hold beside `NAMES`.
+OPTIONAL = (*(name for name in AXES if name != "dropout_rng"), *OF_QUERIES.values())
 
 
 @dataclass(frozen=True)
@@ -70,27 +78,36 @@ def case_of(inputs: Arrays, is_causal: bool = True) -> Case:
     return Case(B, S, N, K, H, str(inputs["query"].dtype), is_causal)
 
 
+def keywords(inputs: Arrays) -> dict[str, Any]:
+    """Keywords of an attention among the arrays of a file, by name: arrays, or pairs of them."""
+    found: dict[str, Any] = {name: inputs[name] for name in AXES if name in inputs}
+    for name, of_queries in OF_QUERIES.items():
+        if of_queries in inputs:
+            found[name] = (inputs[of_queries], found[name])
+    return found
+
+
 def load_inputs(path: Path, seed: int = 0) -> Arrays:
     """A user's own activations, from `.npz` or `.safetensors`.
 
     Args:
       path: a file with arrays `query [B, S, N, H]`, `key` and `value [B, S, K, H]` and, optionally,
-        `grad`, the gradient of the output; standard normal where absent.
+        `grad`, the gradient of the output, standard normal where absent; and with any of the arrays
+        `OPTIONAL`, shaped as `jax_seqpar.description.Description` says.
       seed: of that gradient.
 
+    Returns:
+      The arrays by name, integers as int32.
+
     Raises:
-      ValueError: another kind of file, or arrays missing or misshapen.
+      ValueError: another kind of file, or arrays missing, unknown, misshapen or of a dtype that
+        one of the frameworks lacks.
     """
-    found = _read(path)
-    missing = [name for name in NAMES[:3] if name not in found]
-    if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}; it has {sorted(found)}.")
+    found = {name: _as_taken(path, name, x) for name, x in _read(path).items()}
+    for name, needed_by in [*((n, None) for n in NAMES[:3]), *OF_QUERIES.items()]:
+        if name not in found and (needed_by is None or needed_by in found):
+            raise ValueError(f"{path} has no {name!r}; it has {sorted(found)}.")
     query = found["query"]
-    if query.dtype.name.startswith("void"):
-        raise ValueError(
-            f"{path}: query has dtype {query.dtype}, as .npz keeps a bfloat16. "
-            f"Write a .safetensors file instead."
-        )
     if "grad" not in found:
         rng = np.random.default_rng(seed)
         found["grad"] = rng.standard_normal(query.shape).astype(query.dtype)
@@ -102,19 +119,65 @@ def load_inputs(path: Path, seed: int = 0) -> Arrays:
         raise ValueError(
             f"{path}: grad has dtype {found['grad'].dtype}, expected the query's {query.dtype}."
         )
-    return {name: found[name] for name in NAMES}
+    return {name: found[name] for name in (*NAMES, *OPTIONAL) if name in found}
+
+
+def _as_taken(path: Path, name: str, x: np.ndarray) -> np.ndarray:
+    """An array that both frameworks hold with the same values: 64-bit integers become int32."""
+    if x.dtype.kind == "V" and x.dtype.name.startswith("void"):
+        raise ValueError(
+            f"{path}: {name} has dtype {x.dtype}, as .npz keeps a bfloat16. "
+            f"Write a .safetensors file instead."
+        )
+    if not x.dtype.isnative:
+        raise ValueError(
+            f"{path}: {name} has dtype {x.dtype.str}, with the bytes in the order of another "
+            f'machine. Write {name}.astype({name}.dtype.newbyteorder("=")).'
+        )
+    if name in OPTIONAL and jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.name not in DTYPES:
+        raise ValueError(
+            f"{path}: {name} must be {', '.join(DTYPES)}, got {x.dtype}. "
+            f"Write {name}.astype(np.float32)."
+        )
+    if name in OPTIONAL and x.dtype.kind in "iu":
+        if x.size and (x.min() < -(2**31) or x.max() >= 2**31):
+            raise ValueError(
+                f"{path}: {name} has numbers from {x.min()} to {x.max()}, which int32 does not "
+                f"hold. Number segments anew: np.unique({name}, return_inverse=True)[1]."
+            )
+        return x.astype(np.int32)
+    return x
+
+
+def _known(path: Path, names: Iterable[str]) -> list[str]:
+    names, taken = list(names), (*NAMES, *OPTIONAL)
+    unknown = sorted(set(names) - set(taken))
+    if unknown:
+        raise _UnknownNameError(
+            f"{path} has {', '.join(map(repr, unknown))}, of which this command knows nothing. "
+            f"It takes {', '.join(taken)}. Leave out or rename the rest."
+        )
+    return names
+
+
+class _UnknownNameError(Exception):
+    """Not a ValueError, which the readers raise of a broken file."""
 
 
 def _read(path: Path) -> Arrays:
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Write --input once for each of its files.")
     try:
         if path.suffix == ".npz":
             with path.open("rb") as stream, np.load(stream) as file:
-                return {name: npz_array(file, name) for name in NAMES if name in file.files}
+                return {name: npz_array(file, name) for name in _known(path, file.files)}
         if path.suffix == ".safetensors":
             with safe_open(path, "np") as file:
-                return {name: file.get_tensor(name) for name in NAMES if name in file.keys()}  # noqa: SIM118
+                return {name: file.get_tensor(name) for name in _known(path, file.keys())}
+    except _UnknownNameError as error:
+        raise ValueError(str(error)) from None
     except AttributeError as error:  # a dtype that NumPy has no name for
         raise ValueError(f"{path} has an array that NumPy cannot hold: {error}.") from None
     except (MemoryError, RecursionError) as error:

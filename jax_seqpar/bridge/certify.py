@@ -1,6 +1,7 @@
 """The certificate's questions, put to PyTorch, and certificates as a table."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from .extras import require_torch
 
 
 def certificates(backend: str | None = None) -> list[Certificate]:
-    """Those of the JAX backend and of PyTorch on CPU."""
-    return [certify(backend), certify_torch()]
+    """Certificates of the JAX backend and, where it is installed, of PyTorch on CPU."""
+    found = [certify(backend)]
+    return found if find_spec("torch") is None else [*found, certify_torch()]
 
 
 def certify_torch() -> Certificate:

@@ -1,6 +1,8 @@
 """The parity run: the same checks by PyTorch ranks and by JAX devices, compared bit for bit."""
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,17 +170,25 @@ def _compare(
         reports[name] = compare_bits(dict.fromkeys(references, jax_side[name]), references)
     hashes = {}
     if isinstance(check, PipelineCheck) and check.kernel == "exact" and check.expected == "right":
-        golden = expected_digest(check.inputs, check.is_causal)
+        golden = expected_digest(check.inputs, check.rules)
         hashes = {"sha256": digest(jax_side), "golden": golden}
     result = Result(check.name, check.shape, degree, reports, check.expected, **hashes)
     return result, torch_side
+
+
+def _file_name(name: str) -> str:
+    """A file name of its own for each name, also where file systems ignore case."""
+    short = re.sub("[^a-z0-9]+", "-", name.lower())[-100:]
+    if re.fullmatch("[a-z0-9]+( [a-z0-9]+)*", name) and len(name) <= 100:
+        return short
+    return f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _save(folder: Path, result: Result, inputs: Arrays, jax_side: Outputs, torch_side: Outputs):
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    name = "".join(c if c.isalnum() else "-" for c in f"{result.name} degree {result.degree}")
+    name = _file_name(f"{result.name} degree {result.degree}")
     arrays = {}
     for side, tree in (("input", inputs), ("jax", jax_side), ("torch", torch_side)):
         for path, x in jax.tree_util.tree_leaves_with_path(tree):

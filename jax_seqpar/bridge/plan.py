@@ -1,13 +1,28 @@
 """Which checks a parity run makes, of which inputs."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from .. import refusals
+from ..description import AXES, Rules, describe
 from ..layout import MeshLayout
-from .cases import Arrays, Case, adversarial, case_of, load_inputs
+from .cases import (
+    DTYPES,
+    NAMES,
+    OPTIONAL,
+    Arrays,
+    Case,
+    adversarial,
+    case_of,
+    keywords,
+    load_inputs,
+)
 from .checks import Check, PipelineCheck, history_checks, reshard_checks
+from .checks.pipeline import sdpa_lacks
 
 
 class Kernels(StrEnum):
@@ -18,16 +33,15 @@ class Kernels(StrEnum):
     PLAIN = "plain"  # each framework's own, with bits of its own
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
 def inputs_by_label(
     case: Case, files: list[Path], seed: int, kernels: Kernels
 ) -> dict[str, Arrays]:
     """By label: the user's files, or generated multi-head, grouped and multi-query attention."""
     if files:
-        short = len({path.stem for path in files}) == len(files)
-        return {path.stem if short else str(path): load_inputs(path, seed) for path in files}
+        return {
+            label: load_inputs(path, seed)
+            for label, path in zip(_labels(files), files, strict=True)
+        }
     _refuse_dtype(case.dtype)
     grouped = case.inputs(seed)
     # Other kernels turn one NaN into NaNs whose payloads say nothing.
@@ -40,42 +54,111 @@ def inputs_by_label(
     }
 
 
-def plan(degree: int, named: dict[str, Arrays], causal: bool, kernels: Kernels) -> list[Check]:
+def _labels(files: list[Path]) -> list[str]:
+    """File names without their suffix, or whole paths where two files have one name."""
+    for labels in ([path.stem for path in files], list(map(str, files))):
+        if len(set(labels)) == len(files):
+            return labels
+    raise ValueError("--input names one file twice. Write each once.")
+
+
+def plan(degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels) -> list[Check]:
     """The checks of one degree: attention for all the inputs, the rest for the last of them.
 
     The controls get generated inputs of its sizes: a constant, say, would hide any permutation.
+
+    Raises:
+      ValueError: inputs that do not fit the degree, the rules, the kernels or one another.
     """
-    for inputs in named.values():
-        _refuse_misfits(degree, inputs)
+    for label, inputs in named.items():
+        try:
+            _refuse_misfits(degree, inputs, rules, kernels)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
     label, last = list(named.items())[-1]
-    controls = case_of(last, causal).inputs()
+    controls = case_of(last).inputs()
     if kernels == Kernels.PLAIN:
-        return [PipelineCheck(degree, x, "plain", causal, label=n) for n, x in named.items()]
-    own = "exact" if kernels == Kernels.EXACT else "sdpa"
+        return [PipelineCheck(degree, x, "plain", rules, label=n) for n, x in named.items()]
+
+    def own(x: Arrays) -> Literal["exact", "sdpa", "dense"]:
+        if kernels == Kernels.EXACT:
+            return "exact"
+        return "dense" if sdpa_lacks(rules, keywords(x)) else "sdpa"
+
     checks: list[Check] = [
         *reshard_checks(degree, last["query"].shape),
         *(PipelineCheck(degree, last, "identity", layout=x) for x in ("bshd", "sbhd")),
-        *(PipelineCheck(degree, x, own, causal, label=name) for name, x in named.items()),
-        PipelineCheck(degree, last, own, causal, "sbhd", label=label),
+        *(PipelineCheck(degree, x, own(x), rules, label=name) for name, x in named.items()),
+        PipelineCheck(degree, last, own(last), rules, "sbhd", label=label),
     ]
     if kernels == Kernels.EXACT:
+        causal = Rules(is_causal=rules.is_causal)
         checks.append(PipelineCheck(degree, controls, "plain", causal, label="generated"))
-    else:
-        checks.append(PipelineCheck(degree, last, "dense", causal, label=label))
+    elif own(last) != "dense":
+        checks.append(PipelineCheck(degree, last, "dense", rules, label=label))
     return [*checks, *history_checks(degree, controls)]
 
 
-def _refuse_misfits(degree: int, inputs: Arrays) -> None:
-    query, key, value = (inputs[name] for name in ("query", "key", "value"))
+def understood(label: str, inputs: Arrays, rules: Rules, kernels: Kernels) -> list[str]:
+    """Lines that say how inputs are read, what is unlikely about them and what is not compared."""
+    (B, T, N, H), (S, K) = inputs["query"].shape, inputs["key"].shape[1:3]
+    tokens = f"{T} tokens" if T == S else f"{T} query and {S} key tokens"
+    heads = f"{N} heads" if N == K else f"{N} query and {K} KV heads"
+    beside = [f"{name} {list(inputs[name].shape)}" for name in OPTIONAL if name in inputs]
+    given = {n: x for n, x in asdict(rules).items() if x != getattr(Rules, n) and n != "is_causal"}
+    options = [f"{name.replace('_', ' ')} {x}" for name, x in given.items()]
+    sizes = f"batch {B}, {tokens}, {heads} of dimension {H}, {inputs['query'].dtype}"
+    causal = "causal" if rules.is_causal else "not causal"
+    lines = [f"{label}: {', '.join([sizes, causal, *options, *beside])}."]
+    if N > T or K > S:
+        lines.append(
+            f"WARNING: {label} has more heads than tokens. Its axes are read as [B, S, N, H], the "
+            f"tokens before the heads. Of arrays [B, N, S, H] write x.swapaxes(1, 2)."
+        )
+    if odd := [n for n in NAMES if not np.isfinite(inputs[n].astype(np.float32)).all()]:
+        lines.append(f"{label}: {' and '.join(odd)} with NaN or infinities.")
+    if constant := [n for n in ("bias", "alibi_slopes", "sinks") if n in inputs]:
+        lines.append(f"{label}: no gradient of {', '.join(constant)} is computed or compared.")
+    if kernels != Kernels.EXACT and (lacks := sdpa_lacks(rules, keywords(inputs))):
+        instead = {
+            Kernels.SHARED: "both pipelines run the dense kernel of JAX instead",
+            Kernels.PLAIN: "float64 attention, rounded, stands in its place",
+        }[kernels]
+        lines.append(
+            f"{label}: PyTorch's scaled_dot_product_attention is not asked about "
+            f"{', '.join(lacks)}; {instead}."
+        )
+    return lines
+
+
+def _refuse_misfits(degree: int, inputs: Arrays, rules: Rules, kernels: Kernels) -> None:
+    query, key, value, grad = (inputs[name] for name in NAMES)
     refusals.check_arrays(query, key, value)
+    _refuse_dtype(str(query.dtype))
+    if value.shape != key.shape:
+        raise ValueError(
+            f"key and value must have one shape in the pipeline of PyTorch, got {key.shape} and "
+            f"{value.shape}. Pad the channels of the smaller one with zeros."
+        )
+    if 0 in (*query.shape, *key.shape):
+        raise ValueError(
+            f"nothing to compare: query {query.shape}, key {key.shape}. "
+            f"Write at least one sequence of one token."
+        )
     refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
     refusals.check_ranks(query.shape, key.shape, degree)
-    _refuse_dtype(str(query.dtype))
+    describe(query, key, value, **dict.fromkeys(AXES) | keywords(inputs) | asdict(rules))
+    finite = all(np.isfinite(x.astype(np.float32)).all() for x in (query, key, value, grad))
+    if not finite and kernels != Kernels.EXACT:
+        raise ValueError(
+            f"NaN or infinities: what other kernels make of them depends on the order of their "
+            f"sums. Write --kernel {Kernels.EXACT}."
+        )
 
 
 def _refuse_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(
             f"dtype must be one that both frameworks' kernels take, {', '.join(DTYPES)}; "
-            f"got {dtype}."
+            f"got {dtype}. Write x.astype(np.float32)."
         )

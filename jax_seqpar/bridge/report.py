@@ -8,32 +8,58 @@ from rich.table import Table
 
 from .parity import COLUMNS, Result
 
+# Dropped in this order where a table is too wide.
+_DROPPED = (("SHA-256",), ("shape",), COLUMNS)
+# Room that a case's name gets before columns are dropped for it; a longer word is folded.
+_WORD = 24
 
-def parity_table(results: Sequence[Result]) -> Table:
-    """One row per check: how many elements differ in each output, and the verdict."""
-    title = "JAX against PyTorch: elements whose bits differ"
-    table = Table(title=title, box=box.SIMPLE, padding=0, show_edge=False, pad_edge=False)
-    for column in ("case", "shape", "degree"):
-        table.add_column(column, justify="right" if column == "degree" else "left", overflow="fold")
-    for column in (*COLUMNS, "verdict"):
-        table.add_column(column, justify="right", no_wrap=True)
+
+def parity_table(results: Sequence[Result], width: int | None = None) -> Table:
+    """One row per check: how many elements differ in each output, and the verdict.
+
+    Args:
+      results: of all degrees, in order.
+      width: of the terminal. Where the table is wider, columns are left out; None for no limit.
+    """
+    columns = ["case", "shape", "degree", *COLUMNS, "verdict"]
     if any(result.sha256 for result in results):
-        table.add_column("SHA-256", no_wrap=True)
-    degree = None
-    for result in results:
-        if degree not in (None, result.degree):
-            table.add_section()
-        degree = result.degree
-        cells = [_cell(result, column) for column in COLUMNS]
-        style = "green" if result.passed else "bold red"
-        table.add_row(
-            escape(result.name),
-            result.shape,
-            str(result.degree),
-            *cells,
-            f"[{style}]{result.verdict}[/{style}]",
-            *([(result.sha256 or "")[:8]] if len(table.columns) > 3 + len(COLUMNS) + 1 else []),
+        columns.append("SHA-256")
+    rows = [dict(zip(columns, _cells(result), strict=False)) for result in results]
+
+    def needs(column: str) -> int:
+        if column == "case":
+            words = (word for row in rows for word in row["case"].split())
+            return max((len(column), *(min(len(word), _WORD) for word in words)))
+        return max((len(column), *(len(row[column]) for row in rows)))
+
+    dropped: list[str] = []
+    for some in _DROPPED:
+        if width is None or sum(needs(c) + 1 for c in columns) - 1 <= width:
+            break
+        dropped += [c for c in columns if c in some]
+        columns = [c for c in columns if c not in some]
+
+    title = "JAX against PyTorch: elements whose bits differ"
+    caption = f"Left out for want of room: {', '.join(dropped)}." if dropped else None
+    table = Table(
+        title=title, caption=caption, box=box.SIMPLE, padding=0, show_edge=False, pad_edge=False
+    )
+    for column in columns:
+        left = column in ("case", "shape", "SHA-256")
+        table.add_column(
+            column,
+            justify="left" if left else "right",
+            no_wrap=column != "case" or width is None,
+            overflow="fold",
         )
+    degree = None
+    for result, row in zip(results, rows, strict=True):
+        style = "green" if result.passed else "bold red"
+        styled = row | {"case": escape(row["case"]), "verdict": f"[{style}]{row['verdict']}[/]"}
+        if table.rows and row["degree"] != degree:
+            table.add_section()
+        degree = row["degree"]
+        table.add_row(*(styled[c] for c in columns))
     return table
 
 
@@ -55,6 +81,13 @@ def summary(results: Sequence[Result]) -> str:
         return f"DIFFERENT, as plain kernels must be: {rounded}."
     parts = [f"EQUAL: {len(equal)} checks, {bits:,} elements, 0 bits differ{caught}", rounded]
     return "; ".join(filter(None, parts)) + "."
+
+
+def _cells(result: Result) -> list[str]:
+    """A row, in the order of the whole table's columns."""
+    differing = (_cell(result, column) for column in COLUMNS)
+    sha256 = (result.sha256 or "")[:8]
+    return [result.name, result.shape, str(result.degree), *differing, result.verdict, sha256]
 
 
 def _cell(result: Result, column: str) -> str:

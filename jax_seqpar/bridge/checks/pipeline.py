@@ -1,7 +1,7 @@
 """A check of the whole pipeline around one kernel, and the controls that must differ."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ...attention import dot_product_attention
+from ...description import AXES, Rules
 from ...exact import exact_attention
 from ...kernels import dense_attention
-from ..arrays import torch_to_numpy
-from ..cases import Arrays, case_of
+from ..arrays import numpy_to_torch, torch_to_numpy
+from ..cases import NAMES, Arrays, case_of, keywords
 from ..kernels import as_torch_attention, staged_attention
 from .sides import SPECS, TOKENS, Outputs, join, local_part
 
@@ -21,21 +22,26 @@ from .sides import SPECS, TOKENS, Outputs, join, local_part
 Kernel = Literal["identity", "sdpa", "dense", "plain", "exact"]
 Layout = Literal["bshd", "sbhd"]
 
+CAUSAL = Rules(is_causal=True)
+
 
 @dataclass(frozen=True)
 class PipelineCheck:
     """Ulysses attention and its gradients, with one kernel in both frameworks or one in each.
 
-    `identity` is the pipeline of the original report, whose output must be its query; `sdpa` and
-    `dense` are shared; `exact` is written twice, and must agree all the same; `plain` is PyTorch's
-    attention against JAX's, a control: without exact sums their bits must differ. A historical
-    version in PyTorch's pipeline makes it a control, too, where that version is wrong.
+    The attention is the one that `rules` and the arrays beside query, key and value describe; those
+    arrays are constants, whose gradients nobody computes. `identity` is the pipeline of the
+    original report, whose output must be its query; `sdpa` and `dense` are shared; `exact` is
+    written twice, and must agree all the same; `plain` is PyTorch's attention (the float64
+    reference, rounded, for what `sdpa_lacks`) against JAX's, a control: without exact sums their
+    bits must differ. A historical version in PyTorch's pipeline makes it a control, too, where that
+    version is wrong.
     """
 
     degree: int
     inputs: Arrays
     kernel: Kernel
-    is_causal: bool = True
+    rules: Rules = CAUSAL
     layout: Layout = "bshd"
     version: str | None = None
     label: str = ""
@@ -85,7 +91,7 @@ class PipelineCheck:
             lambda q, k, v: swap(kernel(swap(q), swap(k), swap(v))), exchange=exchange
         )
         local = {
-            name: swap(local_part(x, TOKENS, self.degree, rank)) for name, x in self.inputs.items()
+            name: swap(local_part(self.inputs[name], TOKENS, self.degree, rank)) for name in NAMES
         }
         grad = local.pop("grad")
         leaves = [x.requires_grad_() for x in local.values()]
@@ -106,19 +112,28 @@ class PipelineCheck:
         """Batch-first, on whole sequences."""
         if self.kernel == "identity":
             return lambda q, k, v: q.clone()
+        arrays = keywords(self.inputs)
+        own = {
+            name: jax.tree.map(partial(_part_of_rank, name, degree=self.degree, rank=rank), x)
+            for name, x in arrays.items()
+        }
         if self.kernel == "dense":
-            return as_torch_attention(partial(dense_attention, is_causal=self.is_causal))
+            return as_torch_attention(partial(dense_attention, **asdict(self.rules), **own))
+        options = asdict(self.rules) | jax.tree.map(numpy_to_torch, own)
         if self.kernel == "exact":
             from torch_ref.exact import exact_attention
 
             shared = _ranks_of_the_same_head(rank, self.degree, self.inputs["key"].shape[2])
-            return partial(exact_attention, is_causal=self.is_causal, shared_by=shared)
-        return partial(_sdpa, self.is_causal)
+            return partial(exact_attention, **options, shared_by=shared)
+        if sdpa_lacks(self.rules, arrays):
+            return partial(_float64_rounded, options)
+        return partial(_sdpa, self.rules)
 
     def run_jax(self, mesh: Mesh) -> Outputs:
         sharding = NamedSharding(mesh, SPECS[TOKENS])
-        operands = {name: jax.device_put(x, sharding) for name, x in self.inputs.items()}
-        results = _jax_program(self.kernel, self.is_causal, mesh)(**operands)
+        operands = {name: jax.device_put(self.inputs[name], sharding) for name in NAMES}
+        arrays = {} if self.kernel == "identity" else keywords(self.inputs)
+        results = _jax_program(self.kernel, self.rules, mesh)(**operands, arrays=arrays)
         if self.kernel == "identity":
             del results["dk"], results["dv"]
         return jax.tree.map(np.asarray, results)
@@ -142,17 +157,17 @@ def history_checks(degree: int, inputs: Arrays) -> list[PipelineCheck]:
 
 
 @cache
-def _jax_program(kernel: Kernel, is_causal: bool, mesh: Mesh) -> Callable[..., Outputs]:
+def _jax_program(kernel: Kernel, rules: Rules, mesh: Mesh) -> Callable[..., Outputs]:
     """Compiled once for inputs of the same sizes; PyTorch's kernel runs outside `jax.jit`."""
     if kernel == "sdpa":
-        attend = partial(staged_attention, attention=partial(_sdpa, is_causal), mesh=mesh)
+        attend = partial(staged_attention, attention=partial(_sdpa, rules), mesh=mesh)
     else:
         local = {"identity": _identity, "exact": exact_attention}.get(kernel, dense_attention)
-        options = {} if kernel == "identity" else {"is_causal": is_causal}
+        options = {} if kernel == "identity" else asdict(rules)
         attend = partial(dot_product_attention, attention=local, mesh=mesh, **options)
 
-    def run(query: Any, key: Any, value: Any, grad: Any) -> Outputs:
-        out, pull = jax.vjp(attend, query, key, value)
+    def run(query: Any, key: Any, value: Any, grad: Any, arrays: dict[str, Any]) -> Outputs:
+        out, pull = jax.vjp(partial(attend, **arrays), query, key, value)
         return dict(zip(("forward", "dq", "dk", "dv"), (out, *pull(grad)), strict=True))
 
     return run if kernel == "sdpa" else jax.jit(run)
@@ -162,12 +177,34 @@ def _identity(query: Any, key: Any, value: Any) -> Any:
     return query
 
 
-def _sdpa(is_causal: bool, q: Any, k: Any, v: Any) -> Any:
+def sdpa_lacks(rules: Rules, arrays: dict[str, Any]) -> list[str]:
+    """Names of what is asked for beyond causality and scale, all that PyTorch's kernel is given."""
+    asked = asdict(replace(rules, is_causal=False, scale=None)).items()
+    return [name for name, x in asked if x != getattr(Rules, name)] + list(arrays)
+
+
+def _part_of_rank(name: str, x: np.ndarray, *, degree: int, rank: int) -> np.ndarray:
+    """The part of an attention's array that belongs to the heads of a rank."""
+    axis = AXES[name].index("heads") if "heads" in AXES[name] else None
+    if axis is None or x.shape[axis] == 1:
+        return x
+    return np.split(x, degree, axis)[rank]
+
+
+def _float64_rounded(options: dict[str, Any], q: Any, k: Any, v: Any) -> Any:
+    from torch_ref.dense import dense_attention
+
+    return dense_attention(q, k, v, **options).to(q.dtype)
+
+
+def _sdpa(rules: Rules, q: Any, k: Any, v: Any) -> Any:
     """PyTorch's attention, batch-first."""
     from torch.nn.functional import scaled_dot_product_attention
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+    out = scaled_dot_product_attention(
+        q, k, v, is_causal=rules.is_causal, scale=rules.scale, enable_gqa=True
+    )
     return out.transpose(1, 2).contiguous()
 
 
