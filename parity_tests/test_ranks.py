@@ -10,7 +10,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import rank_functions
@@ -177,6 +179,21 @@ def test_ranks_may_not_start_ranks(monkeypatch):
     monkeypatch.setitem(config, "daemon", True)
     with pytest.raises(RuntimeError, match="a daemonic process, such as a rank, may not start"):
         run_ranks(rank_functions.describe_rank, 2)
+
+
+def test_functions_of_a_package_that_is_run_are_refused(monkeypatch):
+    """`python -m package` runs its `__main__`, which a spawned process does not run again."""
+    main = ModuleType("__main__")
+    main.__spec__ = ModuleSpec("package.__main__", None)
+
+    def fn(rank):
+        return rank
+
+    fn.__module__, fn.__qualname__ = "__main__", "fn"
+    monkeypatch.setattr(main, "fn", fn, raising=False)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    with pytest.raises(TypeError, match="fn is of a __main__ that ranks do not import"):
+        run_ranks(fn, 2)
 
 
 CALL = "from jax_seqpar.bridge import run_ranks\ndef fn(rank): return rank\nrun_ranks({}, 2)\n"

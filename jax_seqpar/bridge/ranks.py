@@ -162,7 +162,9 @@ class _TaskPickler(pickle.Pickler):
             and obj.__module__ == "__main__"
             and not _ranks_have_main()
         ):
-            raise pickle.PicklingError(f"{obj.__qualname__} is of a __main__ that has no file")
+            raise pickle.PicklingError(
+                f"{obj.__qualname__} is of a __main__ that ranks do not import"
+            )
         return NotImplemented
 
 
