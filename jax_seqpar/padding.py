@@ -24,8 +24,8 @@ class Padded:
 
     Attributes:
       query, key, value: as given, then zeros.
-      keywords: of the attention: the segments, in which the added tokens have one of their own, and
-        what else of a token axis was given.
+      keywords: of the attention: the segments, in which the added queries have one of their own and
+        the added keys another, and what else of a token axis was given.
       tokens: T, the queries that were given.
     """
 
@@ -58,7 +58,7 @@ def pad_to_degree(
     positions: PerToken | None = None,
     segment_ids: PerToken | None = None,
 ) -> Padded:
-    """Adds tokens at the end, in a segment of their own, until the degree divides T and S.
+    """Adds tokens at the end, in segments of their own, until the degree divides T and S.
 
     No other token sees them, so output and gradients are those without them. Everything that has no
     token axis stays as it is, lengths and `query_offset` included.
@@ -106,8 +106,9 @@ def _segments(
     else:
         # Wide enough for one segment more.
         queries, keys = (x if x.itemsize >= 4 else x.astype(jnp.int32) for x in pair(segment_ids))
-    own = _unused(jnp.concatenate([queries, keys], axis=1))
-    return _pad(queries, 1, more[0], own), _pad(keys, 1, more[1], own)
+    # Two new segments: an added query attends to nothing, and nothing to an added key.
+    queries = _pad(queries, 1, more[0], _unused(jnp.concatenate([queries, keys], axis=1)))
+    return queries, _pad(keys, 1, more[1], _unused(jnp.concatenate([queries, keys], axis=1)))
 
 
 def _unused(ids: Int[Array, "B S"]) -> Int[Array, ""]:

@@ -261,10 +261,8 @@ def attends(
     key_places: np.ndarray,
     is_causal: bool,
     local_window_size: int | tuple[int, int] | None,
-    query_seq_lengths: np.ndarray | None,
-    key_value_seq_lengths: np.ndarray | None,
 ) -> np.ndarray:
-    """Who may attend by its place and its number: `[B, 1, T, S]`."""
+    """Who may attend by its place: `[B, 1, T, S]`."""
     ahead = key_places - query_places
     allowed = np.ones(ahead.shape, bool)
     if is_causal:
@@ -273,10 +271,26 @@ def attends(
         window = local_window_size
         left, right = window if isinstance(window, tuple) else (window, window)
         allowed &= (-left <= ahead) & (ahead <= right)
-    for axis, lengths in ((2, query_seq_lengths), (3, key_value_seq_lengths)):
-        for b, length in enumerate(() if lengths is None else lengths):
-            # The axis after the batch's is gone.
-            np.moveaxis(allowed[b], axis - 1, 0)[int(length) :] = False
+    return allowed
+
+
+def partners(
+    query: np.ndarray,
+    key: np.ndarray,
+    segment_ids: tuple[np.ndarray, np.ndarray] | None,
+    query_seq_lengths: np.ndarray | None,
+    key_value_seq_lengths: np.ndarray | None,
+) -> np.ndarray:
+    """Who may attend by its segment and its number: `[B, T, S]`."""
+    allowed = np.ones((*query.shape[:2], key.shape[1]), bool)
+    for b in range(len(allowed)):
+        if segment_ids is not None:
+            of_query, of_key = segment_ids
+            allowed[b] = np.equal.outer(of_query[b], of_key[b])
+        if query_seq_lengths is not None:
+            allowed[b, int(query_seq_lengths[b]) :] = False
+        if key_value_seq_lengths is not None:
+            allowed[b, :, int(key_value_seq_lengths[b]) :] = False
     return allowed
 
 
@@ -412,6 +426,7 @@ def attention(
     local_window_size: int | tuple[int, int] | None = None,
     query_offset: int = 0,
     positions: np.ndarray | tuple[np.ndarray, np.ndarray] | None = None,
+    segment_ids: tuple[np.ndarray, np.ndarray] | None = None,
     query_seq_lengths: np.ndarray | None = None,
     key_value_seq_lengths: np.ndarray | None = None,
     logits_soft_cap: float | None = None,
@@ -432,6 +447,7 @@ def attention(
       is_causal, local_window_size: by position.
       query_offset: the position of the first query.
       positions: integers `[B, S]`, or a pair `[B, T]`, `[B, S]`.
+      segment_ids: `[B, T]` and `[B, S]`.
       query_seq_lengths, key_value_seq_lengths: `[B]`, by number.
       alibi_slopes, sinks: `[N]`; a sink of -inf is none.
       dropout_rng: the two words of the key.
@@ -449,7 +465,12 @@ def attention(
         gain=round64(Fraction(WORD, WORD - limit)),
     )
     at = places(query, key, query_offset, positions)
-    by_place = attends(*at, is_causal, local_window_size, query_seq_lengths, key_value_seq_lengths)
+    by_place = attends(*at, is_causal, local_window_size)
+    pairs = partners(query, key, segment_ids, query_seq_lengths, key_value_seq_lengths)
+    key, value = (
+        np.where(pairs.any(1)[:, :, None, None], x, np.zeros_like(x)) for x in (key, value)
+    )
+    by_place = by_place & pairs[:, None]
     of_logits = {
         "bias": np.float32(0) if bias is None else bias,
         "allowed": by_place if allowed is None else by_place & allowed,
@@ -512,8 +533,14 @@ def gather(
     }
     added = by_key["bias"]
     live = by_key["allowed"] & ~np.isneginf(added)
+    has_key = live.any(1, keepdims=True)
+
+    def of_rows(x: np.ndarray) -> np.ndarray:
+        """Those without a key to attend to count as 0: their output and dq, and in dk and dv."""
+        return read(np.where(has_key, x.reshape(tokens * groups, -1), np.zeros((), x.dtype)))
+
     return Rows(
-        query=read(query.reshape(tokens * groups, -1)),
+        query=of_rows(query),
         key=read(key),
         value=read(value),
         bias=read(np.where(live, added, np.zeros_like(added))),
@@ -522,7 +549,7 @@ def gather(
         distance=by_key["distance"],
         slope=read(np.tile(slopes, tokens)[:, None]),
         sink=elementwise(read_sink)(np.tile(sinks, tokens)),
-        grad=None if grad is None else read(grad.reshape(tokens * groups, -1)),
+        grad=None if grad is None else of_rows(grad),
     )
 
 

@@ -28,12 +28,19 @@ from questions import collectives, compiled, output_and_gradients, sharded_input
 from rank_functions import exact_on_ranks
 
 import torch_ref.exact
-from jax_seqpar import dense_attention, dot_product_attention, dropout, exact_attention
+from jax_seqpar import (
+    dense_attention,
+    dot_product_attention,
+    dropout,
+    exact_attention,
+    pad_to_degree,
+)
 from jax_seqpar.bridge import compare_bits, run_ranks
 from jax_seqpar.bridge.arrays import numpy_to_torch, torch_to_numpy
 from jax_seqpar.bridge.cases import NAMES as INPUT_NAMES
 from jax_seqpar.bridge.cases import Arrays, Case, adversarial
 from jax_seqpar.exact import arithmetic
+from jax_seqpar.shared_heads import SharedHeads
 
 FEW_KV_HEADS = Case(batch=8, tokens=24, heads=16, kv_heads=2, head_dim=5)
 SPECIAL = {
@@ -346,6 +353,47 @@ def test_sums_too_long_for_a_float(monkeypatch, limit, name):
         monkeypatch.setattr(arithmetic, "CONTRACT_TOKENS", limit)
         # Blocks that are named, or the program that is compiled already would run again.
         check_equal(jax_exact(inputs, **OPTIONS[name], query_chunk=T, key_chunk=S), expected)
+
+
+@pytest.mark.parametrize(("limit", "dtype"), ((47, "int64"), (48, "float64")))
+def test_sums_over_devices_count_the_tokens_of_all(monkeypatch, limit, dtype):
+    """Those of one device would fit into float64, and those of the four that share a head do not.
+
+    Traced only: the sums differ in bits beyond 2^53 alone, which no small case reaches.
+    """
+    case = replace(FEW_KV_HEADS, batch=1, tokens=12, heads=4, kv_heads=1)
+    added = []
+    true_sum = SharedHeads.sum
+    monkeypatch.setattr(arithmetic, "CONTRACT_TOKENS", limit)
+    monkeypatch.setattr(
+        SharedHeads, "sum", lambda self, x: added.append(x.dtype) or true_sum(self, x)
+    )
+    attend = partial(dot_product_attention, attention=exact_attention, mesh=ONE_AXIS[4].mesh())
+    jax.clear_caches()  # what was traced before the limit was patched would be used again
+    jax.eval_shape(output_and_gradients(attend), **case.inputs())
+    assert [str(x) for x in added] == [dtype] * 2, "of dk and of dv"
+
+
+def test_tokens_that_are_added_change_no_bit():
+    """Whatever they hold, on devices that share KV heads and see every token."""
+    case = replace(FEW_KV_HEADS, batch=1, tokens=15, heads=4, kv_heads=1)
+    inputs, where = case.inputs(), ONE_AXIS[4]
+    query, key, value, grad = map(jnp.asarray, inputs.values())
+    padded = pad_to_degree(query, key, value, degree=4)
+    assert padded.query.shape[1] == 16
+    attend = partial(
+        dot_product_attention, attention=exact_attention, mesh=where.mesh(), **padded.keywords
+    )
+    run = jax.jit(output_and_gradients(attend))
+    expected = torch_exact(inputs)
+    for junk in (1e12, np.nan):
+        operands = (x.at[:, 15:].set(junk) for x in (padded.query, padded.key, padded.value))
+        results = run(
+            *operands, jnp.pad(grad, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=junk)
+        )
+        check_equal(
+            dict(zip(NAMES, (np.asarray(x)[:, :15] for x in results), strict=True)), expected
+        )
 
 
 @pytest.mark.parametrize("empty", ("query", "key"))

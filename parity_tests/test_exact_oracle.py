@@ -3,25 +3,26 @@
 from dataclasses import replace
 
 import integer_oracle
+import jax
 import numpy as np
 import pytest
+import torch
 from cases import slow
-from exact_cases import CROSS, CROSS_OPTIONS, jax_exact, torch_exact
+from exact_cases import CROSS, CROSS_OPTIONS, NAMES, jax_exact, torch_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_seqpar.bridge import compare_bits
+from jax_seqpar.bridge.cases import NAMES as INPUT_NAMES
 from jax_seqpar.bridge.cases import Case
+from torch_ref.dense import dense_attention as torch_dense_attention
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
 
-def of_integers(inputs, *, mask=True, segment_ids=None, **options):
+def of_integers(inputs, *, mask=True, **options):
     query, key, value, grad = inputs.values()
     allowed = np.ones((1, 1, query.shape[1], key.shape[1]), bool) & mask
-    if segment_ids is not None:
-        of_query, of_key = segment_ids
-        allowed = allowed & (of_query[:, None, :, None] == of_key[:, None, None, :])
     return integer_oracle.attention(query, key, value, grad=grad, allowed=allowed, **options)
 
 
@@ -78,6 +79,47 @@ def test_all_at_once(dtype, by_positions):
     case = replace(CROSS, dtype=dtype)
     expected = check_equal(case.inputs(), case.all_at_once(by_positions))
     assert all(np.count_nonzero(x) > x.size / 5 for x in expected.values())
+
+
+JUNK = (1e9, 1e12, 3e38, np.nan, np.inf)
+
+
+def test_tokens_that_nothing_attends_to_change_no_bit():
+    """Beyond the lengths, in segments without a partner, and queries that a mask leaves no key."""
+    inputs, (T, S) = CROSS.inputs(), (CROSS.T, CROSS.S)
+    of_query, of_key = np.zeros((2, T), np.int32), np.zeros((2, S), np.int32)
+    of_query[:, 1], of_key[:, 2] = 5, 7  # each without a partner
+    of_query[0, T - 1] = of_key[0, 3] = 9  # partners, but for the length of the queries
+    mask = np.ones((2, CROSS.N, T, 1), bool)
+    mask[1, 2, 4] = False
+    options = {
+        "mask": mask,
+        "segment_ids": (of_query, of_key),
+        "query_seq_lengths": np.array([T - 1, T], np.int32),
+        "key_value_seq_lengths": np.array([S, S - 4], np.int32),
+    }
+    queries = np.zeros(inputs["query"].shape[:3], bool)
+    queries[:, 1] = queries[0, T - 1] = queries[1, 4, 2] = True
+    keys = np.zeros(inputs["key"].shape[:3], bool)
+    keys[:, 2] = keys[0, 3] = keys[1, S - 4 :] = True
+    clean = check_equal(inputs, options)
+
+    leaves = [torch.from_numpy(inputs[name]).double().requires_grad_() for name in INPUT_NAMES[:3]]
+    out = torch_dense_attention(*leaves, **jax.tree.map(torch.from_numpy, options))
+    truth = (out, *torch.autograd.grad(out, leaves, torch.from_numpy(inputs["grad"]).double()))
+    for name, expected in zip(NAMES, truth, strict=True):
+        np.testing.assert_allclose(clean[name], expected.detach(), rtol=0, atol=2e-6)
+
+    for junk in JUNK:
+        spoilt = {
+            name: np.where((queries if name in ("query", "grad") else keys)[..., None], junk, x)
+            for name, x in inputs.items()
+        }
+        spoilt = {name: x.astype(np.float32) for name, x in spoilt.items()}
+        for ours in (jax_exact(spoilt, **options), torch_exact(spoilt, **options)):
+            assert compare_bits(ours, clean).equal, junk
+        if np.isfinite(junk):
+            assert compare_bits(of_integers(spoilt, **options), clean).equal, junk
 
 
 # Magnitudes that meet: subnormals, ties, outliers, zeros of both signs, and what they do to logits.

@@ -120,7 +120,7 @@ def test_what_is_added_belongs_to_nobody():
     padded = pad_to_degree(q, k, v, degree=4, segment_ids=ids)
     queries, keys = padded.keywords["segment_ids"]
     assert queries[:, 5:].tolist() == [[6] * 3] * 2
-    assert keys[:, 6:].tolist() == [[6] * 2] * 2
+    assert keys[:, 6:].tolist() == [[7] * 2] * 2
     assert not padded.query[:, 5:].any()
 
 

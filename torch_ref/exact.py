@@ -114,6 +114,17 @@ def exact_attention(
         key_value_seq_lengths=key_value_seq_lengths,
         device=query.device,
     )
+    is_read = attends(
+        T,
+        S,
+        segment_ids=segment_ids,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        device=query.device,
+    )
+    if is_read is not None:
+        by_any = is_read.any(dim=2)[:, 0, :, None, None]
+        key, value = (torch.where(by_any, x, 0) for x in (key, value))
     p_query, p_key = places(T, S, query_offset, positions, query.device)
     rng = given_keys(dropout_rate, dropout_rng, B, N)
     options = Options(
@@ -249,8 +260,9 @@ def _backward(head: Head, do: Tensor, o: Tensor, options: Options) -> tuple[Tens
     do, o = flush(do), flush(o)
     blocks = [_weights_of_sums(x, do[rows], o[rows], options) for rows, x in _blocks(head)]
     w, ds, has_key = (torch.cat(x) for x in zip(*blocks, strict=True))
+    q, do = (torch.where(has_key, x, 0.0) for x in (head.rows.q, do))
     dq = torch.where(has_key, out(_sum_over_tokens(ds, head.k) * scale), 0.0)
-    dk = out(_sum_over_tokens(ds.mT, head.rows.q, shared_by) * scale)
+    dk = out(_sum_over_tokens(ds.mT, q, shared_by) * scale)
     dv = out(_sum_over_tokens(w.mT, do, shared_by))
     return dq, dk, dv
 

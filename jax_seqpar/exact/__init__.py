@@ -29,6 +29,11 @@ below 2^53. rint rounds half to even. Inputs are float32, bfloat16 or float16.
     out(x, dtype)   round32(x), -0 as +0, any NaN as the quiet NaN with sign and payload 0; a
                     16-bit dtype is rounded from that, any NaN again to that one
 
+Keys that nothing attends to: k_j and v_j are replaced by 0, in the forward and the backward pass,
+unless some query i of the sequence has i < its query_seq_length, j < its key_value_seq_length and
+the segment of j, as far as these are given. Neither masks nor positions matter here, so the rule is
+the same for every head and on every device.
+
 Forward, for query i and the keys j of one head; q, k, v, do and bias are flushed first:
 
     s   = round32(dot(q_i, k_j))
@@ -47,7 +52,8 @@ Forward, for query i and the keys j of one head; q, k, v, do and bias are flushe
     o_i = out(contract(P, grid(v, E, 32)) * 2^(E - 32) * (r_i * c))   E = E(v) over all the keys
 
 c is 1 without dropout. Slopes and sinks are float32 and flushed. Where every z is -inf (no key to
-attend to), o_i is 0 and dq_i is 0, whatever v, k and do hold.
+attend to, for whatever reason), o_i and dq_i are 0, whatever v, k and do hold, and in the gradients
+q_i and do_i are replaced by 0.
 
 Backward, with the gradient do and o in float32, before any rounding to 16 bits:
 
@@ -85,6 +91,10 @@ So every product that feeds an addition is exact, and no compiler can change a b
 A NaN or infinity follows these rules like any number: E of its row and of its column is not a
 number, 2^E of that is NaN, and NaN times 0 is NaN. So one in query i makes row i of o and dq NaN,
 one in v its channel of o in the whole head; a masked key can do no more than its column does.
+Tokens that were replaced by 0 above can do nothing, whatever they hold. A key that only a mask, a
+bias, causality or a window hides from every query is not replaced: a NaN of it reaches its channel
+in the whole head, and a large value of it sets E for its channel, so that the others lose bits (all
+of them, where it is 2^33 times larger). Padding is to be told by lengths or segments, not by masks.
 
 What it costs: numbers are rounded to 31 or 32 bits below the largest of their row or column, where
 float32 keeps 24 bits of each. A weight below 2^-33 of its row's largest is 0: where the values of

@@ -17,7 +17,7 @@ from ..shared_heads import SharedHeads
 from . import arithmetic
 from .backward import key_value_gradients, query_gradient
 from .forward import output
-from .problem import INNER, Options, Problem
+from .problem import INNER, Options, Problem, without_unread_keys
 
 
 def exact_attention(
@@ -170,6 +170,7 @@ def _looped_by_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
 def _forward(options: Options, query: Any, key: Any, value: Any, description: Any) -> Array:
     """The output in float32."""
     query, key, value, description = _as_given((query, key, value, description))
+    key, value = without_unread_keys(description, query, key, value)
     B, T, N, _ = query.shape
     K, V = value.shape[2:]
 
@@ -190,6 +191,7 @@ def _backward(
     query, key, value, description, out, grad = _as_given(
         (query, key, value, description, out, grad)
     )
+    key, value = without_unread_keys(description, query, key, value)
     N, K = query.shape[2], key.shape[2]
 
     def one(index: Array, q: Array, k: Array, v: Array, out: Array, grad: Array):

@@ -33,6 +33,7 @@ class Rows(NamedTuple):
     normaliser: Array  # r * 2^32
     kept_normaliser: Array  # (r * c) * 2^32
     correction: Array  # D
+    empty: Array  # without a key to attend to
 
 
 def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Rows]:
@@ -66,6 +67,7 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
             normaliser * 2.0**TOKEN_BITS,
             kept_normaliser(problem, normaliser) * 2.0**TOKEN_BITS,
             queries.of(corrections, 1),
+            empty,
         )
 
         def differentiate(keys: Block, _, carry):
@@ -88,7 +90,8 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
         dq = arithmetic.out(jnp.where(empty, 0.0, dq * problem.scale))
         return jax.tree.map(lambda x, part: write(x, part, queries, 1), carry, (dq, rows))
 
-    start = (problem.full(G, T, H, dtype=jnp.float32), Rows(*[problem.full(G, T, 1)] * 4))
+    nothing = Rows(*[problem.full(G, T, 1)] * 4, problem.full(G, T, 1, dtype=jnp.bool_))
+    start = (problem.full(G, T, H, dtype=jnp.float32), nothing)
     return problem.for_queries(chunk, start)
 
 
@@ -102,13 +105,12 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
     (G, T, _), S = problem.query.shape, problem.key.shape[0]
     channels = (problem.key.shape[1], problem.value.shape[1])
     shared = problem.options.shared_heads or SharedHeads(())
-    grad = flush(grad)
+    query, grad = (jnp.where(rows.empty, 0.0, x) for x in (problem.query, flush(grad)))
     value_rows, grad_rows = right_on_grid(problem.value), left_digits(grad)
     # What dk and dv multiply: ds with the queries, w with the gradient of the output.
-    exponents = [shared.max(exponent(x, (0, 1))) for x in (problem.query, grad)]
+    exponents = [shared.max(exponent(x, (0, 1))) for x in (query, grad)]
     columns = [
-        digits(grid(x, e, TOKEN_BITS))
-        for x, e in zip((problem.query, grad), exponents, strict=True)
+        digits(grid(x, e, TOKEN_BITS)) for x, e in zip((query, grad), exponents, strict=True)
     ]
     units = [power_of_two(e - TOKEN_BITS)[0] for e in exponents]
     scales = (problem.scale, 1.0)

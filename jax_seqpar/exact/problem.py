@@ -5,15 +5,17 @@ No bit depends on the blocks: sums are exact, and what two blocks both write is 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from .. import dropout
 from ..blocks import Block, for_blocks
 from ..blocks import full as full_like
-from ..description import Description
+from ..description import Description, pair
 from ..shared_heads import SharedHeads
 from .arithmetic import flush, left_digits, pinned, right_on_grid, round32, sum_dtype
 from .elementary import exp, soft_cap, soft_cap_slope
@@ -128,6 +130,35 @@ class Problem:
         """Sums of digits `[..., 3H]` before the first of so many tokens is added."""
         dtype = sum_dtype(tokens, self.options.sum_limit)
         return self.full(*shape[:-1], 3 * shape[-1], dtype=dtype)
+
+
+def without_unread_keys(
+    description: Description, query: Array, key: Array, value: Array
+) -> tuple[Array, Array]:
+    """Key and value, with 0 for the tokens that lengths and segments hide from every query."""
+    queries, keys = Block(0, query.shape[1]).tokens, Block(0, key.shape[1]).tokens
+    arrays = description.arrays
+    lengths = arrays.get("query_seq_lengths"), arrays.get("key_value_seq_lengths")
+    attending, attended = (
+        None if x is None else tokens < x.astype(jnp.int32)[:, None]
+        for x, tokens in zip(lengths, (queries[None], keys[None]), strict=True)
+    )
+    conditions = []
+    if attended is not None:
+        conditions.append(attended)
+    if attending is not None:
+        conditions.append(attending[:, :1])
+    if "segment_ids" in arrays:
+        of_query, of_key = pair(arrays["segment_ids"])
+        if attending is not None:
+            # The ids of the first query are there anyway, if any query attends.
+            of_query = jnp.where(attending, of_query, of_query[:, :1])
+        # Sorted, as T * S comparisons of a long sequence would take longer.
+        conditions.append(jax.vmap(partial(jnp.isin, method="sort"))(of_key, of_query))
+    for condition in conditions:
+        read = condition[:, :, None, None]
+        key, value = jnp.where(read, key, 0), jnp.where(read, value, 0)
+    return key, value
 
 
 def dots(queries: Array, keys: Array) -> Array:
