@@ -96,6 +96,10 @@ bias, causality or a window hides from every query is not replaced: a NaN of it 
 in the whole head, and a large value of it sets E for its channel, so that the others lose bits (all
 of them, where it is 2^33 times larger). Padding is to be told by lengths or segments, not by masks.
 
+Under `--xla_cpu_enable_fast_math=true` with `--xla_cpu_fast_math_honor_nans=false` XLA:CPU assumes
+that no number is NaN, so results that are NaN have other bits and `certify`, asked under the same
+flags, does not trust the backend. With the first flag alone it does.
+
 What it costs: numbers are rounded to 31 or 32 bits below the largest of their row or column, where
 float32 keeps 24 bits of each. A weight below 2^-33 of its row's largest is 0: where the values of
 the heavy keys are 0 and others have all the say, that is an error float32 does not make.
