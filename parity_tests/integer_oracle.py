@@ -467,9 +467,8 @@ def attention(
     at = places(query, key, query_offset, positions)
     by_place = attends(*at, is_causal, local_window_size)
     pairs = partners(query, key, segment_ids, query_seq_lengths, key_value_seq_lengths)
-    key, value = (
-        np.where(pairs.any(1)[:, :, None, None], x, np.zeros_like(x)) for x in (key, value)
-    )
+    is_read = np.any(pairs, axis=1)[:, :, None, None]
+    key, value = (np.where(is_read, x, np.zeros_like(x)) for x in (key, value))
     by_place = by_place & pairs[:, None]
     of_logits = {
         "bias": np.float32(0) if bias is None else bias,

@@ -90,7 +90,7 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
         dq = arithmetic.out(jnp.where(empty, 0.0, dq * problem.scale))
         return jax.tree.map(lambda x, part: write(x, part, queries, 1), carry, (dq, rows))
 
-    nothing = Rows(*[problem.full(G, T, 1)] * 4, problem.full(G, T, 1, dtype=jnp.bool_))
+    nothing = Rows(*[problem.full(G, T, 1)] * 4, empty=problem.full(G, T, 1, dtype=jnp.bool_))
     start = (problem.full(G, T, H, dtype=jnp.float32), nothing)
     return problem.for_queries(chunk, start)
 
