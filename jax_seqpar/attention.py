@@ -6,16 +6,17 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from . import refusals
 from .compiled import compiled_with
 from .description import AXES, Description, PerToken, Window, describe
-from .heads import HeadPlan, plan_heads
+from .heads import HeadPlan, merge_heads, plan_heads, split_heads
 from .kernels import choose_kernel
 from .layout import MeshLayout, axes_size, names
-from .mesh import AnyMesh, find_mesh, reshard
+from .mesh import AnyMesh, find_mesh, place, reshard
 from .shared_heads import adds_without_rounding, tell_shared_heads
 from .ulysses import ulysses_attention
 
@@ -159,6 +160,9 @@ def _attend(
 ) -> Array:
     """The attention that all checks have passed."""
     layout, mesh = arrange.layout, arrange.mesh
+    shape = (*query.shape[:3], value.shape[3])
+    if 0 in shape:  # JAX 0.10.2 cannot compile the gradient of some kernels without elements
+        return place(jnp.zeros(shape, query.dtype), layout.spec, mesh=mesh)
     degree, tensor_parallel = (axes_size(x, mesh.shape) for x in (layout.tokens, layout.heads))
     N, K = query.shape[2] // tensor_parallel, max(key.shape[2] // tensor_parallel, 1)
     plan = plan_heads(N, K, degree, may_copy=not adds_without_rounding(attention))
@@ -213,8 +217,10 @@ def _attend(
 
 
 def _platform(mesh: AnyMesh) -> str | None:
-    """Of its devices, if there may be a kernel for it; an abstract mesh has none."""
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+    """Platform of the mesh's devices; None where an abstract mesh does not tell, or another one."""
+    # Under jax.set_mesh the mesh is abstract, and has one device that stands for all.
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    platform = getattr(device, "platform", None)
     return platform if platform in ("tpu", "gpu", "cpu") else None
 
 
@@ -231,8 +237,7 @@ def _with_added_heads(name: str, x: Array, *, plan: HeadPlan, heads: int) -> Arr
     axis = AXES[name].index("heads")
     if x.shape[axis] == 1 or plan.is_trivial:
         return x
-    by_shard = x.reshape(*x.shape[:axis], -1, heads, *x.shape[axis + 1 :])
-    return plan.pad_queries(by_shard, axis + 1).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    return merge_heads(plan.pad_queries(split_heads(x, axis, heads), axis + 1), axis)
 
 
 def _array_spec(name: str, x: Array, *, layout: MeshLayout) -> PartitionSpec:

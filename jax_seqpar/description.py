@@ -4,18 +4,21 @@ All of it is in the global coordinates of the whole sequence: under Ulysses a de
 token, and of the arrays that have a head axis it is given its heads' part.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from . import dropout, refusals
 from .blocks import Block
 
-Window = int | tuple[int, int]
+# (left, right); None and -1 are an open side, one integer is for both.
+Window = int | Sequence[int | None]
 # Of queries and keys; one array is for both.
 PerToken = Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
@@ -34,11 +37,16 @@ AXES: dict[str, tuple[str | None, ...]] = {
 # What is added to the logits and may have a gradient.
 ADDED = ("bias", "alibi_slopes", "sinks")
 MOST_DISTANT = 1 << 29  # so that a float32 slope times a distance is exact in float64
+# A side of a window without limit: more would leave int32 when a position below 2^30 is added.
+OPEN = 1 << 30
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is known before any number is; hashable, part of the compiled program."""
+    """What is known before any number is; hashable, part of the compiled program.
+
+    Scalars of NumPy become Python's, and a window None, one integer or `(left, right)`.
+    """
 
     scale: float | None = None
     is_causal: bool = False
@@ -46,6 +54,11 @@ class Rules:
     local_window_size: Window | None = None
     logits_soft_cap: float | None = None
     dropout_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _python(getattr(self, field.name)))
+        object.__setattr__(self, "local_window_size", _sides(self.local_window_size))
 
 
 class Terms(NamedTuple):
@@ -78,7 +91,7 @@ class Description:
       query_seq_lengths: queries `t < length`, per batch entry.
       key_value_seq_lengths: keys `s < length`, per batch entry.
       local_window_size: positions from `left` before the query's to `right` after; one integer
-        means both.
+        means both, None or -1 in place of a side that it is open.
       segment_ids: a query attends to the keys of its own segment: `[B, S]`, or a pair `[B, T]`,
         `[B, S]`. Padding is a segment of its own.
       alibi_slopes: `[N]`; logits lose slope times the distance of the positions.
@@ -292,10 +305,26 @@ def pair(x: Any) -> tuple[Any, Any]:
     return x if isinstance(x, tuple) else (x, x)
 
 
-def window(local_window_size: Window) -> tuple[int, int]:
-    """`(left, right)` of a window given as one integer or two."""
-    left, right = (min(n, 1 << 30) for n in pair(local_window_size))
-    return left, right  # more would leave int32 when a position below 2^30 is added
+def window(local_window_size: Any) -> tuple[int, int]:
+    """`(left, right)` of a window that `Rules` holds."""
+    left, right = (min(n, OPEN) for n in pair(local_window_size))
+    return left, right
+
+
+def _sides(window: Any) -> Any:
+    """A window with `OPEN` for its open sides; None if both are."""
+    sides = tuple(map(_python, window)) if isinstance(window, list | tuple) else window
+    both = pair(sides)
+    limits = tuple(OPEN if n is None or (type(n) is int and n == -1) else n for n in both)
+    if all(type(n) is int and n == OPEN for n in limits) and len(limits) == 2:
+        return None
+    return limits if isinstance(sides, tuple) else sides
+
+
+def _python(x: Any) -> Any:
+    """The Python number of a NumPy one; anything else as it is."""
+    is_number = isinstance(x, np.generic) or (isinstance(x, np.ndarray) and x.ndim == 0)
+    return x.item() if is_number else x
 
 
 def _per_sequence(lengths: Shaped[Array, "B"]) -> Int[Array, "B 1 1 1"]:

@@ -41,20 +41,20 @@ class HeadPlan:
         """An axis of N query heads with those added."""
         if self.is_trivial:
             return x
-        x = _split(x, axis, self.group // self.first_copies)
+        x = split_heads(x, axis, self.group // self.first_copies)
         x = _pad(_pad(x, axis, self.padded_kv_heads), axis + 1, self.padded_group)
-        return _merge(x, axis)
+        return merge_heads(x, axis)
 
     def unpad_queries(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         """The N query heads of an axis that has the added ones too."""
         if self.is_trivial:
             return x
-        x = _split(x, axis, self.padded_group)
+        x = split_heads(x, axis, self.padded_group)
         group = self.group // self.first_copies
         kv_heads = self.kv_heads * self.first_copies
         index = [slice(None)] * x.ndim
         index[axis], index[axis + 1] = slice(kv_heads), slice(group)
-        return _merge(x[tuple(index)], axis)
+        return merge_heads(x[tuple(index)], axis)
 
     def spread_keys(self, x: Shaped[Array, "B S K H"]) -> Shaped[Array, "B S K2 H"]:
         """Keys or values, each KV head as often as it is needed, in the order of the devices."""
@@ -98,12 +98,16 @@ def repeat_heads(x: Shaped[Array, "B S K H"], copies: int) -> Shaped[Array, "B S
     return x if copies == 1 else jnp.stack([x] * copies, axis=3).reshape(B, S, K * copies, H)
 
 
-def _split(x: Array, axis: int, size: int) -> Array:
-    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+def split_heads(x: Array, axis: int, size: int) -> Array:
+    """An axis of heads as two: groups, and `size` heads of each."""
+    # In numbers: another axis may be of size 0, and then -1 has no meaning.
+    return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
 
 
-def _merge(x: Array, axis: int) -> Array:
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+def merge_heads(x: Array, axis: int) -> Array:
+    """The inverse of `split_heads`."""
+    merged = x.shape[axis] * x.shape[axis + 1]
+    return x.reshape(*x.shape[:axis], merged, *x.shape[axis + 2 :])
 
 
 def _pad(x: Array, axis: int, size: int) -> Array:

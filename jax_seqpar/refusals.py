@@ -345,8 +345,8 @@ def check_description(
         if not fits:
             raise ValueError(
                 f"{name} must have 4 axes, each 1 or that of [B, N, T, S] = {full}, "
-                f"got shape {x.shape}. Add missing axes, for example {name}[None, None]; to "
-                f"ulysses_attention pass that of all heads in per_head=."
+                f"got shape {x.shape}. {_with_four_axes(name, x.shape)}To ulysses_attention pass "
+                f"that of all heads in per_head=."
             )
     _check_per_sequence("query_seq_lengths", query_seq_lengths, B)
     _check_per_sequence("key_value_seq_lengths", key_value_seq_lengths, B)
@@ -362,6 +362,14 @@ def check_description(
     _check_per_head("alibi_slopes", alibi_slopes, N)
     _check_per_head("sinks", sinks, N)
     _check_dropout(dropout_rng, rules.dropout_rate, B, N)
+
+
+def _with_four_axes(name: str, shape: Shape) -> str:
+    if len(shape) == 2:
+        return f"Write {name}[None, None] for [T, S]. "
+    if len(shape) == 3:
+        return f"Write {name}[None] for [N, T, S], {name}[:, None] for [B, T, S]. "
+    return ""
 
 
 def _check_per_sequence(name: str, x: Any, batch: int) -> None:
@@ -570,7 +578,8 @@ def check_rules(rules: Any) -> None:
     if len(sizes) != 2 or not all(type(n) is int and n >= 0 for n in sizes):
         raise ValueError(
             f"local_window_size must be one Python integer or a tuple (left, right), none "
-            f"negative, got {window!r}. (255, 0) is a query and the 255 keys before it."
+            f"negative, got {window!r}. (255, 0) is a query and the 255 keys before it; None or "
+            f"-1 leaves a side open."
         )
 
 
@@ -581,9 +590,11 @@ def _is_number(x: Any) -> bool:
 def check_keywords(attention: Callable[..., Any], keywords: Sequence[str]) -> None:
     """Refuses options that a local attention does not name, and so would drop or choke on."""
     if not callable(attention):
+        known = ("dense", "blockwise", "exact", "fused")
+        name = attention if attention in known else "blockwise"
         raise ValueError(
             f"attention must be a function of query, key and value, got {attention!r}. Write "
-            f"attention=jax_seqpar.blockwise_attention, or leave it out."
+            f"attention=jax_seqpar.{name}_attention, or leave it out."
         )
     try:
         parameters = inspect.signature(attention).parameters

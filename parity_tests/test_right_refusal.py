@@ -18,6 +18,8 @@ from jax_seqpar import (
     sequence_to_heads,
     ulysses_attention,
 )
+from jax_seqpar.attention import _platform
+from torch_ref.masks import attends
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
@@ -130,6 +132,11 @@ CALLS = {
         r"mask must have 4 axes, each 1 or that of \[B, N, T, S\] = \(2, 8, 16, 16\), "
         r"got shape \(16, 16\).*mask\[None, None\]",
     ),
+    "a bias of three axes": (
+        qkv(),
+        {"bias": array(8, 16, 16)},
+        r"got shape \(8, 16, 16\). Write bias\[None\] for \[N, T, S\], bias\[:, None\] for \[B, ",
+    ),
     "a mask of other heads": (
         qkv(),
         {"mask": array(2, 4, 16, 16, dtype=bool)},
@@ -199,8 +206,8 @@ CALLS = {
     ),
     "a negative window": (
         qkv(),
-        {"local_window_size": (3, -1)},
-        r"local_window_size must be one Python integer or a tuple .*none negative, got \(3, -1\)",
+        {"local_window_size": (3, -2)},
+        r"local_window_size must be one Python integer or a tuple .*none negative, got \(3, -2\)",
     ),
     "a window of three": (
         qkv(),
@@ -444,7 +451,7 @@ OTHER_CALLS = {
     ),
     "an attention that is a string": (
         lambda: dot_product_attention(*qkv(), mesh=MESH, attention="dense"),  # pyright: ignore
-        r"attention must be a function of query, key and value, got 'dense'",
+        r"attention must be .*got 'dense'. Write attention=jax_seqpar.dense_attention,",
     ),
     "no channels": (
         lambda: dense_attention(*qkv(head_dim=0)),
@@ -488,8 +495,8 @@ OTHER_CALLS = {
         lambda: dense_attention(*qkv(), query_offset=1 << 29),
         r"query_offset must be a Python integer below 2\^29",
     ),
-    "a window of NumPy": (
-        lambda: dense_attention(*qkv(), local_window_size=np.int64(3)),  # pyright: ignore
+    "a window that is no integer": (
+        lambda: dense_attention(*qkv(), local_window_size=np.float64(3)),  # pyright: ignore
         r"local_window_size must be one Python integer or a tuple",
     ),
 }
@@ -501,9 +508,59 @@ def test_other_calls(call, message):
         call()
 
 
-@pytest.mark.parametrize("shape", ((0, 16, 8, 4), (2, 0, 8, 4)), ids=str)
-def test_nothing_is_no_misfit(shape):
-    """No sequences, or no tokens: nothing comes out, and nothing is wrong."""
-    empty = array(*shape)
-    call = partial(dot_product_attention, mesh=MESH, head_chunks=2)
-    assert jax.jit(call)(empty, empty, empty).shape == shape
+@pytest.mark.parametrize(
+    "kernel", (blockwise_attention, dense_attention, exact_attention), ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("heads", ((8, 8), (6, 3)), ids=str)
+@pytest.mark.parametrize("sizes", ((0, 16, 16), (2, 0, 16), (2, 16, 0)), ids=str)
+def test_nothing_is_no_misfit(sizes, heads, kernel):
+    """No sequences, queries or keys, with heads added for the devices or not: zeros."""
+    (B, T, S), (N, K) = sizes, heads
+    query, key = array(B, T, N, 4) + 1, array(B, S, K, 4) + 1
+    call = partial(dot_product_attention, attention=kernel, mesh=MESH, head_chunks=1 + (N == 8))
+
+    def run(*operands):
+        out, pull = jax.vjp(call, *operands)
+        return out, *pull(jnp.ones_like(out))
+
+    results = jax.jit(run)(query, key, key)
+    assert [x.shape for x in results] == [query.shape, query.shape, key.shape, key.shape]
+    assert not any(np.any(x) for x in results)
+
+
+NUMBERS = {
+    "scale": (np.float32(0.5), 0.5),
+    "is_causal": (np.True_, True),
+    "query_offset": (np.int64(3), 3),
+    "logits_soft_cap": (np.array(2.0), 2.0),
+    "a window of NumPy": (np.int32(3), (3, 3)),
+    "a window in a list": ([3, 0], (3, 0)),
+    "a window without a left side": ((None, 0), (16, 0)),
+    "a window of FlashAttention": ((-1, 0), (16, 0)),
+    "a window without a right side": ((3, -1), (3, 16)),
+    "a window without sides": (-1, None),
+}
+
+
+@pytest.mark.parametrize(("given", "plain"), NUMBERS.values(), ids=NUMBERS)
+def test_static_numbers_of_numpy_and_open_windows(request, given, plain):
+    name = request.node.callspec.id
+    name = "local_window_size" if name.startswith("a window") else name
+    q, k, v = (jnp.asarray(np.random.default_rng(0).standard_normal(x.shape)) for x in qkv())
+    expected = dense_attention(q, k, v, **{name: plain})
+    np.testing.assert_array_equal(dense_attention(q, k, v, **{name: given}), expected)
+    if name == "local_window_size":
+        torch_mask = attends(16, 16, local_window_size=given)
+        expected = attends(16, 16, local_window_size=plain)
+        everything = np.ones((16, 16), bool)
+        got, expected = (everything if x is None else x.numpy() for x in (torch_mask, expected))
+        assert np.all(got == expected)
+
+
+def test_the_platform_of_an_abstract_mesh():
+    """Of the devices of `jax.set_mesh`, not of the default backend."""
+    with jax.set_mesh(MESH):
+        assert _platform(jax.sharding.get_abstract_mesh()) == "cpu"
+    tpu = jax.sharding.AbstractDevice("TPU v5e", 1, "tpu")
+    assert _platform(jax.sharding.AbstractMesh((4,), ("seq",), abstract_device=tpu)) == "tpu"
+    assert _platform(jax.sharding.AbstractMesh((4,), ("seq",))) is None

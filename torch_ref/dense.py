@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .dropout import gain, given_keys, keep
-from .masks import Positions, attends, distance, places
+from .masks import Positions, Window, attends, distance, places
 
 
 def dense_attention(
@@ -18,7 +18,7 @@ def dense_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: Window | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     query_offset: int = 0,
     positions: Positions | None = None,

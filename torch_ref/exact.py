@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import gain, given_keys, is_kept
-from .masks import Positions, attends, distance, places
+from .masks import Positions, Window, attends, distance, places
 
 CHANNEL_BITS = 31
 WEIGHT_BITS = 32
@@ -45,7 +45,7 @@ def exact_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: Window | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     query_offset: int = 0,
     positions: Positions | None = None,

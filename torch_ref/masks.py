@@ -1,11 +1,13 @@
 """Which query attends to which key, and how far they are apart."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Positions = Tensor | tuple[Tensor, Tensor]
+Window = int | Sequence[int | None]
 
 
 def attends(
@@ -14,7 +16,7 @@ def attends(
     *,
     mask: Tensor | None = None,
     is_causal: bool = False,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: Window | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     query_offset: int = 0,
     positions: Positions | None = None,
@@ -29,7 +31,7 @@ def attends(
       mask: boolean, True attends, broadcastable to `[B, N, T, S]`.
       is_causal: a query attends to the keys at positions up to its own.
       local_window_size: `(left, right)` or one integer for both: a query at position p attends to
-        the keys at positions `p - left` to `p + right`.
+        the keys at positions `p - left` to `p + right`; None or -1 leaves a side open.
       segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to its own segment.
       query_offset, positions: see `places`.
       query_seq_lengths: `[B]`; only the first so many queries attend, in the order of the array.
@@ -47,8 +49,11 @@ def attends(
     if is_causal:
         allowed.append(p_key <= p_query)
     if local_window_size is not None:
-        left, right = _pair(local_window_size)
-        allowed.append((p_key >= p_query - left) & (p_key <= p_query + right))
+        left, right = (None if n is None or n == -1 else n for n in _window(local_window_size))
+        if left is not None:
+            allowed.append(p_key >= p_query - left)
+        if right is not None:
+            allowed.append(p_key <= p_query + right)
     if segment_ids is not None:
         of_query, of_key = _pair(segment_ids)
         allowed.append(of_query[:, None, :, None] == of_key[:, None, None, :])
@@ -109,6 +114,10 @@ def places(
 def distance(p_query: Tensor, p_key: Tensor) -> Tensor:
     """How far every query is from every key, of positions that broadcast."""
     return (p_query - p_key).abs()
+
+
+def _window(size: Window) -> Sequence[int | None]:
+    return size if isinstance(size, tuple | list) else (size, size)  # pyright: ignore
 
 
 def _pair(x: Any) -> tuple[Any, Any]:
