@@ -191,6 +191,7 @@ def all_ulysses(rank: int, degree: int) -> dict[str, Any]:
     return {
         "all_to_all": all_to_all(rank, degree),
         "strides": strides(rank, degree),
+        "uneven": uneven(rank, degree),
         "adjoint": adjoint(rank, degree),
         "attention": attention(rank, degree),
         "rotary": rotary(rank, degree),
@@ -215,6 +216,17 @@ def all_to_all(rank: int, degree: int) -> dict[Any, Packed]:
         x = local(random_bits(dtype, global_shape(sizes, degree), 0), OPS[op][0], rank, degree)
         out = single_all_to_all(swap(x, layout), *axis_indices(op, layout))
         outputs[sizes, dtype, layout, op] = packed(out)
+    return outputs
+
+
+def uneven(rank: int, degree: int) -> dict[Any, tuple[Packed, Packed]]:
+    """This rank's heads of an array whose heads the ranks do not divide, and its tokens again."""
+    outputs = {}
+    for heads, dtype, layout in product((5, 6, 7), ("uint8", "bfloat16", "float64"), LAYOUTS):
+        x = local(random_bits(dtype, (2, 3 * degree, heads, 3), 0), TOKENS, rank, degree)
+        by_heads = single_all_to_all(swap(x, layout), *axis_indices("sequence_to_heads", layout))
+        back = single_all_to_all(by_heads, *axis_indices("heads_to_sequence", layout))
+        outputs[heads, dtype, layout] = packed(swap(by_heads, layout)), packed(swap(back, layout))
     return outputs
 
 
@@ -243,7 +255,7 @@ def adjoint(rank: int, degree: int) -> dict[Any, tuple[float, float]]:
         )
         x.requires_grad_()
         arguments = axis_indices(op, layout)
-        out = SeqAllToAll.apply(None, x, *arguments, single_all_to_all)
+        out = SeqAllToAll.apply(None, x, *arguments)
         assert isinstance(out, Tensor)
         (dx,) = torch.autograd.grad(out, x, y)
         products[sizes, layout, op] = (out * y).sum().item(), (x * dx).sum().item()
@@ -260,8 +272,12 @@ class AttentionCase:
     is_causal: bool = True
     local_tokens: int = 3
     head_dim: int = 5
+    value_dim: int = 5
+    numbers: tuple[int, int] | None = None  # N and K at every degree, in place of those per rank
 
     def heads(self, degree: int) -> tuple[int, int]:
+        if self.numbers is not None:
+            return self.numbers
         return self.heads_per_rank * degree, max(int(self.kv_heads_per_rank * degree), 1)
 
     def repeats(self, degree: int) -> int:
@@ -270,9 +286,10 @@ class AttentionCase:
     def inputs(self, degree: int) -> list[Tensor]:
         """Query, key, value, output gradient, and a cotangent of each gradient."""
         N, K = self.heads(degree)
+        H, V = self.head_dim, self.value_dim
         shapes = [
-            (self.batch, self.local_tokens * degree, n, self.head_dim)
-            for n in (N, K, K, N, N, K, K)
+            (self.batch, self.local_tokens * degree, n, channels)
+            for n, channels in ((N, H), (K, H), (K, V), (N, V), (N, H), (K, H), (K, V))
         ]
         return [normal(shape, seed) for seed, shape in enumerate(shapes)]
 
@@ -285,6 +302,15 @@ ATTENTION = {
     "multi-query": AttentionCase(3, 2, 0),
     "one head a rank": AttentionCase(2, 1, 1),
     "not causal": AttentionCase(2, 4, 2, is_causal=False),
+    "wider values": AttentionCase(2, 2, 1, value_dim=7),
+}
+# Heads that 2 ranks, 4 ranks or both do not divide, and the KV heads that go with them.
+UNEVEN = {
+    "odd heads": AttentionCase(2, 0, 0, numbers=(7, 7)),
+    "odd heads, one KV head": AttentionCase(3, 0, 0, numbers=(5, 1), value_dim=3),
+    "odd groups": AttentionCase(2, 0, 0, numbers=(9, 3)),
+    "six heads": AttentionCase(2, 0, 0, numbers=(6, 2)),
+    "even heads, odd KV heads": AttentionCase(1, 0, 0, numbers=(12, 3)),
 }
 
 
@@ -307,7 +333,8 @@ def derivatives(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 def attention(rank: int, degree: int) -> dict[Any, list[Tensor]]:
     outputs = {}
-    for (name, case), (layout, batch_dim_idx) in product(ATTENTION.items(), LAYOUTS.items()):
+    cases = (ATTENTION | UNEVEN).items()
+    for (name, case), (layout, batch_dim_idx) in product(cases, LAYOUTS.items()):
         ulysses = DistributedAttention(partial(dense, layout=layout, is_causal=case.is_causal))
         inputs = [swap(local(x, TOKENS, rank, degree), layout) for x in case.inputs(degree)]
         results = derivatives(partial(ulysses, batch_dim_idx=batch_dim_idx), inputs)
@@ -315,7 +342,7 @@ def attention(rank: int, degree: int) -> dict[Any, list[Tensor]]:
     return outputs
 
 
-ROTARY = AttentionCase(2, 4, 2, head_dim=6)
+ROTARY = AttentionCase(2, 4, 2, head_dim=6, value_dim=6)
 ROTATED_CHANNELS = (6, 4)
 
 
@@ -383,8 +410,8 @@ def refusals(degree: int) -> dict[str, str]:
         "gather_idx of the batch": failure(DistributedAttention(dense, None, 2, 0), q, q, q, 0),
         "scatter_idx of the channels": failure(DistributedAttention(dense, None, 3), q, q, q, 0),
         "batch_dim_idx": failure(attend, q, q, q, 2),
-        "query heads": failure(attend, heads(N + 1), q, q, 0),
-        "KV heads and ranks": failure(attend, heads(6 * degree), heads(3), heads(3), 0),
+        "query heads": failure(attend, heads(degree - 1), q, q, 0),
+        "heads": failure(single_all_to_all, heads(degree - 1), 2, 1, 0),
         "KV heads and query heads": failure(attend, q, heads(2 * N), heads(2 * N), 0),
         "key and value": failure(attend, q, q, heads(degree), 0),
         "three axes": failure(attend, q[0], q[0], q[0], 0),

@@ -20,6 +20,7 @@ from rank_functions import (
     SIZES,
     SUBGROUPS,
     TOKENS,
+    UNEVEN,
     all_ulysses,
     angles,
     axis_indices,
@@ -98,6 +99,15 @@ def test_all_to_all_moves_every_bit_to_where_the_oracle_says(ranks, degree, dtyp
             assert got == packed(swap(part, layout_name)), f"rank {rank} of {sizes}"
 
 
+def test_uneven_heads_move_every_bit_to_the_first_ranks_first(ranks, degree):
+    for (heads, dtype, layout_name), _ in ranks[0]["uneven"].items():
+        x = random_bits(dtype, (2, 3 * degree, heads, 3), 0)
+        by_heads, by_tokens = x.tensor_split(degree, HEADS), x.chunk(degree, TOKENS)
+        for rank in range(degree):
+            got = ranks[rank]["uneven"][heads, dtype, layout_name]
+            assert got == (packed(by_heads[rank]), packed(by_tokens[rank])), (heads, rank)
+
+
 @by_op
 @pytest.mark.parametrize("dtype", ("float32", "uint8"))
 def test_all_to_all_of_any_order_in_memory(ranks, dtype, op):
@@ -126,12 +136,12 @@ def test_the_derivative_is_the_adjoint(ranks, layout_name, op):
         assert sum(left) != 0
 
 
-@by_case
+@pytest.mark.parametrize("name", ATTENTION | UNEVEN)
 @by_layout
 def test_attention_and_derivatives_equal_those_of_the_whole_sequence(
     ranks, degree, name, layout_name
 ):
-    case = ATTENTION[name]
+    case = (ATTENTION | UNEVEN)[name]
     attend = partial(dense, layout="bshd", is_causal=case.is_causal)
     expected = derivatives(attend, case.inputs(degree))
     assert_near(joined(ranks, "attention", (name, layout_name)), expected)
@@ -207,11 +217,10 @@ REFUSALS = {
     "gather_idx=1",
     "scatter_idx of the channels": "scatter_idx = 3 and gather_idx = 1 .* Use scatter_idx=2",
     "batch_dim_idx": "batch_dim_idx must be 0 or 1, got 2",
-    "query heads": r"query heads N = {P2_1} is not divisible by {P} ranks. Got query \(2, 3, "
-    r"{P2_1}, 5\), key \(2, 3, {P2}, 5\)",
-    "KV heads and ranks": "KV heads K = 3 must divide the query heads N = {P6}, and either divide "
-    r"or be divisible by {P} ranks. .* key \(2, 3, 3, 5\).* Use key.repeat_interleave",
-    "KV heads and query heads": "KV heads K = {P4} must divide the query heads N = {P2},",
+    "query heads": r"heads N = {Pm1} are fewer than the {P} ranks.* Got query \(2, 3, {Pm1}, 5\), "
+    r"key \(2, 3, {P2}, 5\).* Use at most {Pm1} ranks",
+    "heads": r"heads N = {Pm1} are fewer than the {P} ranks.* Got input \(2, 3, {Pm1}, 5\)",
+    "KV heads and query heads": r"KV heads K = {P4} must divide the query heads N = {P2}\.",
     "key and value": r"same shape.*key \(2, 3, {P2}, 5\), value \(2, 3, {P}, 5\)",
     "three axes": r"must have 4 axes.*Got query \(3, {P2}, 5\)",
     "output": r"local_attention returned shape \(2, {P3_1}, 2, 5\), .*\(2, {P3}, 2, 5\)",
@@ -231,12 +240,11 @@ def test_refusals_state_the_sizes(ranks, degree, what):
     sizes = {
         "P": degree,
         "P2": 2 * degree,
-        "P2_1": 2 * degree + 1,
+        "Pm1": degree - 1,
         "P3": 3 * degree,
         "P3_1": 3 * degree - 1,
         "P3p1": 3 * degree + 1,
         "P4": 4 * degree,
-        "P6": 6 * degree,
     }
     for rank in ranks:
         message = rank["refusals"][what]

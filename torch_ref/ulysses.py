@@ -20,6 +20,7 @@ line; where a `DistributedAttention` holds the group, 1 of 15 without the barrie
 The barrier lets the threads finish; the second line ends them.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,42 +38,83 @@ def single_all_to_all(
 
     Args:
       input: this rank's `[S, B, N, H]` or `[B, S, N, H]`, any dtype; its bits travel unchanged.
-      scatter_idx: the axis to split, 2 for the heads; divisible by the number of ranks.
+      scatter_idx: the axis to split, 2 for the heads or that of the tokens. Heads may be uneven:
+        the first ranks get one more. Tokens have to be divisible by the number of ranks.
       gather_idx: the axis to concatenate, in rank order.
       batch_dim_idx: which axis is the batch, 0 or 1; the tokens are the other one.
       group: the sequence-parallel process group; None for the default group.
 
     Returns:
-      A tensor with axis `scatter_idx` divided and axis `gather_idx` multiplied by the group's size.
+      A tensor with all of axis `gather_idx` and this rank's part of axis `scatter_idx`.
 
     Raises:
-      ValueError: axes that are not the tokens and the heads, or that do not divide.
+      ValueError: axes that are not the tokens and the heads, tokens that do not divide, or fewer
+        heads than ranks.
     """
-    world_size = dist.get_world_size(group)
+    world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     _check_axes(scatter_idx, gather_idx, batch_dim_idx)
-    if input.shape[scatter_idx] % world_size:
-        raise ValueError(
-            f"axis {scatter_idx} of size {input.shape[scatter_idx]} is not divisible by the "
-            f"{world_size} ranks of the group. Got input {tuple(input.shape)}."
-        )
-    # Stacking keeps the strides of a channels-last tensor; what travels has to be contiguous.
-    chunks = torch.stack(input.chunk(world_size, dim=scatter_idx)).contiguous()
-    received = torch.empty_like(chunks)
+    size = input.shape[scatter_idx]
+    if scatter_idx == 2:
+        _check_head_count(size, world_size, f"Got input {tuple(input.shape)}.")
+        sent = [_heads_of(size, world_size, i) for i in range(world_size)]
+        gathered = [input.shape[gather_idx]] * world_size
+    else:
+        if size % world_size:
+            raise ValueError(
+                f"axis {scatter_idx} of size {size} is not divisible by the {world_size} ranks of "
+                f"the group. Got input {tuple(input.shape)}."
+            )
+        sent = [size // world_size] * world_size
+        # No rank can tell from its own heads how many another one has.
+        heads = torch.tensor([input.shape[gather_idx]], device=input.device)
+        counts = [torch.empty_like(heads) for _ in range(world_size)]
+        dist.all_gather(counts, heads, group=group)
+        gathered = [int(count) for count in counts]
+    chunks = [_bytes(x) for x in input.split(sent, dim=scatter_idx)]
+    shapes = []
+    for count in gathered:
+        shape = list(input.shape)
+        shape[scatter_idx], shape[gather_idx] = sent[rank], count
+        shapes.append(shape)
+    sizes = [math.prod(shape) * input.element_size() for shape in shapes]
+    received = torch.empty(sum(sizes), dtype=torch.uint8, device=input.device)
     # Bytes travel: gloo has no bfloat16 or float8 of its own, and bytes keep every NaN.
-    dist.all_to_all_single(received.view(torch.uint8), chunks.view(torch.uint8), group=group)
-    return torch.cat(received.unbind(0), dim=gather_idx)
+    dist.all_to_all_single(
+        received, torch.cat(chunks), sizes, [x.numel() for x in chunks], group=group
+    )
+    parts = received.split(sizes)
+    # Copies: the part of another rank may start where no element of this dtype can.
+    pieces = [x.clone().view(input.dtype).view(s) for x, s in zip(parts, shapes, strict=True)]
+    return torch.cat(pieces, dim=gather_idx)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """A contiguous tensor's bytes; a channels-last tensor becomes contiguous first."""
+    return x.contiguous(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+def _heads_of(heads: int, world_size: int, rank: int) -> int:
+    return heads // world_size + (rank < heads % world_size)
 
 
 class SeqAllToAll(torch.autograd.Function):
     """`single_all_to_all` with a derivative, which is itself: scatter and gather change places."""
 
     @staticmethod
-    def forward(ctx, group, input, scatter_idx, gather_idx, batch_dim_idx, exchange):
+    def forward(
+        ctx: Any,
+        group: Any,
+        input: Tensor,
+        scatter_idx: int,
+        gather_idx: int,
+        batch_dim_idx: int,
+        exchange: Exchange = single_all_to_all,
+    ) -> Tensor:
         ctx.arguments = group, scatter_idx, gather_idx, batch_dim_idx, exchange
         return exchange(input, scatter_idx, gather_idx, batch_dim_idx, group)
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         group, scatter_idx, gather_idx, batch_dim_idx, exchange = ctx.arguments
         grad = SeqAllToAll.apply(
@@ -131,16 +173,18 @@ class DistributedAttention(torch.nn.Module):
         """Attention over the whole sequence, from and to this rank's tokens.
 
         Args:
-          query: `[S/P, B, N, H]` or `[B, S/P, N, H]`, P dividing N.
-          key, value: the same with K heads. K divides N, and K divides P or P divides K: with
-            fewer KV heads than ranks each head is sent to P/K of them.
+          query: `[S/P, B, N, H]` or `[B, S/P, N, H]`, N at least P. Where P does not divide N, the
+            first ranks have one head more.
+          key, value: the same with K heads, K dividing N, and `value` with channels of its own.
+            Where P divides N and K divides P, each KV head is sent to P/K ranks; where neither K
+            divides P nor P divides K, or P does not divide N, to each of its query heads.
           batch_dim_idx: 1 for token-first, 0 for batch-first tensors.
           rotary_pos_emb: cosines and sines `[S, 1, 1, R]` of the rotary embedding of the first R
             channels, applied to query and key in global positions.
           args, kwargs: passed on to the local attention.
 
         Returns:
-          This rank's tokens of the output, of the query's shape.
+          This rank's tokens of the output, of the query's shape with the channels of `value`.
 
         Raises:
           ValueError: shapes or axes that do not fit, before any communication.
@@ -158,22 +202,30 @@ class DistributedAttention(torch.nn.Module):
             assert isinstance(out, Tensor)
             return out
 
-        key, value = (_repeat_heads(x, world_size) for x in (key, value))
+        copies = _copies(query.shape[2], key.shape[2], world_size)
+        key, value = (_repeat_heads(x, copies) for x in (key, value))
         q, k, v = (reshard(x, self.scatter_idx, gather_idx) for x in (query, key, value))
         if rotary_pos_emb is not None:
             q, k = (_rotate(x, *rotary_pos_emb, tokens_idx) for x in (q, k))
         out = self.local_attn(q, k, v, *args, **kwargs)
-        if out.shape != q.shape:
+        expected = (*q.shape[:3], v.shape[3])
+        if out.shape != expected:
             raise ValueError(
                 f"local_attention returned shape {tuple(out.shape)}, expected that of the query "
-                f"it was given, {tuple(q.shape)}."
+                f"it was given, with the channels of the value, {expected}."
             )
         return reshard(out, gather_idx, self.scatter_idx)
 
 
-def _repeat_heads(x: Tensor, world_size: int) -> Tensor:
-    """Each head as often as it takes to give every rank one; gradients are added in order."""
-    copies = max(world_size // x.shape[2], 1)
+def _copies(N: int, K: int, world_size: int) -> int:
+    """How often each KV head is repeated, so that every rank has those of its query heads."""
+    if N % world_size == 0 and K % world_size == 0:
+        return 1
+    return world_size // K if N % world_size == 0 and world_size % K == 0 else N // K
+
+
+def _repeat_heads(x: Tensor, copies: int) -> Tensor:
+    """Each head so often, side by side; gradients are added in order."""
     return x if copies == 1 else torch.stack([x] * copies, dim=3).flatten(2, 3)
 
 
@@ -202,13 +254,17 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, world_size: int) -> 
     got = f"Got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}."
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(f"query, key and value must have 4 axes, the heads being axis 2. {got}")
-    if key.shape != value.shape:
-        raise ValueError(f"key and value must have the same shape. {got}")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"key and value must have the same shape but for their channels. {got}")
     N, K = query.shape[2], key.shape[2]
-    if N % world_size:
-        raise ValueError(f"query heads N = {N} is not divisible by {world_size} ranks. {got}")
-    if N % K or (K % world_size and world_size % K):
+    _check_head_count(N, world_size, got)
+    if K == 0 or N % K:
+        raise ValueError(f"KV heads K = {K} must divide the query heads N = {N}. {got}")
+
+
+def _check_head_count(heads: int, world_size: int, got: str) -> None:
+    if heads < world_size:
         raise ValueError(
-            f"KV heads K = {K} must divide the query heads N = {N}, and either divide or be "
-            f"divisible by {world_size} ranks. {got} Use key.repeat_interleave({N} // K, dim=2)."
+            f"heads N = {heads} are fewer than the {world_size} ranks, so a rank would have none. "
+            f"{got} Use at most {heads} ranks."
         )
