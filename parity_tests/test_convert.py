@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_seqpar.bridge.bits import compare_bits
 from jax_seqpar.bridge.convert import _instead, to_jax, to_torch
@@ -91,6 +92,23 @@ def test_an_unaligned_tensor_is_copied_not_garbled():
     assert to_jax(base[16:]).unsafe_buffer_pointer() == base[16:].data_ptr()
     assert to_jax(base[1:]).unsafe_buffer_pointer() != base[1:].data_ptr()
     assert compare_bits(base[1:], to_jax(base[1:])).equal
+
+
+@pytest.mark.parametrize("kind", AxisType)
+def test_arrays_are_sharded_over_a_mesh(kind):
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind, kind))
+    sharding = NamedSharding(mesh, PartitionSpec("data", "seq"))
+    tensor = torch.arange(64.0).reshape(4, 8, 2)
+    tree = to_jax({"x": tensor, "rate": 0.5, "none": None}, sharding=sharding)
+    x = tree["x"]
+    assert (tree["rate"], tree["none"], x.sharding) == (0.5, None, sharding)
+    assert [shard.data.shape for shard in x.addressable_shards] == [(2, 2, 2)] * 8
+    assert compare_bits(x, tensor).equal
+    tensor.zero_()
+    beside = jax.device_put(jnp.ones((4, 8, 2)), sharding)
+    assert jax.jit(lambda a, b: a + b)(x, beside)[3, 7, 1] == 64.0
+    with pytest.raises(ValueError, match=r"shape \(3, 8\) at \['y'\] cannot have the sharding"):
+        to_jax({"y": torch.ones(3, 8)}, sharding=sharding)
 
 
 def test_memory_outlives_the_array_it_came_from():

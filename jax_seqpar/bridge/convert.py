@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Sharding
 
 from .extras import require_torch
 
@@ -37,7 +38,7 @@ def to_torch(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: _leaf_to_torch(path, x, torch), tree)
 
 
-def to_jax(tree: Any) -> Any:
+def to_jax(tree: Any, *, sharding: Sharding | None = None) -> Any:
     """Converts every PyTorch tensor of a tree to a JAX array.
 
     The array shares the tensor's memory, so the tensor must not be written in place afterwards. A
@@ -46,17 +47,22 @@ def to_jax(tree: Any) -> Any:
 
     Args:
       tree: a pytree of dense tensors; Python scalars and None pass unchanged.
+      sharding: of every array, as `jax.device_put` takes it; each device gets a copy of its part.
+        If None, arrays are committed to the tensor's device, and JAX does not compute with them
+        beside arrays that are sharded over a mesh.
 
     Returns:
       the same tree with JAX arrays of the same shape, dtype and bits.
 
     Raises:
-      ValueError: for a tensor that requires a gradient, a sparse tensor, or a 64-bit dtype while
-        JAX's x64 mode is off.
+      ValueError: for a tensor without data, one that requires a gradient, a sparse tensor, a
+        sharding that does not fit, or a 64-bit dtype while JAX's x64 mode is off.
       TypeError: for another kind of leaf, or a dtype that DLPack or JAX does not have.
     """
     torch = require_torch()
-    return jax.tree_util.tree_map_with_path(lambda path, x: _leaf_to_jax(path, x, torch), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: _sharded(path, _leaf_to_jax(path, x, torch), sharding), tree
+    )
 
 
 def _leaf_to_torch(path: Any, x: Any, torch: Any) -> Any:
@@ -110,6 +116,8 @@ def _leaf_to_jax(path: Any, x: Any, torch: Any) -> Any:
             f"tree."
         )
     what = f"{x.dtype} tensor of shape {tuple(x.shape)} at {_place(path)}"
+    if x.is_meta:
+        raise ValueError(f"{what} is on the meta device, without data. Load the numbers first.")
     if x.requires_grad:
         raise ValueError(
             f"{what} requires a gradient, which ends at the bridge. Write x.detach() if it may."
@@ -130,6 +138,18 @@ def _leaf_to_jax(path: Any, x: Any, torch: Any) -> Any:
             f"{what} does not cross by DLPack: {error}. "
             f"Write x.view(torch.uint8) for the bits, or x.to(torch.complex64), "
             f"x.to(torch.float32) or x.dequantize() for the values."
+        ) from error
+
+
+def _sharded(path: Any, x: Any, sharding: Sharding | None) -> Any:
+    if sharding is None or type(x) in _SCALARS:
+        return x
+    try:
+        return jax.device_put(x, sharding)
+    except ValueError as error:
+        raise ValueError(
+            f"{x.dtype} array of shape {x.shape} at {_place(path)} cannot have the sharding "
+            f"{sharding}: {error} Write a PartitionSpec whose axes divide its own."
         ) from error
 
 
