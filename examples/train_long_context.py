@@ -9,15 +9,19 @@ devices; on GPUs and TPUs it is the same command. On several processes start it 
 `--coordinator HOST:PORT --processes N --process I`. Needs the extra "training".
 """
 
+import hashlib
+import itertools
 import json
 import os
+import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import jax
 import numpy as np
@@ -26,11 +30,13 @@ import orbax.checkpoint as ocp
 import typer
 from decoder import FSDP, Config, Decoder, Placement
 from flax import nnx
+from jax._src import distributed
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_seqpar import MeshLayout, blockwise_attention, exact_attention
-from jax_seqpar.training import TokenLayout, pack_documents
+from jax_seqpar.training import TokenLayout, digest_arrays, pack_documents
 
 ATTENTION = {"auto": None, "blockwise": blockwise_attention, "exact": exact_attention}
 LAYOUT = MeshLayout(batch="data", tokens="seq")
@@ -103,10 +109,10 @@ def train(
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.linear_schedule(run.learning_rate / 10, run.learning_rate, 10)),
     )
-    with jax.set_mesh(mesh), _checkpoints(folder, run.save_every) as checkpoints:
+    with jax.set_mesh(mesh):
         graph, state = _initial(config, place, optimizer, mesh, run.seed)
         decides = _decides(run, text, config)
-        state, losses = _resumed(checkpoints, state, decides)
+        state, losses = _resumed(folder, state, decides)
 
         @jax.jit
         def update(state: Any, batch: Any) -> tuple[Any, jax.Array]:
@@ -116,43 +122,124 @@ def train(
             return (optax.apply_updates(params, updates), moments), loss
 
         layout = TokenLayout(mesh, LAYOUT)
-        for step in range(len(losses), run.steps):
-            rows, segments = text.batch(run, step)
-            state, loss = update(state, layout.shard(rows, segment_ids=segments))
-            losses.append(float(loss))
-            if on_step:
-                on_step(step, losses[-1])
-            if checkpoints is not None:
-                # Written in the background: a copy of what is appended to meanwhile.
-                checkpoints.save(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(state),
-                        losses=ocp.args.JsonSave({"losses": losses[:], "of": decides}),
-                    ),
-                    force=step + 1 == run.steps,
-                )
+        with _checkpoints(folder, run.save_every) as checkpoints:
+            for step in range(len(losses), run.steps):
+                rows, segments = text.batch(run, step)
+                state, loss = update(state, layout.shard(rows, segment_ids=segments))
+                losses.append(float(loss))
+                if on_step:
+                    on_step(step, losses[-1])
+                last = step + 1 == run.steps
+                if checkpoints is not None and (last or checkpoints.should_save(step)):
+                    items = {
+                        "state": ocp.args.StandardSave(state),
+                        "losses": ocp.args.JsonSave(_record(losses, decides, state)),
+                    }
+                    checkpoints.save(step, args=ocp.args.Composite(**items), force=last)
     return losses
 
 
-def _resumed(checkpoints: Any, state: Any, of: dict[str, Any]) -> tuple[Any, list[float]]:
-    """What the last checkpoint holds, put where `state` lies; `state` itself if there is none."""
-    if checkpoints is None or checkpoints.latest_step() is None:
+def _resumed(folder: Path | None, state: Any, of: dict[str, Any]) -> tuple[Any, list[float]]:
+    """State and losses of the newest whole checkpoint, sharded as `state`; `state` without one.
+
+    Newer checkpoints that are damaged are moved aside, so that their steps can be saved again.
+
+    Raises:
+      ValueError: checkpoints of another training, or of which none is whole.
+    """
+    if folder is None or not folder.exists():
         return state, []
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    last = checkpoints.latest_step()
-
-    def restored(**items: Any) -> Any:
-        return checkpoints.restore(last, args=ocp.args.Composite(**items))
-
-    # Before the state, whose shapes another model does not have.
-    saved = restored(losses=ocp.args.JsonRestore())["losses"]
-    if saved["of"] != of:
+    damaged: dict[int, str] = {}
+    with _reader(folder) as reader:
+        for step in sorted(reader.all_steps(), reverse=True):
+            try:
+                found = _restored(reader, step, state, of)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            _move_aside(folder, damaged, f"Resuming after step {step}")
+            return found
+    if damaged:
         raise ValueError(
-            f"{checkpoints.directory} holds a training of {saved['of']}, not of {of}. "
+            f"No checkpoint in {folder} is whole: "
+            + "; ".join(f"step {step} is damaged ({cause})" for step, cause in damaged.items())
+            + ". Give another folder to start anew."
+        )
+    return state, []
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or that differs from what was saved."""
+
+
+def _restored(
+    reader: ocp.CheckpointManager, step: int, state: Any, of: dict[str, Any]
+) -> tuple[Any, list[float]]:
+    # Before the state, whose shapes another model does not have.
+    record = _read(reader, step, losses=ocp.args.JsonRestore())
+    _agree(_record_problem(record, step))
+    if record["of"] != of:
+        raise ValueError(
+            f"{reader.directory} holds a training of {record['of']}, not of {of}. "
             f"Give another folder."
         )
-    return restored(state=ocp.args.StandardRestore(shapes))["state"], saved["losses"]
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    state = _read(reader, step, state=ocp.args.StandardRestore(shapes))
+    digests = digest_arrays(state)
+    if differing := [path for path, x in record["digests"].items() if digests.get(path) != x]:
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise DamagedError(f"other bits than were saved in array {differing[0]}{more}")
+    return state, record["losses"]
+
+
+def _read(reader: ocp.CheckpointManager, step: int, **item: Any) -> Any:
+    """One item of a checkpoint."""
+    (name,) = item
+    found, problem = None, None
+    # Files that are damaged raise whatever they meet in Orbax, TensorStore and JSON.
+    try:
+        found = reader.restore(step, args=ocp.args.Composite(**item))[name]
+    except Exception as error:
+        reason = (str(error).strip() or "no reason").splitlines()[0]
+        problem = f"{name} cannot be read, {type(error).__name__}: {reason[:200]}"
+    _agree(problem)
+    return found
+
+
+def _agree(problem: str | None) -> None:
+    """Raises DamagedError on every process if any of them has a problem."""
+    if multihost_utils.process_allgather(np.array(problem is not None)).any():
+        raise DamagedError(problem or "another process could not read it")
+
+
+def _record(losses: list[float], of: dict[str, Any], state: Any) -> dict[str, Any]:
+    """What stands beside the state, with digests of the state and of itself."""
+    record = {"losses": losses[:], "of": of, "digests": digest_arrays(state)}
+    return record | {"digest": _digest(record)}
+
+
+def _record_problem(record: Any, step: int) -> str | None:
+    if not isinstance(record, dict) or "digest" not in record:
+        return "its losses have no digest"
+    if record["digest"] != _digest({k: x for k, x in record.items() if k != "digest"}):
+        return "losses other than were saved"
+    if len(record["losses"]) != step + 1:
+        return f"it holds {len(record['losses'])} losses, so it is of another step"
+    return None
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _move_aside(folder: Path, damaged: dict[int, str], then: str) -> None:
+    if jax.process_index() == 0:
+        for step, cause in damaged.items():
+            aside = folder / f"damaged-{step}-{time.time_ns()}"
+            (folder / str(step)).rename(aside)
+            print(f"Step {step} is damaged ({cause}), moved to {aside}. {then}.", file=sys.stderr)
+    # Before any process lists the folder again.
+    multihost_utils.sync_global_devices("damaged checkpoints are moved aside")
 
 
 def _decides(run: Run, text: Text, config: Config) -> dict[str, Any]:
@@ -182,6 +269,16 @@ def _initial(
     )
     params = jax.jit(lambda: parameters()[1], out_shardings=specs)()
     return graph, (params, jax.jit(optimizer.init)(params))
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    """Reads without waiting for other processes, as a file may be damaged for one of them only."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=str(process)
+    )
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 @contextmanager
@@ -220,6 +317,51 @@ def plot(curves: dict[str, list[float]], file: Path) -> None:
     pyplot.close(figure)
 
 
+PATIENCE = 30.0  # seconds without a sign of life, well beyond a pause of the coordinator
+
+
+def _watch(process: int, processes: int) -> None:
+    """Ends this process, in words, where another one shows no sign of life.
+
+    Collectives wait for ever for a process that is stopped, and JAX ends the others of a killed one
+    after 85 seconds, without a word of resuming. Every process counts in the coordinator's store.
+    """
+    client: Any = distributed.global_state.client
+    counts: dict[int, str] = {}
+    alive = dict.fromkeys(range(processes), time.monotonic())
+
+    def count() -> None:
+        for beat in itertools.count():
+            # The store fails and waits where the coordinator does: then nobody's count goes on.
+            with suppress(jax.errors.JaxRuntimeError):
+                client.key_value_set(f"alive/{process}", str(beat), allow_overwrite=True)
+                for other in alive:
+                    found = client.key_value_try_get(f"alive/{other}")
+                    if counts.get(other) != found:
+                        counts[other], alive[other] = found, time.monotonic()
+            time.sleep(1)
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            if time.monotonic() - min(alive.values()) > PATIENCE:
+                _lost(f"another process has shown no sign of life for {PATIENCE:g} s")
+
+    for loop in (count, watch):
+        threading.Thread(target=loop, daemon=True).start()
+
+
+def _lost(why: str) -> NoReturn:
+    print(
+        f"Stopped: {why}. Start every process again with the same --folder: "
+        f"training goes on from its last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    # Not sys.exit: JAX would wait at exit for the process that is lost.
+    os._exit(1)
+
+
 @app.command()
 def main(
     files: Annotated[list[Path] | None, typer.Argument(exists=True, dir_okay=False)] = None,
@@ -248,6 +390,7 @@ def main(
     if coordinator is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, processes, process)
+        _watch(process, processes)
     if len(jax.devices()) < degree * data:
         raise typer.BadParameter(
             f"degree {degree} x data {data} needs {degree * data} devices, here are "
@@ -274,6 +417,10 @@ def main(
             losses = train(run, text, config, folder and folder.absolute() / "steps", on_step)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    except jax.errors.JaxRuntimeError as error:
+        if processes == 1:
+            raise
+        _lost(f"a collective failed, as when another process dies ({str(error).splitlines()[0]})")
     if first:
         print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at step {len(losses)}")
         if folder is not None:
