@@ -94,7 +94,7 @@ def test_an_unaligned_tensor_is_copied_not_garbled():
     assert compare_bits(base[1:], to_jax(base[1:])).equal
 
 
-@pytest.mark.parametrize("kind", AxisType)
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
 def test_arrays_are_sharded_over_a_mesh(kind):
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind, kind))
     sharding = NamedSharding(mesh, PartitionSpec("data", "seq"))
@@ -106,7 +106,7 @@ def test_arrays_are_sharded_over_a_mesh(kind):
     assert compare_bits(x, tensor).equal
     tensor.zero_()
     beside = jax.device_put(jnp.ones((4, 8, 2)), sharding)
-    assert jax.jit(lambda a, b: a + b)(x, beside)[3, 7, 1] == 64.0
+    assert np.asarray(jax.jit(lambda a, b: a + b)(x, beside))[3, 7, 1] == 64.0
     with pytest.raises(ValueError, match=r"shape \(3, 8\) at \['y'\] cannot have the sharding"):
         to_jax({"y": torch.ones(3, 8)}, sharding=sharding)
 
