@@ -173,7 +173,10 @@ class Attention(nnx.Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         drops = self.dropout_rate > 0 and not deterministic
         if decode:
-            refusals.check_decode(self.cached_key, self.cache_index, x.shape[1], segment_ids, drops)
+            mesh = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
+            refusals.check_decode(
+                self.cached_key, self.cache_index, x, mesh.shape, segment_ids, drops
+            )
         refusals.check_dropout(self.dropout_rate, deterministic, rngs)
         start = self.cache_index[...] if decode and self.cache_index is not None else 0
         order = (start + jnp.arange(x.shape[1], dtype=jnp.int32))[None]
@@ -208,8 +211,10 @@ class Attention(nnx.Module):
         """An empty cache for decoding, `[B, S, K@(heads, tokens), H]`; whole if K does not divide.
 
         Raises:
-          ValueError: if the devices cannot share the heads.
+          ValueError: if the devices cannot share the heads, and for sizes or a dtype that make no
+            cache.
         """
+        refusals.check_cache_sizes(batch, tokens, dtype)
         layout, mesh = self._decode_layout(None)
         devices = axes_size(layout.heads, mesh.shape)
         refusals.check_cache_heads(self.num_heads, self.num_kv_heads, devices, layout.heads)

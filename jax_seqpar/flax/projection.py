@@ -79,7 +79,12 @@ class Projection(nnx.Module):
             self.bias = parameter(bias, self.bias_letters, sharding, mesh)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The projection of x."""
+        """The projection of x.
+
+        Raises:
+          ValueError: unless x has the axes of the letters, of the kernel's sizes.
+        """
+        refusals.check_projected(self.letters, x, self.kernel[...])
         kernel = self.gather(self.kernel[...], self.kernel_letters)
         dtype = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype is None else self.dtype
         out_sharding = _out_sharding(self.letters, x, kernel)

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.lax import Precision
 
@@ -55,8 +57,68 @@ def check_precision(layer: str, precision: Any) -> Precision:
     return a
 
 
+def check_array(name: str, x: Any) -> None:
+    """Raises ValueError for a list, a number, or the shape of an array without its data."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise ValueError(
+            f"{name} must be an array of JAX or NumPy, got {type(x).__name__}. Write "
+            f"jnp.asarray({name}); for shapes without data jax.eval_shape(...) around the call."
+        )
+
+
+def check_floats(name: str, x: Any) -> None:
+    """Raises ValueError unless x is an array of floats."""
+    check_array(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must have a floating dtype, got {x.dtype}. Write {name}.astype(jnp.float32), "
+            f"or embed the tokens first."
+        )
+
+
+def check_projected(letters: str, x: Any, kernel: Any) -> None:
+    """Raises ValueError unless x has the axes that the letters name, of the kernel's sizes."""
+    check_floats("x", x)
+    operands = letters.replace(" ", "").partition("->")[0].split(",")
+    sizes = dict(zip(operands[1], kernel.shape, strict=True))
+    fits = len(x.shape) == len(operands[0]) and all(
+        sizes.get(c, n) == n for c, n in zip(operands[0], x.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"x must have the axes {operands[0]!r} of {letters!r}, with {sizes}, got shape "
+            f"{tuple(x.shape)}. For one sequence write x[None]."
+        )
+
+
+def check_rotated(x: Any, positions: Any) -> None:
+    """Raises ValueError unless x is `[B, T, N, H]` and positions are `[B, T]` or `[1, T]` of it."""
+    check_floats("x", x)
+    check_array("positions", positions)
+    check_integers("positions", positions)
+    if len(x.shape) != 4 or positions.shape not in ((1, x.shape[1]), tuple(x.shape[:2])):
+        raise ValueError(
+            f"x must be [B, T, N, H] and positions [B, T] or [1, T] of its tokens, got shapes "
+            f"{tuple(x.shape)} and {tuple(positions.shape)}. Write positions[None] of one row."
+        )
+
+
+def check_cache_sizes(batch: Any, tokens: Any, dtype: Any) -> None:
+    """Raises ValueError unless a cache of floats can be made."""
+    for name, n in (("batch", batch), ("tokens", tokens)):
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+            raise ValueError(
+                f"init_cache takes a positive integer of {name}, got {n!r}. Write "
+                f"init_cache(batch, tokens) with x.shape[0] and the longest sequence."
+            )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"the cache must have a floating dtype, got {dtype}. Write jnp.bfloat16.")
+
+
 def check_batch_axes(query: Any, key: Any, value: Any) -> None:
     """Refuses query, key and value of different batches."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_array(name, x)
     shapes = [x.shape for x in (query, key, value)]
     if any(len(shape) < 3 for shape in shapes) or len({shape[:-3] for shape in shapes}) > 1:
         raise ValueError(
@@ -163,6 +225,7 @@ def check_head_dim(features: int, num_heads: int) -> None:
 
 def check_tokens(x: Any, features: int, positions: Any, segment_ids: Any) -> None:
     """Refuses an input that is not `[B, T, features]`, or positions of other tokens."""
+    check_floats("x", x)
     if len(x.shape) != 3 or x.shape[-1] != features:
         raise ValueError(
             f"x must be [B, T, {features}], got shape {x.shape}. For one sequence write x[None]."
@@ -170,6 +233,7 @@ def check_tokens(x: Any, features: int, positions: Any, segment_ids: Any) -> Non
     for name, ids in (("positions", positions), ("segment_ids", segment_ids)):
         if ids is None:
             continue
+        check_array(name, ids)
         fits = len(ids.shape) == 2 and ids.shape[1] == x.shape[1]
         if not fits or ids.shape[0] not in (1, x.shape[0]):
             raise ValueError(
@@ -202,15 +266,30 @@ def check_cache_heads(num_heads: int, num_kv_heads: int, devices: int, axes: obj
         )
 
 
-def check_decode(cache: Any, index: Any, tokens: int, segment_ids: Any, drops: bool) -> None:
+def check_decode(
+    cache: Any, index: Any, x: Any, mesh_shape: Any, segment_ids: Any, drops: bool
+) -> None:
     """Refuses decoding without a cache, and what a cache does not keep.
 
     Args:
       index: how many tokens the cache holds; under `jit` that is not known.
+      mesh_shape: of the mesh of this call, by axis; empty if that of the arrays is taken.
     """
     if cache is None:
         raise ValueError("decode=True needs a cache: call init_cache(batch, tokens) first.")
+    batch, tokens = x.shape[:2]
     held = 0 if isinstance(index[...], Tracer) else int(index[...])
+    if cache.shape[0] != batch:
+        raise ValueError(
+            f"x has batch B = {batch}, but the cache is of {cache.shape[0]} sequences: call "
+            f"init_cache({batch}, tokens) for this batch."
+        )
+    own = getattr(getattr(cache[...], "sharding", None), "mesh", None)
+    if own is not None and mesh_shape and own.shape and dict(own.shape) != dict(mesh_shape):
+        raise ValueError(
+            f"the cache is on a mesh {dict(own.shape)}, this call on {dict(mesh_shape)}: call "
+            f"init_cache(batch, tokens) under the mesh of the call."
+        )
     if held + tokens > cache.shape[1]:
         raise ValueError(
             f"{tokens} tokens after {held} do not fit the cache of {cache.shape[1]}: "

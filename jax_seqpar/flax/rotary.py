@@ -56,8 +56,8 @@ class Rotary:
           ValueError: for an odd number of channels, frequencies of another number or not finite, an
             attention_factor that is not a positive number, and positions of floats.
         """
+        refusals.check_rotated(x, positions)
         R = int(self.fraction * x.shape[-1])
-        refusals.check_integers("positions", positions)
         refusals.check_rotary(R, x.shape[-1], self.fraction, self.frequencies)
         refusals.check_attention_factor(self.attention_factor)
         angles = _angles(positions, self._frequencies(R))[:, :, None]
