@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from questions import QUICK, error, output_and_gradients, temporaries_of
 
-from jax_seqpar import blockwise_attention, dense_attention
+from jax_seqpar import blockwise_attention, dense_attention, exact_attention
 from jax_seqpar.blocks import Block
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.arrays import numpy_to_torch
@@ -27,6 +27,10 @@ from torch_ref.dense import dense_attention as torch_dense_attention
 SIZES = Sizes(2, 13, 17, 4, 2, 5, 3)
 EPS = np.finfo(np.float32).eps
 LEAST = float(np.finfo(np.float32).min)
+FAR = tuple(
+    np.stack([np.arange(n, dtype=np.int32)] * 2) + first for n, first in ((13, 1 << 20), (17, 0))
+)
+SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
 small = partial(blockwise_attention, query_chunk=4, key_chunk=5)
 rng = np.random.default_rng(5)
 EVERYTHING: dict[str, Any] = {
@@ -78,6 +82,65 @@ def test_dtypes(dtype):
         for got, want in zip((out, *gradients), (expected, *expected_gradients), strict=True):
             want = want.detach().numpy()
             assert error(got, want) <= 4 * eps * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_gradients_of_a_row_add_up_to_0_in_16_bits(dtype):
+    """Slopes times distances of 1000, and a common offset of keys or values: as near as dense.
+
+    Where the sum over keys of the logits' gradients is not 0, the gradient of slopes and dq have
+    that sum times the distance or the offset as an error.
+    """
+    far = FAR[0] - (1 << 20) + 1000, FAR[1]
+    some = {"alibi_slopes": SLOPES / 16, "positions": far}
+    for offsets in ((0, 0), (8, 0), (0, 8)):
+        inputs = operands(SIZES)
+        for i, offset in zip((1, 2), offsets, strict=True):
+            inputs[i] = inputs[i] + np.float32(offset)
+        inputs = [x.astype(jnp.dtype(dtype)) for x in inputs]
+        truth = run_torch(some, "dense", inputs)
+        of = {"blockwise": small, "dense": dense_attention}
+        got = {n: run_jax(f, some, n, inputs, QUICK) for n, f in of.items()}
+        for name in ("dq", "alibi_slopes"):
+            errors = {n: error(x[name], truth[name]) for n, x in got.items()}
+            # A unit of the result's own rounding, which either may happen to get right.
+            unit = jnp.finfo(got["dense"][name].dtype).eps * np.max(np.abs(truth[name]))
+            assert errors["blockwise"] <= errors["dense"] + float(unit) / 2, (offsets, name)
+
+
+@pytest.mark.parametrize("index", ("int32", "int64"))
+def test_64_bits(index):
+    """Gradients where bounds of blocks come from arrays, of either integer dtype."""
+    rng = np.random.default_rng(3)
+    some: dict[str, Any] = {
+        "segment_ids": tuple(np.sort(rng.integers(0, 3, (2, n)), axis=1) for n in (13, 17)),
+        "positions": tuple(np.stack([np.arange(n), np.arange(n) + 2]) for n in (13, 17)),
+        "query_seq_lengths": np.array([13, 5]),
+        "key_value_seq_lengths": np.array([9, 17]),
+    }
+    some = jax.tree.map(lambda x: x.astype(index), some) | {"is_causal": True}
+    some["bias"] = rng.standard_normal((1, 4, 13, 17))
+    with jax.enable_x64(True):
+        inputs = [x.astype(np.float64) for x in operands(SIZES)]
+        got = run_jax(small, some, "blockwise", inputs, QUICK)
+        for name, expected in run_torch(some, "blockwise", inputs).items():
+            bound = 64 * np.finfo(np.float64).eps * np.max(np.abs(expected))
+            assert error(got[name], expected) <= bound, name
+
+
+@pytest.mark.parametrize(
+    "attend",
+    (small, partial(small, forward_mode=True), dense_attention, exact_attention),
+    ids=("blockwise", "either mode", "dense", "exact"),
+)
+def test_no_inf_is_seen_in_an_eager_call(attend):
+    """By `jax.debug_infs`, in output and gradients, where queries have no key."""
+    q, k, v, _ = map(jnp.asarray, operands(SIZES))
+    mask = jnp.asarray(rng.random((2, 1, 13, 17)) < 0.5).at[:, :, 3].set(False)
+    with jax.debug_infs(True), jax.debug_nans(True):
+        out, pull = jax.vjp(partial(attend, mask=mask), q, k, v)
+        gradients = pull(out)
+    assert all(np.isfinite(np.asarray(x)).all() for x in gradients)
 
 
 def test_the_log_of_the_sum_merges_parts_over_keys():
@@ -402,10 +465,6 @@ def exact_logits(common: float) -> list[np.ndarray]:
 
 
 BEFORE = np.arange(17) < np.array([[6], [3]])  # keys of padding on the left of each sequence
-FAR = tuple(
-    np.stack([np.arange(n, dtype=np.int32)] * 2) + first for n, first in ((13, 1 << 20), (17, 0))
-)
-SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
 
 
 def padding_bias(masked: float, kept: float = 0.0) -> np.ndarray:

@@ -69,6 +69,13 @@ def dense_attention(
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
     )
+    return _attend(query, key, value, description)
+
+
+# One program in an eager call, too, so that the -inf of masked logits, which exp makes 0, is no
+# result of an operation that `jax.debug_infs` would object to.
+@jax.jit
+def _attend(query: Array, key: Array, value: Array, description: Description) -> Array:
     out, _ = dense_rows(query, key, value, description, Block(0, query.shape[1]))
     return out
 

@@ -180,17 +180,52 @@ def backward(
     operands = (query, key, value, description)
     arrays = description.arrays
     dtype = accumulated(query.dtype)
-    products = out_gradient.astype(dtype) * out.astype(dtype)
     top, total, share = (x[..., None] for x in (*normaliser, 1 / normaliser.divisor))
+
+    def head_with(D: Array) -> Callable[..., GradientHead]:
+        rows = (D, top, share)
+        return partial(GradientHead.of, operands=operands, out_gradient=out_gradient, rows=rows)
+
+    if query.dtype.itemsize == 2:
+        D = _weighted_sums(plan, head_with(jnp.zeros_like(total)), operands)
+    else:
+        D = _total(_rounded(out_gradient.astype(dtype) * out.astype(dtype), total))
     # The derivative of the lse by a logit is its weight, that of the total as much times the total.
-    D = _total(_rounded(products, total)) - normaliser_gradient.total[..., None] * total
-    head_of = partial(
-        GradientHead.of, operands=operands, out_gradient=out_gradient, rows=(D, top, share)
-    )
+    head_of = head_with(D - normaliser_gradient.total[..., None] * total)
     dq, dk, dv, added = _operand_gradients(plan, head_of, operands)
     if "bias" in arrays:
         added["bias"] = _bias_gradient(plan, head_of, operands)
     return dq, dk, dv, {name: x.astype(arrays[name].dtype) for name, x in added.items()}
+
+
+def _weighted_sums(
+    plan: Plan, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
+) -> Array:
+    """D `[B, T, N, 1]` of 16-bit operands, as the sum over keys of weight times its gradient.
+
+    With it the gradients of a row's logits add up to 0 as float32 does, which slopes times large
+    distances and keys with a common offset need. The sum of gradient times output is another
+    number, even of an output in float32: that is made of weights rounded to 16 bits.
+    """
+    query, *_ = operands
+    B, T, N, _ = query.shape
+    dtype = accumulated(query.dtype)
+
+    def query_head(index: Array, sums: Array) -> Array:
+        b, n = index // N, index % N
+        one = head_of(b, n)
+
+        def rows(queries: Block, _: Any, sums: Array) -> Array:
+            def add(keys: Block, fresh_keys: Array | None, D: Array) -> Array:
+                _, products, _ = one.weights(queries, keys, (None, fresh_keys))
+                return D + products.sum(-1, keepdims=True)
+
+            none = full((queries.size, 1), 0, dtype, operands)
+            return _put(sums, one.head.for_keys(queries, plan.keys, add, none), b, queries, n)
+
+        return for_blocks(T, plan.queries, (0, T), rows, sums)
+
+    return jax.lax.fori_loop(0, B * N, query_head, full((B, T, N, 1), 0, dtype, operands))
 
 
 def _operand_gradients(
@@ -227,8 +262,10 @@ def _operand_gradients(
                     dq, dk, dv, added = carry
                     p, dz, pull = one.weights(queries, keys, (fresh_queries, fresh_keys))
                     ddots, _, dslope = pull(dz)
-                    ddots = ddots.astype(query.dtype)
+                    ddots, rest = _split(ddots, query.dtype)
                     dq = dq + head.dot("ts,sh->th", ddots, keys.of(head.k, 0))
+                    if rest is not None:
+                        dq = dq + head.dot("ts,sh->th", rest, keys.of(head.k, 0))
                     part = head.dot("ht,ts->hs", queries.of(q_columns, 1), ddots)
                     dk = _add(dk, part, (0, keys.start))
                     p = head.kept(p, queries, keys).astype(query.dtype)
@@ -288,24 +325,48 @@ def _bias_gradient(
     return jax.lax.fori_loop(0, B * N, query_head, start)
 
 
+def _at(*indices: Any) -> tuple[Array, ...]:
+    """Where a slice starts, in one dtype.
+
+    With 64 bits on, loops count in int64 while bounds that segments, positions or lengths set are
+    int32, and JAX raises TypeError for a slice at both.
+    """
+    return tuple(jnp.asarray(i, jnp.int32) for i in indices)
+
+
 def _head(x: Array, b: Any, n: Any) -> Array:
-    part = jax.lax.dynamic_slice(x, (b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))
+    part = jax.lax.dynamic_slice(x, _at(b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))
     return part.reshape(x.shape[1], x.shape[3])
 
 
 def _get(x: Array, b: Any, tokens: Block, n: Any) -> Array:
     size = (1, tokens.size, 1, x.shape[3])
-    return jax.lax.dynamic_slice(x, (b, tokens.start, n, 0), size)[0, :, 0]
+    return jax.lax.dynamic_slice(x, _at(b, tokens.start, n, 0), size)[0, :, 0]
 
 
 def _put(x: Array, part: Array, b: Any, tokens: Block, n: Any) -> Array:
     part = part.astype(x.dtype)[None, :, None]
-    return jax.lax.dynamic_update_slice(x, part, (b, tokens.start, n, 0))
+    return jax.lax.dynamic_update_slice(x, part, _at(b, tokens.start, n, 0))
 
 
 def _add(x: Array, part: Array, start: tuple[Any, ...]) -> Array:
-    old = jax.lax.dynamic_slice(x, start, part.shape)
-    return jax.lax.dynamic_update_slice(x, old + part, start)
+    old = jax.lax.dynamic_slice(x, _at(*start), part.shape)
+    return jax.lax.dynamic_update_slice(x, old + part, _at(*start))
+
+
+def _split(x: Array, dtype: Any) -> tuple[Array, Array | None]:
+    """x rounded to dtype, and what the rounding took away, of that dtype, too; None of nothing.
+
+    The gradients of a row's logits add up to 0, which takes a common offset of the keys out of dq.
+    Rounded to 16 bits they do not: with keys of mean 8 dq was 4 times less accurate.
+    """
+    if x.dtype == dtype:
+        return x, None
+    bits = jnp.finfo(dtype)
+    # Not by a conversion and back, which XLA leaves out (xla_allow_excess_precision), and with it
+    # the rounding: the rest would be 0.
+    rounded = jax.lax.reduce_precision(x, bits.nexp, bits.nmant)
+    return rounded.astype(dtype), (x - rounded).astype(dtype)
 
 
 def _rounded(products: Array, other: Array) -> Array:
