@@ -209,6 +209,8 @@ def assert_as_near(got: Any, alone: Any, truth: Any, copies: int) -> None:
     for name, expected in truth.items():
         eps = np.finfo(np.float32).eps * np.max(np.abs(expected), initial=0)
         more = (copies - 1) * eps if name in ("dk", "dv") else 0
-        # An entry that one device happens to get right to the bit has a neighbour half a unit off.
-        bound = 2 * max(error(alone[name], expected), eps / 2) + more
+        # The program of one device may be fused otherwise, and so luckier: with JAX 0.12 dq of the
+        # dense kernel is off by 0.5 units of the largest entry alone and by 1.1 sharded, with JAX
+        # 0.10 by 1.7 both ways. Below one unit the two are alike.
+        bound = 2 * max(error(alone[name], expected), eps) + more
         assert error(got[name], expected) <= bound, f"{name}: {error(got[name], expected)} {bound}"
