@@ -6,27 +6,34 @@ stated: fewer would be a hole, more would blame what works.
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from fractions import Fraction
 from functools import cache, partial
 from typing import Any
 
+import integer_oracle
 import jax
 import numpy as np
 import pytest
+import torch
 
+from jax_seqpar.bridge.arrays import numpy_to_torch
 from jax_seqpar.bridge.certify import certify_torch
 from jax_seqpar.exact import arithmetic, certificate, certify
 from jax_seqpar.exact.certificate import Check, Operations
 from jax_seqpar.kernels import dense_attention
+from torch_ref.dropout import head_keys, limit, threefry2x32
 
 Operation = Callable[..., Any]
 
 HARD, SAMPLE, ENDS = "exp: the hardest cases", "exp: a million others", "exp: its ends"
 DOT = "dot: the bit budget at its edge"
 CONTRACT = "contract: the bit budget at its edge"
+INT64 = "contract: int64 sums"
 FLOAT64, INT8 = "matrix product: float64", "matrix product: int8"
 FLUSH, ROUND32 = "flush: subnormals are 0", "round32: ties and ends"
 WIDENED = "round32: widened again"
-OUT, DIVISION = "out: one NaN, no -0", "division: float64"
+OUT, NARROWED, DIVISION = "out: one NaN, no -0", "out: 16 bits", "division: float64"
+SOFT_CAP, DROPOUT = "soft cap and its slope", "dropout"
 ATTENTION = "attention and its gradients"
 
 LEAST_NORMAL = np.float32(2.0**-126)
@@ -117,14 +124,14 @@ def contract_in_one(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     return weights.T @ x
 
 
-def contract32(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """By digits, but with sums of float32."""
+def contract_with_sums_of(dtype: type, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """By digits, one token after another."""
     total = np.zeros((weights.shape[1], x.shape[1]))
     for unit in (2.0 ** (2 * arithmetic.DIGIT_BITS), 2.0**arithmetic.DIGIT_BITS, 1.0):
         digit = np.rint(x / unit)
         x = x - digit * unit
-        part = weights.T.astype(np.float32) @ digit.astype(np.float32)
-        total = total * 2.0**arithmetic.DIGIT_BITS + part
+        products = weights.astype(dtype)[:, :, None] * digit.astype(dtype)[:, None]
+        total = total * 2.0**arithmetic.DIGIT_BITS + np.cumsum(products, axis=0)[-1]
     return total
 
 
@@ -190,6 +197,98 @@ def reciprocal_by_newton(x: np.ndarray) -> np.ndarray:
     for _ in range(2):
         y = y * (2 - x * y)
     return y
+
+
+def to_16_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both roundings right, but for what `out` does to numbers and to NaNs."""
+    x = narrow(x)
+    with np.errstate(over="ignore"):
+        return x.astype(jax.numpy.bfloat16), x.astype(np.float16)
+
+
+def to_16_bits_at_once(right: Operation) -> Operation:
+    """float16 without the rounding to float32 between."""
+
+    def at_once(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bfloat16, float16 = right(x)
+        with np.errstate(over="ignore"):
+            return bfloat16, np.where(np.isnan(x) | (x == 0), float16, x.astype(np.float16))
+
+    return at_once
+
+
+def truncated_to_bfloat16(right: Operation) -> Operation:
+    def truncate(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bfloat16, float16 = right(x)
+        cut = (narrow(x).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        return np.where(np.isnan(x), bfloat16, cut.view(jax.numpy.bfloat16)), float16
+
+    return truncate
+
+
+def subnormals_of_float16_flushed(right: Operation) -> Operation:
+    def flushed(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bfloat16, float16 = right(x)
+        return bfloat16, np.where(np.abs(float16) < 2.0**-14, np.float16(0), float16)
+
+    return flushed
+
+
+def soft_cap32(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By a tanh of float32, as a library has it."""
+    tanh = np.tanh((z / certificate.SOFT_CAP).astype(np.float32)).astype(np.float64)
+    return certificate.SOFT_CAP * tanh, 1 - tanh**2
+
+
+def an_ulp_of_one(output: int) -> Callable[[Operation], Operation]:
+    """One element of one output, the next float64."""
+
+    def sabotage(right: Operation) -> Operation:
+        def moved(x: np.ndarray) -> tuple[np.ndarray, ...]:
+            results = [y.copy() for y in right(x)]
+            results[output][100] = np.nextafter(results[output][100], np.inf)
+            return tuple(results)
+
+        return moved
+
+    return sabotage
+
+
+def kept_of_words(compare: Operation) -> Callable[[Operation], Operation]:
+    """Dropout by PyTorch's words and a comparison with the limit of its own."""
+
+    def kept(key: np.ndarray) -> np.ndarray:
+        B, N, T, S = certificate.DROPOUT_SHAPE
+        keys = head_keys(numpy_to_torch(key), B, N)[:, :, None, None]
+        counter = (torch.arange(T)[:, None], torch.arange(S))
+        words = threefry2x32((keys[..., 0], keys[..., 1]), counter)
+        return compare(
+            *(x.numpy().astype(np.uint32) for x in words), limit(certificate.DROPOUT_RATE)
+        )
+
+    return in_place_of(kept)
+
+
+def of_signed_words(word: np.ndarray, other: np.ndarray, limit: int) -> np.ndarray:
+    return word.astype(np.int32) >= np.uint32(limit).astype(np.int32)
+
+
+def of_the_other_word(word: np.ndarray, other: np.ndarray, limit: int) -> np.ndarray:
+    return other >= limit
+
+
+def of_a_float32(word: np.ndarray, other: np.ndarray, limit: int) -> np.ndarray:
+    """The first 8 bits of a word, as a share of 1."""
+    return (word >> np.uint32(24)) / np.float32(256) >= limit / 2.0**32
+
+
+def one_weight_dropped(right: Operation) -> Operation:
+    def dropped(key: np.ndarray) -> np.ndarray:
+        kept = right(key).copy()
+        kept.ravel()[np.flatnonzero(kept)[-1]] = False
+        return kept
+
+    return dropped
 
 
 def one_bit(output: int) -> Callable[[Operation], Operation]:
@@ -270,10 +369,19 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
     "dot with one bit fewer on the left": ("dot", left_with_fewer_bits, {DOT}),
     "dot with one bit fewer on the right": ("dot", right_with_fewer_bits, {DOT}),
     "dot without the last channel": ("dot", last_channel_lost, {DOT}),
-    "contract in one product": ("contract", in_place_of(contract_in_one), {CONTRACT}),
-    "contract with sums of float32": ("contract", in_place_of(contract32), {CONTRACT}),
-    "contract without the low digit": ("contract", low_digit_lost, {CONTRACT}),
-    "contract without the last token": ("contract", last_token_lost, {CONTRACT}),
+    "contract in one product": ("contract", in_place_of(contract_in_one), {CONTRACT, INT64}),
+    "contract with sums of float32": (
+        "contract",
+        in_place_of(partial(contract_with_sums_of, np.float32)),
+        {CONTRACT, INT64},
+    ),
+    "contract with sums of float64, however long": (
+        "contract",
+        in_place_of(partial(contract_with_sums_of, np.float64)),
+        {INT64},
+    ),
+    "contract without the low digit": ("contract", low_digit_lost, {CONTRACT, INT64}),
+    "contract without the last token": ("contract", last_token_lost, {CONTRACT, INT64}),
     "float64 by float32": ("matmul", only_for(np.float64, product32), {FLOAT64}),
     "float64 by pairs of float32": (
         "matmul",
@@ -327,6 +435,17 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
         {OUT},
     ),
     "out keeps the sign of a NaN": ("out", answer(lambda x, y: np.isnan(x), with_sign), {OUT}),
+    "16 bits keep what a NaN holds": ("narrowed", in_place_of(to_16_bits), {NARROWED}),
+    "16 bits are rounded once": ("narrowed", to_16_bits_at_once, {NARROWED}),
+    "16 bits are cut off": ("narrowed", truncated_to_bfloat16, {NARROWED}),
+    "float16 has no subnormals": ("narrowed", subnormals_of_float16_flushed, {NARROWED}),
+    "soft cap of float32": ("soft_cap", in_place_of(soft_cap32), {SOFT_CAP}),
+    "one ulp of a capped logit": ("soft_cap", an_ulp_of_one(0), {SOFT_CAP}),
+    "one ulp of a slope": ("soft_cap", an_ulp_of_one(1), {SOFT_CAP}),
+    "dropout by signed words": ("dropout", kept_of_words(of_signed_words), {DROPOUT}),
+    "dropout by the second word": ("dropout", kept_of_words(of_the_other_word), {DROPOUT}),
+    "dropout by a float": ("dropout", kept_of_words(of_a_float32), {DROPOUT}),
+    "dropout drops one more": ("dropout", one_weight_dropped, {DROPOUT}),
     "1/x one ulp off": ("reciprocal", answer(everywhere, one_up), {DIVISION}),
     "1/x one ulp off for one x in 4096": (
         "reciprocal",
@@ -384,7 +503,7 @@ def test_jax_is_trusted():
     assert found.trusted, str(found)
     assert str(found).endswith(": trusted, its bits are those of the specification.")
     assert f"JAX {jax.__version__} on cpu" in found.backend
-    assert len(found.checks) == 13
+    assert len(found.checks) == 17
     assert all(check.total > 0 for check in found.checks)
 
 
@@ -394,6 +513,25 @@ def test_torch_is_trusted():
     assert "PyTorch" in found.backend
     same = [(check.name, check.total) for _, _, check in questions()]
     assert [(check.name, check.total) for check in found.checks] == same
+
+
+def test_the_hashes_are_those_of_the_integers():
+    cap, z = Fraction(certificate.SOFT_CAP), certificate.soft_cap_logits()
+    capped = [integer_oracle.soft_cap(Fraction(float(x)), cap) for x in z]
+    arrays = np.array(capped, object).T.astype(np.float64)
+    assert np.array_equal(arrays.astype(object), np.array(capped, object).T)
+    assert certificate.sha256(arrays) == certificate.SOFT_CAP_HASH
+
+    words = limit(certificate.DROPOUT_RATE)
+    kept = integer_oracle.is_kept(certificate.DROPOUT_SHAPE, words, certificate.DROPOUT_KEY)
+    assert certificate.sha256([kept]) == certificate.DROPOUT_HASH
+
+
+def test_dropout_by_the_right_words_is_right():
+    """So what the sabotages of dropout do wrong is the comparison."""
+    kept = kept_of_words(lambda word, other, limit: word >= limit)(lambda key: key)
+    right = jax_operations().dropout(certificate.DROPOUT_KEY)
+    assert np.array_equal(kept(certificate.DROPOUT_KEY), right)
 
 
 def test_a_backend_that_is_not_there():

@@ -8,7 +8,15 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..exact.certificate import Certificate, Operations, ask, certify
+from ..exact.certificate import (
+    DROPOUT_RATE,
+    DROPOUT_SHAPE,
+    SOFT_CAP,
+    Certificate,
+    Operations,
+    ask,
+    certify,
+)
 from .arrays import numpy_to_torch, torch_to_numpy
 from .extras import require_torch
 
@@ -41,7 +49,7 @@ def certificate_table(found: list[Certificate]) -> Table:
 
 def _operations() -> Operations:
     torch = require_torch()
-    from torch_ref import exact
+    from torch_ref import dropout, exact
 
     def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arrays: torch_to_numpy(function(*map(numpy_to_torch, arrays)))
@@ -52,6 +60,15 @@ def _operations() -> Operations:
         out = exact.exact_attention(*leaves, is_causal=True)
         gradients = torch.autograd.grad(out, leaves, grad)
         return tuple(map(torch_to_numpy, (out.detach(), *gradients)))
+
+    def narrowed(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        out = exact.out(numpy_to_torch(x))
+        bfloat16, float16 = (exact.narrow(out, d) for d in (torch.bfloat16, torch.float16))
+        return torch_to_numpy(bfloat16), torch_to_numpy(float16)
+
+    def soft_cap(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tanh, slope = exact.tanh_and_slope(numpy_to_torch(z), SOFT_CAP)
+        return torch_to_numpy(SOFT_CAP * tanh), torch_to_numpy(slope)
 
     def matmul(a: Any, b: Any) -> Any:
         return torch._int_mm(a, b) if a.dtype == torch.int8 else a @ b
@@ -65,6 +82,9 @@ def _operations() -> Operations:
         round32=on_arrays(lambda x: exact.round32(x).float()),
         widened=on_arrays(exact.round32),
         out=on_arrays(exact.out),
+        narrowed=narrowed,
         reciprocal=on_arrays(lambda x: 1 / x),
+        soft_cap=soft_cap,
+        dropout=on_arrays(lambda key: dropout.keep(key, DROPOUT_RATE, *DROPOUT_SHAPE)),
         attention=attention,
     )

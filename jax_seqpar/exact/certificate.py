@@ -6,7 +6,7 @@ implementation's.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import dropout
 from . import arithmetic, elementary
 from .attention import exact_attention
 
@@ -34,6 +35,15 @@ EXP_HARD_CASES = {
 
 # SHA-256 of output, dq, dk and dv of `_attention_inputs`: the same on every machine.
 ATTENTION_HASH = "4f4a6a6a8184608ca0eeb6f2f71101771e4c1df833d0cf45472b379a18ecd6e1"
+# SHA-256 of the capped `soft_cap_logits` and their slopes, and of the weights that dropout keeps,
+# which the tests derive from Python integers.
+SOFT_CAP_HASH = "ba7537bbae57ffa972528913286a4b3d7cb65500877bc52dcb04b07c9757ecf8"
+DROPOUT_HASH = "af021af07c00d706887628f9e6ac04be31f6deb1ceb1669cb3b6315aa6e85f34"
+
+SOFT_CAP = 30.0
+DROPOUT_KEY = np.array([0x9E3779B9, 0x243F6A88], np.uint32)
+DROPOUT_RATE = 0.6  # above one half, so that a comparison of signed words is wrong
+DROPOUT_SHAPE = (2, 3, 16, 24)  # B, N, T, S
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,11 @@ class Operations:
       matmul: `[M, H] x [H, N]`, of float64, or of int8 to int32.
       flush, round32, out: as in `arithmetic`.
       widened: `round32`, and at once float64 again.
+      narrowed: of float64, through `out` to bfloat16 and to float16.
       reciprocal: of float64.
+      soft_cap: float64 logits to the capped ones, at `SOFT_CAP`, and the slope.
+      dropout: the words of a key to the mask of kept weights, of `DROPOUT_SHAPE` and at
+        `DROPOUT_RATE`.
       attention: `(query, key, value, grad) -> (out, dq, dk, dv)`, causal.
     """
 
@@ -59,7 +73,10 @@ class Operations:
     round32: Callable[..., np.ndarray]
     widened: Callable[..., np.ndarray]
     out: Callable[..., np.ndarray]
+    narrowed: Callable[..., tuple[np.ndarray, np.ndarray]]
     reciprocal: Callable[..., np.ndarray]
+    soft_cap: Callable[..., tuple[np.ndarray, np.ndarray]]
+    dropout: Callable[..., np.ndarray]
     attention: Callable[..., tuple[np.ndarray, ...]]
 
 
@@ -167,19 +184,26 @@ def _contractions(ask: Operations) -> Check:
     return _compare("contract: the bit budget at its edge", got, _contracted(weights, x))
 
 
+def _long_contractions(ask: Operations) -> Check:
+    """Sums above 2^53: float64 sums of so many tokens would round more than once."""
+    shape, bits = (4 * arithmetic.CONTRACT_TOKENS + 1, 2), arithmetic.TOKEN_BITS
+    weights, x = (np.abs(integers(shape, bits, seed)) | 1 << (bits - 1) for seed in (11, 12))
+    got = ask.contract(weights.astype(np.float64), x.astype(np.float64))
+    return _compare("contract: int64 sums", got, _contracted(weights, x))
+
+
 def _contracted(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     """The contraction by Python integers; `float` of one rounds half to even."""
+    rounded = np.vectorize(lambda n: int(float(n)), "O")
     weights, rest = weights.astype(object), x.astype(object)
     sums = []
     for shift in (2 * arithmetic.DIGIT_BITS, arithmetic.DIGIT_BITS, 0):
         digit = np.vectorize(lambda n, unit=1 << shift: round(Fraction(n, unit)), "O")(rest)
         rest = rest - digit * (1 << shift)
-        sums.append(weights.T @ digit)
+        sums.append(rounded(weights.T @ digit))
     total = sums[0]
     for following in sums[1:]:
-        total = np.vectorize(lambda n: int(float(n)), "O")(
-            (total << arithmetic.DIGIT_BITS) + following
-        )
+        total = rounded((total << arithmetic.DIGIT_BITS) + following)
     return total.astype(np.float64)
 
 
@@ -230,17 +254,62 @@ def _outputs(ask: Operations) -> Check:
     return _compare("out: one NaN, no -0", ask.out(x), expected.view(np.float32))
 
 
+def _narrowings(ask: Operations) -> Check:
+    """To 16 bits by way of float32: ties, ends, subnormals and NaNs.
+
+    The second number is above a tie of bfloat16, and a tie once it is a float32; the fifth is the
+    same for float16.
+    """
+    bits = {  # of float64: of bfloat16, of float16
+        0x3FF0100000000000: (0x3F80, 0x3C04),  # 1 + 2^-8
+        0x3FF0100000001000: (0x3F80, 0x3C04),  # 1 + 2^-8 + 2^-40
+        0x3FF0300000000000: (0x3F82, 0x3C0C),  # 1 + 3 * 2^-8
+        0x3FF0020000000000: (0x3F80, 0x3C00),  # 1 + 2^-11
+        0x3FF0020000001000: (0x3F80, 0x3C00),  # 1 + 2^-11 + 2^-40
+        0x3FF0060000000000: (0x3F80, 0x3C02),  # 1 + 3 * 2^-11
+        0x47EFEFFFE0000000: (0x7F7F, 0x7C00),  # one float32 below 2^128 - 2^119
+        0x47EFF00000000000: (0x7F80, 0x7C00),  # 2^128 - 2^119
+        0x40EFFDFFE0000000: (0x4780, 0x7BFF),  # one float32 below 65520
+        0x40EFFE0000000000: (0x4780, 0x7C00),  # 65520
+        0x3E60000000000000: (0x3300, 0x0000),  # 2^-25
+        0x3E78000000000000: (0x33C0, 0x0002),  # 3 * 2^-25
+        0x3810000000000000: (0x0080, 0x0000),  # 2^-126
+        0x380FFFFFFFFFFFFF: (0x0000, 0x0000),
+        0xBE50000000000000: (0xB280, 0x8000),  # -2^-26
+        0x8000000000000000: (0x0000, 0x0000),  # -0
+        0x7FF0000000000000: (0x7F80, 0x7C00),
+        0x7FF8000000000000: (0x7FC0, 0x7E00),
+        0xFFF8000000000000: (0x7FC0, 0x7E00),
+        0x7FF0000000000001: (0x7FC0, 0x7E00),
+    }
+    x = np.array(list(bits), np.uint64).view(np.float64)
+    got = [y.view(np.uint16) for y in ask.narrowed(x)]
+    return _compare("out: 16 bits", np.stack(got), np.array(list(bits.values()), np.uint16).T)
+
+
 def _reciprocals(ask: Operations) -> Check:
     x = np.abs(integers((1 << 16,), 50, 9)).astype(np.float64) + 1
     return _compare("division: float64", ask.reciprocal(x), 1 / x)
 
 
+def _soft_caps(ask: Operations) -> Check:
+    arrays = ask.soft_cap(soft_cap_logits())
+    return _compare_hash("soft cap and its slope", arrays, SOFT_CAP_HASH)
+
+
+def soft_cap_logits() -> np.ndarray:
+    """From two caps down to 2^-14 of one, of both signs."""
+    n = integers((256,), 23, 13).astype(np.float64)
+    return n * SOFT_CAP * 2.0 ** (-22.0 - np.arange(256) % 16)
+
+
+def _dropouts(ask: Operations) -> Check:
+    return _compare_hash("dropout", [ask.dropout(DROPOUT_KEY)], DROPOUT_HASH)
+
+
 def _attention(ask: Operations) -> Check:
-    digest = hashlib.sha256()
-    for x in ask.attention(*_attention_inputs()):
-        digest.update(np.ascontiguousarray(x, "<f4").tobytes())
-    wrong = int(digest.hexdigest() != ATTENTION_HASH)
-    return Check("attention and its gradients", wrong, 1)
+    arrays = ask.attention(*_attention_inputs())
+    return _compare_hash("attention and its gradients", arrays, ATTENTION_HASH)
 
 
 def _attention_inputs() -> tuple[np.ndarray, ...]:
@@ -260,13 +329,17 @@ _QUESTIONS = (
     _exp_ends,
     _dots,
     _contractions,
+    _long_contractions,
     _products64,
     _products8,
     _flushes,
     _roundings,
     _widenings,
     _outputs,
+    _narrowings,
     _reciprocals,
+    _soft_caps,
+    _dropouts,
     _attention,
 )
 
@@ -286,6 +359,18 @@ def _compare(name: str, got: np.ndarray, expected: np.ndarray) -> Check:
     unsigned = f"u{got.dtype.itemsize}"
     wrong = np.count_nonzero(got.view(unsigned) != np.ascontiguousarray(expected).view(unsigned))
     return Check(name, int(wrong), got.size)
+
+
+def _compare_hash(name: str, got: Iterable[np.ndarray], expected: str) -> Check:
+    return Check(name, int(sha256(got) != expected), 1)
+
+
+def sha256(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of the bits of arrays, one after the other, little-endian."""
+    digest = hashlib.sha256()
+    for x in arrays:
+        digest.update(np.ascontiguousarray(x, x.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
 
 
 def _jax_operations() -> Operations:
@@ -309,6 +394,20 @@ def _jax_operations() -> Operations:
         accumulated = jnp.int32 if a.dtype == jnp.int8 else a.dtype
         return jnp.matmul(a, b, preferred_element_type=accumulated)
 
+    def both_narrowed(x):
+        return tuple(
+            arithmetic.narrowed(arithmetic.out(x), jnp.dtype(dtype))
+            for dtype in (jnp.bfloat16, jnp.float16)
+        )
+
+    def soft_cap(z):
+        return elementary.soft_cap(z, SOFT_CAP), elementary.soft_cap_slope(z, SOFT_CAP)
+
+    def keep(key):
+        B, N, T, S = DROPOUT_SHAPE
+        heads = dropout.head_keys(key, B, N)
+        return dropout.keep(heads, DROPOUT_RATE, jnp.arange(T), jnp.arange(S))
+
     return Operations(
         exp=wide(elementary.exp),
         dot=wide(arithmetic.exact_dot),
@@ -318,6 +417,9 @@ def _jax_operations() -> Operations:
         round32=wide(arithmetic.round32),
         widened=wide(lambda x: arithmetic.round32(x).astype(jnp.float64)),
         out=wide(arithmetic.out),
+        narrowed=wide(both_narrowed),
         reciprocal=wide(lambda x: 1.0 / x),
+        soft_cap=wide(soft_cap),
+        dropout=wide(keep),
         attention=wide(attention),
     )
