@@ -262,9 +262,16 @@ def test_choices_without_a_fused_kernel(monkeypatch):
     assert jax.jit(partial(choice.attention, is_causal=True))(*inputs).shape == (2, 128, 2, 64)
     monkeypatch.setattr(cudnn, "compute_capability", lambda: None)
     assert "JAX sees none" in choose_kernel(*inputs, platform="gpu").reason
-    monkeypatch.setattr(cudnn, "compute_capability", lambda: (8, 0))
-    inputs = operands(H=136, V=136, dtype="float16")[:3]
-    assert "which has 128 here" in choose_kernel(*inputs, platform="gpu").reason
+
+
+@pytest.mark.parametrize(("capability", "most"), (((8, 0), 128), ((8, 9), 128), ((9, 0), 256)))
+def test_head_dimensions_of_cudnn(monkeypatch, capability, most):
+    """The largest that `jax.nn` hands to cuDNN, and the next multiple of 8."""
+    monkeypatch.setattr(cudnn, "compute_capability", lambda: capability)
+    inputs = operands(H=most, V=most, dtype="float16")[:3]
+    assert choose_kernel(*inputs, platform="gpu").name == "cuDNN"
+    inputs = operands(H=most + 8, V=most + 8, dtype="float16")[:3]
+    assert f"which has {most} here" in choose_kernel(*inputs, platform="gpu").reason
 
 
 def test_a_choice_is_made_of_shapes_alone():
