@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from jax_seqpar import MeshLayout, dense_attention
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.flax import Attention, Projection, Rotary, SequenceParallel
+from torch_ref.dense import dense_attention as torch_dense_attention
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
@@ -59,7 +60,7 @@ def make(kind=KINDS[0], sharding=None, shape=(2, 4), **options: Any) -> tuple[An
         numbers = np.random.default_rng(0)
         for path, x in sorted(nnx.to_flat_state(nnx.state(layer, nnx.Param)), key=str):
             random = numbers.standard_normal(x.shape).astype(np.float32) / np.sqrt(x.shape[0])
-            x[...] = jax.device_put(jnp.asarray(random), x[...].sharding)
+            x[...] = jax.device_put(jnp.asarray(random, x.dtype), x[...].sharding)
             assert path
     return layer, mesh
 
@@ -258,6 +259,36 @@ def test_sixteen_bits():
     assert layer.query.kernel[...].dtype == jnp.float32
     # Products of D, then N H terms, of numbers with 8 bits.
     assert_close(out, truth(layer, {}), roundings=4 * 2**16)
+
+
+def test_the_gradient_of_16_bit_sinks_is_rounded_once():
+    """Though two devices of the batch axis have a part of its sum each."""
+    layer, mesh = make(sinks=True, param_dtype=jnp.bfloat16, dtype=jnp.float32, rotary=None)
+    grad = np.random.default_rng(7).standard_normal((B, S, D)).astype(np.float32)
+
+    def loss(layer, x):
+        seen = {}
+        out = layer(x, record=lambda name, y: seen.update({name: y}))
+        return jnp.sum(out * grad), seen
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, PartitionSpec("data", "seq"))
+        got, seen = nnx.jit(nnx.grad(loss, has_aux=True))(layer, x)
+    q, k, v, kernel, sinks = (
+        torch.from_numpy(np.asarray(y, np.float64))
+        for y in (
+            *(seen[name] for name in ("query", "key", "value")),
+            layer.out.kernel[...],
+            layer.sinks[...],
+        )
+    )
+    out = torch_dense_attention(q, k, v, sinks=sinks.requires_grad_(), is_causal=True)
+    of_out = torch.einsum("bsd,nhd->bsnh", torch.from_numpy(grad).double(), kernel)
+    expected = torch.autograd.grad(out, sinks, of_out)[0].numpy()
+    assert got.sinks[...].dtype == jnp.bfloat16
+    off = np.abs(np.asarray(got.sinks[...], np.float64) - expected)
+    half_a_unit = float(jnp.finfo(jnp.bfloat16).eps) / 2 * np.abs(expected)
+    assert np.all(off <= half_a_unit + 64 * EPS * np.max(np.abs(expected)))
 
 
 def test_what_a_record_says():
