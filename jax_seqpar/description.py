@@ -94,7 +94,8 @@ class Description:
         means both, None or -1 in place of a side that it is open.
       segment_ids: a query attends to the keys of its own segment: `[B, S]`, or a pair `[B, T]`,
         `[B, S]`. Padding is a segment of its own.
-      alibi_slopes: `[N]`; logits lose slope times the distance of the positions.
+      alibi_slopes: `[N]`; logits lose slope times the distance of the positions, which counts as
+        2^29 beyond that.
       logits_soft_cap: logits become `cap * tanh(logits / cap)` before bias and slopes.
       sinks: `[N]`, a further logit of each query head, which has no value.
       dropout_rate: the part of the weights that is dropped, the others scaled up.

@@ -251,6 +251,17 @@ def test_alibi_takes_the_distance_from_the_logits(case):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
 
 
+def test_alibi_of_positions_more_than_2_to_29_apart():
+    query, key, value = (x.detach() for x in inputs())
+    positions = torch.arange(5)[None] * 2**25 - 2**29, torch.arange(7)[None] * 2**25
+    slopes, bias = SLOPES * 2.0**-26, torch.zeros(B, 4, 5, 7).double()
+    for b, n, t, s in torch.cartesian_prod(*map(torch.arange, bias.shape)).tolist():
+        bias[b, n, t, s] = -slopes[n].item() * min(2**29 + (s - t) * 2**25, 2**29)
+    out = dense_attention(query, key, value, positions=positions, alibi_slopes=slopes)
+    expected = written_out(query, key, value, lambda b, t, s: True, bias)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
+
+
 def test_alibi_after_the_soft_cap():
     """A cap that leaves nothing of the logits: what is left is the distance."""
     query, key, value = (x.detach() for x in inputs())

@@ -213,7 +213,11 @@ TORCH_MUTATIONS = {
         lambda keys, rate, t, s: is_kept(keys, rate, s, t),
     ),
     "slopes on both sides": ("slopes", "distance", lambda t, s: t - s),
-    "slopes for any distance": ("slopes, positions far apart", "FARTHEST", 2**31),
+    "slopes for any distance": (
+        "slopes, positions far apart",
+        "distance",
+        lambda t, s: (t - s).abs(),
+    ),
     "slopes by number": (
         "slopes, positions",
         "places",

@@ -49,8 +49,8 @@ def dense_attention(
       query_seq_lengths: `[B]`; only the first so many queries attend, in the order of the array.
       key_value_seq_lengths: `[B]`; only the first so many keys are attended to.
       logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
-      alibi_slopes: `[N]`; the slope times the distance of their positions is taken from the logits,
-        after the bias (ALiBi, Press et al. 2021).
+      alibi_slopes: `[N]`; the slope times the distance of their positions, at most 2^29, is taken
+        from the logits, after the bias (ALiBi, Press et al. 2021).
       sinks: `[N]`, one more logit for every query of a head, which has no value (as in GPT-OSS); of
         -inf there is none.
       dropout_rate: the share of the weights that is dropped, after the softmax.

@@ -27,8 +27,6 @@ DIGIT_BITS = 11
 EXACT_TOKENS = 2048
 # Below here they are below 2^63, and the sum of P, with a sink, is at most 2^53.
 TOO_MANY_TOKENS = 2**21
-# Up to here the product with a float32 slope is exact.
-FARTHEST = 2**29
 # Rows of `[R, S]` at a time. No bit depends on it; that they stay in the cache makes it 3 times
 # as fast.
 BLOCK = 256
@@ -302,7 +300,7 @@ def _weights(head: Head, options: Options) -> Weights:
     if rows.bias is not None:
         z = z + rows.bias
     if rows.alibi is not None:
-        z = z - rows.alibi * distance(rows.p, head.p).clamp(max=FARTHEST)
+        z = z - rows.alibi * distance(rows.p, head.p)
     if rows.allowed is not None:
         z = z.masked_fill(~rows.allowed, -math.inf)
 

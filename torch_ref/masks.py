@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Up to here the product with a float32 slope is exact in float64.
+FARTHEST = 2**29
+
 Positions = Tensor | tuple[Tensor, Tensor]
 Window = int | Sequence[int | None]
 
@@ -112,8 +115,8 @@ def places(
 
 
 def distance(p_query: Tensor, p_key: Tensor) -> Tensor:
-    """How far every query is from every key, of positions that broadcast."""
-    return (p_query - p_key).abs()
+    """Distance of every query from every key, at most 2^29, of positions that broadcast."""
+    return (p_query - p_key).abs().clamp(max=FARTHEST)
 
 
 def _window(size: Window) -> Sequence[int | None]:
