@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import is_array, slow
-from features import Sizes, operands, run_jax, run_torch, split
+from features import KERNELS, Sizes, operands, run_jax, run_torch, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
@@ -141,6 +141,23 @@ def test_no_inf_is_seen_in_an_eager_call(attend):
         out, pull = jax.vjp(partial(attend, mask=mask), q, k, v)
         gradients = pull(out)
     assert all(np.isfinite(np.asarray(x)).all() for x in gradients)
+
+
+@pytest.mark.parametrize("kernel", ("blockwise", "blockwise, either mode", "dense"))
+def test_gradients_of_16_bit_bias_slopes_and_sinks_are_rounded_once(kernel):
+    """Sums over up to 2 * 4 * 13 and 2 * 13 * 17 terms, of which 16 bits would lose some."""
+    numbers = np.random.default_rng(6)
+    sizes = {"bias": (1, 1, 1, 17), "alibi_slopes": (4,), "sinks": (4,)}
+    some = {n: numbers.standard_normal(x).astype(jnp.bfloat16) for n, x in sizes.items()}
+    inputs = operands(SIZES)
+    got = run_jax(KERNELS[kernel], some, kernel, inputs, QUICK)
+    truth = run_torch(some, kernel, inputs)
+    for name in sizes:
+        assert got[name].dtype == jnp.bfloat16
+        off = np.abs(np.asarray(got[name], np.float64) - truth[name])
+        half_a_unit = float(jnp.finfo(jnp.bfloat16).eps) / 2 * np.abs(truth[name])
+        # Sums of products of order 1, for slopes with distances up to 16.
+        assert np.all(off <= half_a_unit + 64 * EPS * np.max(np.abs(truth[name]))), name
 
 
 def test_the_log_of_the_sum_merges_parts_over_keys():
@@ -465,6 +482,11 @@ def exact_logits(common: float) -> list[np.ndarray]:
 
 
 BEFORE = np.arange(17) < np.array([[6], [3]])  # keys of padding on the left of each sequence
+# Half of the pairs are more than 2^29 apart, which is the largest distance that counts.
+FARTHEST = tuple(
+    np.stack([np.arange(n, dtype=np.int32) * (1 << 25)] * 2) + first
+    for n, first in ((13, -(1 << 29)), (17, 0))
+)
 
 
 def padding_bias(masked: float, kept: float = 0.0) -> np.ndarray:
@@ -488,6 +510,11 @@ LARGE: dict[str, tuple[float, dict[str, Any], float]] = {
         {"alibi_slopes": SLOPES, "positions": FAR},
         -(2.0**19),
     ),
+    "ALiBi beyond the largest distance": (
+        0.0,
+        {"alibi_slopes": SLOPES * np.float32(2.0**-26), "positions": FARTHEST},
+        0.0,
+    ),
 }
 SCALE = 0.25
 
@@ -503,7 +530,7 @@ def in_float64(
     k, v = (x.repeat(2, axis=2) for x in (k, v))
     bias = some.get("bias", np.zeros((1, 1, 1, 1)))
     t, s = some.get("positions", (np.arange(13)[None], np.arange(17)[None]))
-    apart = np.abs(t[:, None, :, None] - s[:, None, None, :]).astype(np.float64)
+    apart = np.minimum(abs(t[:, None, :, None] - s[:, None, None, :]), 2**29).astype(np.float64)
     slopes = some.get("alibi_slopes", np.zeros(4))[None, :, None, None]
     z = np.einsum("btnh,bsnh->bnts", q, k) * SCALE + bias - slopes * apart
     z = z.astype(np.float32).astype(np.float64)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import refusals
 from ..blocks import Block, vary_alike
-from ..description import ADDED, Description, PerToken, Window, describe
+from ..description import ADDED, Description, PerToken, Window, accumulated, describe
 from . import flash
 from .dense import dense_rows
 from .flash import Plan
@@ -186,6 +186,12 @@ def _row_after_row(
     if 0 in (B, T, N, *value.shape[1:]):
         return dense_rows(query, key, value, description, Block(0, T))
     blocks = -(-T // plan.queries)
+    # JAX adds up the gradients of what rows share in the dtype it has here: 16 bits would round at
+    # each row.
+    dtype, wide = query.dtype, accumulated(query.dtype)
+    key, value = key.astype(wide), value.astype(wide)
+    added = {n: x.astype(wide) for n, x in description.arrays.items() if n in ADDED}
+    description = Description(description.rules, description.arrays | added)
 
     @jax.checkpoint
     @jax.default_matmul_precision(plan.precision)
@@ -197,6 +203,7 @@ def _row_after_row(
             jax.lax.dynamic_slice(x, (b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))
             for x, n in ((query, n), (key, n // (N // K)), (value, n // (N // K)))
         )
+        k, v = k.astype(dtype), v.astype(dtype)
         own = description.of_heads(b, n, 1)
         return jax.tree.map(lambda x: x[0, :, 0], dense_rows(queries.of(q, 1), k, v, own, queries))
 
