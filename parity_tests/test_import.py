@@ -25,6 +25,7 @@ import sys, jax
 before = dict(jax.config.values)
 import jax_seqpar
 assert not {"torch", "flax", "torch_ref", "rich", "typer"} & set(sys.modules)
+assert not [name for name in sys.modules if "pallas" in name], "for TPUs only"
 assert dict(jax.config.values) == before
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()

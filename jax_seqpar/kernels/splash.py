@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as infos
 from jaxtyping import Array, Float, Int
 
 from ..description import Description, Rules, pair, window
@@ -151,9 +149,9 @@ def splash_attention(
         sinks = _with_gradient_of_its_dtype(jnp.maximum(given, NO_SINK))
     segments = _segments(description, T, S)
     if segments is not None:
-        segments = kernels.SegmentIds(
-            _pad(segments[0], padded_T, 1), _pad(segments[1], padded_S, 1)
-        )
+        from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # as in _kernel
+
+        segments = SegmentIds(_pad(segments[0], padded_T, 1), _pad(segments[1], padded_S, 1))
     kernel: Any = _kernel(rules, band, passes, T, S, interpret)
     out = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks)
     return out.swapaxes(1, 2)[:, :T]
@@ -224,7 +222,11 @@ def schedule(rules: Rules, blocks: Blocks, queries: int, keys: int, side: int) -
 
 def _kernel(
     rules: Rules, band: Band, passes: Passes, queries: int, keys: int, interpret: bool
-) -> kernels.SplashAttentionKernel:
+) -> Any:
+    # Pallas takes a third of the time of `import jax_seqpar`, and only TPUs run this kernel.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as infos
+
     wide, narrow = passes
     positions = None
     if not band.is_everything:
