@@ -71,7 +71,9 @@ def dot_product_attention(
         function and is used again for equal `functools.partial`s; so it must be pure.
       layout: the mesh axes of tokens, batch and heads.
       mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one query is sharded over.
-        With Explicit axes an eager gradient needs `jax.set_mesh` (or `jax.jit` around it).
+        With Explicit axes the cotangent of an eager `jax.vjp` may be sharded or not. The eager
+        gradient of a loss such as `out.sum()` needs `jax.set_mesh`, as that of any sharded array's
+        sum does in JAX 0.10.2.
       head_chunks, overlap: as in `ulysses_attention`.
       check_vma: of `jax.shard_map`; False for a Pallas kernel, which does not state how its output
         varies. If None, True but for the platform's own kernel chosen here.
