@@ -4,9 +4,11 @@ gradient, right communication. (Right bits compares with PyTorch ranks, right re
 Each raises AssertionError. The mutations ask the same questions of broken code.
 """
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -231,3 +233,25 @@ def bytes_by_formula(case: Case, where: MeshCase, tensor_parallel: int) -> int:
     kv_heads = max(case.kv_heads // tensor_parallel, 1, where.degree)
     local = case.batch // batch_parallel * case.tokens // where.degree * case.head_dim
     return 2 * (heads + kv_heads) * local * jnp.dtype(case.dtype).itemsize
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the programs that XLA compiles meanwhile."""
+    names: list[str] = []
+    logger = logging.getLogger("jax")
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("Finished XLA compilation"):
+                names.append(record.getMessage())
+
+    handler, propagate = Listener(), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -1,9 +1,7 @@
 """Eager calls: programs are compiled once, and go when their kernel goes."""
 
 import gc
-import logging
 import weakref
-from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -11,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import ONE_AXIS
+from flax import nnx
 from jax.sharding import AxisType
-from questions import collectives, compiled, error, oracle
+from questions import collectives, compilations, compiled, error, oracle
 
 from jax_seqpar import (
     MeshLayout,
@@ -23,32 +22,12 @@ from jax_seqpar import (
     pad_to_degree,
 )
 from jax_seqpar.bridge.cases import Case
+from jax_seqpar.flax import Attention, SequenceParallel
 
 CASE = Case(batch=2, tokens=16, heads=8, kv_heads=4, head_dim=4)
 QUERY, KEY, VALUE, GRAD = map(jnp.asarray, CASE.inputs().values())
 SEGMENTS = jnp.zeros((2, 16), jnp.int32)
 RNG = jax.random.key(0)
-
-
-@contextmanager
-def compilations():
-    """The names of the programs that XLA compiles meanwhile."""
-    names, logger = [], logging.getLogger("jax")
-
-    class Listener(logging.Handler):
-        def emit(self, record):
-            if record.getMessage().startswith("Finished XLA compilation"):
-                names.append(record.getMessage())
-
-    handler, propagate = Listener(), logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        with jax.log_compiles():
-            yield names
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
 
 
 def own_kernel(query, key, value, is_causal):
@@ -106,12 +85,50 @@ CALLS = {
 }
 
 
+def decoder():
+    layer = Attention(32, num_heads=8, num_kv_heads=2, qk_norm=True, sinks=True, rngs=nnx.Rngs(0))
+    layer.init_cache(2, 16)
+    return partial(layer, decode=True)
+
+
+def bidirectional_decoder():
+    layer = Attention(32, num_heads=8, is_causal=False, use_bias=True, rngs=nnx.Rngs(0))
+    layer.init_cache(2, 16)
+    return partial(layer, decode=True)
+
+
+def flax_decoder():
+    layer = nnx.MultiHeadAttention(8, 32, attention_fn=SequenceParallel(), rngs=nnx.Rngs(0))
+    layer.init_cache((2, 16, 32))
+    return partial(layer, decode=True)
+
+
+GENERATION = {
+    "Attention": decoder,
+    "Attention, bidirectional": bidirectional_decoder,
+    "nnx.MultiHeadAttention": flax_decoder,
+}
+
+
 @pytest.mark.parametrize(("ask", "attend"), CALLS.values(), ids=CALLS)
 def test_the_third_equal_call_compiles_nothing(ask, attend):
     ask(attend)
     ask(attend)
     with compilations() as names:
         jax.block_until_ready(ask(attend))
+    assert names == []
+
+
+@pytest.mark.parametrize("layer", GENERATION)
+def test_the_third_generated_token_compiles_nothing(layer):
+    """Eagerly, in Flax layers that decode."""
+    token = jnp.ones((2, 1, 32))
+    with jax.set_mesh(ONE_AXIS[4].mesh(AxisType.Auto)):
+        generate = GENERATION[layer]()
+        generate(token)
+        generate(token)
+        with compilations() as names:
+            jax.block_until_ready(generate(token))
     assert names == []
 
 
