@@ -99,7 +99,7 @@ def truth(layer, options, segment_ids=None, positions=None):
     if rotary is not None:
         at = np.broadcast_to(np.arange(S), (B, S)) if positions is None else positions
         q, k = rotate(q, rotary, at), rotate(k, rotary, at)
-    names = ("is_causal", "local_window_size", "logits_soft_cap", "scale")
+    names = ("is_causal", "local_window_size", "logits_soft_cap", "scale", "mask")
     given: dict[str, Any] = {"is_causal": True} | {n: options[n] for n in names if n in options}
     if options.get("sinks"):
         given["sinks"] = wide(layer.sinks)
@@ -164,18 +164,18 @@ def test_decoding(features, kind):
     """A prompt of 8 tokens at once, then token by token: what the whole sequence gives."""
     options = {"bidirectional": {"is_causal": False}}.get(features) or FEATURES.get(features, {})
     layer, mesh = make(kind, **options)
-    if features == "bidirectional":
-        # Each token sees those before it only, as nothing later is in the cache.
-        options = options | {"is_causal": True}
     with jax.set_mesh(mesh):
         layer.init_cache(B, 12)
         step = nnx.jit(lambda layer, x: layer(x, decode=True))
-        first = 8 if features != "bidirectional" else 1
-        parts = [X[:, :first], *(X[:, i : i + 1] for i in range(first, 12))]
+        parts = [X[:, :8], *(X[:, i : i + 1] for i in range(8, 12))]
         got = np.concatenate([np.asarray(step(layer, part)) for part in parts], axis=1)
         assert np.isnan(step(layer, X[:, :1])).all(), "the cache was full"
         with pytest.raises(ValueError, match="1 tokens after 13 do not fit the cache of 12"):
             layer(jnp.asarray(X[:, :1]), decode=True)
+    if features == "bidirectional":
+        # Each token sees all the tokens of its own call, and of the calls before.
+        end = np.maximum(np.arange(S) + 1, 8)
+        options = options | {"mask": np.arange(S)[None, None, None] < end[:, None]}
     assert_close(got, truth(layer, options)[:, :12])
 
 
