@@ -28,7 +28,7 @@ EPS = np.finfo(np.float32).eps
 LAYOUT = MeshLayout(batch="data")
 rng = np.random.default_rng(4)
 X = rng.standard_normal((B, S, D)).astype(np.float32)
-INDEX = np.zeros((1, 1), np.int32)
+INDEX: Any = np.zeros((1, 1), np.int32)
 SEGMENTS = np.repeat([[1, 2, 3], [1, 1, 2]], 8, axis=1).astype(np.int32)
 POSITIONS = np.stack([np.r_[0:8, 0:8, 0:8], np.r_[0:16, 0:8]]).astype(np.int32)
 FEATURES = {
@@ -454,6 +454,11 @@ def on(layer: Any, shape: tuple[int, int], call: Any) -> Any:
         return call(layer)
 
 
+def wrong(x: Any) -> Any:
+    """An argument that type checkers would find before a test does."""
+    return x
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     (
@@ -496,14 +501,17 @@ def on(layer: Any, shape: tuple[int, int], call: Any) -> Any:
             ),
             "decode=True has no dropout",
         ),
-        (lambda: attention()([[[1.0] * D]]), r"x must be an array of JAX or NumPy, got list"),
         (
-            lambda: attention()(jax.ShapeDtypeStruct((B, S, D), jnp.float32)),
+            lambda: attention()(wrong([[[1.0] * D]])),
+            r"x must be an array of JAX or NumPy, got list",
+        ),
+        (
+            lambda: attention()(wrong(jax.ShapeDtypeStruct((B, S, D), jnp.float32))),
             r"got ShapeDtypeStruct.*jax.eval_shape",
         ),
         (lambda: attention()(jnp.ones((B, S, D), jnp.int32)), "floating dtype, got int32"),
         (
-            lambda: attention()(jnp.ones((B, S, D)), positions=[[0] * S]),
+            lambda: attention()(jnp.ones((B, S, D)), positions=wrong([[0] * S])),
             "positions must be an array",
         ),
         (lambda: decoder()(jnp.ones((1, 1, D)), decode=True), r"B = 1, but the cache is of 2"),
@@ -511,9 +519,12 @@ def on(layer: Any, shape: tuple[int, int], call: Any) -> Any:
             lambda: on(attention_of(decoder()), (8, 1), lambda f: f(jnp.ones((B, 1, D)))),
             r"the cache is on a mesh .*'seq': 4.*call on .*'data': 8",
         ),
-        (lambda: attention().init_cache(2.0, 4), "positive integer of batch, got 2.0"),
+        (lambda: attention().init_cache(wrong(2.0), 4), "positive integer of batch, got 2.0"),
         (lambda: attention().init_cache(2, 4, jnp.int8), "floating dtype, got .*int8"),
-        (lambda: Projection("SD,DF->SF", SMALL, rngs=nnx.Rngs(0))([[1.0, 2.0]]), "x must be an"),
+        (
+            lambda: Projection("SD,DF->SF", SMALL, rngs=nnx.Rngs(0))(wrong([[1.0, 2.0]])),
+            "x must be an",
+        ),
         (
             lambda: Projection("SD,DF->SF", SMALL, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 2))),
             r"axes 'SD' of 'SD,DF->SF', with .* got shape \(1, 5, 2\)",
@@ -524,8 +535,8 @@ def on(layer: Any, shape: tuple[int, int], call: Any) -> Any:
         ),
         (lambda: Rotary()(jnp.ones((1, 1, 4)), INDEX), r"x must be \[B, T, N, H\]"),
         (lambda: Rotary()(jnp.ones((2, 3, 1, 4)), INDEX), r"positions \[B, T\] or \[1, T\]"),
-        (lambda: Rotary()(jnp.ones((1, 1, 1, 4)), [[0]]), "positions must be an array"),
-        (lambda: SequenceParallel()([[1.0]], [[1.0]], [[1.0]]), "query must be an array"),
+        (lambda: Rotary()(jnp.ones((1, 1, 1, 4)), wrong([[0]])), "positions must be an array"),
+        (lambda: SequenceParallel()(*wrong([[[1.0]]] * 3)), "query must be an array"),
         (lambda: decoder(num_heads=6, num_kv_heads=2), "num_heads = 6 must be divisible"),
         (lambda: attention(head_dim=5)(jnp.ones((B, S, D))), "Rotary turns an even number"),
         (lambda: attention(rotary=Rotary(frequencies=(1.0,)))(jnp.ones((B, S, D))), "needs a freq"),

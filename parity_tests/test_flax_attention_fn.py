@@ -2,6 +2,7 @@
 
 import inspect
 from functools import partial
+from typing import Any
 
 import flax.linen as linen
 import jax
@@ -356,9 +357,8 @@ def test_causality_at_the_call(queries, keys, padding):
 
 @pytest.mark.parametrize("kind", ("nnx", "linen"))
 def test_the_class_in_place_of_an_instance(kind):
-    if kind == "nnx":
-        call = nnx_layer(SequenceParallel)
-    else:
+    call: Any = nnx_layer(SequenceParallel)
+    if kind == "linen":
         call = partial(linen_layer(SequenceParallel).init, jax.random.key(0))
     with pytest.raises(TypeError, match=r"Write attention_fn=SequenceParallel\(\)"):
         call(X)
@@ -390,7 +390,7 @@ PRECISIONS = {
 def test_precision(kind, name):
     """Every product of the layer carries it, forward and backward, as with Flax's own function."""
     given, expected = PRECISIONS[name]
-    make = nnx_layer if kind == "nnx" else linen_layer
+    make: Any = nnx_layer if kind == "nnx" else linen_layer
     x = jnp.asarray(X[:, :8])
     with jax.set_mesh(jax.make_mesh((4,), ("seq",))):
         layer, plain = make(SequenceParallel(), precision=given), make(precision=given)
