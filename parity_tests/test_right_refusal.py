@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec
 
 from jax_seqpar import (
@@ -19,6 +20,7 @@ from jax_seqpar import (
     ulysses_attention,
 )
 from jax_seqpar.attention import _platform
+from jax_seqpar.kernels import KernelChoice
 from torch_ref.masks import attends
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
@@ -564,3 +566,43 @@ def test_the_platform_of_an_abstract_mesh():
     tpu = jax.sharding.AbstractDevice("TPU v5e", 1, "tpu")
     assert _platform(jax.sharding.AbstractMesh((4,), ("seq",), abstract_device=tpu)) == "tpu"
     assert _platform(jax.sharding.AbstractMesh((4,), ("seq",))) is None
+
+
+def shard_maps(jaxpr):
+    """Parameters of every `shard_map` of a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "shard_map":
+            yield equation.params
+        for inner in jaxprs_in_params(equation.params):
+            yield from shard_maps(inner)
+
+
+OWN, FUSED = "blockwise", "splash"
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "checked"),
+    (
+        ({}, OWN, True),
+        ({}, FUSED, False),
+        ({"check_vma": False}, OWN, False),
+        ({"check_vma": True}, FUSED, True),
+        ({"attention": dense_attention}, None, True),
+    ),
+)
+@pytest.mark.parametrize("platform", ("cpu", "tpu"))
+def test_the_kernel_is_chosen_for_the_mesh(monkeypatch, platform, options, name, checked):
+    """By the platform of its devices; JAX checks how values vary but for the fused kernel."""
+    device = jax.sharding.AbstractDevice("some", 1, platform)
+    mesh = jax.sharding.AbstractMesh((4,), ("seq",), abstract_device=device)
+    asked = []
+
+    def choose(*_, platform, **__):
+        asked.append(platform)
+        return KernelChoice(dense_attention, name, "")
+
+    monkeypatch.setattr("jax_seqpar.attention.choose_kernel", choose)
+    call = partial(dot_product_attention, **({"mesh": mesh} | options))
+    program = jax.make_jaxpr(call)(*qkv())
+    assert asked == ([] if "attention" in options else [platform])
+    assert [found["check_vma"] for found in shard_maps(program.jaxpr)] == [checked]
