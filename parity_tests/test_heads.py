@@ -1,5 +1,8 @@
 """Heads that the devices do not divide: added ones, copied ones, even parts."""
 
+from functools import partial
+from math import ceil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,11 +52,20 @@ def test_output_and_gradients(sizes):
     right_values(case, ONE_AXIS[degree], kind)
 
 
-@pytest.mark.parametrize("heads", (6, 12))
-def test_with_tensor_parallel_heads(heads):
+# Degree, tensor-parallel shards, N and K.
+TENSOR_PARALLEL = (
+    (4, 2, 6, 2),  # 3 query heads of a shard on 4 devices
+    (4, 2, 12, 4),
+    (2, 4, 8, 2),  # each KV head is that of two neighbouring shards of four
+)
+
+
+@pytest.mark.parametrize("sizes", TENSOR_PARALLEL, ids=str)
+def test_with_tensor_parallel_heads(sizes):
     """Of the heads of a tensor-parallel shard, each device of the sequence has an even part."""
-    where = MeshCase((4, 2), ("seq", "tensor"), MeshLayout(heads="tensor"))
-    right_values(Case(2, 16, heads, heads // 3, 5), where)
+    degree, shards, heads, kv_heads = sizes
+    where = MeshCase((degree, shards), ("seq", "tensor"), MeshLayout(heads="tensor"))
+    right_values(Case(2, 16, heads, kv_heads, 5), where)
 
 
 @pytest.mark.parametrize("sizes", UNEVEN, ids=str)
@@ -70,6 +82,21 @@ def test_bytes(sizes):
     assert all_to_all_bytes(program) == 2 * sent * 2 * (24 // degree) * 5 * 4
 
 
+def fewest_heads(kv_heads, group, degree, may_copy):
+    """Query heads, and KV heads sent, of the best of all plans.
+
+    Each gives every device as many: groups that are whole, or a part of one.
+    """
+    firsts = [n for n in range(1, group + 1) if group % n == 0] if may_copy else [1]
+    return min(
+        (padded * ceil(group / first / copies) * copies, padded * copies)
+        for first in firsts
+        for padded in range(kv_heads * first, kv_heads * first + degree)
+        for copies in range(1, degree + 1)
+        if (padded % degree == 0 if copies == 1 else padded * copies == degree)
+    )
+
+
 @settings(max_examples=25)
 @given(kv_heads=st.integers(1, 9), group=st.integers(1, 9), degree=st.integers(1, 9))
 def test_every_query_head_finds_its_own_keys(kv_heads, group, degree):
@@ -77,6 +104,8 @@ def test_every_query_head_finds_its_own_keys(kv_heads, group, degree):
     heads = kv_heads * group
     for may_copy in (True, False):
         plan = plan_heads(heads, kv_heads, degree, may_copy=may_copy)
+        best = fewest_heads(kv_heads, group, degree, may_copy)
+        assert (plan.query_heads, plan.padded_kv_heads * plan.copies) == best
         queries = np.asarray(plan.pad_queries(jnp.arange(1, heads + 1), 0))
         keys = np.asarray(
             plan.spread_keys(jnp.arange(1, kv_heads + 1)[None, None, :, None])
@@ -99,9 +128,18 @@ def test_every_query_head_finds_its_own_keys(kv_heads, group, degree):
             assert len(queries) == -(-heads // degree) * degree
 
 
-def test_arrays_of_heads_are_padded_alike():
+PER_HEAD = {
+    "heads added to all": (Case(2, 16, 6, 3, 5), ONE_AXIS[4]),
+    "heads added to those of a tensor-parallel shard": (
+        Case(2, 16, 6, 2, 5),
+        MeshCase((2, 2), ("seq", "tensor"), MeshLayout(heads="tensor")),
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "where"), PER_HEAD.values(), ids=PER_HEAD)
+def test_arrays_of_heads_are_padded_alike(case, where):
     """A bias, slopes and sinks of every head, on devices with added ones; gradients, too."""
-    case, where = Case(2, 16, 6, 3, 5), ONE_AXIS[4]
     rng = np.random.default_rng(0)
     q, k, v, grad = map(jnp.asarray, case.inputs().values())
     added = {
@@ -117,8 +155,7 @@ def test_arrays_of_heads_are_padded_alike():
 
         return jax.jit(jax.grad(loss), compiler_options=QUICK)((q, k, v, added))
 
-    mesh = where.mesh()
-    got = gradients(lambda *x, **options: dot_product_attention(*x, mesh=mesh, **options))
+    got = gradients(partial(dot_product_attention, mesh=where.mesh(), layout=where.layout))
     alone = gradients(blockwise_attention)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.max(jnp.abs(b))), rtol=0)
