@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from . import refusals
 from .compiled import compiled_with
@@ -32,8 +32,8 @@ def dot_product_attention(
     is_causal: bool = False,
     query_offset: int = 0,
     positions: PerToken | None = None,
-    query_seq_lengths: Int[Array, "B"] | None = None,
-    key_value_seq_lengths: Int[Array, "B"] | None = None,
+    query_seq_lengths: Integer[Array, "B"] | None = None,
+    key_value_seq_lengths: Integer[Array, "B"] | None = None,
     local_window_size: Window | None = None,
     segment_ids: PerToken | None = None,
     alibi_slopes: Float[Array, "N"] | None = None,

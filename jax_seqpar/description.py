@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int, Integer, Shaped
 
 from . import dropout, refusals
 from .blocks import Block
@@ -20,7 +20,7 @@ from .blocks import Block
 # (left, right); None and -1 are an open side, one integer is for both.
 Window = int | Sequence[int | None]
 # Of queries and keys; one array is for both.
-PerToken = Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
+PerToken = Integer[Array, "B S"] | tuple[Integer[Array, "B T"], Integer[Array, "B S"]]
 
 # What the axes of each array are. An axis of size 1 stands for all of its kind.
 AXES: dict[str, tuple[str | None, ...]] = {

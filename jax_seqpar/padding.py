@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from . import refusals
 from .description import AXES, PerToken, describe, pair
@@ -104,14 +104,15 @@ def _segments(
     if segment_ids is None:
         queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) for x in operands)
     else:
-        # Wide enough for one segment more.
-        queries, keys = (x if x.itemsize >= 4 else x.astype(jnp.int32) for x in pair(segment_ids))
+        # Wide enough for two segments more. With a sign: 0 and the largest number, a usual mark of
+        # padding, are neighbours then, and equal ids stay equal.
+        queries, keys = (x.astype(f"int{8 * max(x.itemsize, 4)}") for x in pair(segment_ids))
     # Two new segments: an added query attends to nothing, and nothing to an added key.
     queries = _pad(queries, 1, more[0], _unused(jnp.concatenate([queries, keys], axis=1)))
     return queries, _pad(keys, 1, more[1], _unused(jnp.concatenate([queries, keys], axis=1)))
 
 
-def _unused(ids: Int[Array, "B S"]) -> Int[Array, ""]:
+def _unused(ids: Integer[Array, "B S"]) -> Integer[Array, ""]:
     top = ids.max(initial=0)
     return jnp.where(top < jnp.iinfo(ids.dtype).max, top + 1, ids.min(initial=0) - 1)
 

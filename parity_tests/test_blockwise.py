@@ -108,9 +108,9 @@ def test_gradients_of_a_row_add_up_to_0_in_16_bits(dtype):
             assert errors["blockwise"] <= errors["dense"] + float(unit) / 2, (offsets, name)
 
 
-@pytest.mark.parametrize("index", ("int32", "int64"))
+@pytest.mark.parametrize("index", ("int32", "int64", "uint32"))
 def test_64_bits(index):
-    """Gradients where bounds of blocks come from arrays, of either integer dtype."""
+    """Gradients where bounds of blocks come from arrays, of any integer dtype."""
     rng = np.random.default_rng(3)
     some: dict[str, Any] = {
         "segment_ids": tuple(np.sort(rng.integers(0, 3, (2, n)), axis=1) for n in (13, 17)),

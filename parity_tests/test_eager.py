@@ -119,11 +119,12 @@ def test_the_third_equal_call_compiles_nothing(ask, attend):
     assert names == []
 
 
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
 @pytest.mark.parametrize("layer", GENERATION)
-def test_the_third_generated_token_compiles_nothing(layer):
+def test_the_third_generated_token_compiles_nothing(layer, kind):
     """Eagerly, in Flax layers that decode."""
     token = jnp.ones((2, 1, 32))
-    with jax.set_mesh(ONE_AXIS[4].mesh(AxisType.Auto)):
+    with jax.set_mesh(ONE_AXIS[4].mesh(kind)):
         generate = GENERATION[layer]()
         generate(token)
         generate(token)

@@ -291,6 +291,27 @@ def test_the_gradient_of_16_bit_sinks_is_rounded_once():
     assert np.all(off <= half_a_unit + 64 * EPS * np.max(np.abs(expected)))
 
 
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_the_norm_of_sixteen_bits_is_computed_in_float32(dtype):
+    """One rounding of query and key, also where their squares overflow float16."""
+    layer, mesh = make(shape=(1, 1), dtype=dtype, qk_norm=True, rotary=None)
+    seen = {}
+    with jax.set_mesh(mesh):
+        # Eagerly: a program may leave out the rounding of the projections.
+        x = jnp.asarray(1000 * X, dtype)
+        layer(x, record=lambda name, y: seen.update({name: y}))
+        for name, scale in (("query", layer.query_scale), ("key", layer.key_scale)):
+            y = np.asarray(getattr(layer, name)(x), np.float64)
+            assert np.abs(y).max() > 256, "no square overflows"
+            norm = np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6)
+            expected = y / norm * np.asarray(scale[...], np.float64)
+            half_unit = float(jnp.finfo(dtype).eps) / 2 + 8 * EPS
+            wrong = np.abs(np.asarray(seen[name], np.float64) - expected)
+            # Below the smallest normal number the unit is absolute.
+            bound = half_unit * np.maximum(np.abs(expected), float(jnp.finfo(dtype).tiny))
+            assert (wrong <= bound).all()
+
+
 def test_what_a_record_says():
     layer, mesh = make(shape=(1, 1))
 

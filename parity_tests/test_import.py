@@ -48,6 +48,17 @@ to_torch(jnp.ones(3))
     assert 'pip install "jax-seqpar[parity]"' in result.stderr.splitlines()[-1]
 
 
+def test_flax_layers_name_the_extra_they_need():
+    """Where Flax is not installed, which is what `find_spec` is asked."""
+    result = python("""
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "flax" else found(name, *rest)
+import jax_seqpar.flax
+""")
+    assert result.stderr.splitlines()[-1].endswith("Write pip install 'jax-seqpar[flax]'.")
+
+
 def test_the_command_names_the_extra_it_needs():
     result = python(NO_PARITY_EXTRA + "import jax_seqpar.cli")
     assert result.returncode == 1

@@ -124,6 +124,21 @@ def test_what_is_added_belongs_to_nobody():
     assert not padded.query[:, 5:].any()
 
 
+@pytest.mark.parametrize("dtype", (jnp.uint8, jnp.uint32, jnp.int32))
+def test_what_is_added_is_in_no_segment_that_is_there(dtype):
+    """Beside 0 and the largest number of the dtype, too: the numbers after them must not wrap."""
+    q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 5, 6, 4, 4, 5, 5)))
+    ids = jnp.asarray([[0, 1, jnp.iinfo(dtype).max]], dtype).repeat(2, axis=1).repeat(2, axis=0)
+    padded = pad_to_degree(q, k, v, degree=4, segment_ids=(ids[:, :5], ids))
+    queries, keys = padded.keywords["segment_ids"]
+    given = {*queries[:, :5].ravel().tolist(), *keys[:, :6].ravel().tolist()}
+    added = {*queries[:, 5:].ravel().tolist()}, {*keys[:, 6:].ravel().tolist()}
+    assert len(given) == 3
+    assert len(added[0]) == len(added[1]) == 1
+    assert not given & (added[0] | added[1])
+    assert not added[0] & added[1]
+
+
 @pytest.mark.parametrize("degree", (0, -2, 2.0, "seq", True))
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_degree(degree):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from .. import refusals
 from ..description import Description, PerToken, Window, describe
@@ -31,8 +31,8 @@ def exact_attention(
     is_causal: bool = False,
     query_offset: int = 0,
     positions: PerToken | None = None,
-    query_seq_lengths: Int[Array, "B"] | None = None,
-    key_value_seq_lengths: Int[Array, "B"] | None = None,
+    query_seq_lengths: Integer[Array, "B"] | None = None,
+    key_value_seq_lengths: Integer[Array, "B"] | None = None,
     local_window_size: Window | None = None,
     segment_ids: PerToken | None = None,
     alibi_slopes: Float[Array, "N"] | None = None,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Integer
 
 from ..attention import dot_product_attention
 from ..description import Window
@@ -144,7 +144,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         positions: Integer[Array, "#B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         decode: bool = False,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from .. import refusals
 from ..blocks import Block, vary_alike
@@ -28,8 +28,8 @@ def blockwise_attention(
     is_causal: bool = False,
     query_offset: int = 0,
     positions: PerToken | None = None,
-    query_seq_lengths: Int[Array, "B"] | None = None,
-    key_value_seq_lengths: Int[Array, "B"] | None = None,
+    query_seq_lengths: Integer[Array, "B"] | None = None,
+    key_value_seq_lengths: Integer[Array, "B"] | None = None,
     local_window_size: Window | None = None,
     segment_ids: PerToken | None = None,
     alibi_slopes: Float[Array, "N"] | None = None,

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from ..blocks import Block
 from ..description import Description, PerToken, Window, accumulated, describe, kept, logits
@@ -22,8 +22,8 @@ def dense_attention(
     is_causal: bool = False,
     query_offset: int = 0,
     positions: PerToken | None = None,
-    query_seq_lengths: Int[Array, "B"] | None = None,
-    key_value_seq_lengths: Int[Array, "B"] | None = None,
+    query_seq_lengths: Integer[Array, "B"] | None = None,
+    key_value_seq_lengths: Integer[Array, "B"] | None = None,
     local_window_size: Window | None = None,
     segment_ids: PerToken | None = None,
     alibi_slopes: Float[Array, "N"] | None = None,

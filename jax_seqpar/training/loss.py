@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Integer
 
 from ..layout import MeshAxes, MeshLayout, names
 from ..mesh import AnyMesh
@@ -19,7 +19,7 @@ def cross_entropy(
     logits: Float[Array, "*tokens V"],
     labels: Integer[Array, "*tokens"],
     *,
-    normaliser: Int[Array, ""] | int | None = None,
+    normaliser: Integer[Array, ""] | int | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = IGNORE,
@@ -61,7 +61,7 @@ def tiled_cross_entropy(
     tiles: int,
     layout: MeshLayout = MeshLayout(),
     mesh: AnyMesh | None = None,
-    normaliser: Int[Array, ""] | int | None = None,
+    normaliser: Integer[Array, ""] | int | None = None,
     logits_soft_cap: float | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
