@@ -283,14 +283,36 @@ def check_division(
         )
 
 
-def check_ranks(query: Shape, key: Shape, ranks: int) -> None:
-    """Refuses heads that the reference has no way to share: PyTorch ranks take even parts only."""
+def check_ranks(query: Shape, key: Shape, ranks: int, *, adds_exactly: bool) -> None:
+    """Refuses heads that the ranks of the PyTorch reference cannot share with the same bits.
+
+    Args:
+      query, key: shapes `[B, T, N, H]` and `[B, S, K, H]`.
+      ranks: how many.
+      adds_exactly: whether the kernel adds up a KV head's gradients without rounding. If not, the
+        bits depend on which rank has which query heads of a group, and where the ranks do not
+        divide the heads the two frameworks differ in that.
+
+    Raises:
+      ValueError: fewer heads than ranks, or KV heads that several ranks would share unevenly.
+    """
     N, K = query[2], key[2]
-    if N % ranks or (K % ranks and ranks % K):
+    got = f"Got query {query}, key {key}. jax_seqpar itself takes such heads."
+    if ranks > N:
         raise ValueError(
-            f"PyTorch ranks share heads evenly: of query heads N = {N} and KV heads K = {K} each "
-            f"must be divisible by the {ranks} ranks, or K divide their number. Got query {query}, "
-            f"key {key}. jax_seqpar itself takes such heads."
+            f"query heads N = {N} are fewer than the {ranks} ranks, and a rank of PyTorch has one "
+            f"at least. {got}"
+        )
+    if ranks > K and ranks % K and N != K:
+        raise ValueError(
+            f"KV heads K = {K} are fewer than the {ranks} ranks and do not divide their number: "
+            f"ranks of PyTorch would share the query heads of a KV head unevenly. {got}"
+        )
+    if not adds_exactly and N != K and (N % ranks or (K % ranks and ranks % K)):
+        raise ValueError(
+            f"with kernels that round sums, the gradients of KV heads depend on which rank has "
+            f"which query heads, so of query heads N = {N} and KV heads K = {K} each must be "
+            f"divisible by the {ranks} ranks, or K divide their number. {got}"
         )
 
 

@@ -403,9 +403,9 @@ def test_a_reshard_that_differs_is_saved(monkeypatch, tmp_path):
             assert not np.array_equal(on_torch.view("u1"), on_jax.view("u1"))
 
 
-def random_inputs(dtype, names, heads=4, tokens=4, seed=3):
+def random_inputs(dtype, names, heads=4, tokens=4, seed=3, kv_heads=2):
     rng = np.random.default_rng(seed)
-    shapes = {"query": heads, "key": 2, "value": 2, "grad": heads}
+    shapes = {"query": heads, "key": kv_heads, "value": kv_heads, "grad": heads}
     return {name: rng.standard_normal((1, tokens, shapes[name], 3)).astype(dtype) for name in names}
 
 
@@ -494,8 +494,12 @@ def planned(monkeypatch):
 THREE_DTYPES = "(?=.*float32, bfloat16, float16)"
 REFUSALS = {
     "heads": (
-        ("--degree=3", "--tokens=6"),
-        r"PyTorch ranks share heads evenly: of query heads N = 16 .* the 3 ranks.*\(2, 6, 16, 20\)",
+        ("--degree=17", "--tokens=34"),
+        r"query heads N = 16 are fewer than the 17 ranks.*\(2, 34, 16, 20\)",
+    ),
+    "KV heads and kernels that round sums": (
+        ("--degree=3", "--tokens=6", "--kernel=shared"),
+        r"kernels that round sums, .* N = 16 and KV heads K = 1 .* the 3 ranks.*\(2, 6, 16, 20\)",
     ),
     "tokens": (
         (*TINY, "--degree=2", "--tokens=5"),
@@ -506,12 +510,12 @@ REFUSALS = {
         "query heads N = 8 must be a multiple of the KV heads K = 3",
     ),
     "KV heads and devices": (
-        ("--heads=12", "--kv-heads=6", "--degree=4"),
-        "KV heads K = 6 each must be divisible by the 4 ranks, or K divide their number",
+        ("--heads=12", "--kv-heads=3", "--degree=4"),
+        "KV heads K = 3 are fewer than the 4 ranks and do not divide their number",
     ),
     "one degree of two": (
         (*TINY, "--degree=2", "--degree=8", "--tokens=8"),
-        "query heads N = 4 and .* the 8 ranks",
+        "query heads N = 4 are fewer than the 8 ranks",
     ),
     "dtype not of the kernels": (("--dtype=float64",), f"(?s)(?=.*float64){THREE_DTYPES}"),
     "dtype of integers": (("--dtype=int8",), "int8"),
@@ -835,22 +839,22 @@ def test_how_a_file_is_read_is_said_first(planned, tmp_path):
     assert warning.endswith("Of arrays [B, N, S, H] write x.swapaxes(1, 2).")
 
 
-def packed_inputs():
+def packed_inputs(heads=4, kv_heads=2):
     """What a file may hold, all of it where an attention with gradients may have it at once."""
     rng = np.random.default_rng(5)
-    arrays = random_inputs(np.float32, (*QKV, "grad"), tokens=16)
+    arrays = random_inputs(np.float32, (*QKV, "grad"), heads, 16, kv_heads=kv_heads)
     tokens = np.arange(16)[None]
     beside = {
-        "bias": rng.standard_normal((1, 4, 16, 16)).astype(np.float32),
-        "mask": rng.random((1, 4, 16, 16)) < 0.8,
+        "bias": rng.standard_normal((1, heads, 16, 16)).astype(np.float32),
+        "mask": rng.random((1, heads, 16, 16)) < 0.8,
         "query_seq_lengths": np.array([11]),
         "key_value_seq_lengths": np.array([10]),
         "segment_ids": (tokens > 8).astype(np.int64),
         "query_segment_ids": (tokens > 9).astype(np.int64),
         "positions": tokens,
         "query_positions": tokens + tokens // 4,
-        "alibi_slopes": np.array([0.5, 0.25, 0.125, 0.1], np.float32),
-        "sinks": np.array([0.5, -1.0, 2.0, 0.0], np.float32),
+        "alibi_slopes": np.array([0.5, 0.25, 0.125, 0.1, 0.2, 0.3], np.float32)[:heads],
+        "sinks": np.array([0.5, -1.0, 2.0, 0.0, 1.0, -0.5], np.float32)[:heads],
     }
     assert set(beside) == set(OPTIONAL)
     return arrays, beside
@@ -866,8 +870,8 @@ OPTIONS = {
 @pytest.mark.parametrize("kernel", ("exact", "shared", "plain"))
 def test_the_attention_that_a_file_describes(kernel, monkeypatch, tmp_path):
     """Every array and option reaches both frameworks: outputs are those of float64 attention, which
-    each of them changes."""
-    arrays, beside = packed_inputs()
+    each of them changes. Of exact sums two ranks have the bits of JAX with three KV heads, too."""
+    arrays, beside = packed_inputs(*((6, 3) if kernel == "exact" else (4, 2)))
     path, found = tmp_path / "acts.npz", []
     write(path, arrays | beside)
     compare = parity._compare

@@ -21,7 +21,8 @@ The barrier lets the threads finish; the second line ends them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,17 +33,25 @@ Exchange = Callable[[Tensor, int, int, int, Any], Tensor]
 
 
 def single_all_to_all(
-    input: Tensor, scatter_idx: int, gather_idx: int, batch_dim_idx: int, group: Any = None
+    input: Tensor,
+    scatter_idx: int,
+    gather_idx: int,
+    batch_dim_idx: int,
+    group: Any = None,
+    *,
+    heads: Sequence[int] | None = None,
 ) -> Tensor:
     """Scatters one axis over the ranks of a group and gathers another.
 
     Args:
       input: this rank's `[S, B, N, H]` or `[B, S, N, H]`, any dtype; its bits travel unchanged.
-      scatter_idx: the axis to split, 2 for the heads or that of the tokens. Heads may be uneven:
-        the first ranks get one more. Tokens have to be divisible by the number of ranks.
+      scatter_idx: the axis to split, 2 for the heads or that of the tokens. Tokens have to be
+        divisible by the number of ranks.
       gather_idx: the axis to concatenate, in rank order.
       batch_dim_idx: which axis is the batch, 0 or 1; the tokens are the other one.
       group: the sequence-parallel process group; None for the default group.
+      heads: how many each rank has, in rank order. If None they are shared as evenly as possible,
+        the first ranks having one more, and where heads are gathered the ranks tell one another.
 
     Returns:
       A tensor with all of axis `gather_idx` and this rank's part of axis `scatter_idx`.
@@ -54,9 +63,13 @@ def single_all_to_all(
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     _check_axes(scatter_idx, gather_idx, batch_dim_idx)
     size = input.shape[scatter_idx]
+    if heads is not None and len(heads) != world_size:
+        raise ValueError(f"heads must be one number for each of {world_size} ranks, got {heads}.")
     if scatter_idx == 2:
         _check_head_count(size, world_size, f"Got input {tuple(input.shape)}.")
-        sent = [_heads_of(size, world_size, i) for i in range(world_size)]
+        sent = _shared(size, world_size) if heads is None else list(heads)
+        if sum(sent) != size:
+            raise ValueError(f"heads {heads} must add up to the {size} of {tuple(input.shape)}.")
         gathered = [input.shape[gather_idx]] * world_size
     else:
         if size % world_size:
@@ -65,11 +78,13 @@ def single_all_to_all(
                 f"the group. Got input {tuple(input.shape)}."
             )
         sent = [size // world_size] * world_size
-        # No rank can tell from its own heads how many another one has.
-        heads = torch.tensor([input.shape[gather_idx]], device=input.device)
-        counts = [torch.empty_like(heads) for _ in range(world_size)]
-        dist.all_gather(counts, heads, group=group)
-        gathered = [int(count) for count in counts]
+        if heads is None:
+            # No rank can tell from its own heads how many another one has.
+            own = torch.tensor([input.shape[gather_idx]], device=input.device)
+            counts = [torch.empty_like(own) for _ in range(world_size)]
+            dist.all_gather(counts, own, group=group)
+            heads = [int(count) for count in counts]
+        gathered = list(heads)
     chunks = [_bytes(x) for x in input.split(sent, dim=scatter_idx)]
     shapes = []
     for count in gathered:
@@ -93,8 +108,23 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
-def _heads_of(heads: int, world_size: int, rank: int) -> int:
-    return heads // world_size + (rank < heads % world_size)
+def _shared(count: int, parts: int) -> list[int]:
+    """So many in parts that differ by one at most, the larger ones first."""
+    return [count // parts + (part < count % parts) for part in range(parts)]
+
+
+def heads_of_ranks(N: int, K: int, world_size: int) -> tuple[list[int], int]:
+    """How many query heads each rank has, and how many copies of each KV head are sent.
+
+    With at least as many KV heads as ranks, each is on one rank, with all its query heads. Where K
+    divides the ranks, each is on P/K of them, which share its query heads. Otherwise the ranks
+    share the query heads without regard to groups, and a KV head is copied for each of its own.
+    """
+    if world_size <= K:
+        return [kv_heads * (N // K) for kv_heads in _shared(K, world_size)], 1
+    if world_size % K == 0:
+        return _shared(N // K, world_size // K) * K, world_size // K
+    return _shared(N, world_size), N // K
 
 
 class SeqAllToAll(torch.autograd.Function):
@@ -135,7 +165,8 @@ class DistributedAttention(torch.nn.Module):
         that is not `batch_dim_idx`. DeepSpeed's default of 0 is wrong for batch-first tensors and
         was the other half of its bug, so it is not the default here.
       sp_stream: refused; communication here does not overlap with computation.
-      exchange: what runs in place of `single_all_to_all`. For controls that must fail.
+      exchange: what runs in place of `single_all_to_all`, with its first five arguments. For
+        controls that must fail.
     """
 
     def __init__(
@@ -146,7 +177,7 @@ class DistributedAttention(torch.nn.Module):
         gather_idx: int | None = None,
         sp_stream: Any = None,
         *,
-        exchange: Exchange = single_all_to_all,
+        exchange: Exchange | None = None,
     ) -> None:
         super().__init__()
         if sp_stream is not None:
@@ -173,11 +204,9 @@ class DistributedAttention(torch.nn.Module):
         """Attention over the whole sequence, from and to this rank's tokens.
 
         Args:
-          query: `[S/P, B, N, H]` or `[B, S/P, N, H]`, N at least P. Where P does not divide N, the
-            first ranks have one head more.
+          query: `[S/P, B, N, H]` or `[B, S/P, N, H]`, N at least P. `heads_of_ranks` says how
+            many of the N each rank has.
           key, value: the same with K heads, K dividing N, and `value` with channels of its own.
-            Where P divides N and K divides P, each KV head is sent to P/K ranks; where neither K
-            divides P nor P divides K, or P does not divide N, to each of its query heads.
           batch_dim_idx: 1 for token-first, 0 for batch-first tensors.
           rotary_pos_emb: cosines and sines `[S, 1, 1, R]` of the rotary embedding of the first R
             channels, applied to query and key in global positions.
@@ -195,16 +224,19 @@ class DistributedAttention(torch.nn.Module):
         _check_axes(self.scatter_idx, gather_idx, batch_dim_idx)
         _check_heads(query, key, value, world_size)
 
-        def reshard(x: Tensor, scatter_idx: int, gather_idx: int) -> Tensor:
-            out = SeqAllToAll.apply(
-                self.spg, x, scatter_idx, gather_idx, batch_dim_idx, self.exchange
-            )
+        N, K = query.shape[2], key.shape[2]
+        heads, copies = heads_of_ranks(N, K, world_size)
+        kv_heads = heads if copies == N // K else _shared(K * copies, world_size)
+
+        def reshard(x: Tensor, scatter_idx: int, gather_idx: int, heads: list[int]) -> Tensor:
+            exchange = self.exchange or partial(single_all_to_all, heads=heads)
+            out = SeqAllToAll.apply(self.spg, x, scatter_idx, gather_idx, batch_dim_idx, exchange)
             assert isinstance(out, Tensor)
             return out
 
-        copies = _copies(query.shape[2], key.shape[2], world_size)
         key, value = (_repeat_heads(x, copies) for x in (key, value))
-        q, k, v = (reshard(x, self.scatter_idx, gather_idx) for x in (query, key, value))
+        q = reshard(query, self.scatter_idx, gather_idx, heads)
+        k, v = (reshard(x, self.scatter_idx, gather_idx, kv_heads) for x in (key, value))
         if rotary_pos_emb is not None:
             q, k = (_rotate(x, *rotary_pos_emb, tokens_idx) for x in (q, k))
         out = self.local_attn(q, k, v, *args, **kwargs)
@@ -214,14 +246,7 @@ class DistributedAttention(torch.nn.Module):
                 f"local_attention returned shape {tuple(out.shape)}, expected that of the query "
                 f"it was given, with the channels of the value, {expected}."
             )
-        return reshard(out, gather_idx, self.scatter_idx)
-
-
-def _copies(N: int, K: int, world_size: int) -> int:
-    """How often each KV head is repeated, so that every rank has those of its query heads."""
-    if N % world_size == 0 and K % world_size == 0:
-        return 1
-    return world_size // K if N % world_size == 0 and world_size % K == 0 else N // K
+        return reshard(out, gather_idx, self.scatter_idx, heads)
 
 
 def _repeat_heads(x: Tensor, copies: int) -> Tensor:

@@ -66,6 +66,8 @@ def plan(degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels) 
     """The checks of one degree: attention for all the inputs, the rest for the last of them.
 
     The controls get generated inputs of its sizes: a constant, say, would hide any permutation.
+    Controls and reshards take even parts only: where the degree does not divide the heads, they get
+    as many as it does, those that the pipeline of JAX reshards.
 
     Raises:
       ValueError: inputs that do not fit the degree, the rules, the kernels or one another.
@@ -76,7 +78,7 @@ def plan(degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels) 
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from None
     label, last = list(named.items())[-1]
-    controls = case_of(last).inputs()
+    controls = _even(case_of(last), degree).inputs()
     if kernels == Kernels.PLAIN:
         return [PipelineCheck(degree, x, "plain", rules, label=n) for n, x in named.items()]
 
@@ -86,7 +88,7 @@ def plan(degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels) 
         return "dense" if sdpa_lacks(rules, keywords(x)) else "sdpa"
 
     checks: list[Check] = [
-        *reshard_checks(degree, last["query"].shape),
+        *reshard_checks(degree, controls["query"].shape),
         *(PipelineCheck(degree, last, "identity", layout=x) for x in ("bshd", "sbhd")),
         *(PipelineCheck(degree, x, own(x), rules, label=name) for name, x in named.items()),
         PipelineCheck(degree, last, own(last), rules, "sbhd", label=label),
@@ -97,6 +99,15 @@ def plan(degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels) 
     elif own(last) != "dense":
         checks.append(PipelineCheck(degree, last, "dense", rules, label=label))
     return [*checks, *history_checks(degree, controls)]
+
+
+def _even(case: Case, degree: int) -> Case:
+    """The case with as many heads as the degree divides."""
+    N, K = case.heads, case.kv_heads
+    if N % degree == 0 and (K % degree == 0 or degree % K == 0):
+        return case
+    heads = -(-N // degree) * degree
+    return replace(case, heads=heads, kv_heads=heads)
 
 
 def understood(label: str, inputs: Arrays, rules: Rules, kernels: Kernels) -> list[str]:
@@ -146,7 +157,8 @@ def _refuse_misfits(degree: int, inputs: Arrays, rules: Rules, kernels: Kernels)
             f"Write at least one sequence of one token."
         )
     refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
-    refusals.check_ranks(query.shape, key.shape, degree)
+    exact = kernels == Kernels.EXACT
+    refusals.check_ranks(query.shape, key.shape, degree, adds_exactly=exact)
     describe(query, key, value, **dict.fromkeys(AXES) | keywords(inputs) | asdict(rules))
     finite = all(np.isfinite(x.astype(np.float32)).all() for x in (query, key, value, grad))
     if not finite and kernels != Kernels.EXACT:

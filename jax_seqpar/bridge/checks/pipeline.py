@@ -76,9 +76,9 @@ class PipelineCheck:
 
         from torch_ref.history import WRONG_VERSIONS
         from torch_ref.history import single_all_to_all as wrong_all_to_all
-        from torch_ref.ulysses import DistributedAttention, single_all_to_all
+        from torch_ref.ulysses import DistributedAttention
 
-        exchange = single_all_to_all
+        exchange = None
         if self.version:
             exchange = partial(wrong_all_to_all, WRONG_VERSIONS[self.version])
         token_first = self.layout == "sbhd"
@@ -110,11 +110,15 @@ class PipelineCheck:
 
     def _torch_kernel(self, rank: int) -> Callable[..., Any]:
         """Batch-first, on whole sequences."""
+        from torch_ref.ulysses import heads_of_ranks
+
         if self.kernel == "identity":
             return lambda q, k, v: q.clone()
         arrays = keywords(self.inputs)
+        N, K = (self.inputs[name].shape[2] for name in ("query", "key"))
+        heads, _ = heads_of_ranks(N, K, self.degree)
         own = {
-            name: jax.tree.map(partial(_part_of_rank, name, degree=self.degree, rank=rank), x)
+            name: jax.tree.map(partial(_part_of_rank, name, heads=heads, rank=rank), x)
             for name, x in arrays.items()
         }
         if self.kernel == "dense":
@@ -183,12 +187,12 @@ def sdpa_lacks(rules: Rules, arrays: dict[str, Any]) -> list[str]:
     return [name for name, x in asked if x != getattr(Rules, name)] + list(arrays)
 
 
-def _part_of_rank(name: str, x: np.ndarray, *, degree: int, rank: int) -> np.ndarray:
+def _part_of_rank(name: str, x: np.ndarray, *, heads: list[int], rank: int) -> np.ndarray:
     """The part of an attention's array that belongs to the heads of a rank."""
     axis = AXES[name].index("heads") if "heads" in AXES[name] else None
     if axis is None or x.shape[axis] == 1:
         return x
-    return np.split(x, degree, axis)[rank]
+    return np.split(x, np.cumsum(heads)[:-1], axis)[rank]
 
 
 def _float64_rounded(options: dict[str, Any], q: Any, k: Any, v: Any) -> Any:
