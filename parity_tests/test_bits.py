@@ -15,7 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_seqpar.bridge.bits import LeafReport, compare_bits
+from jax_seqpar.bridge import (
+    Map,
+    compare_bits,
+    divergence_table,
+    first_divergence,
+    from_torch,
+    to_jax,
+    to_torch,
+    to_torch_state,
+)
+from jax_seqpar.bridge.bits import LeafReport
 
 NARROW_FLOATS = [
     "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3",
@@ -225,6 +235,51 @@ def test_structures_must_match(a, b, message):
 def test_only_numbers_are_compared(x):
     with pytest.raises(TypeError, match=r"\['x'\] must be an array of numbers"):
         compare_bits({"x": x}, {"x": x})
+
+
+def deleted():
+    x = jnp.arange(3.0)
+    x.delete()
+    return x
+
+
+NO_NUMBERS = {
+    "meta": (lambda: torch.ones(3, device="meta"), r"is on the meta device, without data"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), r"has layout torch\.sparse_coo.*x\.to_dense\(\)"),
+    "csr": (lambda: torch.eye(3).to_sparse_csr(), r"has layout torch\.sparse_csr.*x\.to_dense"),
+    "mkldnn": (lambda: torch.ones(3).to_mkldnn(), r"has layout torch\._mkldnn.*x\.to_dense\(\)"),
+    "quantised": (
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+        r"is quantised\. Write x\.dequantize\(\) .*x\.int_repr\(\)",
+    ),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        r"is nested\. Write x\.unbind\(\)",
+    ),
+    "random key": (lambda: jax.random.key(0), r"is a random key\. .*jax\.random\.key_data\(x\)"),
+    "deleted": (deleted, r"is deleted, as an array donated"),
+    "masked": (lambda: np.ma.masked_array([1.0, 2.0], [0, 1]), r"is masked, .*x\.filled\(0\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_arrays_without_dense_numbers_are_refused_at_every_door(case):
+    make, message = case
+    x = make()
+    by_name = {"x": x}
+    doors = [
+        lambda: compare_bits(by_name, by_name),
+        lambda: first_divergence(by_name, by_name),
+        lambda: divergence_table(by_name, by_name, rtol=1e-3),
+    ]
+    if isinstance(x, torch.Tensor):
+        doors += [lambda: to_jax(by_name), lambda: from_torch(by_name, [Map("x", "y")])]
+    elif isinstance(x, jax.Array):
+        doors += [lambda: to_torch(by_name), lambda: to_torch_state(by_name, [Map("y", "x")])]
+    for door in doors:
+        with pytest.raises(TypeError, match=message):
+            door()
 
 
 def test_another_shape_or_dtype_is_not_equal():

@@ -235,13 +235,6 @@ def test_gradients_are_refused():
         assert to_jax([x.detach()])[0].shape == (2,)
 
 
-def test_sparse_tensors_are_refused():
-    x = torch.eye(3).to_sparse()
-    with pytest.raises(ValueError, match=r"the root has layout torch\.sparse_coo.*x\.to_dense\(\)"):
-        to_jax(x)
-    assert compare_bits(to_jax(x.to_dense()), np.eye(3, dtype=np.float32)).equal
-
-
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("name", ["complex32", "float4_e2m1fn_x2"])
 def test_dtypes_that_jax_lacks_are_refused(name):

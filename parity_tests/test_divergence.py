@@ -358,9 +358,18 @@ def test_shapes_that_differ():
             first_divergence(a, b, rtol=rtol)
 
 
-def test_only_numbers():
-    with pytest.raises(TypeError, match=r"\['x'\] must be an array of numbers"):
-        first_divergence({"x": "text"}, {"x": "text"})
+@pytest.mark.parametrize("compare", [first_divergence, divergence_table])
+def test_only_arrays_of_numbers(compare):
+    a = {"x": np.ones(2)}
+    for x, message in {
+        "text": r"\['x'\] must be an array of numbers",
+        (1.0,): r"b\['x'\] must be an array, got tuple\. Record each array",
+        None: r"b\['x'\] must be an array, got NoneType",
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            compare({"x": x} if x == "text" else a, {"x": x})
+    with pytest.raises(TypeError, match="b must be a mapping of names to arrays, got ndarray"):
+        compare(a, np.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,22 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.torch import save_file
 from test_convert import NARROW, WIDE, corners, every_byte
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3Model,
+)
 
 from jax_seqpar.bridge import (
+    Fused,
     Ignored,
     Map,
     Tied,
@@ -578,11 +591,124 @@ def test_sizes_that_nothing_uses(state):
         (lambda: Ignored("a.{}", "why"), r"braces around no name"),
         (lambda: Map("a", "b", "N H D"), r"no pattern with two sides.*\(N H\) D -> D N H"),
         (lambda: Map("a", "b", "a -> b -> c"), r"no pattern with two sides"),
+        (lambda: Map(1, "b"), r"^torch must be a string, got 1 in Map\("),
+        (lambda: Map("a", None), r"^flax must be a string, got None"),
+        (lambda: Map("a", "b", 3), r"^pattern must be a string, got 3"),
+        (lambda: Tied("a", to=None), r"^to must be a string, got None"),
+        (lambda: Ignored(None, "why"), r"^torch must be a string, got None"),
+        (lambda: Ignored("a", None), r"^reason must be a string, got None"),
+        (lambda: Fused("a", "b", "parts -> parts", ("1",)), r"^flax must be a tuple of strings"),
+        (lambda: Fused("a", ("b", "c"), "parts -> parts", ("1",)), r"has 2 paths and 1 parts"),
+        (lambda: Fused("a", ("b",), "D -> D", ("1",)), r"the axis parts once on both sides"),
+        (lambda: Fused("a.{i}", ("b",), "parts -> parts", ("N",)), r"\{i\} on one side and no"),
     ],
 )
 def test_lines_that_make_no_sense(line, message):
     with pytest.raises(ValueError, match=message):
         line()
+
+
+QKV = ("query", "key", "value")
+KERNELS = tuple(f"layers.{{i}}.{name}.kernel" for name in QKV)
+BIASES = tuple(f"layers.{{i}}.{name}.bias" for name in QKV)
+SAME = ("1", "1", "1")
+FUSED = {
+    "one after another, grouped": (
+        Phi3Model,
+        Phi3Config(pad_token_id=0, num_key_value_heads=K, attention_dropout=0.0),
+        "layers.{i}.self_attn.qkv_proj",
+        [(KERNELS, "weight", "(parts H) D -> D parts H", ("N", "K", "K"))],
+    ),
+    "head by head": (
+        GPTNeoXModel,
+        GPTNeoXConfig(),
+        "layers.{i}.attention.query_key_value",
+        [
+            (KERNELS, "weight", "(N parts H) D -> D (N parts) H", SAME),
+            (BIASES, "bias", "(N parts H) -> (N parts) H", SAME),
+        ],
+    ),
+    "inputs first": (
+        GPT2Model,
+        GPT2Config(),
+        "h.{i}.attn.c_attn",
+        [
+            (KERNELS, "weight", "D (parts H) -> D parts H", ("N", "N", "N")),
+            (BIASES, "bias", "(parts H) -> parts H", ("N", "N", "N")),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
+def test_fused_weights_are_those_that_the_model_attends_with(case):
+    """In position 0 rotary embeddings turn nothing: what reaches the model's attention is the
+    product of the fused layer's input with its weights."""
+    make, config, name, fused = case
+    small = {"vocab_size": 32, "hidden_size": D, "intermediate_size": 40, "num_hidden_layers": 2}
+    config.update(small | {"num_attention_heads": N})
+    if make is GPT2Model:
+        config.update({"n_embd": D, "n_layer": 2, "n_head": N, "attn_pdrop": 0.0})
+    seen = []
+
+    def spy(module, query, key, value, *args, **kwargs):
+        seen.append([x.detach().transpose(1, 2) for x in (query, key, value)])
+        return torch.zeros_like(seen[-1][0]), None
+
+    AttentionInterface.register("spy", spy)
+    config._attn_implementation = "spy"
+    torch.manual_seed(0)
+    model = make(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    inputs = []
+    for layer in range(2):
+        module = model.get_submodule(name.replace("{i}", str(layer)))
+        module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    model(torch.arange(5)[None], position_ids=torch.zeros(1, 5, dtype=torch.int64))
+
+    mapping = [
+        Fused(f"{name}.{kind}", paths, pattern, parts) for paths, kind, pattern, parts in fused
+    ]
+    state = {n: x for n, x in model.state_dict().items() if f".{name.rpartition('.')[2]}." in n}
+    sizes = {"N": N, "K": K, "H": D // N}
+    named = "".join(x for line in mapping for x in (line.pattern, *line.parts))
+    sizes = {axis: size for axis, size in sizes.items() if axis in named}
+    params = from_torch(state, mapping, sizes=sizes)
+    for layer, (x, attended) in enumerate(zip(inputs, seen, strict=True)):
+        for part, expected in zip(QKV, attended, strict=True):
+            own = {
+                key: np.asarray(a, np.float64) for key, a in params["layers"][layer][part].items()
+            }
+            product = np.einsum("bsd,dnh->bsnh", x.double().numpy(), own["kernel"])
+            np.testing.assert_allclose(product + own.get("bias", 0), expected, rtol=0, atol=1e-4)
+    back = to_torch_state(params, mapping, sizes=sizes)
+    assert compare_bits(state, back).equal
+    assert all(x.is_contiguous() for x in back.values())
+
+
+def test_fused_weights_that_do_not_fit():
+    line = Fused("a.{i}", ("q.{i}", "k.{i}"), "(parts H) D -> D parts H", ("N", "K"))
+    sizes = {"N": 3, "K": 1, "H": 4}
+    message = refusal({"a.0": torch.ones(15, 2)}, [line], sizes=sizes)
+    assert 'a.0 [15, 2] does not fit "(parts H) D -> parts H D"' in message
+    assert "'parts': 4" in message
+    with pytest.raises(ValueError, match=r"1 size is of parts and not told: N\. Write sizes="):
+        from_torch({}, [line], sizes={"K": 1})
+    params = {"q": {0: jnp.ones((2, 3, 4))}, "k": {0: jnp.ones((2, 1, 5))}}
+    message = refusal(params, [line], sizes={"N": 3, "K": 1}, back=True)
+    assert (
+        "parts of a.0 differ in more than their axis 0: float32[3, 4, 2], float32[1, 5, 2]"
+        in message
+    )
+    params["k"][0] = jnp.ones((2, 1, 4), jnp.bfloat16)
+    message = refusal(params, [line], sizes=sizes, back=True)
+    assert "float32[3, 4, 2], bfloat16[1, 4, 2]. Make them of one dtype" in message
+    message = refusal({"q": params["q"]}, [line], sizes=sizes, back=True)
+    assert "1 name is missing: k.0" in message
+    with pytest.raises(TypeError, match=r"^a\.0 must be a PyTorch tensor, got ndarray"):
+        from_torch({"a.0": np.ones(2)}, [line], sizes=sizes)
 
 
 def test_tied_names_are_checked_and_written_back():
@@ -631,16 +757,27 @@ def test_paths_without_a_line(state):
 
 
 @pytest.mark.parametrize(
-    ("x", "message"),
+    ("call", "message"),
     [
-        (np.ones(2), r"^w must be a PyTorch tensor, got ndarray\. Write torch\.as_tensor"),
-        (torch.eye(2).to_sparse(), r"^w must be a dense tensor.*sparse_coo on cpu.*to_dense"),
-        (torch.ones(2, device="meta"), r"^w must be a dense tensor.*on meta\..*load the model's"),
+        (
+            lambda: from_torch({"w": np.ones(2)}, [Map("w", "w")]),
+            r"^w must be a PyTorch tensor, got ndarray\. Write torch\.as_tensor",
+        ),
+        (
+            lambda: from_torch(torch.nn.Linear(2, 2), []),
+            r"path of safetensors, got Linear\. Of a module write model\.state_dict\(\)",
+        ),
+        (lambda: from_torch({}, Map("w", "w")), r"sequence of Map, Fused, .* got Map\(torch='w'"),
+        (
+            lambda: to_torch_state({}, [("w", "w")]),
+            r"sequence of Map, Fused, .* got \[\('w', 'w'\)\]",
+        ),
+        (lambda: load_safetensors(3), r"path must be a string or a pathlib\.Path, got int"),
     ],
 )
-def test_only_dense_tensors(x, message):
+def test_arguments_of_another_kind(call, message):
     with pytest.raises(TypeError, match=message):
-        from_torch({"w": x}, [Map("w", "w")])
+        call()
 
 
 def test_narrowing_is_refused():

@@ -10,6 +10,7 @@ from .divergence import divergence_table as divergence_table
 from .divergence import first_divergence as first_divergence
 from .kernels import as_torch_attention as as_torch_attention
 from .kernels import staged_attention as staged_attention
+from .mapping import Fused as Fused
 from .mapping import Ignored as Ignored
 from .mapping import Map as Map
 from .mapping import Tied as Tied

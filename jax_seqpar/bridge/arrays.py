@@ -4,12 +4,53 @@ NumPy has bfloat16 and float8 by way of `ml_dtypes`, which PyTorch does not know
 unsigned integers of the same width, and the dtype by its name.
 """
 
+import sys
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .extras import require_torch
+
+
+def check_leaf(x: Any, what: str) -> None:
+    """Checks that an array holds its numbers densely in memory, and nothing beside them.
+
+    Args:
+      x: an array of any framework. Anything else passes.
+      what: how a message calls it, like "float32 tensor at ['x']".
+
+    Raises:
+      TypeError: a tensor that is nested, quantised, sparse or without data, an array that is
+        deleted, a random key or masked.
+    """
+    # Whoever passes a tensor has imported PyTorch, so this module need not.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        problem = _tensor_problem(x, torch)
+    elif isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        problem = "is a random key. Write jax.random.key_data(x)."
+    elif isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+        problem = "is deleted, as an array donated to a jitted function is. Copy it before: x + 0."
+    elif isinstance(x, np.ma.MaskedArray):
+        problem = "is masked, and its mask would be lost. Write x.filled(0), or x.data for all."
+    else:
+        problem = None
+    if problem:
+        raise TypeError(f"{what} {problem}")
+
+
+def _tensor_problem(x: Any, torch: Any) -> str | None:
+    if x.is_nested:
+        return "is nested. Write x.unbind(), or torch.nested.to_padded_tensor(x, 0.0)."
+    if x.is_quantized:
+        return "is quantised. Write x.dequantize() for its values, x.int_repr() for its integers."
+    if x.is_meta:
+        return "is on the meta device, without data. Load the numbers first."
+    if x.layout != torch.strided:
+        return f"has layout {x.layout}, is not dense. Write x.to_dense()."
+    return None
 
 
 def numpy_to_torch(x: np.ndarray) -> Any:

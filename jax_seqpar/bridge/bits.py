@@ -5,7 +5,6 @@ payload. For each pair of arrays a report says how many elements differ, where t
 how far apart the finite ones are, and how many of the differences are of a special kind.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree_util
 
-from .arrays import torch_to_numpy
+from .arrays import check_leaf, torch_to_numpy
 from .bits_report import BitsReport, LeafReport, Scalar
 
 
@@ -35,7 +34,7 @@ def compare_bits(
 
     Raises:
       ValueError: if the structures differ, naming the first path that does.
-      TypeError: if a leaf is not an array of numbers.
+      TypeError: if a leaf is not a dense array of numbers.
 
     Example:
       report = compare_bits({"out": out, "lse": lse}, {"out": torch_out, "lse": torch_lse})
@@ -152,10 +151,9 @@ def _ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _to_numpy(x: Any, path: str) -> np.ndarray:
-    # Whoever passes a tensor has imported PyTorch, so this module need not.
-    torch = sys.modules.get("torch")
-    is_tensor = torch is not None and isinstance(x, torch.Tensor)
-    array = torch_to_numpy(x) if is_tensor else np.asarray(x)
+    check_leaf(x, path or "the leaf")
+    # Only tensors have it, and PyTorch need not be there.
+    array = torch_to_numpy(x) if hasattr(x, "detach") else np.asarray(x)
     numbers = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
     width = array.dtype.itemsize // (2 if _is(array, jnp.complexfloating) else 1)
     if width > 8 or not any(_is(array, kind) for kind in numbers):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Sharding
 
+from .arrays import check_leaf
 from .extras import require_torch
 
 # Exactly these: np.float64 is a float by inheritance, but an array to compare and convert.
@@ -32,7 +33,8 @@ def to_torch(tree: Any) -> Any:
 
     Raises:
       ValueError: for an array inside `jax.jit` or another transformation, or on several devices.
-      TypeError: for another kind of leaf, or a dtype that DLPack or PyTorch does not have.
+      TypeError: for another kind of leaf, a deleted array, or a dtype that DLPack or PyTorch does
+        not have.
     """
     torch = require_torch()
     return jax.tree_util.tree_map_with_path(lambda path, x: _leaf_to_torch(path, x, torch), tree)
@@ -55,9 +57,10 @@ def to_jax(tree: Any, *, sharding: Sharding | None = None) -> Any:
       the same tree with JAX arrays of the same shape, dtype and bits.
 
     Raises:
-      ValueError: for a tensor without data, one that requires a gradient, a sparse tensor, a
-        sharding that does not fit, or a 64-bit dtype while JAX's x64 mode is off.
-      TypeError: for another kind of leaf, or a dtype that DLPack or JAX does not have.
+      ValueError: for a tensor that requires a gradient, a sharding that does not fit, or a 64-bit
+        dtype while JAX's x64 mode is off.
+      TypeError: for another kind of leaf, a tensor that is nested, quantised, sparse or without
+        data, or a dtype that DLPack or JAX does not have.
     """
     torch = require_torch()
     return jax.tree_util.tree_map_with_path(
@@ -79,8 +82,7 @@ def _leaf_to_torch(path: Any, x: Any, torch: Any) -> Any:
             f"{what} is a tracer, which has no memory to share. Cross outside jit, grad, vmap and "
             f"shard_map: return the array from the transformed function, then write to_torch(x)."
         )
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"{what} is a random key. Write jax.random.key_data(x).")
+    check_leaf(x, what)
     if len(x.devices()) > 1:
         raise ValueError(
             f"{what} is on {len(x.devices())} devices, DLPack carries one. Write "
@@ -115,15 +117,14 @@ def _leaf_to_jax(path: Any, x: Any, torch: Any) -> Any:
             f"{_place(path)}. Write torch.as_tensor(x) if it is an array, or leave it out of the "
             f"tree."
         )
-    what = f"{x.dtype} tensor of shape {tuple(x.shape)} at {_place(path)}"
-    if x.is_meta:
-        raise ValueError(f"{what} is on the meta device, without data. Load the numbers first.")
+    # A nested tensor has no shape to name.
+    shape = "" if x.is_nested else f" of shape {tuple(x.shape)}"
+    what = f"{x.dtype} tensor{shape} at {_place(path)}"
+    check_leaf(x, what)
     if x.requires_grad:
         raise ValueError(
             f"{what} requires a gradient, which ends at the bridge. Write x.detach() if it may."
         )
-    if x.layout != torch.strided:
-        raise ValueError(f"{what} has layout {x.layout}. Write x.to_dense().")
     wide = (torch.float64, torch.int64, torch.uint64, torch.complex128)
     # jax.dlpack narrows without a word. The x64 mode, not the flag, decides, so JAX is asked.
     if x.dtype in wide and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
@@ -136,8 +137,8 @@ def _leaf_to_jax(path: Any, x: Any, torch: Any) -> Any:
     except (BufferError, jax.errors.JaxRuntimeError) as error:
         raise TypeError(
             f"{what} does not cross by DLPack: {error}. "
-            f"Write x.view(torch.uint8) for the bits, or x.to(torch.complex64), "
-            f"x.to(torch.float32) or x.dequantize() for the values."
+            f"Write x.view(torch.uint8) for the bits, or x.to(torch.complex64) or "
+            f"x.to(torch.float32) for the values."
         ) from error
 
 

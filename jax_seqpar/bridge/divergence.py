@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jax import tree_util
 
-from .arrays import torch_to_numpy
+from .arrays import check_leaf, torch_to_numpy
 from .bits import compare_bits
 from .bits_report import LeafReport, Scalar
 from .extras import require
@@ -131,7 +132,7 @@ def first_divergence(
     Raises:
       ValueError: names, order or shapes that differ, dtypes too if rtol = 0, nothing recorded,
         or an `rtol` or `axes` that make no sense.
-      TypeError: for what is no array of numbers.
+      TypeError: for what is no dense array of numbers, such as a list of arrays or None.
 
     Example:
       found = first_divergence(torch_activations, jax_activations, rtol=1e-5)
@@ -346,6 +347,19 @@ def _check_options(rtol: float, axes: Sequence[str]) -> None:
 
 
 def _check_runs(a: Mapping[str, Any], b: Mapping[str, Any], rtol: float) -> None:
+    for side, run in (("a", a), ("b", b)):
+        if not isinstance(run, Mapping):
+            raise TypeError(
+                f"{side} must be a mapping of names to arrays, got {type(run).__name__}. "
+                f'Write {{"layers.0/attention": x}}.'
+            )
+        for name, x in run.items():
+            if not tree_util.all_leaves([x]):
+                raise TypeError(
+                    f"{side}[{name!r}] must be an array, got {type(x).__name__}. "
+                    f"Record each array by a name of its own."
+                )
+            check_leaf(x, f"{side}[{name!r}]")
     problems = []
     if not a and not b:
         problems.append("Nothing is recorded. Record tensors by name in both runs.")

@@ -88,7 +88,77 @@ class Ignored:
         _check_placeholders(self, self.torch, self.torch)
 
 
+@dataclass(frozen=True)
+class Fused:
+    """One line of a mapping: a tensor of PyTorch that is several parameters of the tree.
+
+    They lie one after another along one axis of the tensor, which the pattern calls `parts`. For
+    the rest of the mapping, and in messages, part 0 of "qkv.weight" is "qkv.weight[0]".
+
+    Attributes:
+      torch: the name in the `state_dict`.
+      flax: the path in the tree of each part, in the order in which they lie in the tensor.
+      pattern: einops, PyTorch's axes -> Flax's, with `parts` on both sides.
+      parts: for each part, the name in `sizes` of its size along that axis, or "1".
+
+    Raises:
+      ValueError: if the placeholders of the names differ, the pattern has no `parts` on either
+        side, or paths and parts are not as many.
+
+    Example:
+      paths = ("query.kernel", "key.kernel", "value.kernel")
+      # All heads of the queries, then those of the keys, then those of the values, as in Phi-3.
+      Fused("qkv_proj.weight", paths, "(parts H) D -> D parts H", parts=("N", "K", "K"))
+      # Query, key and value of each head in turn, as in GPT-NeoX and BLOOM.
+      Fused("query_key_value.weight", paths, "(N parts H) D -> D (N parts) H", parts=("1",) * 3)
+      # Inputs first, as the Conv1D of GPT-2 has them.
+      Fused("c_attn.weight", paths, "D (parts H) -> D parts H", parts=("N", "N", "N"))
+    """
+
+    torch: str
+    flax: tuple[str, ...]
+    pattern: str
+    parts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for field in ("flax", "parts"):
+            texts = getattr(self, field)
+            if not isinstance(texts, tuple) or not all(isinstance(x, str) for x in texts):
+                raise ValueError(f"{field} must be a tuple of strings, got {texts!r} in {self}.")
+        if len(self.flax) != len(self.parts) or not self.parts:
+            raise ValueError(
+                f"{self} has {len(self.flax)} paths and {len(self.parts)} parts. Write as many."
+            )
+        sides = str(self.pattern).split("->")
+        if [len(re.findall(r"\bparts\b", side)) for side in sides] != [1, 1]:
+            raise ValueError(
+                f"{self} must have the axis parts once on both sides of its pattern. Write "
+                f'"(parts H) D -> D parts H".'
+            )
+        self.lines  # noqa: B018  Checks the names.
+
+    @property
+    def axes(self) -> list[str]:
+        """Of the tensor, one by one, without parentheses."""
+        return re.findall(r"\w+", self.pattern.split("->")[0])
+
+    @property
+    def lines(self) -> list[Map]:
+        """A line for each part, once the tensor is split."""
+        pattern = f"{' '.join(self.axes)} ->{self.pattern.split('->')[1]}"
+        return [
+            Map(f"{self.torch}[{i}]", path, re.sub(r"\bparts\b", part, pattern))
+            for i, (path, part) in enumerate(zip(self.flax, self.parts, strict=True))
+        ]
+
+
 Line = Map | Tied | Ignored
+AnyLine = Line | Fused
+
+
+def expanded(mapping: Sequence[AnyLine]) -> list[Line]:
+    """The lines with those of the parts in place of each `Fused`."""
+    return [x for line in mapping for x in (line.lines if isinstance(line, Fused) else [line])]
 
 
 @dataclass(frozen=True)
@@ -239,6 +309,9 @@ def _twice(entries: Sequence[Entry], side: Side) -> list[str]:
 
 
 def _check_placeholders(line: Line, a: str, b: str) -> None:
+    for field, text in vars(line).items():
+        if not isinstance(text, str) and not (field == "pattern" and text is None):
+            raise ValueError(f"{field} must be a string, got {text!r} in {line}.")
     if any(brace in re.sub(PLACEHOLDER, "", name) for name in (a, b) for brace in "{}"):
         raise ValueError(f"{line} has braces around no name. Write a placeholder like {{i}}.")
     if _placeholders(a) != _placeholders(b):

@@ -24,12 +24,18 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
       PyTorch tensors by name.
 
     Raises:
+      TypeError: for what is no path.
       ValueError: for a path of another kind, a broken file, a name in two files, or one that an
         index promises in vain, and for an index that names a file outside its folder.
 
     Example:
       tensors = load_safetensors("checkpoints/llama")
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(
+            f"path must be a string or a pathlib.Path, got {type(path).__name__}. "
+            f'Write "model.safetensors".'
+        )
     load_file = require("safetensors.torch", "safetensors").load_file
     errors = require("safetensors").SafetensorError, OSError
     tensors: dict[str, Any] = {}

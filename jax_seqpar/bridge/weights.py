@@ -17,17 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .arrays import check_leaf
 from .bits import compare_bits
 from .convert import to_jax, to_torch
 from .extras import require, require_torch
-from .mapping import Entry, Line, Map, Side, absent, absent_from, count, listed, route, route_tied
+from .mapping import (
+    AnyLine,
+    Entry,
+    Fused,
+    Line,
+    Map,
+    Side,
+    absent,
+    absent_from,
+    count,
+    expanded,
+    listed,
+    numbers_in,
+    route,
+    route_tied,
+)
 from .tensor_files import load_safetensors
 from .trees import leaves_by_path, nested, placed
 
 
 def from_torch(
     state_dict: Mapping[str, Any] | str | Path,
-    mapping: Sequence[Line],
+    mapping: Sequence[AnyLine],
     *,
     sizes: Mapping[str, int] | None = None,
     like: Any = None,
@@ -54,7 +70,8 @@ def from_torch(
         `like`, tied tensors that differ: all of them in one message. Then, in one message, shapes
         and dtypes that differ from those of `like`, and patterns that do not fit. Or a 64-bit
         dtype while JAX's x64 mode is off.
-      TypeError: for what is no dense tensor, or has a dtype that JAX does not have.
+      TypeError: for what is no dense tensor, no line of a mapping, or has a dtype that JAX does
+        not have.
 
     Example:
       mapping = [
@@ -66,15 +83,21 @@ def from_torch(
       params = from_torch(model.state_dict(), mapping, sizes={"N": 8})
     """
     torch = require_torch()
-    _check_sizes(sizes or {}, mapping)
+    lines = _checked(mapping, sizes or {})
     tensors = load_safetensors(state_dict) if isinstance(state_dict, str | Path) else state_dict
-    routes = route(tensors, mapping, "torch")
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"state_dict must be tensors by name or the path of safetensors, got "
+            f"{type(tensors).__name__}. Of a module write model.state_dict()."
+        )
+    tensors = _split(tensors, mapping, sizes or {})
+    routes = route(tensors, lines, "torch")
     leaves, structure = leaves_by_path(like)
     _check_leaves(leaves)
     if like is None:
-        problems = _missing(absent(routes.entries, mapping, "torch"))
+        problems = _missing(absent(routes.entries, lines, "torch"))
     else:
-        problems = _against(leaves, routes.entries, mapping)
+        problems = _against(leaves, routes.entries, lines)
     used = {*routes.tied, *(entry.torch for entry in routes.entries)}
     _check_dense({name: x for name, x in tensors.items() if name in used}, torch)
     problems += _untied(tensors, routes.tied, routes.entries)
@@ -86,7 +109,7 @@ def from_torch(
 
 
 def to_torch_state(
-    params: Any, mapping: Sequence[Line], *, sizes: Mapping[str, int] | None = None
+    params: Any, mapping: Sequence[AnyLine], *, sizes: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """A PyTorch `state_dict` with the bits and dtypes of a tree of arrays: `from_torch` backwards.
 
@@ -110,12 +133,12 @@ def to_torch_state(
       model.load_state_dict(to_torch_state(params, mapping, sizes={"N": 8}))
     """
     torch = require_torch()
-    _check_sizes(sizes or {}, mapping)
+    lines = _checked(mapping, sizes or {})
     leaves, _ = leaves_by_path(params)
-    routes = route(leaves, mapping, "flax")
-    ties = route_tied(routes.entries, mapping)
+    routes = route(leaves, lines, "flax")
+    ties = route_tied(routes.entries, lines)
     problems = routes.problems + ties.problems
-    problems += _missing(absent(routes.entries, mapping, "flax"))
+    problems += _missing(absent(routes.entries, lines, "flax"))
     _refuse("The mapping does not carry the tree to a state_dict", problems)
     state, problems = {}, []
     for entry in routes.entries:
@@ -125,7 +148,8 @@ def to_torch_state(
         # Memory of its own: PyTorch may write in place, and JAX must not see it.
         state[entry.torch] = x.clone(memory_format=torch.contiguous_format)
     _refuse("The arrays do not fit the mapping", problems)
-    return state | {name: state[to].clone() for name, to in ties.tied.items()}
+    state |= {name: state[to].clone() for name, to in ties.tied.items()}
+    return _joined(state, mapping, sizes or {}, torch)
 
 
 def _converted(
@@ -222,14 +246,89 @@ def _axes(pattern: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w*", pattern))
 
 
-def _check_sizes(sizes: Mapping[str, int], mapping: Sequence[Line]) -> None:
-    patterns = [line.pattern for line in mapping if isinstance(line, Map) and line.pattern]
+def _checked(mapping: Sequence[AnyLine], sizes: Mapping[str, int]) -> list[Line]:
+    """The lines, of each part where a line is fused, if the sizes fit them."""
+    if not isinstance(mapping, Sequence) or not all(isinstance(x, AnyLine) for x in mapping):
+        raise TypeError(
+            f"mapping must be a sequence of Map, Fused, Tied and Ignored, got {mapping!r}. "
+            f'Write [Map("name", "path")].'
+        )
+    lines = expanded(mapping)
+    patterns = [line.pattern for line in lines if isinstance(line, Map) and line.pattern]
     named = set().union(*map(_axes, patterns))
     if unused := sorted(sizes.keys() - named):
         raise ValueError(
             f"{count(unused, 'size')} of no axis in the patterns: {listed(unused)}. "
             f"The patterns have {listed(sorted(named)) or 'no axes'}."
         )
+    parts = {part for line in mapping if isinstance(line, Fused) for part in line.parts}
+    if unknown := sorted(parts - sizes.keys() - {"1"}):
+        raise ValueError(
+            f"{count(unknown, 'size')} of parts and not told: {listed(unknown)}. "
+            f"Write sizes={{{unknown[0]!r}: ...}}."
+        )
+    return lines
+
+
+def _split(
+    tensors: Mapping[str, Any], mapping: Sequence[AnyLine], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """The tensors with the parts in place of each fused one, as views of it."""
+    split, problems = {}, []
+    for name, x in tensors.items():
+        line = next((f for f in _fused(mapping) if numbers_in(f.torch, name) is not None), None)
+        if line is None:
+            split[name] = x
+            continue
+        _check_dense({name: x}, require_torch())
+        x, problem = _arranged(x, *_whole(line, name, sizes))
+        problems += problem
+        if not problem:
+            parts = x.split(_part_sizes(line, sizes), dim=line.axes.index("parts"))
+            split |= {f"{name}[{i}]": part for i, part in enumerate(parts)}
+    _refuse("The tensors do not fit the mapping", problems)
+    return split
+
+
+def _joined(
+    state: dict[str, Any], mapping: Sequence[AnyLine], sizes: Mapping[str, int], torch: Any
+) -> dict[str, Any]:
+    """The inverse of `_split`."""
+    problems = []
+    for line in _fused(mapping):
+        for first in [x for x in state if numbers_in(f"{line.torch}[0]", x) is not None]:
+            name = first.removesuffix("[0]")
+            parts = [state.pop(f"{name}[{i}]") for i in range(len(line.parts))]
+            place = line.axes.index("parts")
+            forms = {(*x.shape[:place], *x.shape[place + 1 :], x.dtype) for x in parts}
+            if len(forms) > 1:
+                shapes = [f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in parts]
+                problems.append(
+                    f"the parts of {name} differ in more than their axis {place}: "
+                    f"{listed(shapes)}. Make them of one dtype and of equal other axes."
+                )
+                continue
+            entry, _, named = _whole(line, name, sizes)
+            state[name], problem = _arranged(torch.cat(parts, place), entry, "flax", named)
+            state[name] = state[name].contiguous()
+            problems += problem
+    _refuse("The arrays do not fit the mapping", problems)
+    return state
+
+
+def _fused(mapping: Sequence[AnyLine]) -> list[Fused]:
+    return [line for line in mapping if isinstance(line, Fused)]
+
+
+def _part_sizes(line: Fused, sizes: Mapping[str, int]) -> list[int]:
+    return [1 if part == "1" else sizes[part] for part in line.parts]
+
+
+def _whole(line: Fused, name: str, sizes: Mapping[str, int]) -> tuple[Entry, Side, dict[str, int]]:
+    """How a fused tensor becomes one whose axis of parts stands alone."""
+    pattern = f"{line.pattern.split('->')[0].strip()} -> {' '.join(line.axes)}"
+    entry = Entry(name, name, Map(name, name, pattern), ())
+    return entry, "torch", dict(sizes) | {"parts": sum(_part_sizes(line, sizes))}
 
 
 def _check_leaves(leaves: dict[str, Any]) -> None:
@@ -250,11 +349,7 @@ def _check_dense(tensors: Mapping[str, Any], torch: Any) -> None:
                 f"{name} must be a PyTorch tensor, got {type(x).__name__}. "
                 f"Write torch.as_tensor(x), or Ignored({name!r}, reason)."
             )
-        if x.layout != torch.strided or x.is_meta:
-            raise TypeError(
-                f"{name} must be a dense tensor with numbers, is {x.layout} on {x.device}. "
-                f"Write x.to_dense(), or load the model's numbers first."
-            )
+        check_leaf(x, name)
 
 
 def _missing(names: Sequence[str]) -> list[str]:
