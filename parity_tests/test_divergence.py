@@ -359,6 +359,7 @@ def test_shapes_that_differ():
 
 
 @pytest.mark.parametrize("compare", [first_divergence, divergence_table])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_only_arrays_of_numbers(compare):
     a = {"x": np.ones(2)}
     for x, message in {

@@ -591,18 +591,19 @@ def test_sizes_that_nothing_uses(state):
         (lambda: Ignored("a.{}", "why"), r"braces around no name"),
         (lambda: Map("a", "b", "N H D"), r"no pattern with two sides.*\(N H\) D -> D N H"),
         (lambda: Map("a", "b", "a -> b -> c"), r"no pattern with two sides"),
-        (lambda: Map(1, "b"), r"^torch must be a string, got 1 in Map\("),
-        (lambda: Map("a", None), r"^flax must be a string, got None"),
-        (lambda: Map("a", "b", 3), r"^pattern must be a string, got 3"),
-        (lambda: Tied("a", to=None), r"^to must be a string, got None"),
-        (lambda: Ignored(None, "why"), r"^torch must be a string, got None"),
-        (lambda: Ignored("a", None), r"^reason must be a string, got None"),
-        (lambda: Fused("a", "b", "parts -> parts", ("1",)), r"^flax must be a tuple of strings"),
+        (lambda: Map(1, "b"), r"^torch must be a string, got 1 in Map\("),  # pyright: ignore
+        (lambda: Map("a", None), r"^flax must be a string, got None"),  # pyright: ignore
+        (lambda: Map("a", "b", 3), r"^pattern must be a string, got 3"),  # pyright: ignore
+        (lambda: Tied("a", to=None), r"^to must be a string, got None"),  # pyright: ignore
+        (lambda: Ignored(None, "why"), r"^torch must be a string, got None"),  # pyright: ignore
+        (lambda: Ignored("a", None), r"^reason must be a string, got None"),  # pyright: ignore
+        (lambda: Fused("a", "b", "parts -> parts", ("1",)), r"^flax must be a tuple of strings"),  # pyright: ignore
         (lambda: Fused("a", ("b", "c"), "parts -> parts", ("1",)), r"has 2 paths and 1 parts"),
         (lambda: Fused("a", ("b",), "D -> D", ("1",)), r"the axis parts once on both sides"),
         (lambda: Fused("a.{i}", ("b",), "parts -> parts", ("N",)), r"\{i\} on one side and no"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_lines_that_make_no_sense(line, message):
     with pytest.raises(ValueError, match=message):
         line()
@@ -764,17 +765,18 @@ def test_paths_without_a_line(state):
             r"^w must be a PyTorch tensor, got ndarray\. Write torch\.as_tensor",
         ),
         (
-            lambda: from_torch(torch.nn.Linear(2, 2), []),
+            lambda: from_torch(torch.nn.Linear(2, 2), []),  # pyright: ignore
             r"path of safetensors, got Linear\. Of a module write model\.state_dict\(\)",
         ),
-        (lambda: from_torch({}, Map("w", "w")), r"sequence of Map, Fused, .* got Map\(torch='w'"),
+        (lambda: from_torch({}, Map("w", "w")), r"sequence of Map, Fused, .* got Map\(torch='w'"),  # pyright: ignore
         (
-            lambda: to_torch_state({}, [("w", "w")]),
+            lambda: to_torch_state({}, [("w", "w")]),  # pyright: ignore
             r"sequence of Map, Fused, .* got \[\('w', 'w'\)\]",
         ),
-        (lambda: load_safetensors(3), r"path must be a string or a pathlib\.Path, got int"),
+        (lambda: load_safetensors(3), r"path must be a string or a pathlib\.Path, got int"),  # pyright: ignore
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_arguments_of_another_kind(call, message):
     with pytest.raises(TypeError, match=message):
         call()

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .extras import require_torch
 
@@ -31,7 +32,7 @@ def check_leaf(x: Any, what: str) -> None:
         problem = _tensor_problem(x, torch)
     elif isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         problem = "is a random key. Write jax.random.key_data(x)."
-    elif isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+    elif isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
         problem = "is deleted, as an array donated to a jitted function is. Copy it before: x + 0."
     elif isinstance(x, np.ma.MaskedArray):
         problem = "is masked, and its mask would be lost. Write x.filled(0), or x.data for all."

@@ -236,6 +236,7 @@ def _fitting(torch: tuple[int, ...], flax: tuple[int, ...]) -> Iterator[str]:
 
 
 def _tensor(x: Any, path: str) -> Any:
+    check_leaf(x, f"array at [{path!r}]")
     # DLPack carries one device.
     if isinstance(x, jax.Array) and not isinstance(x, Tracer) and len(x.devices()) > 1:
         x = jax.device_put(x, min(x.devices(), key=lambda device: device.id))
