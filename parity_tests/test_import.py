@@ -62,7 +62,7 @@ import jax_seqpar.flax
 def test_the_command_names_the_extra_it_needs():
     result = python(NO_PARITY_EXTRA + "import jax_seqpar.cli")
     assert result.returncode == 1
-    assert result.stderr.strip() == 'The seqpar command needs: pip install "jax-seqpar[parity]"'
+    assert result.stderr.strip() == 'The seqpar command needs: pip install "jax-seqpar[cli]"'
 
 
 def imports(path):

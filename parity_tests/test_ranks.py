@@ -224,10 +224,11 @@ COLLECTS = (
     "run_ranks(rank_functions.hang_in_rank_1, 2)\n"
 )
 COMMAND = ["-m", "jax_seqpar", "parity", "--degree=2", "--tokens=16"]
+STOPPED = "degree 2: 16 checks\nInterrupted: the PyTorch ranks .*\n"
 # The program, the file whose presence says how far it is, the signal, whether its whole process
 # group gets it as from a terminal, its exit status and all of its standard error.
 ENDS = {
-    "Ctrl-C": (COMMAND, "begun-0", signal.SIGINT, True, 130, "Interrupted: the PyTorch ranks .*\n"),
+    "Ctrl-C": (COMMAND, "begun-0", signal.SIGINT, True, 130, STOPPED),
     "killed at once": (["-c", COLLECTS], "task", signal.SIGKILL, False, -9, ""),
     "ended in between": (["-c", COLLECTS], "answer-0", signal.SIGTERM, True, -15, ""),
 }
