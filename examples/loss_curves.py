@@ -6,6 +6,8 @@ The four curves coincide; the fifth is that of DeepSpeed 0.12.4 to 0.14.3 (token
 right, no error was raised, and every activation was scrambled.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 from unittest import mock
@@ -33,9 +35,17 @@ def scrambling_heads_to_sequence(x: Array, axis_name: str) -> Array:
     return received.reshape(B, S // P, P * n, H)
 
 
-def planted_bug() -> mock._patch:  # pyright: ignore[reportPrivateUsage]
-    """Puts it into the strategy while the context lasts."""
-    return mock.patch("jax_seqpar.ulysses.heads_to_sequence", scrambling_heads_to_sequence)
+@contextmanager
+def planted_bug() -> Iterator[None]:
+    """Puts it into the strategy while the context lasts.
+
+    The strategy is looked up when attention is traced. JAX keeps what it has traced, so the same
+    sizes would be computed without the bug where they came before, and with it afterwards.
+    """
+    jax.clear_caches()
+    with mock.patch("jax_seqpar.ulysses.heads_to_sequence", scrambling_heads_to_sequence):
+        yield
+    jax.clear_caches()
 
 
 def main(

@@ -37,6 +37,14 @@ def _forget_programs():
 
 
 @pytest.fixture
+def monkeypatch(monkeypatch):
+    """What a test replaces is seen when a function is traced, so kept programs would hide it."""
+    jax.clear_caches()
+    yield monkeypatch
+    jax.clear_caches()
+
+
+@pytest.fixture
 def unchecked_shapes():
     """Switches the shape checks off, so that a refusal is seen as a user sees it."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -57,9 +57,9 @@ def test_every_row_is_measured(tmp_path):
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    done = benchmark("--degree", "4", "--heads", "6", "--kv-heads", "6")
+    done = benchmark("--degree", "4", "--heads", "6", "--kv-heads", "3")
     assert done.returncode == 2
-    assert "PyTorch ranks share heads evenly" in done.stderr
+    assert "KV heads K = 3 are fewer than the 4 ranks" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,10 @@ def test_exact_attention_fsdp_and_tiles(one_device):
 
 
 def test_the_historical_bug_is_visible(one_device):
+    without = train(run(4, steps=1), TEXT, CONFIG)  # of the same sizes, traced before the bug
     with planted_bug():
         scrambled = train(run(4), TEXT, CONFIG)
+    assert train(run(4, steps=1), TEXT, CONFIG) == without != scrambled[:1]
     assert np.mean(scrambled[-20:]) > np.mean(one_device[-20:]) + 0.1
 
 
