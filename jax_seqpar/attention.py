@@ -16,7 +16,7 @@ from .description import AXES, Description, PerToken, Window, describe
 from .heads import HeadPlan, merge_heads, plan_heads, split_heads
 from .kernels import choose_kernel
 from .layout import MeshLayout, axes_size, names
-from .mesh import AnyMesh, find_mesh, place, reshard
+from .mesh import AnyMesh, devices_of, find_mesh, place, reshard
 from .shared_heads import adds_without_rounding, tell_shared_heads
 from .ulysses import ulysses_attention
 
@@ -116,8 +116,10 @@ def dot_product_attention(
     if manual and description.rules.dropout_rate and dropout_rng.ndim != 3:
         raise refusals.no_local_dropout()
     refusals.check_mesh(layout, mesh.shape, manual)
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    operands = {"query": query, "key": key, "value": value}
+    for name, x in operands.items():
         refusals.check_sharding(name, jax.typeof(x).sharding.spec, layout)
+    refusals.check_devices(operands | description.arrays, devices_of(mesh))
     refusals.check_division(query.shape, key.shape, layout, mesh.shape)
     if attention is None:
         choice = choose_kernel(query, key, value, platform=_platform(mesh), **description.keywords)

@@ -261,6 +261,7 @@ def describe(query: Any, key: Any, value: Any, **keywords: Any) -> Description:
     """
     refusals.check_arrays(query, key, value)
     arrays = {name: keywords.pop(name) for name in AXES}
+    refusals.check_has_numbers({"query": query, "key": key, "value": value} | arrays)
     rules = Rules(**keywords)
     refusals.check_rules(rules)
     refusals.check_description(query.shape, key.shape, rules, **arrays)

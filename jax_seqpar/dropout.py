@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt32
 
+from . import refusals
+
 # As in Random123: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
@@ -17,7 +19,13 @@ def head_keys(rng: Any, batch: int, heads: int) -> UInt32[Array, "B N 2"]:
 
     Args:
       rng: a threefry key of `jax.random.key`, or its two words; or such head keys, as they are.
+      batch, heads: B and N of the whole attention, on all devices together.
+
+    Raises:
+      ValueError: another kind of key, or head keys of another shape.
     """
+    refusals.check_has_numbers({"dropout_rng": rng})
+    refusals.check_key(rng, batch, heads)
     words = key_words(rng)
     if words.ndim == 3:
         return words

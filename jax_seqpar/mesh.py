@@ -32,6 +32,17 @@ def find_mesh(mesh: AnyMesh | None, x: Any = None) -> AnyMesh:
     raise refusals.no_mesh()
 
 
+def devices_of(mesh: AnyMesh) -> set[jax.Device] | None:
+    """The devices of a mesh; None where an abstract one, as under `jax.jit`, does not tell."""
+    if isinstance(mesh, Mesh):
+        return set(mesh.devices.flat)
+    try:
+        concrete = jax.sharding.get_mesh()
+    except ValueError:  # under jax.jit
+        return None
+    return set(concrete.devices.flat) if concrete.abstract_mesh == mesh else None
+
+
 def reshard(x: Array, spec: PartitionSpec, *, mesh: AnyMesh) -> Array:
     """Gives x its sharding in the Explicit axes; `jax.shard_map` does so for Auto ones."""
     kept = _of_kind(spec, mesh, AxisType.Explicit)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from .layout import MeshLayout, axes_size, names
 
@@ -18,7 +20,7 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
     """Refuses arrays that are not one attention's query, key and value, whatever the mesh."""
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
-        _check_is_array(name, x)
+        check_is_array(name, x)
         if len(x.shape) != 4:
             raise ValueError(
                 f"{name} must have 4 axes {_AXES[name]}, got shape {x.shape}. "
@@ -60,11 +62,52 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
         )
 
 
-def _check_is_array(name: str, x: Any) -> None:
-    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+def check_is_array(name: str, x: Any) -> None:
+    """Refuses what JAX does not compute with; shapes without numbers pass, as some only plan."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return
+    if not isinstance(x, jax.Array | np.ndarray | np.generic):
         raise ValueError(
-            f"{name} must be an array, got {type(x).__name__}. Write jnp.asarray({name})."
+            f"{name} must be an array of JAX or NumPy, got {type(x).__name__}. Write "
+            f"{_as_array(name, x)}."
         )
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} is a masked array, and its mask would be lost. Write {name}.filled(0)."
+        )
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
+        raise ValueError(
+            f"{name} is deleted, as an array donated to a jitted function is. Copy it before: "
+            f"{name} + 0."
+        )
+    try:
+        jax.typeof(x)
+    except TypeError:
+        swapped = isinstance(x.dtype, np.dtype) and not x.dtype.isnative
+        dtype = f'{name}.dtype.newbyteorder("=")' if swapped else "np.float32"
+        raise ValueError(
+            f"{name} has dtype {x.dtype}, which JAX does not have. Write {name}.astype({dtype})."
+        ) from None
+
+
+def _as_array(name: str, x: Any) -> str:
+    if type(x).__module__.partition(".")[0] == "torch":
+        return f"jax_seqpar.bridge.to_jax({name})"
+    if hasattr(x, "todense"):
+        return f"{name}.todense()"
+    if hasattr(x, "__jax_array__"):
+        return f"{name}[...], the value of a Flax variable"
+    return f"jnp.asarray({name})"
+
+
+def check_has_numbers(tree: Mapping[str, Any]) -> None:
+    """Refuses shapes where numbers are computed with."""
+    for name, x in tree.items():
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
+            raise ValueError(
+                f"{name} has a shape and no numbers. Write jax.eval_shape(function, ...), which "
+                f"traces a function with the shapes of its arguments."
+            )
 
 
 def axis_size(axis_name: Any) -> int:
@@ -78,9 +121,12 @@ def axis_size(axis_name: Any) -> int:
         ) from None
 
 
-def check_reshard(shape: Shape, dtype: Any, split_axis: int, axis_name: Any) -> None:
+def check_reshard(x: Any, split_axis: int, axis_name: Any) -> None:
     """Refuses a reshard of anything but `[B, S, N, H]`, or along an axis that does not divide."""
     degree = axis_size(axis_name)
+    check_is_array("x", x)
+    check_has_numbers({"x": x})
+    shape, dtype = x.shape, x.dtype
     if len(shape) != 4:
         raise ValueError(
             f"a reshard takes 4 axes [B, S, N, H], got shape {shape}. Write x[None] or reshape."
@@ -152,7 +198,7 @@ def check_per_head_arrays(attention: Callable[..., Any], arrays: Mapping[str, An
     """Refuses what a device cannot take its heads' part of, and a dropout that it would count."""
     check_keywords(attention, list(arrays))
     for name, x in arrays.items():
-        _check_is_array(name, x)
+        check_is_array(name, x)
         if not x.shape or (name == "dropout_rng" and len(x.shape) != 3):
             raise ValueError(
                 f"per_head {name} must have a head axis, got shape {x.shape}. Of a dropout key "
@@ -218,6 +264,31 @@ def check_is_mesh(mesh: Any, context: Any) -> None:
             f"mesh has the axes {dict(mesh.shape)}, but this is inside a jax.shard_map over "
             f"{dict(context.shape)}, whose mesh it is on. Leave mesh= out."
         )
+
+
+def check_devices(tree: Mapping[str, Any], devices: set[jax.Device] | None) -> None:
+    """Refuses arrays that were put on other devices than those of the mesh.
+
+    Args:
+      tree: arrays by name.
+      devices: of the mesh; None where they are not known.
+    """
+    for name, x in tree.items() if devices else ():
+        for leaf in jax.tree.leaves(x):
+            if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or not leaf.committed:
+                continue
+            if leaf.sharding.device_set != devices:
+                raise ValueError(
+                    f"{name} is on {_ids(leaf.sharding.device_set)}, the mesh has "
+                    f"{_ids(devices)}. Write jax.device_put({name}, jax.NamedSharding(mesh, spec)),"
+                    f" where spec says which mesh axis shards which axis of the array."
+                )
+
+
+def _ids(devices: set[jax.Device]) -> str:
+    (platform, *more) = {device.platform for device in devices}
+    ids = ", ".join(str(n) for n in sorted(device.id for device in devices))
+    return f"{'/'.join((platform, *more))} device{'s' if len(devices) > 1 else ''} {ids}"
 
 
 def check_mesh(layout: MeshLayout, mesh_shape: Mapping[str, int], manual: Sequence[str]) -> None:
@@ -355,7 +426,7 @@ def check_description(
     ):
         if x is None:
             continue
-        _check_is_array(name, x)
+        check_is_array(name, x)
         if not jnp.issubdtype(x.dtype, kind):
             other = (
                 "mask= takes a boolean array, True attends"
@@ -397,7 +468,7 @@ def _with_four_axes(name: str, shape: Shape) -> str:
 def _check_per_sequence(name: str, x: Any, batch: int) -> None:
     if x is None:
         return
-    _check_is_array(name, x)
+    check_is_array(name, x)
     if x.shape != (batch,) or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
             f"{name} must be integers of shape (B,) = ({batch},), got {x.dtype}{list(x.shape)}. "
@@ -410,11 +481,11 @@ def _check_per_token(
 ) -> None:
     if x is None:
         return
+    if isinstance(x, list):
+        raise ValueError(f"{name} must be an array, or a tuple of two, got list.")
     pair = x if isinstance(x, tuple) else (x, x)
     for part in pair:
-        if isinstance(part, list):
-            raise ValueError(f"{name} must be an array, or a tuple of two, got list.")
-        _check_is_array(name, part)
+        check_is_array(name, part)
     shapes = ((batch, query_tokens), (batch, key_tokens))
     if len(pair) != 2 or any(
         part.shape != shape or not jnp.issubdtype(part.dtype, jnp.integer)
@@ -430,7 +501,7 @@ def _check_per_token(
 def _check_per_head(name: str, x: Any, heads: int) -> None:
     if x is None:
         return
-    _check_is_array(name, x)
+    check_is_array(name, x)
     if x.shape != (heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} must be floating of shape (N,) = ({heads},), one for each query head, got "
@@ -440,24 +511,29 @@ def _check_per_head(name: str, x: Any, heads: int) -> None:
 
 
 def _check_dropout(rng: Any, rate: float, batch: int, heads: int) -> None:
-    if rng is None:
-        if rate > 0:
-            raise ValueError(
-                f"dropout_rate = {rate} needs a key. Write dropout_rng=jax.random.key(...), "
-                f"another one for each layer and step."
-            )
-        return
-    if not hasattr(rng, "dtype"):
+    if rng is not None:
+        check_key(rng, batch, heads)
+    elif rate > 0:
         raise ValueError(
-            f"dropout_rng must be a key, got {rng!r}. "
-            f'Write jax.random.key(seed, impl="threefry2x32").'
+            f"dropout_rate = {rate} needs a key. Write dropout_rng=jax.random.key(...), "
+            f"another one for each layer and step."
         )
+
+
+def check_key(rng: Any, batch: Any, heads: Any) -> None:
+    """Refuses what is neither one threefry key nor the keys of a batch's heads."""
+    for name, size in (("batch", batch), ("heads", heads)):
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"{name} must be a Python integer, not negative, got {size!r}.")
+    write = 'Write jax.random.key(seed, impl="threefry2x32").'
+    if isinstance(rng, int):
+        raise ValueError(f"dropout_rng must be a key, got {rng!r}. {write}")
+    check_is_array("dropout_rng", rng)
     if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         implementation = str(jax.random.key_impl(rng))
         if implementation != "threefry2x32":
             raise ValueError(
-                f"dropout_rng must be a threefry key, got one of {implementation}. Write "
-                f'jax.random.key(seed, impl="threefry2x32").'
+                f"dropout_rng must be a threefry key, got one of {implementation}. {write}"
             )
         fits = rng.shape == ()
     else:
@@ -465,8 +541,7 @@ def _check_dropout(rng: Any, rate: float, batch: int, heads: int) -> None:
     if not fits:
         raise ValueError(
             f"dropout_rng must be one key, or keys of heads [B, N, 2] = {[batch, heads, 2]}, got "
-            f"{rng.dtype}{list(rng.shape)}. "
-            f'Write jax.random.key(seed, impl="threefry2x32").'
+            f"{rng.dtype}{list(rng.shape)}. {write}"
         )
 
 

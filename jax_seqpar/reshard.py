@@ -53,7 +53,7 @@ def heads_to_sequence(
 
 
 def _all_to_all(x: Array, axis_name: AxisName, *, split_axis: int, concat_axis: int) -> Array:
-    refusals.check_reshard(x.shape, x.dtype, split_axis, axis_name)
+    refusals.check_reshard(x, split_axis, axis_name)
     narrow_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     exchange = _exchange_bits if narrow_float else _exchange
     return exchange(x, axis_name, split_axis, concat_axis)

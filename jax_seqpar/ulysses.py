@@ -64,6 +64,7 @@ def ulysses_attention(
     """
     degree = refusals.axis_size(axis_name)
     refusals.check_arrays(query, key, value)
+    refusals.check_has_numbers({"query": query, "key": key, "value": value} | dict(per_head or {}))
     refusals.check_per_head_arrays(attention, per_head or {})
     refusals.check_flag("overlap", overlap)
     asks = adds_without_rounding(attention)

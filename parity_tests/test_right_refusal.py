@@ -1,21 +1,28 @@
 """Right refusal: what does not fit is named, with its sizes and what to write instead."""
 
+from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.experimental import sparse
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_seqpar import (
     MeshLayout,
     blockwise_attention,
+    choose_kernel,
     dense_attention,
     dot_product_attention,
     exact_attention,
+    head_keys,
     heads_to_sequence,
+    pad_to_degree,
     sequence_to_heads,
     ulysses_attention,
 )
@@ -184,7 +191,7 @@ CALLS = {
     "a mask that is a list": (
         qkv(),
         {"mask": [[[[True]]]]},
-        r"mask must be an array, got list. Write jnp.asarray\(mask\)",
+        r"mask must be an array of JAX or NumPy, got list. Write jnp.asarray\(mask\)",
     ),
     "segments that are a list": (
         qkv(),
@@ -230,7 +237,7 @@ CALLS = {
     "a list": (
         (qkv()[0].tolist(), *qkv()[1:]),
         {},
-        r"query must be an array, got list. Write jnp.asarray\(query\)",
+        r"query must be an array of JAX or NumPy, got list. Write jnp.asarray\(query\)",
     ),
     "a string as layout": (qkv(), {"layout": "seq"}, r"layout must be a MeshLayout, got 'seq'"),
     "a kernel of another dtype": (
@@ -419,7 +426,7 @@ OTHER_CALLS = {
     ),
     "a list per head": (
         lambda: per_device(dense_attention, per_head={"sinks": [0.0] * 8})(*qkv()),
-        r"sinks must be an array, got list",
+        r"sinks must be an array of JAX or NumPy, got list",
     ),
     "per head what the kernel lacks": (
         lambda: per_device(identity, per_head={"sinks": jnp.ones(8)})(*qkv()),
@@ -606,3 +613,119 @@ def test_the_kernel_is_chosen_for_the_mesh(monkeypatch, platform, options, name,
     program = jax.make_jaxpr(call)(*qkv())
     assert asked == ([] if "attention" in options else [platform])
     assert [found["check_vma"] for found in shard_maps(program.jaxpr)] == [checked]
+
+
+GOOD = np.ones((2, 8, 4, 8), np.float32)
+FOUR = jax.devices()[:4]
+SEQ = jax.make_mesh((4,), ("seq",), devices=FOUR, axis_types=(AxisType.Auto,))
+ELSEWHERE = jax.make_mesh((4,), ("seq",), devices=jax.devices()[4:], axis_types=(AxisType.Auto,))
+
+
+class OfTorch:
+    """What a door sees of a tensor, where PyTorch is not imported."""
+
+    shape, dtype = GOOD.shape, "torch.float32"
+
+
+OfTorch.__module__ = "torch"
+
+
+def deleted():
+    x = jnp.asarray(GOOD)
+    x.delete()
+    return x
+
+
+WRONG_KINDS = {
+    "of PyTorch": (OfTorch, r"got OfTorch\. Write jax_seqpar\.bridge\.to_jax\({}\)"),
+    "sparse": (lambda: sparse.BCOO.fromdense(GOOD), r"got BCOO\. Write {}\.todense\(\)"),
+    "of Flax": (lambda: nnx.Param(jnp.asarray(GOOD)), r"got Param\. Write {}\[\.\.\.\]"),
+    "a list": (GOOD.tolist, r"got list\. Write jnp\.asarray\({}\)"),
+    "a number": (lambda: 1.0, r"got float\. Write jnp\.asarray\({}\)"),
+    "shapes": (
+        lambda: jax.ShapeDtypeStruct(GOOD.shape, GOOD.dtype),
+        r"{} has a shape and no numbers\. Write jax\.eval_shape",
+    ),
+    "of another byte order": (
+        lambda: GOOD.astype(">f4"),
+        r'dtype >f4, .* Write {0}\.astype\({0}\.dtype\.newbyteorder\("="\)\)',
+    ),
+    "of objects": (
+        lambda: GOOD.astype(object),
+        r"dtype object, .* Write {}\.astype\(np\.float32\)",
+    ),
+    "of 128 bits": (lambda: GOOD.astype(np.longdouble), r"dtype float128, .* Write {}\.astype"),
+    "deleted": (deleted, r"{0} is deleted, .* Copy it before: {0} \+ 0"),
+    "masked": (lambda: np.ma.masked_array(GOOD, GOOD > 0), r"Write {}\.filled\(0\)"),
+}
+
+
+def sharded_call(function):
+    specs = {"in_specs": (), "out_specs": PartitionSpec(None, "seq")}
+    return jax.shard_map(function, mesh=SEQ, **specs)()
+
+
+DOORS = {
+    "dot_product_attention": (
+        "value",
+        lambda x: dot_product_attention(GOOD, GOOD, x, mesh=SEQ),
+    ),
+    "bias": ("bias", lambda x: dot_product_attention(*(GOOD,) * 3, bias=x, mesh=SEQ)),
+    "lengths": (
+        "query_seq_lengths",
+        lambda x: dot_product_attention(*(GOOD,) * 3, query_seq_lengths=x, mesh=SEQ),
+    ),
+    "segments": (
+        "segment_ids",
+        lambda x: dot_product_attention(*(GOOD,) * 3, segment_ids=(x, x), mesh=SEQ),
+    ),
+    "sinks": ("sinks", lambda x: blockwise_attention(*(GOOD,) * 3, sinks=x)),
+    "dense": ("query", lambda x: dense_attention(x, x, x)),
+    "blockwise": ("key", lambda x: blockwise_attention(GOOD, x, x)),
+    "exact": ("query", lambda x: exact_attention(x, x, x)),
+    "choose_kernel": ("query", lambda x: choose_kernel(x, x, x)),
+    "pad_to_degree": ("key", lambda x: pad_to_degree(GOOD, x, x, degree=3)),
+    "head_keys": ("dropout_rng", lambda x: head_keys(x, 2, 4)),
+    "ulysses_attention": (
+        "query",
+        lambda x: sharded_call(
+            lambda: ulysses_attention(x, x, x, axis_name="seq", attention=dense_attention)
+        ),
+    ),
+    "per_head": (
+        "sinks",
+        lambda x: sharded_call(
+            lambda: ulysses_attention(
+                *(GOOD,) * 3, axis_name="seq", attention=dense_attention, per_head={"sinks": x}
+            )
+        ),
+    ),
+    "sequence_to_heads": ("x", lambda x: sharded_call(lambda: sequence_to_heads(x, "seq"))),
+    "heads_to_sequence": ("x", lambda x: sharded_call(lambda: heads_to_sequence(x, "seq"))),
+}
+
+
+@pytest.mark.parametrize(
+    ("door", "kind"),
+    # That function chooses by shapes.
+    [pair for pair in product(DOORS, WRONG_KINDS) if pair != ("choose_kernel", "shapes")],
+)
+def test_the_wrong_kind_of_array_is_refused_at_every_door(door, kind):
+    name, call = DOORS[door]
+    make, message = WRONG_KINDS[kind]
+    with pytest.raises(ValueError, match=message.format(name)):
+        call(make())
+
+
+@pytest.mark.parametrize("name", ("query", "value", "bias", "segment_ids"))
+@pytest.mark.parametrize("given", (True, False), ids=("mesh=", "jax.set_mesh"))
+@pytest.mark.parametrize("where", (ELSEWHERE, FOUR[1]), ids=("another mesh", "one device"))
+def test_arrays_on_other_devices_than_the_mesh_are_refused(name, given, where):
+    x = np.zeros((2, 8), np.int32) if name == "segment_ids" else GOOD[:, :1, :1, :]
+    x = GOOD if name in ("query", "value") else x
+    x = jax.device_put(x, NamedSharding(where, PartitionSpec()) if where is ELSEWHERE else where)
+    arrays = {"query": GOOD, "key": GOOD, "value": GOOD, name: x}
+    on = "devices 4, 5, 6, 7" if where is ELSEWHERE else "device 1"
+    message = rf"{name} is on cpu {on}, the mesh has cpu devices 0, 1, 2, 3\. .*device_put\({name}"
+    with nullcontext() if given else jax.set_mesh(SEQ), pytest.raises(ValueError, match=message):
+        dot_product_attention(**arrays, **({"mesh": SEQ} if given else {}))

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.lax import Precision
+
+from ..refusals import check_has_numbers, check_is_array
 
 _NEVER = {
     "module": (
@@ -59,11 +60,8 @@ def check_precision(layer: str, precision: Any) -> Precision:
 
 def check_array(name: str, x: Any) -> None:
     """Raises ValueError for a list, a number, or the shape of an array without its data."""
-    if not isinstance(x, jax.Array | np.ndarray):
-        raise ValueError(
-            f"{name} must be an array of JAX or NumPy, got {type(x).__name__}. Write "
-            f"jnp.asarray({name}); for shapes without data jax.eval_shape(...) around the call."
-        )
+    check_is_array(name, x)
+    check_has_numbers({name: x})
 
 
 def check_floats(name: str, x: Any) -> None:
