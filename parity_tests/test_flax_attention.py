@@ -1,11 +1,14 @@
 """The attention layer of decoders: against a layer written out in float64."""
 
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import optax
 import pytest
 import torch
 from cases import KINDS
@@ -480,6 +483,48 @@ def wrong(x: Any) -> Any:
     return x
 
 
+def test_layers_stacked_by_vmap_train_as_they_do_apart():
+    """The names of the axes gain one for the layers, so an optimiser's moments lie as these do."""
+    layers = 2
+    named: dict[str, Any] = {"transform_metadata": {nnx.PARTITION_NAME: None}}
+    options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": LAYOUT}
+
+    def make_layer(rngs):
+        return Attention(D, **options, sharding={"D": "seq"}, rngs=rngs)
+
+    @partial(nnx.scan, in_axes=(0, nnx.Carry), out_axes=nnx.Carry, **named)
+    def in_turn(layer, x):
+        return x + layer(x)
+
+    def apart(kernels):
+        x = jnp.asarray(X)
+        for i in range(layers):
+            x = x + nnx.merge(one, jax.tree.map(itemgetter(i), kernels))(x)
+        return (x**2).mean()
+
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "seq"), axis_types=(KINDS[0],) * 2)):
+        one = nnx.split(make_layer(nnx.Rngs(0)))[0]
+        make_all = nnx.vmap(make_layer, in_axes=0, out_axes=0, **named)
+        model: Any = nnx.split_rngs(splits=layers)(make_all)(nnx.Rngs(0))
+        kernels = nnx.to_pure_dict(nnx.state(model))
+        expected = jax.grad(apart)(kernels)
+        optimizer = nnx.Optimizer(model, optax.sgd(1.0, momentum=0.9), wrt=nnx.Param)
+        optimizer.update(model, nnx.grad(lambda model: (in_turn(model, X) ** 2).mean())(model))
+        trained = nnx.to_pure_dict(nnx.state(model))
+        moments = nnx.to_pure_dict(nnx.state(optimizer, nnx.OptState))["opt_state"][0]["trace"]
+    for path, kernel in jax.tree.leaves_with_path(kernels):
+        grad, after, moment = (_at(tree, path) for tree in (expected, trained, moments))
+        assert np.abs(kernel - grad - after).max() < 1e-6
+        assert np.abs(grad).max() > 1e-4
+        assert moment.sharding.is_equivalent_to(kernel.sharding, kernel.ndim), path
+
+
+def _at(tree, path):
+    for key in path:
+        tree = tree[key.key]
+    return tree
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     (
@@ -528,12 +573,12 @@ def wrong(x: Any) -> Any:
         ),
         (
             lambda: attention()(wrong(jax.ShapeDtypeStruct((B, S, D), jnp.float32))),
-            r"got ShapeDtypeStruct.*jax.eval_shape",
+            r"x has a shape and no numbers. Write jax.eval_shape",
         ),
         (lambda: attention()(jnp.ones((B, S, D), jnp.int32)), "floating dtype, got int32"),
         (
             lambda: attention()(jnp.ones((B, S, D)), positions=wrong([[0] * S])),
-            "positions must be an array",
+            "positions must be an array of",
         ),
         (lambda: decoder()(jnp.ones((1, 1, D)), decode=True), r"B = 1, but the cache is of 2"),
         (
@@ -556,8 +601,14 @@ def wrong(x: Any) -> Any:
         ),
         (lambda: Rotary()(jnp.ones((1, 1, 4)), INDEX), r"x must be \[B, T, N, H\]"),
         (lambda: Rotary()(jnp.ones((2, 3, 1, 4)), INDEX), r"positions \[B, T\] or \[1, T\]"),
-        (lambda: Rotary()(jnp.ones((1, 1, 1, 4)), wrong([[0]])), "positions must be an array"),
-        (lambda: SequenceParallel()(*wrong([[[1.0]]] * 3)), "query must be an array"),
+        (
+            lambda: Rotary()(jnp.ones((1, 1, 1, 4)), wrong([[0]])),
+            "positions must be an array of",
+        ),
+        (
+            lambda: SequenceParallel()(*wrong([[[1.0]]] * 3)),
+            "query must be an array of",
+        ),
         (lambda: decoder(num_heads=6, num_kv_heads=2), "num_heads = 6 must be divisible"),
         (lambda: attention(head_dim=5)(jnp.ones((B, S, D))), "Rotary turns an even number"),
         (lambda: attention(rotary=Rotary(frequencies=(1.0,)))(jnp.ones((B, S, D))), "needs a freq"),

@@ -30,6 +30,9 @@ class Projection(nnx.Module):
       sizes: of the kernel's letters.
       sharding: mesh axes by letter, such as `{"D": "fsdp", "N": "tensor"}`; letters it lacks stay
         whole. If None, that of `nnx.logical_axis_rules`, to which the letters are logical names.
+        Layers that `nnx.vmap` stacks have one axis more, which Flax names only if it is told to:
+        `transform_metadata={nnx.PARTITION_NAME: None}`. Without it every name is one axis off, and
+        an `nnx.Optimizer` shards its moments so.
       layout, mesh: of the input. A kernel sharded over mesh axes of the batch or the tokens, as in
         FSDP (ZeRO 3), is gathered for its use, and its gradient scattered.
       kernel_init: called with the shape `(summed, other)`.
