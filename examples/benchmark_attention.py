@@ -206,17 +206,17 @@ def pipeline(
         console.print(f'No DeepSpeed, so {PEER}: pip install "jax-seqpar[peers]"', markup=False)
     with progress(len(cases) * 2 * (repeats + 1)) as step:
         for case in cases:
-            ranks = Ranks(degree, case, threads)
             mesh = jax.make_mesh((degree,), ("seq",), devices=jax.devices("cpu")[:degree])
             sharding = NamedSharding(mesh, MeshLayout().spec)
             attention = partial(dot_product_attention, mesh=mesh)
             runs = runs_of(programs(attention, case, sharding), case, sharding)
-            rows = {
-                ours: [timer(run) for run in runs],
-                peer: [partial(ranks.seconds, name) for name in PASSES],
-            }
-            lines = take_turns(rows, ours, repeats, step)
-            apart = float(np.abs(np.asarray(runs[0]()) - ranks.stop()).max())
+            with Ranks(degree, case, threads) as ranks:
+                rows = {
+                    ours: [timer(run) for run in runs],
+                    peer: [partial(ranks.seconds, name) for name in PASSES],
+                }
+                lines = take_turns(rows, ours, repeats, step)
+                apart = float(np.abs(np.asarray(runs[0]()) - ranks.output()).max())
             found += [{"tokens": case.tokens} | line | {"outputs_apart": apart} for line in lines]
     shape = f"{batch} x tokens x {heads} x {head_dim}"
     show(

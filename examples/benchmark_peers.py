@@ -48,7 +48,16 @@ class Ranks:
         self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.degree, self.asked = degree, 0
         arguments = (run_ranks, rank_main, degree, case, degree, self.store.port)
-        self.answers = ThreadPoolExecutor(1).submit(*arguments, timeout=TIMEOUT, threads=threads)
+        self.executor = ThreadPoolExecutor(1)
+        self.answers = self.executor.submit(*arguments, timeout=TIMEOUT, threads=threads)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends them, also where the benchmark fails or is interrupted."""
+        self.store.set(f"ask {self.asked}", "stop")
+        self.executor.shutdown()
 
     def seconds(self, what: str) -> float:
         """Of the slowest rank, for "forward" or "both"."""
@@ -61,8 +70,8 @@ class Ranks:
             time.sleep(0.01)
         return max(float(self.store.get(key)) for key in keys)
 
-    def stop(self) -> np.ndarray:
-        """Ends them; the output that they computed, whole."""
+    def output(self) -> np.ndarray:
+        """The output that they computed, whole; it is the last that they are asked for."""
         self.store.set(f"ask {self.asked}", "stop")
         return np.concatenate(self.answers.result(), axis=1)
 

@@ -129,7 +129,9 @@ def parity(
             logits_soft_cap=soft_cap,
         )
         named = inputs_by_label(Case(**given), input or [], seed, kernel)
-        plans = {d: plan(d, named, rules, kernel) for d in sorted(set(degree or (1, 2, 4, 8)))}
+        plans = {
+            d: plan(d, named, rules, kernel, seed) for d in sorted(set(degree or (1, 2, 4, 8)))
+        }
         jax.config.update("jax_num_cpu_devices", max(plans))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None

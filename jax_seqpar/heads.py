@@ -65,7 +65,9 @@ class HeadPlan:
 def plan_heads(heads: int, kv_heads: int, degree: int, may_copy: bool = True) -> HeadPlan:
     """The plan with the fewest query heads per device, and among those the fewest KV heads to send.
 
-    With copies it is `ceil(N / degree)` query heads for each device, always.
+    With copies it is `ceil(N / degree)` query heads for each device, always. Compared are plans
+    in which every device has as many parts of groups, all of one size, as any other. A plan with
+    parts of several sizes can send fewer KV heads.
 
     Args:
       heads, kv_heads: N and K; K divides N.

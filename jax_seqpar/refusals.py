@@ -459,7 +459,10 @@ def check_description(
 
 def _with_four_axes(name: str, shape: Shape) -> str:
     if len(shape) == 2:
-        return f"Write {name}[None, None] for [T, S]. "
+        return (
+            f"Write {name}[None, None] for [T, S], {name}[:, None, None] for the keys of each "
+            f"sequence [B, S]. "
+        )
     if len(shape) == 3:
         return f"Write {name}[None] for [N, T, S], {name}[:, None] for [B, T, S]. "
     return ""

@@ -34,7 +34,7 @@ from jax_seqpar.bridge.bits_report import BitsReport
 from jax_seqpar.bridge.cases import DTYPES, OPTIONAL, Case, keywords
 from jax_seqpar.bridge.checks import pipeline, reshard
 from jax_seqpar.bridge.golden import digest, expected_digest
-from jax_seqpar.bridge.plan import Kernels, inputs_by_label
+from jax_seqpar.bridge.plan import Kernels, inputs_by_label, plan
 from jax_seqpar.bridge.ranks import RankError
 from jax_seqpar.bridge.report import parity_table, summary
 from jax_seqpar.description import Rules
@@ -268,6 +268,23 @@ def test_a_plain_row_differs_by_one_bit():
     # The same difference in a row that has to be equal.
     exact = replace(seeing, expected="right")
     assert (exact.outcome, exact.verdict, exact.passed) == ("scrambled", "DIFFERS", False)
+
+
+def test_plain_kernels_that_differ_by_more_than_roundings_are_seen(different):
+    result = seqpar(*TINY, "--kernel=plain", "--degree=2")
+    assert result.exit_code == 1
+    assert {cells[-1] for cells in rows(result.output).values()} == {"DIFFERS"}
+    assert "NOT EQUAL: 3 of 3 checks failed." in result.output
+
+
+def test_the_seed_reaches_the_inputs_of_every_check():
+    def inputs(seed):
+        named = inputs_by_label(Case(2, 4, 4, 2, 3), [], seed, Kernels.EXACT)
+        checks = plan(2, named, Rules(is_causal=True), Kernels.EXACT, seed)
+        return [(check.name, tuple(x.tobytes() for x in check.inputs.values())) for check in checks]
+
+    for (name, x), (_, other) in zip(inputs(0), inputs(1), strict=True):
+        assert x != other, name
 
 
 def test_a_golden_hash_that_does_not_match(monkeypatch, tmp_path):

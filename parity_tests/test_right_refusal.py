@@ -139,7 +139,7 @@ CALLS = {
         qkv(),
         {"mask": array(16, 16, dtype=bool)},
         r"mask must have 4 axes, each 1 or that of \[B, N, T, S\] = \(2, 8, 16, 16\), "
-        r"got shape \(16, 16\).*mask\[None, None\]",
+        r"got shape \(16, 16\).*mask\[None, None\] for \[T, S\], mask\[:, None, None\]",
     ),
     "a bias of three axes": (
         qkv(),

@@ -21,6 +21,9 @@ from .golden import digest, expected_digest
 from .ranks import start_ranks
 
 COLUMNS = ("forward", "dq", "dk", "dv")
+# Of an output's largest entry, what roundings stay below and a wrong order of tokens or heads does
+# not. Of the narrowest dtype compared, bfloat16, it is 16 units in the last place.
+ROUNDING = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Result:
       reports: by output, `forward`, `dq`, `dk`, `dv`; fewer where the check has fewer.
       expected: "right", or for a control what it must show: "error", "reshaped" or "scrambled" of
         a wrong version, "rounded" of attention that is not exact.
+      near: of attention that is not exact, whether the two sides differ by no more than ROUNDING.
       error: what went wrong in PyTorch, in place of reports.
       sha256: of output and gradients, where the kernel is exact.
       golden: what sha256 has to be, for inputs whose hash is kept.
@@ -41,6 +45,7 @@ class Result:
     degree: int
     reports: dict[str, BitsReport]
     expected: str = "right"
+    near: bool = True
     error: str | None = None
     sha256: str | None = None
     golden: str | None = None
@@ -55,7 +60,7 @@ class Result:
             return "reshaped"
         if all(leaf.equal for leaf in leaves):
             return "right"
-        return "rounded" if self.expected == "rounded" else "scrambled"
+        return "rounded" if self.expected == "rounded" and self.near else "scrambled"
 
     @property
     def must_differ(self) -> bool:
@@ -155,7 +160,7 @@ def _compare(
     errors = [part for part in parts if isinstance(part, str)]
     arrays = [part for part in parts if not isinstance(part, str)]
     if errors:
-        result = Result(check.name, check.shape, degree, {}, check.expected, errors[0])
+        result = Result(check.name, check.shape, degree, {}, check.expected, error=errors[0])
         return result, {}
     torch_side, truth = check.joined(arrays), check.truth()
     missing = sorted(jax_side.keys() - torch_side.keys())
@@ -172,8 +177,16 @@ def _compare(
     if isinstance(check, PipelineCheck) and check.kernel == "exact" and check.expected == "right":
         golden = expected_digest(check.inputs, check.rules)
         hashes = {"sha256": digest(jax_side), "golden": golden}
-    result = Result(check.name, check.shape, degree, reports, check.expected, **hashes)
+    near = check.expected != "rounded" or all(_near(reports[n], torch_side[n]) for n in reports)
+    result = Result(check.name, check.shape, degree, reports, check.expected, near, **hashes)
     return result, torch_side
+
+
+def _near(report: BitsReport, torch_side: np.ndarray) -> bool:
+    """Whether finite elements differ by no more than what roundings may."""
+    x = np.abs(torch_side.astype(np.float64))
+    limit = ROUNDING * x.max(initial=0, where=np.isfinite(x))
+    return all((leaf.max_abs or 0) <= limit for leaf in report.leaves)
 
 
 def _file_name(name: str) -> str:

@@ -62,7 +62,9 @@ def _labels(files: list[Path]) -> list[str]:
     raise ValueError("--input names one file twice. Write each once.")
 
 
-def plan(degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels) -> list[Check]:
+def plan(
+    degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels, seed: int
+) -> list[Check]:
     """The checks of one degree: attention for all the inputs, the rest for the last of them.
 
     The controls get generated inputs of its sizes: a constant, say, would hide any permutation.
@@ -78,7 +80,7 @@ def plan(degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels) 
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from None
     label, last = list(named.items())[-1]
-    controls = _even(case_of(last), degree).inputs()
+    controls = _even(case_of(last), degree).inputs(seed)
     if kernels == Kernels.PLAIN:
         return [PipelineCheck(degree, x, "plain", rules, label=n) for n, x in named.items()]
 
@@ -88,7 +90,7 @@ def plan(degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels) 
         return "dense" if sdpa_lacks(rules, keywords(x)) else "sdpa"
 
     checks: list[Check] = [
-        *reshard_checks(degree, controls["query"].shape),
+        *reshard_checks(degree, controls["query"].shape, seed),
         *(PipelineCheck(degree, last, "identity", layout=x) for x in ("bshd", "sbhd")),
         *(PipelineCheck(degree, x, own(x), rules, label=name) for name, x in named.items()),
         PipelineCheck(degree, last, own(last), rules, "sbhd", label=label),

@@ -90,7 +90,9 @@ So every product that feeds an addition is exact, and no compiler can change a b
 
 A NaN or infinity follows these rules like any number: E of its row and of its column is not a
 number, 2^E of that is NaN, and NaN times 0 is NaN. So one in query i makes row i of o and dq NaN,
-one in v its channel of o in the whole head; a masked key can do no more than its column does.
+one in v its channel of o in the whole head; a masked key can do no more than its column does. In
+the gradients one in query i makes its channel of dk NaN, and one in do its channel of dv, for every
+key of the KV head, also for those that query i does not attend to.
 Tokens that were replaced by 0 above can do nothing, whatever they hold. A key that only a mask, a
 bias, causality or a window hides from every query is not replaced: a NaN of it reaches its channel
 in the whole head, and a large value of it sets E for its channel, so that the others lose bits (all
