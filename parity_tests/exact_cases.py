@@ -91,11 +91,13 @@ class Cross:
         return f"{self.N}/{self.K} heads"
 
     def inputs(self) -> Arrays:
+        """Channels of very different size, as each has a grid of its own in sums over tokens."""
         B, T, S, N, K, H, V = astuple(self)[:-1]
         rng = np.random.default_rng(N)
         shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V))
-        arrays = (rng.standard_normal(s).astype(jnp.dtype(self.dtype)) for s in shapes)
-        return dict(zip(INPUT_NAMES, arrays, strict=True))
+        arrays = (rng.standard_normal(s) * 2.0 ** (-5 * np.arange(s[-1])) for s in shapes)
+        dtype = jnp.dtype(self.dtype)
+        return {name: x.astype(dtype) for name, x in zip(INPUT_NAMES, arrays, strict=True)}
 
     def slopes(self) -> np.ndarray:
         return (0.7 ** np.arange(self.N)).astype(jnp.dtype(self.dtype))

@@ -97,6 +97,8 @@ def test_tokens_that_nothing_attends_to_change_no_bit():
         "segment_ids": (of_query, of_key),
         "query_seq_lengths": np.array([T - 1, T], np.int32),
         "key_value_seq_lengths": np.array([S, S - 4], np.int32),
+        # A weight of its own in the row of a query without a key.
+        "sinks": CROSS.sinks(),
     }
     queries = np.zeros(inputs["query"].shape[:3], bool)
     queries[:, 1] = queries[0, T - 1] = queries[1, 4, 2] = True
