@@ -16,7 +16,6 @@ Axes = int | tuple[int, ...]
 TOKEN_BITS = 32  # of a number, or of a weight, in a sum over tokens
 DIGIT_BITS = 11  # of one of the three digits of such a number
 CONTRACT_TOKENS = 1 << (53 - TOKEN_BITS - (DIGIT_BITS - 1))  # that one float64 sum has room for
-TOO_MANY_TOKENS = 1 << (63 - TOKEN_BITS - (DIGIT_BITS - 1))  # for an int64 sum
 
 LEFT_BITS = 31  # of the left operand of a dot product, in two digits
 LEFT_DIGIT_BITS = 16
@@ -157,7 +156,8 @@ def contract(
     Args:
       weights: integers up to 2^32, as `grid(weights, e, TOKEN_BITS)`.
       x: integers up to 2^32, as `grid(x, e, TOKEN_BITS)`. A NaN of theirs is lost in int64, and
-        comes back with `power_of_two(e - TOKEN_BITS)`. Fewer than `TOO_MANY_TOKENS`.
+        comes back with `power_of_two(e - TOKEN_BITS)`. Fewer than 2^21: an int64 sum has room for
+        2^63 of numbers up to 2^32 times digits up to 2^10.
       limit: tokens of one float64 sum; more are added in int64.
     """
     S = x.shape[-2]
