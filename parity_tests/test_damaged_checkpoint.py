@@ -146,22 +146,25 @@ def test_without_a_whole_checkpoint_all_of_them_are_named(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dtype", ("bool", "int4", "float8_e5m2", "bfloat16", "float32", "complex64")
+    "dtype", ("bool", "int4", "float8_e5m2", "bfloat16", "float32", "float64", "complex64")
 )
 def test_every_bit_and_place_counts_in_a_digest_and_no_sharding_does(dtype):
-    width = 1 if dtype in ("bool", "int4") else jnp.dtype(dtype).itemsize
-    raw = np.random.default_rng(0).integers(0, 2 if width == 1 else 256, (4, 8 * width), np.uint8)
-    x = raw.astype(dtype) if width == 1 and dtype != "float8_e5m2" else raw.view(dtype)
-    whole = digest_arrays({"x": jnp.asarray(x)})
-    assert list(whole) == ["['x']"]
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
-        for spec in (PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("b", "a")):
-            assert digest_arrays({"x": jax.device_put(x, NamedSharding(mesh, spec))}) == whole
-    changed = [whole, digest_arrays({"x": jnp.asarray(x[::-1])}), digest_arrays({"x": x.T})]
-    for bit in range(8 * x[0, 0].nbytes if dtype not in ("bool", "int4") else 1):
-        other = x.copy()
-        flat = other.view(np.uint8)
-        flat[1, bit // 8] ^= 1 << bit % 8
-        changed.append(digest_arrays({"x": jnp.asarray(other)}))
-    assert len({x["['x']"] for x in changed}) == len(changed)
+    with jax.enable_x64(dtype == "float64"):
+        width = 1 if dtype in ("bool", "int4") else jnp.dtype(dtype).itemsize
+        raw = np.random.default_rng(0).integers(
+            0, 2 if width == 1 else 256, (4, 8 * width), np.uint8
+        )
+        x = raw.astype(dtype) if width == 1 and dtype != "float8_e5m2" else raw.view(dtype)
+        whole = digest_arrays({"x": jnp.asarray(x)})
+        assert list(whole) == ["['x']"]
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+            for spec in (PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("b", "a")):
+                assert digest_arrays({"x": jax.device_put(x, NamedSharding(mesh, spec))}) == whole
+        changed = [whole, digest_arrays({"x": jnp.asarray(x[::-1])}), digest_arrays({"x": x.T})]
+        for bit in range(8 * x[0, 0].nbytes if dtype not in ("bool", "int4") else 1):
+            other = x.copy()
+            flat = other.view(np.uint8)
+            flat[1, bit // 8] ^= 1 << bit % 8
+            changed.append(digest_arrays({"x": jnp.asarray(other)}))
+        assert len({x["['x']"] for x in changed}) == len(changed)

@@ -195,11 +195,13 @@ def test_kernels_that_cannot_be_kept():
     np.testing.assert_array_equal(out, QUERY * 2)
 
 
-def test_a_traced_array_in_a_closure():
+@pytest.mark.parametrize("bound", (False, True))
+def test_a_traced_array_in_a_closure_or_bound_to_a_partial(bound):
     run = sharded(is_causal=False)
 
     def loss(bias):
-        kernel = lambda query, key, value: dense_attention(query, key, value, bias=bias)  # noqa: E731
+        closure = lambda query, key, value: dense_attention(query, key, value, bias=bias)  # noqa: E731
+        kernel = partial(dense_attention, bias=bias) if bound else closure
         return jnp.sum(run(QUERY, KEY, VALUE, attention=kernel) ** 2)
 
     bias = jnp.zeros((1, 1, 16, 16))
