@@ -17,7 +17,7 @@ from questions import collectives
 
 from jax_seqpar import MeshLayout, blockwise_attention, exact_attention
 from jax_seqpar.bridge import compare_bits
-from jax_seqpar.flax import SequenceParallel
+from jax_seqpar.flax import Attention, SequenceParallel
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
@@ -69,6 +69,10 @@ def nnx_layer(attention_fn=nnx.dot_product_attention, **options):
 
 def linen_layer(attention_fn=linen.dot_product_attention, **options):
     return linen.MultiHeadDotProductAttention(8, attention_fn=attention_fn, **options)
+
+
+def own_layer(_, **options):
+    return Attention(D, num_heads=8, num_kv_heads=2, rngs=nnx.Rngs(0), **options)
 
 
 @pytest.mark.parametrize(("mask", "mesh"), BY_KIND, indirect=["mesh"], ids=str)
@@ -386,21 +390,21 @@ PRECISIONS = {
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-@pytest.mark.parametrize("kind", ("nnx", "linen"))
+@pytest.mark.parametrize("kind", ("nnx", "linen", "ours"))
 def test_precision(kind, name):
     """Every product of the layer carries it, forward and backward, as with Flax's own function."""
     given, expected = PRECISIONS[name]
-    make: Any = nnx_layer if kind == "nnx" else linen_layer
+    make: Any = {"nnx": nnx_layer, "linen": linen_layer, "ours": own_layer}[kind]
     x = jnp.asarray(X[:, :8])
     with jax.set_mesh(jax.make_mesh((4,), ("seq",))):
-        layer, plain = make(SequenceParallel(), precision=given), make(precision=given)
-        if kind == "nnx":
+        layer = make(SequenceParallel(), precision=given)
+        if kind != "linen":
             graph, variables = nnx.split(layer)
 
             def run(variables, x):
                 return nnx.merge(graph, variables)(x)
         else:
-            variables, run = plain.init(jax.random.key(0), x), layer.apply
+            variables, run = make(precision=given).init(jax.random.key(0), x), layer.apply
 
         def loss(variables, x):
             return (run(variables, x) ** 2).sum()
