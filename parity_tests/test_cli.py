@@ -560,8 +560,12 @@ QKV = ("query", "key", "value")
 SINGLE = random_inputs(np.float32, (*QKV, "grad"))
 
 
-def claiming(shape):
-    """An .npz of three arrays of this shape, by their headers, with 64 bytes each."""
+def claiming(shape, *, unpacked=None):
+    """An .npz of three arrays of this shape, by their headers, with 64 bytes each.
+
+    Args:
+      unpacked: size of each array with its header that the directory of the archive states.
+    """
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name in QKV:
@@ -569,6 +573,7 @@ def claiming(shape):
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(member, header)
                 member.write(bytes(64))
+            archive.getinfo(f"{name}.npy").file_size = unpacked or 192
     return file.getvalue()
 
 
@@ -609,6 +614,11 @@ MISFITS = {
     "an .npz that claims a lot": (
         "a.npz",
         claiming((1 << 20, 1 << 20, 4, 4)),
+        r"query claims shape .* 70,368,744,177,664 bytes, where the file holds 192 at the most",
+    ),
+    "an .npz whose directory claims a lot, too": (
+        "a.npz",
+        claiming((1 << 20, 1 << 20, 4, 4), unpacked=1 << 47),
         r"query claims shape .* 70,368,744,177,664 bytes, where the file holds 192 at the most",
     ),
     "cut .safetensors": ("a.safetensors", b"and no more than this", r"a\.safetensors"),
