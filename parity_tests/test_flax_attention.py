@@ -38,6 +38,7 @@ FEATURES = {
     "plain": {},
     "everything": {
         "qk_norm": True,
+        "norm_epsilon": 0.3,
         "sinks": True,
         "local_window_size": (5, 0),
         "logits_soft_cap": 3.0,
@@ -95,7 +96,7 @@ def truth(layer, options, segment_ids=None, positions=None):
         )
     if options.get("qk_norm"):
         q, k = (
-            y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * wide(scale)
+            y / np.sqrt((y**2).mean(-1, keepdims=True) + options["norm_epsilon"]) * wide(scale)
             for y, scale in ((q, layer.query_scale), (k, layer.key_scale))
         )
     rotary = options.get("rotary", Rotary())
@@ -198,6 +199,37 @@ def test_the_cache_is_shared_by_heads():
         program = jax.jit(step).lower(state, jnp.asarray(X[:, :1])).compile().as_text() or ""
     assert not {"all-to-all", "collective-permute"} & set(collectives(program))
     assert f"{B // 2},512,4,{H}]" not in program
+
+
+PASSED_ON: dict[str, Any] = {
+    "is_causal": True,
+    "local_window_size": (5, 0),
+    "logits_soft_cap": 3.0,
+    "attention": dense_attention,
+    "head_chunks": 2,
+    "overlap": False,
+    "check_vma": False,
+}
+
+
+@pytest.mark.parametrize("where", ("attention", "attention_fn"))
+def test_options_are_passed_on(where, monkeypatch):
+    """Some change no value: how the work is divided, and what JAX checks."""
+    given = {}
+
+    def attend(query, key, value, **options):
+        given.update(options)
+        return jnp.zeros_like(query)
+
+    monkeypatch.setattr(f"jax_seqpar.flax.{where}.dot_product_attention", attend)
+    options = PASSED_ON | {"mesh": jax.make_mesh((4,), ("seq",)), "layout": MeshLayout()}
+    if where == "attention":
+        layer = Attention(D, num_heads=N, head_dim=H, scale=0.3, **options, rngs=nnx.Rngs(0))
+        layer(jnp.asarray(X))
+        assert given["scale"] == 0.3
+    else:
+        SequenceParallel(**options)(*jnp.ones((3, B, S, N, H)))
+    assert {name: given[name] for name in options} == options
 
 
 def test_parameters_have_names():
