@@ -49,7 +49,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "causal from before the keys": (
         dict(T=300, S=100),
-        {"is_causal": True, "query_offset": -150, "sinks": SINKS},
+        # One of a head without a sink, in whose first rows nothing has a weight.
+        {"is_causal": True, "query_offset": -150, "sinks": np.array([-np.inf, 0.7], np.float32)},
     ),
     "window in several blocks": (
         dict(T=2100, S=1500, H=16, V=8),
@@ -149,6 +150,11 @@ LACKS = {
         "H": (dict(H=1100), {}, "H = 1100"),
         "V": (dict(V=1025, H=1024), {}, "V = 1025"),
         "float32 of 1024": (dict(V=640, H=640), {}, "H = 640 and V = 640 of float32"),
+        "segments of 64 bits": (
+            {},
+            {"segment_ids": np.zeros((2, 128), np.int64)},
+            "segment_ids of 64 bits",
+        ),
     },
     "gpu": {
         **{n: (dict(dtype="bfloat16"), options, word) for n, (_, options, word) in MASKS.items()},
@@ -201,7 +207,10 @@ def test_what_a_kernel_lacks_is_refused_and_another_chosen(
     platform, sizes, options: Any, word, hopper, unchecked_shapes
 ):
     query, key, value, _ = map(jnp.asarray, operands(**sizes))
-    options = {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
+    with jax.enable_x64(True):
+        options = {
+            n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in options.items()
+        }
     with pytest.raises(ValueError, match=word) as refusal:
         fused_attention(query, key, value, platform=platform, **options)
     assert "Write attention=jax_seqpar.blockwise_attention" in str(refusal.value)
