@@ -11,7 +11,7 @@ import torch
 from allpairspy import AllPairs
 from cases import is_array
 from exact_cases import torch_exact
-from questions import error
+from questions import QUICK, error
 
 from jax_seqpar import blockwise_attention, dense_attention, exact_attention
 from jax_seqpar.bridge.arrays import numpy_to_torch
@@ -172,6 +172,33 @@ def run_jax(
         return {"out": out, "dq": dq, "dk": dk, "dv": dv} | more
 
     return run(*inputs, jax.tree.map(jnp.asarray, added), arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def one_program(
+    attend: Any, rules: tuple[tuple[str, Any], ...], leaves: Any, arrays: Any, grad: Any
+):
+    """Output and gradients by name, compiled once for all cases that differ in arrays alone.
+
+    Args:
+      attend: the attention, the same object for all of them.
+      rules: options that are no arrays, by name.
+      leaves: arrays that are differentiated, by name.
+      arrays: the others.
+    """
+
+    def function(leaves: Any) -> Any:
+        return attend(**leaves, **arrays, **dict(rules))
+
+    out, pull = jax.vjp(function, leaves)
+    return {"out": out} | pull(grad)[0]
+
+
+def run_rules(attend: Any, leaves: dict[str, Any], rest: dict[str, Any], grad: Any) -> Any:
+    """`one_program` of NumPy arrays; `rest` are options and arrays that are not differentiated."""
+    arrays = jax.tree.map(jnp.asarray, {n: x for n, x in rest.items() if is_array(x)})
+    rules = tuple((n, x) for n, x in rest.items() if not is_array(x))
+    return one_program(attend, rules, jax.tree.map(jnp.asarray, leaves), arrays, jnp.asarray(grad))
 
 
 def run_torch(given: dict[str, Any], kernel: str, inputs: list[np.ndarray]) -> dict[str, Any]:

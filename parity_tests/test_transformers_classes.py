@@ -10,17 +10,15 @@ makes it.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import ONE_AXIS, is_array, slow
-from features import as_torch
-from questions import QUICK, error
+from cases import ONE_AXIS, slow
+from features import as_torch, run_rules
+from questions import error
 
 from jax_seqpar import dot_product_attention
 from torch_ref.dense import dense_attention as torch_dense_attention
@@ -282,27 +280,9 @@ def described(case: ModelClass) -> dict[str, Any]:
     return keywords
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def output_and_gradients(rules: tuple[tuple[str, Any], ...], leaves: Any, arrays: Any, grad: Any):
-    """`{"out": ..., name of a leaf: its gradient, ...}` on four devices; compiled once for all
-    classes that differ in arrays alone.
-    """
-    mesh = ONE_AXIS[4].mesh()
-
-    def attend(leaves: Any) -> Any:
-        return dot_product_attention(**leaves, **arrays, **dict(rules), mesh=mesh)
-
-    out, pull = jax.vjp(attend, leaves)
-    return {"out": out} | pull(grad)[0]
-
-
-def on_four_devices(
-    leaves: dict[str, np.ndarray], keywords: dict[str, Any], grad: np.ndarray
-) -> Any:
-    arrays = {n: jnp.asarray(x) for n, x in keywords.items() if is_array(x)}
-    rules = tuple((n, x) for n, x in keywords.items() if not is_array(x))
-    given = {n: jnp.asarray(x) for n, x in leaves.items()}
-    return output_and_gradients(rules, given, arrays, jnp.asarray(grad))
+@cache
+def on_four_devices() -> Any:
+    return partial(dot_product_attention, mesh=ONE_AXIS[4].mesh())
 
 
 def theirs(call: Call, grad: np.ndarray) -> dict[str, np.ndarray]:
@@ -353,7 +333,7 @@ def test_as_the_class(name):
     valid = valid[:, :, None, None].astype(np.float32)
     grad = valid * np.random.default_rng(0).standard_normal(call.out.shape).astype(np.float32)
     expected = theirs(call, grad)
-    got = on_four_devices(leaves, keywords, grad)
+    got = run_rules(on_four_devices(), leaves, keywords, grad)
     assert got.keys() == expected.keys()
     assert_alike(got, expected, units, valid)
 
@@ -391,5 +371,5 @@ def test_by_the_mask_of_the_class(name):
         keywords = {n: x for n, x in keywords.items() if n not in ("is_causal", WINDOW_SIZE)}
     keywords["bias"] = call.mask.numpy() + leaves.pop("bias", np.float32(0))
     grad = np.random.default_rng(0).standard_normal(call.out.shape).astype(np.float32)
-    got = on_four_devices(leaves, keywords, grad)
+    got = run_rules(on_four_devices(), leaves, keywords, grad)
     assert_alike(got, theirs(call, grad), roundings(case, leaves))
