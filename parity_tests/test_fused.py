@@ -341,16 +341,26 @@ def assert_right_on_gpu(sizes, options, dtype):
 
 @pytest.mark.parametrize(("sizes", "options"), CUDNN_CASES.values(), ids=CUDNN_CASES)
 def test_what_cudnn_is_asked_for(sizes, options, hopper, monkeypatch):
-    """The call that is made of it, which `jax.nn` answers by its own kernel of the same meaning."""
-    attend = jax.nn.dot_product_attention
+    """The call that is made of it, which `jax.nn` answers by its own kernel of the same meaning.
+
+    What cuDNN makes of a length of 0, or beyond the keys, is not documented: it gets neither.
+    Windows it has with causality alone.
+    """
+    attend, lengths = jax.nn.dot_product_attention, []
 
     def by_xla(*args: Any, implementation: str, **keywords: Any) -> Any:
         assert implementation == "cudnn"
+        assert keywords["is_causal"] or keywords["local_window_size"] is None
+        if keywords["key_value_seq_lengths"] is not None:
+            jax.debug.callback(lengths.append, keywords["key_value_seq_lengths"])
         return attend(*args, implementation="xla", **keywords)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     with jax.numpy_dtype_promotion("standard"):  # which that kernel relies on
         assert_right_on_gpu(sizes, options, "bfloat16")
+    jax.effects_barrier()
+    assert bool(lengths) == ("key_value_seq_lengths" in options)
+    assert all(np.all((x >= 1) & (x <= sizes["S"])) for x in lengths)
 
 
 @pytest.mark.gpu
