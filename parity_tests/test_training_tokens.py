@@ -143,11 +143,11 @@ def test_packing_loses_nothing(documents, tokens):
     assert len(flat) - len(stream) < tokens
     assert not flat[len(stream) :].any()
     assert not numbers[len(stream) :].any()
-    # Two neighbours are of one segment if they are of one document, and of one row.
+    # Documents are counted in each row; one without tokens is in none.
     owner = [i for i, document in enumerate(documents) for _ in document]
     for i in range(len(owner) - 1):
         if (i + 1) % tokens:
-            assert (numbers[i] == numbers[i + 1]) == (owner[i] == owner[i + 1])
+            assert numbers[i + 1] - numbers[i] == (owner[i] != owner[i + 1])
         else:
             assert numbers[i + 1] == 1
 
