@@ -260,6 +260,7 @@ def test_ranks_and_folder_go_with_their_parent(case, tmp_path):
         assert list(tmp_path.glob("seqpar-*")) == []
     finally:
         parent.kill()
+        parent.communicate()
         for process in marked(mark):
             os.kill(process, signal.SIGKILL)
 
