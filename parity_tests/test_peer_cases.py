@@ -421,7 +421,7 @@ PEER_CASES = {
     "TE: bias as a mask for all": PeerCase(blocks_by_bias("11TS", -(2.0**15)), dtype="float16"),
 }
 PEERS_LIKE_ANOTHER = {
-    *("tokamax: above", "TE: padding, window"),
+    *("tokamax: above", "tokamax: one KV head, cap, scale", "TE: padding, window"),
     *("tokamax: hourglass", "tokamax: bias of keys, mask of queries", "tokamax: alphafold"),
     *("splash: two heads", "splash: local, offset to the right"),
     *("TE: bias as a mask for each head", "TE: bias as a mask for all"),

@@ -147,15 +147,17 @@ CLASSES = {
     "t5, decoder": ModelClass("t5", CAUSAL | {"scale": 1.0, "bias": True}, call=2, padding=None),
     "t5, cross attention": ModelClass("t5", {"scale": 1.0}, call=3, padding=LENGTHS),
 }
-# Another class asks for the same, in the same shapes or nearly.
+# Another class asks for the same, in the same shapes or nearly; values of another size are among
+# the cases of Transformer Engine.
 LIKE_ANOTHER = {
+    "deepseek_v3",
     *("starcoder2", "qwen2", "olmo2", "stablelm", "cohere", "gemma", "granite"),
     *("gemma2", "gemma3, window", "gpt2, second layer", "gpt_oss", "gpt_neo", "gpt_neox"),
+    "gpt_neo, window",
     *("mixtral", "modernbert, window", "opt", "t5, decoder", "t5, cross attention"),
 }
-# Whose masks are given as they are, in the default run: plain, with a soft cap, with sinks, with a
-# bias beside.
-BY_MASK = {"llama", "gemma2, window", "gpt_oss, window", "t5, encoder"}
+# Whose masks are given as they are in the default run.
+BY_MASK = {"llama", "gpt_oss, window"}
 
 
 @dataclass
