@@ -311,7 +311,6 @@ def _joined(
                 continue
             entry, _, named = _whole(line, name, sizes)
             state[name], problem = _arranged(torch.cat(parts, place), entry, "flax", named)
-            state[name] = state[name].contiguous()
             problems += problem
     _refuse("The arrays do not fit the mapping", problems)
     return state
