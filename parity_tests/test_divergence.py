@@ -469,6 +469,8 @@ def test_hints_of_padding(name):
         lambda x: x[:, :, [0, 0, 2, 3, 4, 5]],
         # Other permutations in the two sequences.
         lambda x: np.stack([x[0, :, ::-1], x[1]]),
+        # Of one sequence of two.
+        lambda x: np.stack([-x[0], x[1]]),
     ],
 )
 def test_no_hint_that_does_not_hold(change):

@@ -124,11 +124,13 @@ def test_what_is_added_belongs_to_nobody():
     assert not padded.query[:, 5:].any()
 
 
-@pytest.mark.parametrize("dtype", (jnp.uint8, jnp.uint32, jnp.int32))
-def test_what_is_added_is_in_no_segment_that_is_there(dtype):
-    """Beside 0 and the largest number of the dtype, too: the numbers after them must not wrap."""
+@pytest.mark.parametrize(
+    ("dtype", "least"), ((jnp.uint8, 0), (jnp.int8, -128), (jnp.uint32, 0), (jnp.int32, 0))
+)
+def test_what_is_added_is_in_no_segment_that_is_there(dtype, least):
+    """Beside the largest number of the dtype, too: the numbers after it must not wrap."""
     q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 5, 6, 4, 4, 5, 5)))
-    ids = jnp.asarray([[0, 1, jnp.iinfo(dtype).max]], dtype).repeat(2, axis=1).repeat(2, axis=0)
+    ids = jnp.asarray([[least, 1, jnp.iinfo(dtype).max]], dtype).repeat(2, axis=1).repeat(2, axis=0)
     padded = pad_to_degree(q, k, v, degree=4, segment_ids=(ids[:, :5], ids))
     queries, keys = padded.keywords["segment_ids"]
     given = {*queries[:, :5].ravel().tolist(), *keys[:, :6].ravel().tolist()}

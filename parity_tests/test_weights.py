@@ -479,9 +479,10 @@ def test_paths_through_each_other(state, other):
 
 
 def test_lines_of_the_same_placeholders_have_the_same_numbers(state):
-    state["decoder.0.w"] = state["decoder.1.w"] = state["decoder.2.w"] = torch.ones(1)
+    state |= {f"decoder.{i}.w": torch.ones(1) for i in range(4)}
     shared = refusal(state, [*SMALL, Map("decoder.{i}.w", "decoder.{i}.w")], sizes=TWO)
-    assert "2 names are missing: layers.2.q.weight, layers.2.v.weight." in shared
+    missing = "layers.2.q.weight, layers.3.q.weight, layers.2.v.weight, layers.3.v.weight"
+    assert f"4 names are missing: {missing}." in shared
     assert "write {i} in some lines and {j} in the others" in shared
     own = [*SMALL, Map("decoder.{j}.w", "decoder.{j}.w")]
     params = from_torch(state, own, sizes=TWO)
