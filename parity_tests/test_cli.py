@@ -873,6 +873,13 @@ def test_how_a_file_is_read_is_said_first(planned, tmp_path):
     assert warning.startswith("WARNING: acts has more heads than tokens.")
     assert warning.endswith("Of arrays [B, N, S, H] write x.swapaxes(1, 2).")
 
+    # One side alone is enough.
+    for few in (("query", "grad"), ("key", "value")):
+        mixed = arrays | {name: arrays[name][:, :1] for name in few}
+        write(path, mixed)
+        _, warning, *_ = seqpar("--degree=1", "--input", path).output.splitlines()
+        assert warning.startswith("WARNING: acts has more heads than tokens.")
+
 
 def packed_inputs(heads=4, kv_heads=2):
     """What a file may hold, all of it where an attention with gradients may have it at once."""

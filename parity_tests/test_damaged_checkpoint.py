@@ -157,6 +157,7 @@ def test_every_bit_and_place_counts_in_a_digest_and_no_sharding_does(dtype):
         x = raw.astype(dtype) if width == 1 and dtype != "float8_e5m2" else raw.view(dtype)
         whole = digest_arrays({"x": jnp.asarray(x)})
         assert list(whole) == ["['x']"]
+        assert whole["['x']"][-16:-8] != whole["['x']"][-8:], "two sums of 32 bits, not one twice"
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
             for spec in (PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("b", "a")):

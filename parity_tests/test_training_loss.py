@@ -208,6 +208,19 @@ def test_large_logits_in_sixteen_bits():
     assert_close((got,), (float(expected),))
 
 
+def test_large_logits_of_tiles_in_sixteen_bits():
+    """Products of 16-bit operands are not rounded to 16 bits."""
+    place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
+    hidden, kernel, labels = operands(place)
+    hidden, kernel = (100 * hidden).astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    got = tiled_cross_entropy(hidden, kernel, labels, tiles=2, layout=place.layout, mesh=place.mesh)
+    x, y = (torch.tensor(np.asarray(z, np.float64)) for z in (hidden, kernel))
+    expected = torch.nn.functional.cross_entropy(
+        (x @ y).reshape(-1, V), torch.tensor(LABELS).reshape(-1), ignore_index=IGNORE
+    )
+    assert_close((got,), (float(expected),))
+
+
 def test_the_soft_cap_of_the_logits():
     place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
     hidden, kernel, labels = operands(place)
