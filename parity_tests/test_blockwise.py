@@ -190,6 +190,10 @@ def test_the_lse_itself():
     assert lse[0, 3, 1] == -jnp.inf
     assert not out[:, 3].any()
     np.testing.assert_allclose(lse.swapaxes(1, 2), expected, atol=1e-5)
+    # Where no block of keys is computed.
+    no_keys = jnp.zeros(2, jnp.int32)
+    _, lse = small(q, k, v, key_value_seq_lengths=no_keys, sinks=sinks, return_lse=True)
+    np.testing.assert_array_equal(lse, jnp.broadcast_to(sinks, lse.shape))
 
 
 def with_numbers(attend: Any) -> Any:
