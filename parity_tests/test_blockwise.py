@@ -195,6 +195,15 @@ def test_the_lse_itself():
     _, lse = small(q, k, v, key_value_seq_lengths=no_keys, sinks=sinks, return_lse=True)
     np.testing.assert_array_equal(lse, jnp.broadcast_to(sinks, lse.shape))
 
+    def loss(q):
+        _, lse = small(q, k, v, mask=mask, return_lse=True)
+        return jnp.where(lse > -jnp.inf, lse, 0).sum()
+
+    gradient = jax.grad(loss)(q)
+    assert np.all(np.isfinite(gradient)), "also where the lse is minus infinity"
+    assert not gradient[:, 3].any()
+    assert gradient[:, 4].all()
+
 
 def with_numbers(attend: Any) -> Any:
     """A function of everything that has a derivative, and its arguments."""
