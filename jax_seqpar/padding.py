@@ -104,8 +104,8 @@ def _segments(
     if segment_ids is None:
         queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) for x in operands)
     else:
-        # Wide enough for two segments more. With a sign: 0 and the largest number, a usual mark of
-        # padding, are neighbours then, and equal ids stay equal.
+        # Wide enough for two segments more, and signed as the kernels have them: equal ids stay
+        # equal.
         queries, keys = (x.astype(f"int{8 * max(x.itemsize, 4)}") for x in pair(segment_ids))
     # Two new segments: an added query attends to nothing, and nothing to an added key.
     queries = _pad(queries, 1, more[0], _unused(jnp.concatenate([queries, keys], axis=1)))
@@ -113,8 +113,20 @@ def _segments(
 
 
 def _unused(ids: Integer[Array, "B S"]) -> Integer[Array, ""]:
-    top = ids.max(initial=0)
-    return jnp.where(top < jnp.iinfo(ids.dtype).max, top + 1, ids.min(initial=0) - 1)
+    """A number that no id has.
+
+    Four bits at a time, from the top: of the 16 ways to go on, the one with the fewest ids. After
+    all bits that is at most n / 2^32 of the n ids, so none.
+    """
+    bits = 8 * ids.dtype.itemsize
+    words = jax.lax.bitcast_convert_type(ids, f"uint{bits}")
+    digits = jnp.arange(16, dtype=words.dtype)
+    prefix = jnp.zeros((), words.dtype)
+    for shift in range(bits - 4, -1, -4):
+        ways = (prefix << words.dtype.type(4)) | digits
+        counts = ((words >> words.dtype.type(shift))[..., None] == ways[None, None]).sum((0, 1))
+        prefix = ways[jnp.argmin(counts)]
+    return jax.lax.bitcast_convert_type(prefix, ids.dtype)
 
 
 def _pad(x: Array, axis: int, more: int, value: Any = 0) -> Array:

@@ -54,9 +54,14 @@ def unchecked_shapes():
 
 @pytest.fixture(scope="module")
 def less_optimised():
-    """Programs compile in half the time; for files that ask for values to a tolerance."""
+    """Programs compile in half the time, those of ranks and other processes, too.
+
+    For files that ask for values to a tolerance, or for bits that no compiler may change.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)
 
 

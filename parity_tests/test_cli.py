@@ -42,6 +42,8 @@ from jax_seqpar.exact import certificate
 from torch_ref import history
 from torch_ref.dense import dense_attention as torch_dense_attention
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 TINY = ("--batch=2", "--tokens=4", "--heads=4", "--kv-heads=2", "--head-dim=3")

@@ -42,6 +42,8 @@ from jax_seqpar.bridge.cases import Arrays, Case, adversarial
 from jax_seqpar.exact import arithmetic
 from jax_seqpar.shared_heads import SharedHeads
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 FEW_KV_HEADS = Case(batch=8, tokens=24, heads=16, kv_heads=2, head_dim=5)
 SPECIAL = {
     "float32": Case(batch=2, tokens=31, heads=4, kv_heads=2, head_dim=6),
@@ -477,6 +479,7 @@ def test_one_mathematical_function_on_both_sides_of_a_seam():
         assert np.array_equal(np.concatenate([one[name][:1], one[name][1:]], axis=2), two[name])
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     ("name", "kind", "shared"),
     (("grouped", AxisType.Explicit, set()), ("multi-query", AxisType.Auto, {"all-reduce"})),
@@ -494,6 +497,7 @@ def test_communication(name, kind, shared):
     assert set(both) == shared
 
 
+@pytest.mark.usefixtures("optimised")
 def test_memory_is_linear_in_the_tokens():
     def temporary(tokens):
         case = Case(batch=1, tokens=tokens, heads=2, kv_heads=1, head_dim=16)

@@ -538,12 +538,13 @@ def test_layers_stacked_by_vmap_train_as_they_do_apart():
         one = nnx.split(make_layer(nnx.Rngs(0)))[0]
         make_all = nnx.vmap(make_layer, in_axes=0, out_axes=0, **named)
         model: Any = nnx.split_rngs(splits=layers)(make_all)(nnx.Rngs(0))
-        kernels = nnx.to_pure_dict(nnx.state(model))
-        expected = jax.grad(apart)(kernels)
+        kernels: Any = nnx.to_pure_dict(nnx.state(model))
+        expected: Any = jax.grad(apart)(kernels)
         optimizer = nnx.Optimizer(model, optax.sgd(1.0, momentum=0.9), wrt=nnx.Param)
         optimizer.update(model, nnx.grad(lambda model: (in_turn(model, X) ** 2).mean())(model))
-        trained = nnx.to_pure_dict(nnx.state(model))
-        moments = nnx.to_pure_dict(nnx.state(optimizer, nnx.OptState))["opt_state"][0]["trace"]
+        trained: Any = nnx.to_pure_dict(nnx.state(model))
+        states: Any = nnx.to_pure_dict(nnx.state(optimizer, nnx.OptState))
+        moments = states["opt_state"][0]["trace"]
     for path, kernel in jax.tree.leaves_with_path(kernels):
         grad, after, moment = (_at(tree, path) for tree in (expected, trained, moments))
         assert np.abs(kernel - grad - after).max() < 1e-6

@@ -82,6 +82,11 @@ NN_CASES = {
     ),
 }
 LIKE_ANOTHER = {
+    "bias, causal",
+    "triangle, padding",
+    "causal, padding",
+    "one array, bias of each",
+    "float16, groups of 2, vmap",
     "bfloat16",
     "bias",
     "triangle",

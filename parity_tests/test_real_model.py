@@ -17,6 +17,8 @@ from jax_seqpar.bridge.parity import COLUMNS, run_parity
 from jax_seqpar.description import Rules
 from torch_ref.dense import dense_attention
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 DEGREE = 4
 KERNELS = ("sdpa", "exact")  # one in both frameworks; one in each, written apart
 CAUSAL = {"sdpa": (False, True), "exact": (False,)}  # as the model is; and what it never saw

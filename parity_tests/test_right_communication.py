@@ -28,7 +28,8 @@ FLOAT32 = {name: case for name, case in CASES.items() if case.dtype == "float32"
 BY_DEGREE = (
     *((name, 4) for name in FLOAT32 if name != "not causal"),
     *((name, 8) for name in ("fewer KV heads than devices", "multi-query")),
-    *((name, 2) for name in ("grouped", "multi-query", "not causal")),
+    *(slow(name, 2) for name in ("grouped", "multi-query")),
+    ("not causal", 2),
 )
 # Every mesh, with one case and one kind of axes; each case with each kind.
 FEWER_ON_MESHES = [

@@ -14,6 +14,8 @@ from questions import RESHARDS, adjoint, compiled, reshard, right_element
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.checks.reshard import DTYPES, reshard_checks
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 both_reshards = pytest.mark.parametrize("name", RESHARDS)
 
 

@@ -15,6 +15,8 @@ from jax_seqpar.bridge import as_torch_attention, compare_bits, staged_attention
 from jax_seqpar.bridge.arrays import numpy_to_torch, torch_to_numpy
 from jax_seqpar.bridge.cases import Case
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 HEADS = 2
 CASES = {
     "multi-head": Case(batch=2, tokens=24, heads=16, kv_heads=16, head_dim=5),

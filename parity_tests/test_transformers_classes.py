@@ -23,6 +23,8 @@ from questions import error
 from jax_seqpar import dot_product_attention
 from torch_ref.dense import dense_attention as torch_dense_attention
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 pytest.importorskip("transformers")
 
 BATCH, TOKENS, SHORTER = 2, 16, 11

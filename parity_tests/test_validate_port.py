@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from jax_seqpar import MeshLayout
 from jax_seqpar.bridge import first_divergence
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CASES = ("llama on 8", "tied llama on 2x4", "encoder on 8")
 U = 2.0**-24
