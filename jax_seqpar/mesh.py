@@ -32,7 +32,7 @@ def find_mesh(mesh: AnyMesh | None, x: Any = None) -> AnyMesh:
     raise refusals.no_mesh()
 
 
-def devices_of(mesh: AnyMesh) -> set[jax.Device] | None:
+def devices_of(mesh: AnyMesh) -> set[Any] | None:
     """The devices of a mesh; None where an abstract one, as under `jax.jit`, does not tell."""
     if isinstance(mesh, Mesh):
         return set(mesh.devices.flat)

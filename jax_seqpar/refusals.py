@@ -266,14 +266,16 @@ def check_is_mesh(mesh: Any, context: Any) -> None:
         )
 
 
-def check_devices(tree: Mapping[str, Any], devices: set[jax.Device] | None) -> None:
+def check_devices(tree: Mapping[str, Any], devices: set[Any] | None) -> None:
     """Refuses arrays that were put on other devices than those of the mesh.
 
     Args:
       tree: arrays by name.
       devices: of the mesh; None where they are not known.
     """
-    for name, x in tree.items() if devices else ():
+    if devices is None:
+        return
+    for name, x in tree.items():
         for leaf in jax.tree.leaves(x):
             if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or not leaf.committed:
                 continue
@@ -285,7 +287,7 @@ def check_devices(tree: Mapping[str, Any], devices: set[jax.Device] | None) -> N
                 )
 
 
-def _ids(devices: set[jax.Device]) -> str:
+def _ids(devices: set[Any]) -> str:
     (platform, *more) = {device.platform for device in devices}
     ids = ", ".join(str(n) for n in sorted(device.id for device in devices))
     return f"{'/'.join((platform, *more))} device{'s' if len(devices) > 1 else ''} {ids}"

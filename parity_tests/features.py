@@ -176,7 +176,7 @@ def with_junk(inputs: list[np.ndarray], given: dict[str, Any]) -> list[np.ndarra
     """Large numbers in place of queries and keys that lengths and segments hide from all."""
     names = ("segment_ids", "query_seq_lengths", "key_value_seq_lengths")
     (B, T), S = inputs[0].shape[:2], inputs[1].shape[1]
-    some = attends(T, S, **as_torch({n: given[n] for n in names if n in given}))
+    some: Any = attends(T, S, **as_torch({n: given[n] for n in names if n in given}))
     if some is None:
         return inputs
     some = np.broadcast_to(some.numpy(), (B, 1, T, S))[:, 0]
@@ -218,7 +218,7 @@ def run_jax(
         dq, dk, dv, more = pull(grad)
         return {"out": out, "dq": dq, "dk": dk, "dv": dv} | more
 
-    operands = *map(jnp.asarray, inputs), jax.tree.map(jnp.asarray, added), arrays
+    operands: Any = *map(jnp.asarray, inputs), jax.tree.map(jnp.asarray, added), arrays
     return (run if eager else jax.jit(run, compiler_options=compiler_options))(*operands)
 
 

@@ -1,6 +1,5 @@
 """The attention layer of decoders: against a layer written out in float64."""
 
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -524,9 +523,10 @@ def test_layers_stacked_by_vmap_train_as_they_do_apart():
     def make_layer(rngs):
         return Attention(D, **options, sharding={"D": "seq"}, rngs=rngs)
 
-    @partial(nnx.scan, in_axes=(0, nnx.Carry), out_axes=nnx.Carry, **named)
-    def in_turn(layer, x):
+    def one_layer(layer, x):
         return x + layer(x)
+
+    in_turn: Any = nnx.scan(one_layer, in_axes=(0, nnx.Carry), out_axes=nnx.Carry, **named)
 
     def apart(kernels):
         x = jnp.asarray(X)
@@ -541,7 +541,8 @@ def test_layers_stacked_by_vmap_train_as_they_do_apart():
         kernels: Any = nnx.to_pure_dict(nnx.state(model))
         expected: Any = jax.grad(apart)(kernels)
         optimizer = nnx.Optimizer(model, optax.sgd(1.0, momentum=0.9), wrt=nnx.Param)
-        optimizer.update(model, nnx.grad(lambda model: (in_turn(model, X) ** 2).mean())(model))
+        gradient: Any = nnx.grad(lambda model: (in_turn(model, X) ** 2).mean())
+        optimizer.update(model, gradient(model))
         trained: Any = nnx.to_pure_dict(nnx.state(model))
         states: Any = nnx.to_pure_dict(nnx.state(optimizer, nnx.OptState))
         moments = states["opt_state"][0]["trace"]

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -615,7 +616,7 @@ def test_the_kernel_is_chosen_for_the_mesh(monkeypatch, platform, options, name,
     assert [found["check_vma"] for found in shard_maps(program.jaxpr)] == [checked]
 
 
-GOOD = np.ones((2, 8, 4, 8), np.float32)
+GOOD: Any = np.ones((2, 8, 4, 8), np.float32)
 FOUR = jax.devices()[:4]
 SEQ = jax.make_mesh((4,), ("seq",), devices=FOUR, axis_types=(AxisType.Auto,))
 ELSEWHERE = jax.make_mesh((4,), ("seq",), devices=jax.devices()[4:], axis_types=(AxisType.Auto,))
@@ -724,8 +725,9 @@ def test_arrays_on_other_devices_than_the_mesh_are_refused(name, given, where):
     x = np.zeros((2, 8), np.int32) if name == "segment_ids" else GOOD[:, :1, :1, :]
     x = GOOD if name in ("query", "value") else x
     x = jax.device_put(x, NamedSharding(where, PartitionSpec()) if where is ELSEWHERE else where)
-    arrays = {"query": GOOD, "key": GOOD, "value": GOOD, name: x}
+    options: Any = {"query": GOOD, "key": GOOD, "value": GOOD, name: x}
+    options |= {"mesh": SEQ} if given else {}
     on = "devices 4, 5, 6, 7" if where is ELSEWHERE else "device 1"
     message = rf"{name} is on cpu {on}, the mesh has cpu devices 0, 1, 2, 3\. .*device_put\({name}"
     with nullcontext() if given else jax.set_mesh(SEQ), pytest.raises(ValueError, match=message):
-        dot_product_attention(**arrays, **({"mesh": SEQ} if given else {}))
+        dot_product_attention(**options)
