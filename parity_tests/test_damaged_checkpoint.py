@@ -1,5 +1,6 @@
 """Damage to a checkpoint of the training example is named, and the step before it is resumed."""
 
+import gc
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +36,13 @@ def _as_users_have_it():
     """Optax adds Python floats to integers."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _reads_forgotten():
+    """What TensorStore left is collected here: in a test without the filter above it would fail."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
