@@ -20,7 +20,7 @@ parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 	$(BIN)/seqpar parity
 
 # File by file in their order: by the number of their tests the longest would come last, alone.
-test: $(VENV)/.test $(VENV)/.tpu  ## every test
+test: $(VENV)/.test $(VENV)/.tpu  ## every test but the slow ones
 	$(TPU) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.test $(VENV)/.tpu  ## the tests that take minutes

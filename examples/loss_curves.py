@@ -43,9 +43,11 @@ def planted_bug() -> Iterator[None]:
     sizes would be computed without the bug where they came before, and with it afterwards.
     """
     jax.clear_caches()
-    with mock.patch("jax_seqpar.ulysses.heads_to_sequence", scrambling_heads_to_sequence):
-        yield
-    jax.clear_caches()
+    try:
+        with mock.patch("jax_seqpar.ulysses.heads_to_sequence", scrambling_heads_to_sequence):
+            yield
+    finally:
+        jax.clear_caches()
 
 
 def main(

@@ -33,13 +33,13 @@ def find_mesh(mesh: AnyMesh | None, x: Any = None) -> AnyMesh:
 
 
 def devices_of(mesh: AnyMesh) -> set[Any] | None:
-    """The devices of a mesh; None where an abstract one, as under `jax.jit`, does not tell."""
-    if isinstance(mesh, Mesh):
-        return set(mesh.devices.flat)
+    """The devices of a mesh; None under `jax.jit`, where the devices of an array do not matter."""
     try:
         concrete = jax.sharding.get_mesh()
     except ValueError:  # under jax.jit
         return None
+    if isinstance(mesh, Mesh):
+        return set(mesh.devices.flat)
     return set(concrete.devices.flat) if concrete.abstract_mesh == mesh else None
 
 

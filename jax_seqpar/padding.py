@@ -105,19 +105,23 @@ def _segments(
         queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) for x in operands)
     else:
         # Wide enough for two segments more, and signed as the kernels have them: equal ids stay
-        # equal.
-        queries, keys = (x.astype(f"int{8 * max(x.itemsize, 4)}") for x in pair(segment_ids))
+        # equal. Of one width, as a number that is unused in 64 bits may be used in 32.
+        width = 8 * max(4, *(x.itemsize for x in pair(segment_ids)))
+        queries, keys = (x.astype(f"int{width}") for x in pair(segment_ids))
     # Two new segments: an added query attends to nothing, and nothing to an added key.
-    queries = _pad(queries, 1, more[0], _unused(jnp.concatenate([queries, keys], axis=1)))
-    return queries, _pad(keys, 1, more[1], _unused(jnp.concatenate([queries, keys], axis=1)))
+    queries = _pad(queries, 1, more[0], unused_id((queries, keys)))
+    return queries, _pad(keys, 1, more[1], unused_id((queries, keys)))
 
 
-def _unused(ids: Integer[Array, "B S"]) -> Integer[Array, ""]:
-    """A number that no id has.
+def unused_id(
+    segment_ids: tuple[Integer[Array, "B T"], Integer[Array, "B S"]],
+) -> Integer[Array, ""]:
+    """A number that no segment of queries or keys has, of their dtype.
 
     Four bits at a time, from the top: of the 16 ways to go on, the one with the fewest ids. After
     all bits that is at most n / 2^32 of the n ids, so none.
     """
+    ids = jnp.concatenate(segment_ids, axis=1)
     bits = 8 * ids.dtype.itemsize
     words = jax.lax.bitcast_convert_type(ids, f"uint{bits}")
     digits = jnp.arange(16, dtype=words.dtype)

@@ -531,7 +531,7 @@ def check_key(rng: Any, batch: Any, heads: Any) -> None:
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"{name} must be a Python integer, not negative, got {size!r}.")
     write = 'Write jax.random.key(seed, impl="threefry2x32").'
-    if isinstance(rng, int):
+    if not hasattr(rng, "dtype"):
         raise ValueError(f"dropout_rng must be a key, got {rng!r}. {write}")
     check_is_array("dropout_rng", rng)
     if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):

@@ -147,7 +147,12 @@ def references(case: Case) -> list[tuple[np.ndarray, float]]:
     inputs = case.inputs()
     alone = partial(jax_seqpar.blockwise_attention, is_causal=case.is_causal)
     single = output_and_gradients(alone, QUICK)(**inputs)
-    return [(truth, error(x, truth)) for x, truth in zip(single, oracle(case, inputs), strict=True)]
+    errors = []
+    for x, truth in zip(single, oracle(case, inputs), strict=True):
+        # Or an error that the kernel makes on any number of devices would be right.
+        assert error(x, truth) <= 16 * float(jnp.finfo(case.dtype).eps) * np.max(np.abs(truth))
+        errors.append((truth, error(x, truth)))
+    return errors
 
 
 def collectives(program: str) -> dict[str, int]:

@@ -40,6 +40,7 @@ def documents(tokens: int, *starts: int) -> np.ndarray:
 
 SINKS = np.array([0.7, -1.5], np.float32)
 # Sizes of the operands, and options. Tokens that are no multiple of a block, and rows without keys.
+LEAST = np.int32(-(2**31))
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": (dict(T=200, S=150, N=4, K=2), {}),
     "bfloat16, sinks": (dict(H=128, dtype="bfloat16"), {"is_causal": True, "sinks": SINKS}),
@@ -69,7 +70,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             "query_seq_lengths": np.array([150, 70], np.int32),
             "key_value_seq_lengths": np.array([0, 90], np.int32),
-            "segment_ids": (documents(150, 60), documents(200, 70)),
+            # Any number of 32 bits may be the number of a document.
+            "segment_ids": (documents(150, 60) + LEAST, documents(200, 70) + LEAST),
         },
     ),
     "length of keys alone": (

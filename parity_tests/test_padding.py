@@ -178,6 +178,19 @@ def test_padding_is_compiled_too():
     assert padded.unpad(padded.query).shape == q.shape
 
 
+@pytest.mark.parametrize("widths", (("int64", "int32"), ("int32", "int64"), ("uint8", "int64")))
+def test_documents_of_two_widths(widths):
+    """The added tokens are in segments of their own, whichever side has the wider numbers."""
+    with jax.enable_x64(True):
+        q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in operands(Sizes(1, 6, 6, 4, 4, 5, 5)))
+        ids = tuple(jnp.zeros((1, 6), width) for width in widths)
+        padded = pad_to_degree(q, k, v, degree=4, segment_ids=ids)
+        queries, keys = (np.asarray(x)[0] for x in padded.keywords["segment_ids"])
+        assert not queries[:6].any()
+        assert not keys[:6].any()
+        assert len({0, *queries[6:], *keys[6:]}) == 3
+
+
 def test_documents_of_64_bits():
     with jax.enable_x64(True):
         q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in operands(Sizes(1, 5, 5, 4, 4, 5, 5)))

@@ -714,8 +714,19 @@ DOORS = {
 def test_the_wrong_kind_of_array_is_refused_at_every_door(door, kind):
     name, call = DOORS[door]
     make, message = WRONG_KINDS[kind]
+    if door == "head_keys" and kind in ("a list", "a number"):
+        message = r"{} must be a key, got .* Write jax\.random\.key\(seed"
     with pytest.raises(ValueError, match=message.format(name)):
         call(make())
+
+
+def test_a_constant_of_a_jitted_function_may_lie_anywhere():
+    """JAX moves it to the devices of the program."""
+    slopes = jax.device_put(jnp.ones(GOOD.shape[2]), FOUR[1])
+    attend = partial(dot_product_attention, alibi_slopes=slopes, mesh=SEQ)
+    got = jax.jit(lambda x: attend(x, x, x))(GOOD)
+    expected = dense_attention(*(GOOD,) * 3, alibi_slopes=np.ones(GOOD.shape[2], np.float32))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ("query", "value", "bias", "segment_ids"))

@@ -713,6 +713,15 @@ def test_fused_weights_that_do_not_fit():
         from_torch({"a.0": np.ones(2)}, [line], sizes=sizes)
 
 
+@pytest.mark.parametrize("other", (Ignored("a.0", "by mistake"), Tied("a.{i}", to="b.{i}")))
+def test_a_fused_name_in_two_lines(other):
+    line = Fused("a.{i}", ("q.{i}", "k.{i}"), "(parts H) D -> D parts H", ("N", "K"))
+    sizes = {"N": 3, "K": 1, "H": 4}
+    message = refusal({"a.0": torch.ones(16, 2)}, [line, other], sizes=sizes)
+    assert "a.0 is in several lines: Fused(torch='a.{i}'" in message
+    assert f"and {other}" in message
+
+
 def test_tied_names_are_checked_and_written_back():
     x = torch.tensor([0.0, float("nan"), 2.0])
     mapping = [

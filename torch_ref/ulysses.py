@@ -85,6 +85,10 @@ def single_all_to_all(
             dist.all_gather(counts, own, group=group)
             heads = [int(count) for count in counts]
         gathered = list(heads)
+        if gathered[rank] != input.shape[gather_idx]:
+            raise ValueError(
+                f"heads says {gathered[rank]} for rank {rank}, which has {tuple(input.shape)}."
+            )
     chunks = [_bytes(x) for x in input.split(sent, dim=scatter_idx)]
     shapes = []
     for count in gathered:

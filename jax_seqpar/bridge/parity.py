@@ -183,10 +183,13 @@ def _compare(
 
 
 def _near(report: BitsReport, torch_side: np.ndarray) -> bool:
-    """Whether finite elements differ by no more than what roundings may."""
+    """Whether elements differ by no more than what roundings may, and not by a NaN or infinity."""
     x = np.abs(torch_side.astype(np.float64))
     limit = ROUNDING * x.max(initial=0, where=np.isfinite(x))
-    return all((leaf.max_abs or 0) <= limit for leaf in report.leaves)
+    return all(
+        (leaf.max_abs or 0) <= limit and not (leaf.nan_only_a or leaf.nan_only_b or leaf.infinite)
+        for leaf in report.leaves
+    )
 
 
 def _file_name(name: str) -> str:

@@ -69,7 +69,7 @@ def plan(
 
     The controls get generated inputs of its sizes: a constant, say, would hide any permutation.
     Controls and reshards take even parts only: where the degree does not divide the heads, they get
-    as many as it does, those that the pipeline of JAX reshards.
+    the next larger number of heads that it does.
 
     Raises:
       ValueError: inputs that do not fit the degree, the rules, the kernels or one another.

@@ -281,6 +281,11 @@ def _split(
         if line is None:
             split[name] = x
             continue
+        others = [f for f in mapping if f is not line and numbers_in(f.torch, name) is not None]
+        if others:
+            lines = " and ".join(map(str, (line, *others)))
+            problems.append(f"{name} is in several lines: {lines}. Keep one line for each name.")
+            continue
         _check_dense({name: x}, require_torch())
         x, problem = _arranged(x, *_whole(line, name, sizes))
         problems += problem

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..description import Description, Rules, pair, window
+from ..padding import unused_id
 
 LANES = 128
 # Of the scalar memory of a core, 1 MiB on every TPU since v5e, three quarters for the schedule.
@@ -24,7 +25,7 @@ MOST_ROW_BYTES = 8 * ROW_BYTES
 # A logit below all others and above the kernel's -2.4e38 of a pair that does not attend: as a sink
 # it weighs exp(-1e30 - max) = 0 beside any key, and 1 where there is none, whose output is then 0.
 NO_SINK = -1e30
-_NO_QUERY, _NO_KEY = -(2**31), -(2**31) + 1  # segments of what lies beyond the lengths
+_NO_QUERY, _NO_KEY = 1, 2  # segments of what lies beyond the lengths, where all others are 0
 _WITHOUT = {
     "bias": "its kernel adds none",
     "mask": "it would be a T x S array in memory",
@@ -276,16 +277,18 @@ def _segments(description: Description, queries: int, keys: int) -> tuple[Array,
         return None
     one = tuple(jnp.zeros((len(given[0]), n), jnp.int32) for n in (queries, keys))
     both = one if ids is None else pair(ids)
-    of_queries, of_keys = (
-        _within(length, ids.astype(jnp.int32), other)
-        for ids, length, other in zip(both, lengths, (_NO_QUERY, _NO_KEY), strict=True)
-    )
+    of_queries, of_keys = (x.astype(jnp.int32) for x in both)
+    # Segments that no token has, so that what lies beyond the lengths attends to nothing.
+    if lengths[0] is not None:
+        other = _NO_QUERY if ids is None else unused_id((of_queries, of_keys))
+        of_queries = _within(lengths[0], of_queries, other)
+    if lengths[1] is not None:
+        other = _NO_KEY if ids is None else unused_id((of_queries, of_keys))
+        of_keys = _within(lengths[1], of_keys, other)
     return of_queries, of_keys
 
 
-def _within(length: Array | None, ids: Array, other: int) -> Array:
-    if length is None:
-        return ids
+def _within(length: Array, ids: Array, other: Any) -> Array:
     tokens = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     return jnp.where(tokens < length.astype(jnp.int32)[:, None], ids, other)
 
