@@ -16,7 +16,7 @@ from .description import AXES, Description, PerToken, Window, describe
 from .heads import HeadPlan, merge_heads, plan_heads, split_heads
 from .kernels import choose_kernel
 from .layout import MeshLayout, axes_size, names
-from .mesh import AnyMesh, devices_of, find_mesh, place, reshard
+from .mesh import AnyMesh, devices_of, find_mesh, reshard
 from .shared_heads import adds_without_rounding, tell_shared_heads
 from .ulysses import ulysses_attention
 
@@ -71,7 +71,8 @@ def dot_product_attention(
         function and is used again for equal `functools.partial`s; so it must be pure.
       layout: the mesh axes of tokens, batch and heads.
       mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one query is sharded over.
-        With Explicit axes the cotangent of an eager `jax.vjp` may be sharded or not. The eager
+        With Explicit axes the cotangent of an eager `jax.vjp` may be sharded or not; one made under
+        `jax.set_mesh` has a sharding in its type, which must be that of the output. The eager
         gradient of a loss such as `out.sum()` needs `jax.set_mesh`, as that of any sharded array's
         sum does in JAX 0.10.2.
       head_chunks, overlap: as in `ulysses_attention`.
@@ -166,7 +167,16 @@ def _attend(
     layout, mesh = arrange.layout, arrange.mesh
     shape = (*query.shape[:3], value.shape[3])
     if 0 in shape:  # JAX 0.10.2 cannot compile the gradient of some kernels without elements
-        return place(jnp.zeros(shape, query.dtype), layout.spec, mesh=mesh)
+        sizes = (axes_size(axes, mesh.shape) for axes in layout.spec)
+        local = tuple(n // size for n, size in zip(shape, sizes, strict=True))
+        # In a shard_map, as under jax.jit an array made outside of one has no mesh.
+        return jax.shard_map(
+            lambda: jnp.zeros(local, query.dtype),
+            mesh=mesh,
+            in_specs=(),
+            out_specs=layout.spec,
+            axis_names=set(arrange.axis_names),
+        )()
     degree, tensor_parallel = (axes_size(x, mesh.shape) for x in (layout.tokens, layout.heads))
     N, K = query.shape[2] // tensor_parallel, max(key.shape[2] // tensor_parallel, 1)
     plan = plan_heads(N, K, degree, may_copy=not adds_without_rounding(attention))

@@ -501,6 +501,23 @@ def _check_per_token(
             f"{name} must be integers of shape [B, S] = {list(shapes[1])}, or a pair of "
             f"{list(shapes[0])} for queries and {list(shapes[1])} for keys, got {got}. {meaning}"
         )
+    for part in pair:
+        # An array of JAX has such numbers where 64 bits are switched on, and keeps them.
+        if isinstance(part, np.ndarray) and part.itemsize == 8 and not jax.config.jax_enable_x64:
+            low, high = part.min(initial=0), part.max(initial=0)
+            if low < -(2**31) or high >= 2**31:
+                raise ValueError(
+                    f"{name} has numbers from {low} to {high}, which JAX would cut to 32 bits. "
+                    f"Switch jax_enable_x64 on, or number them anew, for example by "
+                    f"np.unique({name}, return_inverse=True)."
+                )
+    signs = {jnp.issubdtype(part.dtype, jnp.unsignedinteger) for part in pair}
+    if len(signs) > 1 and max(part.dtype.itemsize for part in pair) >= 4:
+        raise ValueError(
+            f"{name} of queries and keys must be both signed or both unsigned, got "
+            f"{pair[0].dtype} and {pair[1].dtype}: -1 of int32 and 2^32 - 1 of uint32 have the "
+            f"same bits. Write .astype({pair[0].dtype})."
+        )
 
 
 def _check_per_head(name: str, x: Any, heads: int) -> None:

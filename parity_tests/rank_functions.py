@@ -1,6 +1,7 @@
 """What the tests' ranks run, importable by a fresh process, and the inputs that both sides make."""
 
 import os
+import subprocess
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +81,10 @@ class SignalWhenPickled:
 def hang_in_rank_1(rank: int) -> None:
     if rank == 1:
         time.sleep(3600)
+
+
+def start_a_program(rank: int) -> int:
+    return subprocess.Popen(["sleep", "600"]).pid
 
 
 def return_a_lambda(rank: int) -> Any:

@@ -219,6 +219,7 @@ Pair = namedtuple("Pair", "first second")
         ({"q": [1, None]}, {"q": [1, 2]}, r"at \['q'\]\[1\] a is of type NoneType, b of type int"),
         (Pair(1, [2]), Pair(1, [2, 3]), r"only b has \.second\[1\]"),
         (1, [1], "at the root a is of type int, b of type list"),
+        ({"q": None}, {"q": None}, "nothing to compare: a and b have no array"),
         (
             [OrderedDict(q=1, k=2)],
             [OrderedDict(k=2, q=1)],

@@ -165,6 +165,7 @@ def test_every_bit_and_place_counts_in_a_digest_and_no_sharding_does(dtype):
         x = raw.astype(dtype) if width == 1 and dtype != "float8_e5m2" else raw.view(dtype)
         whole = digest_arrays({"x": jnp.asarray(x)})
         assert list(whole) == ["['x']"]
+        assert digest_arrays({"x": x}) == whole, "of NumPy"
         assert whole["['x']"][-16:-8] != whole["['x']"][-8:], "two sums of 32 bits, not one twice"
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
@@ -177,3 +178,15 @@ def test_every_bit_and_place_counts_in_a_digest_and_no_sharding_does(dtype):
             flat[1, bit // 8] ^= 1 << bit % 8
             changed.append(digest_arrays({"x": jnp.asarray(other)}))
         assert len({x["['x']"] for x in changed}) == len(changed)
+
+
+def test_numbers_of_64_bits_count_whole_where_jax_has_32():
+    x = np.arange(1, 5) / 3
+    numbers = [x, np.nextafter(x, 9), x[0], 5, 5 + 2**32, np.arange(4), np.arange(4) + 2**40, 1j]
+    digests = [digest_arrays(number)[""] for number in [*numbers, 0.1, 0.1 + 1e-12]]
+    assert len(set(digests)) == len(digests)
+    assert digests[0].startswith("float64[4] ")
+    with jax.enable_x64(True):
+        assert digest_arrays(jnp.asarray(x))[""] == digests[0]
+    with pytest.raises(ValueError, match=r"^\['a'\] is no array of numbers\. Leave it out"):
+        digest_arrays({"a": 2**70})

@@ -398,13 +398,16 @@ def test_rotary_of_every_integer_dtype(dtype):
     inside = [p for p in ends + wide if info.min <= p <= info.max]
     x = rng.standard_normal((1, len(inside), 1, 8)).astype(np.float32)
     frequencies = 10_000.0 ** (-np.arange(0, 8, 2) / 8)
+    positions = np.array(inside, dtype)[None]
+    # In NumPy they are of 64 bits whether JAX has those switched on or not.
+    results = [Rotary()(jnp.asarray(x), positions)]
     for x64 in (True,) if info.bits == 64 else (False, True) if info.bits == 32 else (False,):
         with jax.enable_x64(x64):
-            positions = jnp.asarray(np.array(inside, dtype)[None])
-            assert positions.dtype == dtype
-            got = jax.jit(Rotary())(jnp.asarray(x), positions)
+            assert jnp.asarray(positions).dtype == dtype
+            results.append(jax.jit(Rotary())(jnp.asarray(x), jnp.asarray(positions)))
+    expected = exact_turn(x.astype(np.float64), frequencies, inside)
+    for got in results:
         assert got.dtype == jnp.float32
-        expected = exact_turn(x.astype(np.float64), frequencies, inside)
         assert np.abs(np.asarray(got) - expected).max() <= 8 * EPS * np.abs(x).max()
 
 

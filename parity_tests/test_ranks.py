@@ -130,6 +130,12 @@ def test_a_rank_that_ends_or_stops_while_it_starts(number, error, message):
     sent.result()
 
 
+def test_what_a_rank_has_started_ends_with_it():
+    pids = run_ranks(rank_functions.start_a_program, 2)
+    assert len({*pids}) == 2
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
 def test_a_result_that_cannot_be_pickled_is_that_ranks_error():
     with pytest.raises(
         RankError, match=r"(?s)^rank 0 of 1 failed:.*returned cannot be pickled.*<lambda>.*arrays"

@@ -62,6 +62,17 @@ CALLS = {
         {},
         r"query must have a floating dtype, got int32. Write query.astype\(jnp.float32\)",
     ),
+    "segments that int32 does not hold": (
+        qkv(),
+        {"segment_ids": np.arange(32).reshape(2, 16) << 32},
+        r"segment_ids has numbers from 0 to 133143986176, which JAX would cut to 32 bits\. .*"
+        r"np\.unique\(segment_ids, return_inverse=True\)",
+    ),
+    "segments with and without a sign": (
+        qkv(),
+        {"segment_ids": (np.zeros((2, 16), np.int32), np.zeros((2, 16), np.uint32))},
+        r"segment_ids of queries and keys must be both signed or both unsigned, got int32 and uint",
+    ),
     "two dtypes": (
         (qkv()[0], *(x.astype(jnp.bfloat16) for x in qkv()[1:])),
         {},
@@ -523,11 +534,13 @@ def test_other_calls(call, message):
 )
 @pytest.mark.parametrize("heads", ((8, 8), (6, 3)), ids=str)
 @pytest.mark.parametrize("sizes", ((0, 16, 16), (2, 0, 16), (2, 16, 0)), ids=str)
-def test_nothing_is_no_misfit(sizes, heads, kernel):
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)
+def test_nothing_is_no_misfit(sizes, heads, kernel, kind):
     """No sequences, queries or keys, with heads added for the devices or not: zeros."""
     (B, T, S), (N, K) = sizes, heads
     query, key = array(B, T, N, 4) + 1, array(B, S, K, 4) + 1
-    call = partial(dot_product_attention, attention=kernel, mesh=MESH, head_chunks=1 + (N == 8))
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
+    call = partial(dot_product_attention, attention=kernel, mesh=mesh, head_chunks=1 + (N == 8))
 
     def run(*operands):
         out, pull = jax.vjp(call, *operands)

@@ -44,6 +44,24 @@ def by_token(tokens, segments):
     return labels, positions
 
 
+@pytest.mark.parametrize("dtype", ("uint8", "int8", "uint16", "uint32", "uint64", "int64"))
+@pytest.mark.parametrize(
+    "options",
+    ({"segment_ids": SEGMENTS}, {"lengths": np.array([10, 3, 0, 7])}, {}),
+    ids=("segments", "lengths", "whole rows"),
+)
+def test_tokens_of_every_integer_dtype(dtype, options):
+    """Text is read as bytes, and -100 is no byte."""
+    tokens = TOKENS.astype(dtype)
+    for goal in ({}, {"labels": tokens}, {"targets": tokens}):
+        wide = {name: x.astype(np.int32) for name, x in goal.items()}
+        expected = PLACE.shard(TOKENS.astype(np.int32), **options, **wide)
+        got = PLACE.shard(tokens, **options, **goal)
+        assert np.array_equal(got.labels, expected.labels)
+        assert np.array_equal(got.tokens, expected.tokens)
+        assert got.normaliser == expected.normaliser
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", MESHES, ids=str)
 def test_what_lies_where(where, kind):

@@ -33,7 +33,7 @@ def compare_bits(
       a report, `.equal` or not, that prints as a summary.
 
     Raises:
-      ValueError: if the structures differ, naming the first path that does.
+      ValueError: if the structures differ, naming the first path that does; if there is no array.
       TypeError: if a leaf is not a dense array of numbers.
 
     Example:
@@ -48,6 +48,8 @@ def compare_bits(
             f"a and b differ in structure: {difference}. "
             f"Give both sides the same containers with the same keys."
         )
+    if not leaves_a:
+        raise ValueError("nothing to compare: a and b have no array.")
     return BitsReport(
         tuple(
             _compare(tree_util.keystr(path), leaf_a, leaf_b, axes)

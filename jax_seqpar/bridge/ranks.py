@@ -112,6 +112,9 @@ def start_ranks(
             started = [process for process in processes if process.pid is not None]
             for process in started:
                 process.kill()
+                # And whatever the rank has started; a rank that has just begun leads no group yet.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             for process in started:
                 process.join()
                 process.close()
@@ -257,7 +260,11 @@ def _death(processes: list[Any], folder: Path, dead: list[int]) -> str:
 
 
 def _rank_main(rank: int, world_size: int, folder: Path, timeout: float, threads: int) -> None:
-    """A rank's process. It ends when the parent kills it, or has ended."""
+    """A rank's process. It ends when the parent kills it, or has ended.
+
+    It leads a process group of its own, so that what it starts can be ended with it.
+    """
+    os.setpgid(0, 0)
     for number in _ENDING:
         signal.signal(number, _leave_to_the_parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
@@ -297,7 +304,7 @@ def _end_without(parent: Any, folder: Path) -> None:
     """Waits for the end of the parent, removes the folder that it left behind, and ends."""
     parent.join()
     shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _answer(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
@@ -143,7 +144,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        positions: Integer[Array, "#B T"] | None = None,
+        positions: Integer[Array | np.ndarray, "#B T"] | None = None,
         segment_ids: Integer[Array, "B T"] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +44,7 @@ class Rotary:
     attention_factor: float = 1.0
 
     def __call__(
-        self, x: Float[Array, "B T N H"], positions: Integer[Array, "#B T"]
+        self, x: Float[Array, "B T N H"], positions: Integer[Array | np.ndarray, "#B T"]
     ) -> Float[Array, "B T N H"]:
         """x, turned.
 
@@ -81,13 +82,17 @@ class Rotary:
         return self.theta ** (-np.arange(0, channels, 2, dtype=np.float64) / channels)
 
 
-def _angles(positions: Integer[Array, "B T"], frequencies: np.ndarray) -> Float[Array, "B T R2"]:
+def _angles(
+    positions: Integer[Array | np.ndarray, "B T"], frequencies: np.ndarray
+) -> Float[Array, "B T R2"]:
     """`positions * frequencies` modulo a turn, in radians from -pi to pi."""
+    # JAX without 64 bits would cut positions of NumPy.
+    xp: Any = np if isinstance(positions, np.ndarray) else jnp
     bits = 64 if positions.dtype.itemsize == 8 else 32
     p = positions.astype(f"uint{bits}")  # modulo 2^bits, from a narrow signed dtype, too
     is_negative = positions < 0
     # 0 - p and not abs(), which the most negative number of a dtype does not have.
-    p = jnp.where(is_negative, jnp.zeros_like(p) - p, p)
+    p = xp.where(is_negative, xp.zeros_like(p) - p, p)
     turns = jnp.zeros((), jnp.uint32)
     for shift in range(0, bits, 16):
         digit = (p >> shift).astype(jnp.uint32) & 0xFFFF

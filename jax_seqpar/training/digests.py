@@ -21,6 +21,9 @@ def digest_arrays(tree: Any) -> dict[str, str]:
       tree: a pytree of JAX arrays of any dtype, NumPy arrays and Python scalars. On several
         processes every process calls with the same global arrays.
 
+    Raises:
+      ValueError: for a leaf that is no array of numbers.
+
     Returns:
       by path, like "['layers'][0]['kernel']": dtype, shape and 16 hexadecimal digits, like
       "float32[64, 128] 0f3a5b7c9d1e2f40".
@@ -28,13 +31,35 @@ def digest_arrays(tree: Any) -> dict[str, str]:
     Example:
       damaged = [path for path, x in digest_arrays(restored).items() if x != saved[path]]
     """
-    leaves = [(path, jnp.asarray(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
-    sums = _sums([x for _, x in leaves])
+    leaves = [
+        (path, x if isinstance(x, jax.Array) else _numbers(path, x))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    sums = _sums([_narrow(x) for _, x in leaves])
     return {
         jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)} "
         + "".join(f"{int(part):08x}" for part in parts)
         for (path, x), parts in zip(leaves, sums, strict=True)
     }
+
+
+def _numbers(path: Any, x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    if x.dtype == object:
+        raise ValueError(
+            f"{jax.tree_util.keystr(path)} is no array of numbers. Leave it out of the tree."
+        )
+    return x
+
+
+def _narrow(x: Any) -> Any:
+    """Numbers of 64 bits as pairs of 32, which JAX takes whether it has 64 bits switched on or not.
+
+    As `_words` has them, so an array has one digest in NumPy and in JAX.
+    """
+    if isinstance(x, jax.Array) or x.dtype.itemsize < 8:
+        return x
+    return np.ascontiguousarray(x)[..., None].view(np.uint32).reshape(*x.shape, -1)
 
 
 @jax.jit

@@ -38,7 +38,9 @@ def cross_entropy(
       z_loss: z, which keeps `lse` near 0 (PaLM, https://arxiv.org/abs/2204.02311).
       label_smoothing: e, from 0 to 1 (https://arxiv.org/abs/1512.00567).
       ignore_index: the label that does not count. Another label outside of 0 to V - 1 gives NaN.
-      axis_name: inside a `jax.shard_map`, the mesh axes whose devices have different tokens.
+      axis_name: inside a `jax.shard_map`, the mesh axes whose devices have different tokens. With
+        `check_vma=False` differentiate outside of the `jax.shard_map`: inside, JAX takes the
+        derivative of a sum over devices for such a sum, and the gradient is larger by their number.
 
     Returns:
       the loss; 0, with gradient 0, if no label counts.
@@ -75,8 +77,8 @@ def tiled_cross_entropy(
     Args:
       hidden: the last hidden states, sharded as the layout says.
       kernel: of the projection to the vocabulary, whole on each device while it is used; `.T` of
-        a tied embedding. Its gradient is added up over the tiles in its dtype, and over the mesh
-        once.
+        a tied embedding. Rounded to the dtype of hidden. Its gradient is added up over the tiles in
+        its dtype, and over the mesh once.
       tiles: how many; need not divide the tokens.
       layout, mesh: as for `dot_product_attention`.
       logits_soft_cap: logits become `cap * tanh(logits / cap)`.

@@ -112,9 +112,9 @@ class TokenLayout:
         tokens = np.asarray(tokens)
         refusals.check_batch(tokens, axes_size(self.layout.batch, self.mesh.shape), self.layout)
         segments = _segments(tokens, segment_ids, lengths)
-        goal = _targets(tokens, segments, labels, targets)
-        for name, x in (("tokens", tokens), ("segment_ids", segments), ("targets", goal)):
+        for name, x in (("tokens", tokens), ("segment_ids", segments)):
             refusals.check_int32(name, x)
+        goal = _targets(tokens, segments, labels, targets)
         B, S = tokens.shape
         more = -S % self.degree
         known = segment_ids is not None or lengths is not None or more > 0
@@ -173,15 +173,18 @@ def _targets(tokens: np.ndarray, segments: np.ndarray, labels: Any, targets: Any
     if targets is not None:
         targets = np.asarray(targets)
         refusals.check_targets(targets, tokens.shape, labels)
-        return np.where(segments != 0, targets, IGNORE)
+        refusals.check_int32("targets", targets)
+        # IGNORE is no number of an unsigned dtype: bytes would make it 156.
+        return np.where(segments != 0, targets.astype(np.int64), IGNORE)
     if labels is None:
         labels = tokens
     labels = np.asarray(labels)
     refusals.check_labels(labels, tokens, IGNORE)
+    refusals.check_int32("labels", labels)
     following = np.full(tokens.shape, IGNORE, np.int64)
     # A document's last token, and padding, have nothing to predict.
     same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-    following[:, :-1] = np.where(same, labels[:, 1:], IGNORE)
+    following[:, :-1] = np.where(same, labels.astype(np.int64)[:, 1:], IGNORE)
     return following
 
 
