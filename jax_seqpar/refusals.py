@@ -503,7 +503,7 @@ def _check_per_token(
         )
     for part in pair:
         # An array of JAX has such numbers where 64 bits are switched on, and keeps them.
-        if isinstance(part, np.ndarray) and part.itemsize == 8 and not jax.config.jax_enable_x64:
+        if isinstance(part, np.ndarray) and part.dtype != jax.dtypes.canonicalize_dtype(part.dtype):
             low, high = part.min(initial=0), part.max(initial=0)
             if low < -(2**31) or high >= 2**31:
                 raise ValueError(

@@ -304,7 +304,7 @@ def test_dropout_after_the_normaliser():
     out = dense_attention(
         query, key, value, sinks=SINKS, is_causal=True, dropout_rate=rate, dropout_rng=rng
     )
-    gain = keep(rng, rate, B, 4, 5, 7) / (1 - rate)
+    gain = keep(rng, rate, B, 4, 5, 7).double() / (1 - rate)
     expected = written_out(
         query, key, value, lambda b, t, s: s <= t, sinks=SINKS.tolist(), gain=gain
     )

@@ -1,6 +1,7 @@
 """Tokens that the devices do not divide: padded in a segment of their own, and cut again."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +184,7 @@ def test_documents_of_two_widths(widths):
     """The added tokens are in segments of their own, whichever side has the wider numbers."""
     with jax.enable_x64(True):
         q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in operands(Sizes(1, 6, 6, 4, 4, 5, 5)))
-        ids = tuple(jnp.zeros((1, 6), width) for width in widths)
+        ids: Any = tuple(jnp.zeros((1, 6), width) for width in widths)
         padded = pad_to_degree(q, k, v, degree=4, segment_ids=ids)
         queries, keys = (np.asarray(x)[0] for x in padded.keywords["segment_ids"])
         assert not queries[:6].any()

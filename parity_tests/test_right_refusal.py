@@ -738,7 +738,7 @@ def test_a_constant_of_a_jitted_function_may_lie_anywhere():
     slopes = jax.device_put(jnp.ones(GOOD.shape[2]), FOUR[1])
     attend = partial(dot_product_attention, alibi_slopes=slopes, mesh=SEQ)
     got = jax.jit(lambda x: attend(x, x, x))(GOOD)
-    expected = dense_attention(*(GOOD,) * 3, alibi_slopes=np.ones(GOOD.shape[2], np.float32))
+    expected = dense_attention(*(GOOD,) * 3, alibi_slopes=jnp.ones(GOOD.shape[2]))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 

@@ -199,7 +199,7 @@ class Attention(nnx.Module):
         record("context", out)
         return self.out(out)
 
-    def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+    def _project(self, x: Array, positions: Array | np.ndarray) -> tuple[Array, Array, Array]:
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_scale is not None and self.key_scale is not None:
             query = _rms_norm(query, self.query_scale[...], self.norm_epsilon)
