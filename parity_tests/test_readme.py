@@ -52,6 +52,6 @@ def test_the_top_level_is_the_one_agreed():
     listed = run("git", "ls-files").split()
     top = {path.split("/")[0] for path in listed if not path.startswith(".")}
     assert top == {
-        *("pyproject.toml", "README.md", "Makefile"),
+        *("pyproject.toml", "README.md", "LICENSE", "Makefile"),
         *("jax_seqpar", "torch_ref", "parity_tests", "examples"),
     }
