@@ -21,3 +21,6 @@ from .padding import pad_to_degree as pad_to_degree
 from .reshard import heads_to_sequence as heads_to_sequence
 from .reshard import sequence_to_heads as sequence_to_heads
 from .ulysses import ulysses_attention as ulysses_attention
+
+# The one place of the number: pyproject.toml reads it here, as does the command.
+__version__ = "0.1.0"

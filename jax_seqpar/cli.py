@@ -19,6 +19,7 @@ try:
 except ImportError as error:
     raise SystemExit('The seqpar command needs: pip install "jax-seqpar[cli]"') from error
 
+from . import __version__
 from .bridge.cases import DTYPES, OPTIONAL, Case
 from .bridge.certify import certificate_table, certificates
 from .bridge.extras import require_torch
@@ -43,7 +44,7 @@ def _size(help: str, default: int) -> Any:
 
 def _print_version(asked: bool | None) -> None:
     if asked:
-        typer.echo(f"jax-seqpar {_versions()['jax-seqpar']}")
+        typer.echo(f"jax-seqpar {__version__}")
         raise typer.Exit
 
 
@@ -262,8 +263,11 @@ def _refuse_places(json_file: Path | None, save_failing: Path | None) -> None:
 
 def _versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that bits may depend on; None where there is none."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("jax-seqpar", "jax", "jaxlib", "numpy", "torch"):
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "jax-seqpar": __version__,
+    }
+    for package in ("jax", "jaxlib", "numpy", "torch"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

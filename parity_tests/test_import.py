@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import jax_seqpar
 
 ROOT = Path(__file__).parent.parent
 NO_PARITY_EXTRA = """
@@ -63,6 +66,12 @@ def test_the_command_names_the_extra_it_needs():
     result = python(NO_PARITY_EXTRA + "import jax_seqpar.cli")
     assert result.returncode == 1
     assert result.stderr.strip() == 'The seqpar command needs: pip install "jax-seqpar[cli]"'
+
+
+def test_package_metadata_and_command_have_one_version():
+    assert jax_seqpar.__version__ == version("jax-seqpar")
+    result = python("from jax_seqpar.cli import app; app(['--version'])")
+    assert result.stdout == f"jax-seqpar {jax_seqpar.__version__}\n", result.stderr
 
 
 def imports(path):
