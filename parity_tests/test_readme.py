@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+WORKFLOW = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 EIGHT_DEVICES = 'import jax; jax.config.update("jax_num_cpu_devices", 8)\n'
 
@@ -45,6 +46,18 @@ def test_the_files_it_names_exist():
     named = set(re.findall(r"`((?:jax_seqpar|torch_ref|parity_tests|examples)/[\w./]*)`", README))
     assert len(named) >= 5
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def make_targets(text):
+    """What `make` is asked for in a script, a workflow or a page."""
+    return set(re.findall(r"\bmake ([a-z][a-z-]*)", text))
+
+
+def test_the_workflow_runs_all_that_a_change_must_pass():
+    asked = make_targets("\n".join(re.findall(r"- run: (.*)", WORKFLOW)))
+    needed = make_targets((ROOT / ".ci" / "run").read_text())
+    assert needed == {"lint", "test"}
+    assert asked == needed | {"test-newest"}
 
 
 def test_the_top_level_is_the_one_agreed():
