@@ -1,4 +1,4 @@
-"""The README's code runs, its examples too, and what it says of the tree is so."""
+"""The README's code runs, its examples too, and what the pages say of the tree is so."""
 
 import re
 import subprocess
@@ -42,10 +42,16 @@ def test_the_quickstart_runs():
     assert re.search(r"all-to-alls [78] ", output)
 
 
-def test_the_files_it_names_exist():
-    named = set(re.findall(r"`((?:jax_seqpar|torch_ref|parity_tests|examples)/[\w./]*)`", README))
-    assert len(named) >= 5
-    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+def test_the_files_that_the_pages_name_exist():
+    pages = (ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md")))
+    folders = r"jax_seqpar|torch_ref|parity_tests|examples|\.ci|\.github"
+    named = {
+        (page.name, path)
+        for page in pages
+        for path in re.findall(rf"`((?:{folders})/[\w./]*)`", page.read_text())
+    }
+    assert {page for page, _ in named} >= {"README.md", "CONTRIBUTING.md"}
+    assert [(page, path) for page, path in sorted(named) if not (ROOT / path).exists()] == []
 
 
 def make_targets(text):
@@ -58,6 +64,12 @@ def test_the_workflow_runs_all_that_a_change_must_pass():
     needed = make_targets((ROOT / ".ci" / "run").read_text())
     assert needed == {"lint", "test"}
     assert asked == needed | {"test-newest"}
+
+
+def test_the_make_targets_that_contributors_are_told_exist():
+    told = make_targets((ROOT / ".github" / "CONTRIBUTING.md").read_text())
+    assert len(told) >= 4
+    assert told <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def test_the_top_level_is_the_one_agreed():
