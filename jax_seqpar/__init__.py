@@ -8,7 +8,6 @@ prints it.
 
 from .attention import dot_product_attention as dot_product_attention
 from .compiler import compiler_options as compiler_options
-from .dropout import head_keys as head_keys
 from .exact import exact_attention as exact_attention
 from .kernels import KernelChoice as KernelChoice
 from .kernels import blockwise_attention as blockwise_attention
@@ -16,6 +15,7 @@ from .kernels import choose_kernel as choose_kernel
 from .kernels import dense_attention as dense_attention
 from .kernels import fused_attention as fused_attention
 from .layout import MeshLayout as MeshLayout
+from .mask import head_keys as head_keys
 from .padding import Padded as Padded
 from .padding import pad_to_degree as pad_to_degree
 from .reshard import heads_to_sequence as heads_to_sequence

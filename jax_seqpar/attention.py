@@ -12,10 +12,12 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from . import refusals
 from .compiled import compiled_with
-from .description import AXES, Description, PerToken, Window, describe
 from .heads import HeadPlan, merge_heads, plan_heads, split_heads
 from .kernels import choose_kernel
 from .layout import MeshLayout, axes_size, names
+from .mask import PerToken, Spec, Window, describe
+from .mask.keywords import PER_HEAD, keywords_of
+from .mask.nouns import Axes
 from .mesh import AnyMesh, devices_of, find_mesh, reshard
 from .shared_heads import adds_without_rounding, tell_shared_heads
 from .ulysses import ulysses_attention
@@ -61,7 +63,7 @@ def dot_product_attention(
       query, key, value: of one floating dtype; K divides N. Sharded as `layout` says; on a mesh
         with Explicit axes they are resharded where their type says otherwise. The degree divides T
         and S (`pad_to_degree` sees to it), the heads need not be divisible.
-      bias, mask, ... dropout_rng: as `jax_seqpar.description.Description` says. Arrays with a head
+      bias, mask, ... dropout_rng: as `jax_seqpar.mask` says. Arrays with a head
         axis are sharded like the heads, so each device gets its part; those of tokens, and what is
         small, every device gets whole.
       attention: the local attention, called with all the tokens of some heads and with those
@@ -90,7 +92,7 @@ def dot_product_attention(
       layout = MeshLayout(tokens="seq", batch="data")
       out = dot_product_attention(q, k, v, is_causal=True, layout=layout, mesh=mesh)
     """
-    description = describe(
+    spec = describe(
         query,
         key,
         value,
@@ -114,19 +116,20 @@ def dot_product_attention(
     manual = context.manual_axes
     refusals.check_is_mesh(mesh, context if manual else None)
     mesh = context if manual else find_mesh(mesh, query)
-    if manual and description.rules.dropout_rate and dropout_rng.ndim != 3:
+    if manual and spec.dropout.rate and dropout_rng.ndim != 3:
         raise refusals.no_local_dropout()
     refusals.check_mesh(layout, mesh.shape, manual)
     operands = {"query": query, "key": key, "value": value}
     for name, x in operands.items():
         refusals.check_sharding(name, jax.typeof(x).sharding.spec, layout)
-    refusals.check_devices(operands | description.arrays, devices_of(mesh))
+    given = keywords_of(spec)
+    refusals.check_devices(operands | given, devices_of(mesh))
     refusals.check_division(query.shape, key.shape, layout, mesh.shape)
     if attention is None:
-        choice = choose_kernel(query, key, value, platform=_platform(mesh), **description.keywords)
+        choice = choose_kernel(query, key, value, platform=_platform(mesh), **given)
         attention = choice.attention
         check_vma = choice.name == "blockwise" if check_vma is None else check_vma
-    refusals.check_keywords(attention, list(description.keywords))
+    refusals.check_keywords(attention, list(given))
     refusals.check_chunks_have_an_axis(head_chunks, overlap, layout)
     refusals.check_flag("overlap", overlap)
     refusals.check_flag("check_vma", check_vma, (None, True, False))
@@ -140,7 +143,7 @@ def dot_product_attention(
         overlap,
         check_vma is not False,
     )
-    return compiled_with(attention, _attend, arrange)(query, key, value, description)
+    return compiled_with(attention, _attend, arrange)(query, key, value, spec)
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def _attend(
     query: Array,
     key: Array,
     value: Array,
-    description: Description,
+    spec: Spec,
 ) -> Array:
     """The attention that all checks have passed."""
     layout, mesh = arrange.layout, arrange.mesh
@@ -180,19 +183,15 @@ def _attend(
     degree, tensor_parallel = (axes_size(x, mesh.shape) for x in (layout.tokens, layout.heads))
     N, K = query.shape[2] // tensor_parallel, max(key.shape[2] // tensor_parallel, 1)
     plan = plan_heads(N, K, degree, may_copy=not adds_without_rounding(attention))
-    arrays = {
-        name: jax.tree.map(partial(_with_added_heads, name, plan=plan, heads=N), x)
-        for name, x in description.arrays.items()
-    }
+    spec = spec.map(partial(_with_added_heads, plan=plan, heads=N))
     # Fewer KV heads than tensor-parallel shards: they stay whole, and each shard takes its one.
     whole_kv = key.shape[2] % tensor_parallel != 0
     kv_spec = replace(layout, heads=None).spec if whole_kv else layout.spec
-    static = {n: x for n, x in description.keywords.items() if n not in AXES}
 
-    def per_device(query: Array, key: Array, value: Array, arrays: dict[str, Any]) -> Array:
-        per_head = {name: x for name, x in arrays.items() if "heads" in AXES[name]}
-        rest = {name: x for name, x in arrays.items() if name not in per_head}
-        local = partial(attention, **static, **rest)
+    def per_device(query: Array, key: Array, value: Array, own: Spec) -> Array:
+        given = keywords_of(own)
+        per_head = {name: given.pop(name) for name in PER_HEAD if name in given}
+        local = partial(attention, **given)
         if whole_kv:
             shared = ((names(layout.heads), tensor_parallel // key.shape[2]),)
             if layout.tokens is not None:
@@ -214,12 +213,9 @@ def _attend(
             overlap=arrange.overlap,
         )
 
-    array_specs = {
-        name: jax.tree.map(partial(_array_spec, name, layout=layout), x)
-        for name, x in arrays.items()
-    }
-    specs = (layout.spec, kv_spec, kv_spec, array_specs)
-    operands = jax.tree.map(partial(reshard, mesh=mesh), (query, key, value, arrays), specs)
+    specs = (layout.spec, kv_spec, kv_spec, spec.map(partial(_array_spec, layout=layout)))
+    operands = (query, key, value, spec)
+    operands = jax.tree.map(partial(reshard, mesh=mesh), operands, specs)
     return jax.shard_map(
         per_device,
         mesh=mesh,
@@ -244,22 +240,22 @@ def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
 
 
-def _with_added_heads(name: str, x: Array, *, plan: HeadPlan, heads: int) -> Array:
+def _with_added_heads(x: Array, axes: Axes, *, plan: HeadPlan, heads: int) -> Array:
     """An array as it is sharded: with the heads that are added to those of each shard."""
-    if "heads" not in AXES[name]:
+    if "heads" not in axes:
         return x
-    axis = AXES[name].index("heads")
+    axis = axes.index("heads")
     if x.shape[axis] == 1 or plan.is_trivial:
         return x
     return merge_heads(plan.pad_queries(split_heads(x, axis, heads), axis + 1), axis)
 
 
-def _array_spec(name: str, x: Array, *, layout: MeshLayout) -> PartitionSpec:
+def _array_spec(x: Array, axes: Axes, *, layout: MeshLayout) -> PartitionSpec:
     """The batch as the layout has it, heads as the reshard leaves them, and the tokens whole."""
-    mesh_axes = {"batch": layout.batch, "heads": (*names(layout.heads), *names(layout.tokens))}
+    mesh_axes: dict[Any, Any] = {
+        "batch": layout.batch,
+        "heads": (*names(layout.heads), *names(layout.tokens)),
+    }
     return PartitionSpec(
-        *(
-            mesh_axes[axis] if axis is not None and n > 1 else None
-            for n, axis in zip(x.shape, AXES[name], strict=True)
-        )
+        *(mesh_axes.get(axis) if n > 1 else None for n, axis in zip(x.shape, axes, strict=True))
     )

@@ -27,7 +27,7 @@ from .bridge.parity import Result, run_parity
 from .bridge.plan import Kernels, inputs_by_label, plan, understood
 from .bridge.ranks import RankError
 from .bridge.report import parity_table, summary
-from .description import Rules
+from .mask.keywords import spec_of
 
 # Without rich's panels, which cut the names of options and break paths at the width of a terminal.
 app = typer.Typer(
@@ -122,7 +122,7 @@ def parity(
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"--input has its own sizes and dtype. Leave out {options}.")
         _refuse_places(json_file, save_failing)
-        rules = Rules(
+        rules = spec_of(
             scale=scale,
             is_causal=causal,
             query_offset=query_offset,

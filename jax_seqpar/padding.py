@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from . import refusals
-from .description import AXES, PerToken, describe, pair
+from .mask import PerToken, describe
+from .mask.keywords import keywords_of
+from .mask.segments import unused_id
 
 
 @partial(
@@ -66,7 +68,7 @@ def pad_to_degree(
     Args:
       query, key, value: as for `dot_product_attention`.
       degree: P, the devices that share the tokens.
-      bias, mask, positions, segment_ids: as `jax_seqpar.description.Description` says.
+      bias, mask, positions, segment_ids: as `jax_seqpar.mask` says.
 
     Raises:
       ValueError: for what does not fit together.
@@ -78,7 +80,7 @@ def pad_to_degree(
     """
     refusals.check_degree(degree)
     given = {"bias": bias, "mask": mask, "positions": positions, "segment_ids": segment_ids}
-    arrays = describe(query, key, value, **dict.fromkeys(AXES) | given).arrays
+    arrays = keywords_of(describe(query, key, value, **given))
     T, S = query.shape[1], key.shape[1]
     more = (-T % degree, -S % degree)
     if more == (0, 0):
@@ -89,48 +91,27 @@ def pad_to_degree(
         for name, x in arrays.items()
         if name in ("bias", "mask")
     }
-    if positions is not None:
-        keywords["positions"] = tuple(
-            _pad(x, 1, n) for x, n in zip(pair(positions), more, strict=True)
-        )
-    keywords["segment_ids"] = _segments(segment_ids, (query, key), more)
+    if "positions" in arrays:
+        both = zip(arrays["positions"], more, strict=True)
+        keywords["positions"] = tuple(_pad(x, 1, n) for x, n in both)
+    keywords["segment_ids"] = _segments(arrays.get("segment_ids"), (query, key), more)
     key, value = (_pad(x, 1, more[1]) for x in (key, value))
     return Padded(_pad(query, 1, more[0]), key, value, keywords, T)
 
 
 def _segments(
-    segment_ids: PerToken | None, operands: tuple[Array, Array], more: tuple[int, int]
+    segment_ids: tuple[Array, Array] | None, operands: tuple[Array, Array], more: tuple[int, int]
 ) -> tuple[Array, Array]:
     if segment_ids is None:
         queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) for x in operands)
     else:
         # Wide enough for two segments more, and signed as the kernels have them: equal ids stay
         # equal. Of one width, as a number that is unused in 64 bits may be used in 32.
-        width = 8 * max(4, *(x.itemsize for x in pair(segment_ids)))
-        queries, keys = (x.astype(f"int{width}") for x in pair(segment_ids))
+        width = 8 * max(4, *(x.itemsize for x in segment_ids))
+        queries, keys = (x.astype(f"int{width}") for x in segment_ids)
     # Two new segments: an added query attends to nothing, and nothing to an added key.
     queries = _pad(queries, 1, more[0], unused_id((queries, keys)))
     return queries, _pad(keys, 1, more[1], unused_id((queries, keys)))
-
-
-def unused_id(
-    segment_ids: tuple[Integer[Array, "B T"], Integer[Array, "B S"]],
-) -> Integer[Array, ""]:
-    """A number that no segment of queries or keys has, of their dtype.
-
-    Four bits at a time, from the top: of the 16 ways to go on, the one with the fewest ids. After
-    all bits that is at most n / 2^32 of the n ids, so none.
-    """
-    ids = jnp.concatenate(segment_ids, axis=1)
-    bits = 8 * ids.dtype.itemsize
-    words = jax.lax.bitcast_convert_type(ids, f"uint{bits}")
-    digits = jnp.arange(16, dtype=words.dtype)
-    prefix = jnp.zeros((), words.dtype)
-    for shift in range(bits - 4, -1, -4):
-        ways = (prefix << words.dtype.type(4)) | digits
-        counts = ((words >> words.dtype.type(shift))[..., None] == ways[None, None]).sum((0, 1))
-        prefix = ways[jnp.argmin(counts)]
-    return jax.lax.bitcast_convert_type(prefix, ids.dtype)
 
 
 def _pad(x: Array, axis: int, more: int, value: Any = 0) -> Array:

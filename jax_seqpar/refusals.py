@@ -404,27 +404,18 @@ def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
                 )
 
 
-def check_description(
-    query: Shape,
-    key: Shape,
-    rules: Any,
-    *,
-    bias: Any,
-    mask: Any,
-    query_seq_lengths: Any,
-    key_value_seq_lengths: Any,
-    segment_ids: Any,
-    positions: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    dropout_rng: Any,
-) -> None:
-    """Refuses arrays that do not fit `[B, N, T, S]`, or do not go together."""
+def check_spec(query: Shape, key: Shape, spec: Any, arrays: Mapping[str, Any]) -> None:
+    """Raises unless arrays fit `[B, N, T, S]` and go together.
+
+    Args:
+      spec: the options beside the arrays.
+      arrays: by keyword, as they were given; None where they were not.
+    """
     (B, T, N, _), S = query, key[1]
     full = (B, N, T, S)
     for name, x, kind, kind_name in (
-        ("bias", bias, jnp.floating, "floating"),
-        ("mask", mask, jnp.bool_, "boolean"),
+        ("bias", arrays["bias"], jnp.floating, "floating"),
+        ("mask", arrays["mask"], jnp.bool_, "boolean"),
     ):
         if x is None:
             continue
@@ -443,20 +434,20 @@ def check_description(
                 f"got shape {x.shape}. {_with_four_axes(name, x.shape)}To ulysses_attention pass "
                 f"that of all heads in per_head=."
             )
-    _check_per_sequence("query_seq_lengths", query_seq_lengths, B)
-    _check_per_sequence("key_value_seq_lengths", key_value_seq_lengths, B)
-    _check_per_token(
-        "segment_ids", segment_ids, B, T, S, "A query attends to the keys that have its own number."
-    )
-    _check_per_token("positions", positions, B, T, S, "They count from 0, or from where you like.")
-    if positions is not None and rules.query_offset != 0:
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        _check_per_sequence(name, arrays[name], B)
+    meaning = "A query attends to the keys that have its own number."
+    _check_per_token("segment_ids", arrays["segment_ids"], B, T, S, meaning)
+    meaning = "They count from 0, or from where you like."
+    _check_per_token("positions", arrays["positions"], B, T, S, meaning)
+    if arrays["positions"] is not None and spec.mask.query_offset != 0:
         raise ValueError(
-            f"positions and query_offset = {rules.query_offset} both say where the queries are. "
-            f"Add the offset to the positions of the queries."
+            f"positions and query_offset = {spec.mask.query_offset} both say where the queries "
+            f"are. Add the offset to the positions of the queries."
         )
-    _check_per_head("alibi_slopes", alibi_slopes, N)
-    _check_per_head("sinks", sinks, N)
-    _check_dropout(dropout_rng, rules.dropout_rate, B, N)
+    for name in ("alibi_slopes", "sinks"):
+        _check_per_head(name, arrays[name], N)
+    _check_dropout(arrays["dropout_rng"], spec.dropout.rate, B, N)
 
 
 def _with_four_axes(name: str, shape: Shape) -> str:
@@ -650,60 +641,6 @@ def varies_under_pallas() -> ValueError:
         "varies over the mesh. Write check_vma=False in the jax.shard_map, or in "
         "jax_seqpar.dot_product_attention."
     )
-
-
-def check_soft_cap(cap: Any) -> None:
-    """Refuses a cap that is no plain number, or that float32 does not hold."""
-    if cap is not None and not (_is_number(cap) and 1e-30 < cap < 1e30):
-        raise ValueError(
-            f"logits_soft_cap must be a Python number between 1e-30 and 1e30, got {cap!r}. "
-            f"None, and not 0, leaves the logits as they are."
-        )
-
-
-def check_rules(rules: Any) -> None:
-    """Refuses options that are not plain Python values."""
-    check_soft_cap(rules.logits_soft_cap)
-    scale, rate = rules.scale, rules.dropout_rate
-    if not (scale is None or _is_number(scale)):
-        raise ValueError(
-            f"scale must be a Python number, got {type(scale).__name__}. "
-            f"Multiply the query by a scale that is an array."
-        )
-    if scale is not None and not abs(scale) < 1e30:
-        raise ValueError(
-            f"scale must be finite and below 1e30, got {scale!r}. None is 1 / sqrt(H)."
-        )
-    if not (_is_number(rate) and 0 <= rate < 1 - 2**-32):
-        raise ValueError(
-            f"dropout_rate must be a Python number, at least 0 and below 1, got {rate!r}. "
-            f"It is the part of the weights that is dropped."
-        )
-    if not isinstance(rules.is_causal, bool):
-        raise ValueError(
-            f"is_causal must be Python's True or False, got {rules.is_causal!r}. Under jax.jit "
-            f"name it in static_argnames; choose between two calls with jax.lax.cond if it is an "
-            f"array."
-        )
-    offset, window = rules.query_offset, rules.local_window_size
-    if type(offset) is not int or abs(offset) >= 1 << 29:
-        raise ValueError(
-            f"query_offset must be a Python integer below 2^29, got {offset!r}. Write int(...), or "
-            f"give positions= if it is an array."
-        )
-    if window is None:
-        return
-    sizes = window if isinstance(window, tuple) else (window,) * 2
-    if len(sizes) != 2 or not all(type(n) is int and n >= 0 for n in sizes):
-        raise ValueError(
-            f"local_window_size must be one Python integer or a tuple (left, right), none "
-            f"negative, got {window!r}. (255, 0) is a query and the 255 keys before it; None or "
-            f"-1 leaves a side open."
-        )
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def check_keywords(attention: Callable[..., Any], keywords: Sequence[str]) -> None:

@@ -16,10 +16,11 @@ from questions import QUICK, error
 from jax_seqpar import blockwise_attention, dense_attention, exact_attention
 from jax_seqpar.bridge.arrays import numpy_to_torch
 from jax_seqpar.bridge.cases import NAMES
-from jax_seqpar.description import ADDED
 from torch_ref.dense import dense_attention as torch_dense_attention
 from torch_ref.masks import attends
 
+# What is added to the logits and may have a gradient.
+ADDED = ("bias", "alibi_slopes", "sinks")
 KERNELS = {
     "dense": dense_attention,
     # Blocks that divide nothing.

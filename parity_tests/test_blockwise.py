@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 import torch
 from cases import is_array, slow
-from features import KERNELS, Sizes, operands, run_jax, run_torch, split
+from features import ADDED, KERNELS, Sizes, operands, run_jax, run_torch, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from questions import QUICK, error, output_and_gradients, temporaries_of
 
 from jax_seqpar import blockwise_attention, dense_attention, exact_attention
-from jax_seqpar.blocks import Block
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.arrays import numpy_to_torch
-from jax_seqpar.description import ADDED, AXES, describe
+from jax_seqpar.mask import Mask, Tokens
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 SIZES = Sizes(2, 13, 17, 4, 2, 5, 3)
@@ -347,24 +346,23 @@ def described(draw):
 
 
 def description_of(B: int, T: int, S: int, some: dict[str, Any]) -> Any:
-    q, k = (jnp.zeros((B, n, 1, 1)) for n in (T, S))
-    return describe(q, k, k, **dict.fromkeys(AXES) | arrays_of(some))
+    return Mask(**arrays_of(some))
 
 
 @settings(max_examples=20)
 @given(drawn=described(), size=st.sampled_from((1, 2, 5)))
 def test_no_block_that_matters_is_left_out(drawn, size):
     B, T, S, some = drawn
-    description = description_of(B, T, S, some)
-    allowed = description.attends(Block(0, T), Block(0, S))
+    mask = description_of(B, T, S, some)
+    allowed = mask.attends(Tokens(0, T), Tokens(0, S))
     if allowed is None:
         return
     meets = np.any(np.broadcast_to(np.asarray(allowed), (B, 1, T, S)), axis=(0, 1), keepdims=True)
     meets = meets.reshape(T, S)
     for tokens, partners, bounds in ((T, S, "keys_of"), (S, T, "queries_of")):
         for start in range(0, tokens - min(size, tokens) + 1):
-            block = Block(start, min(size, tokens))
-            low, high = getattr(description, bounds)(block, partners)
+            block = Tokens(start, min(size, tokens))
+            low, high = getattr(mask, bounds)(block, partners)
             some_partner = meets if bounds == "keys_of" else meets.T
             met = np.flatnonzero(some_partner[start : start + block.size].any(0))
             assert 0 <= low <= high <= partners
@@ -392,13 +390,13 @@ SKIPPED = {
 def test_the_blocks_that_are_left_out(some, rule):
     """As many as there are whose pairs are all ruled out: work falls with what a mask skips."""
     n, size = 64, 8
-    description = description_of(1, n, n, some)
+    mask = description_of(1, n, n, some)
     t, s = np.arange(n)[:, None], np.arange(n)[None, :]
     blocks = np.broadcast_to(rule(t, s), (n, n)).reshape(n // size, size, n // size, size)
     some_pair = blocks.sum(axis=(1, 3)) > 0
     for bounds, needed in (("keys_of", some_pair), ("queries_of", some_pair.T)):
         for i in range(n // size):
-            low, high = getattr(description, bounds)(Block(i * size, size), n)
+            low, high = getattr(mask, bounds)(Tokens(i * size, size), n)
             low, high = int(low) // size, -(-int(high) // size)
             assert high - low == needed[i].sum(), f"{bounds} block {i}: {low} to {high}"
 

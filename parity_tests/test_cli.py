@@ -37,8 +37,8 @@ from jax_seqpar.bridge.golden import digest, expected_digest
 from jax_seqpar.bridge.plan import Kernels, inputs_by_label, plan
 from jax_seqpar.bridge.ranks import RankError
 from jax_seqpar.bridge.report import parity_table, summary
-from jax_seqpar.description import Rules
 from jax_seqpar.exact import certificate
+from jax_seqpar.mask import Mask, Spec
 from torch_ref import history
 from torch_ref.dense import dense_attention as torch_dense_attention
 
@@ -290,7 +290,7 @@ def test_plain_kernels_that_differ_by_more_than_roundings_are_seen(different):
 def test_the_seed_reaches_the_inputs_of_every_check():
     def inputs(seed):
         named = inputs_by_label(Case(2, 4, 4, 2, 3), [], seed, Kernels.EXACT)
-        checks = plan(2, named, Rules(is_causal=True), Kernels.EXACT, seed)
+        checks = plan(2, named, Spec(Mask(is_causal=True)), Kernels.EXACT, seed)
         return [(check.name, tuple(x.tobytes() for x in check.inputs.values())) for check in checks]
 
     for (name, x), (_, other) in zip(inputs(0), inputs(1), strict=True):
@@ -316,7 +316,7 @@ def test_a_golden_hash_that_does_not_match(monkeypatch, tmp_path):
     assert "grouped exact, degree 2: NOT GOLDEN" in result.output
     assert f"NOT EQUAL: {len(EXACT)} of {len(ROWS['exact'])} checks failed." in result.output
     named = inputs_by_label(Case(2, 4, 4, 2, 3), [], 0, Kernels.EXACT)
-    assert set(asked) == {(digest(inputs), Rules(is_causal=True)) for inputs in named.values()}
+    assert set(asked) == {(digest(inputs), Spec(Mask(is_causal=True))) for inputs in named.values()}
     for r in json.loads(file.read_text())["results"]:
         assert r["golden"] == ("0" * 64 if r["case"] in EXACT else None)
         assert r["sha256"] != r["golden"] or r["sha256"] is None
@@ -340,14 +340,18 @@ def test_a_hash_is_golden_or_is_not():
 def test_inputs_of_default_size_have_golden_hashes(dtype, causal):
     named = inputs_by_label(Case(dtype=dtype), [], 0, Kernels.EXACT)
     assert list(named) == ["multi-head", "multi-query", "adversarial", "grouped"]
-    kept = [expected_digest(inputs, Rules(is_causal=causal)) for inputs in named.values()]
+    kept = [expected_digest(inputs, Spec(Mask(is_causal=causal))) for inputs in named.values()]
     assert all(re.fullmatch("[0-9a-f]{64}", str(sha256)) for sha256 in kept)
-    others = [expected_digest(inputs, Rules(is_causal=not causal)) for inputs in named.values()]
+    others = [
+        expected_digest(inputs, Spec(Mask(is_causal=not causal))) for inputs in named.values()
+    ]
     assert len({*kept, *others}) == 8
     # One bit of the inputs, and it is another question.
     query = named["grouped"]["query"].copy()
     query.view(np.uint8)[0, 0, 0, 0] ^= 1
-    assert expected_digest({**named["grouped"], "query": query}, Rules(is_causal=causal)) is None
+    assert (
+        expected_digest({**named["grouped"], "query": query}, Spec(Mask(is_causal=causal))) is None
+    )
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ import torch_ref.exact
 from jax_seqpar import (
     dense_attention,
     dot_product_attention,
-    dropout,
     exact_attention,
+    head_keys,
     pad_to_degree,
 )
 from jax_seqpar.bridge import compare_bits, run_ranks
@@ -229,7 +229,7 @@ def test_all_at_once_on_pytorch_ranks():
 
 def test_keys_of_heads_under_vmap():
     """A sequence by itself drops what it drops among the others, if it is given their keys."""
-    inputs, keys = CROSS.inputs(), dropout.head_keys(jnp.asarray(KEY), CROSS.B, CROSS.N)
+    inputs, keys = CROSS.inputs(), head_keys(jnp.asarray(KEY), CROSS.B, CROSS.N)
 
     def one(*rows):
         *operands, rng = (x[None] for x in rows)

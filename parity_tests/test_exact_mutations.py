@@ -19,11 +19,11 @@ from exact_cases import (
 from questions import output_and_gradients
 
 import torch_ref.exact
-from jax_seqpar import attention, dot_product_attention, dropout, exact_attention
+from jax_seqpar import attention, dot_product_attention, exact_attention
 from jax_seqpar.bridge import compare_bits
 from jax_seqpar.bridge.cases import Case, adversarial
-from jax_seqpar.description import Description
 from jax_seqpar.exact import arithmetic, backward, forward, problem
+from jax_seqpar.mask import Dropout, threefry
 from jax_seqpar.shared_heads import SharedHeads
 from torch_ref.dropout import gain, is_kept
 from torch_ref.masks import places
@@ -161,27 +161,24 @@ MUTATIONS = {
     ),
     "dropout by the tokens of a block": (
         with_dropout_and_sinks,
-        Description,
+        Dropout,
         "keep",
-        lambda self, queries, keys: dropout.keep(
-            self.arrays["dropout_rng"],
-            self.rules.dropout_rate,
-            jnp.arange(queries.size),
-            jnp.arange(keys.size),
+        lambda self, queries, keys: threefry.keep(
+            self.rng, self.rate, jnp.arange(queries.size), jnp.arange(keys.size)
         ),
     ),
     # What describes the attention of a device asks for these, too, and is to get what it gave.
     "dropout by the heads of a device": (
         with_dropout_and_sinks_on_devices,
-        dropout,
+        threefry,
         "head_keys",
-        lambda rng, batch, heads, true=dropout.head_keys: true(jnp.asarray(KEY), batch, heads),
+        lambda rng, batch, heads, true=threefry.head_keys: true(jnp.asarray(KEY), batch, heads),
     ),
     "sinks and keys of other heads": (
         with_dropout_and_sinks_on_devices,
         attention,
         "_with_added_heads",
-        lambda name, x, *, plan, heads: jnp.pad(
+        lambda x, axes, *, plan, heads: jnp.pad(
             x, [(0, plan.query_heads - heads if n == heads else 0) for n in x.shape]
         ),
     ),

@@ -1,7 +1,6 @@
 """The product of features, kernels and degrees: forward and gradients against float64."""
 
 import inspect
-from dataclasses import fields
 from functools import partial
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from cases import ONE_AXIS, MeshCase
 from features import (
+    ADDED,
     FACTORS,
     KERNELS,
     SIZES,
@@ -40,8 +40,8 @@ from jax_seqpar import (
     fused_attention,
 )
 from jax_seqpar.bridge import compare_bits
-from jax_seqpar.description import ADDED, AXES, Rules
 from jax_seqpar.heads import plan_heads
+from jax_seqpar.mask.keywords import FIELDS
 from torch_ref.masks import attends
 
 # The dense kernel has all heads in one product, the path for either mode in one sum.
@@ -137,7 +137,7 @@ def test_one_signature():
         {n: p.default for n, p in inspect.signature(f).parameters.items()} for f in ALL_KERNELS
     ]
     common = list(signatures[0])
-    assert set(common) == {"query", "key", "value", *AXES, *(f.name for f in fields(Rules))}
+    assert set(common) == {"query", "key", "value", *FIELDS}
     for parameters in signatures:
         assert list(parameters)[: len(common)] == common
         assert {name: parameters[name] for name in common} == signatures[0]

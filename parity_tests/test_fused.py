@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from questions import QUICK, error
 
 from jax_seqpar import blockwise_attention, dense_attention, dot_product_attention
-from jax_seqpar.description import Rules
 from jax_seqpar.kernels import choose_kernel, cudnn, fused_attention
 from jax_seqpar.kernels.splash import SCHEDULE_BYTES, Blocks, choose_blocks, schedule
+from jax_seqpar.mask import Mask
 from torch_ref.masks import attends
 
 interpreted = partial(fused_attention, interpret=True)
@@ -389,8 +389,8 @@ numbers = st.integers(0, 40)
 def test_the_schedule_is_that_of_the_mask(tokens, sizes, window, is_causal, offset, side):
     """A block meets those with which it has a pair that attends, each once, and no others."""
     T, S = tokens
-    rules = Rules(is_causal=is_causal, query_offset=offset, local_window_size=window)
-    found = schedule(rules, Blocks(sizes[0], sizes[1], sizes[1]), T, S, side)
+    band = Mask(is_causal=is_causal, query_offset=offset, local_window_size=window)
+    found = schedule(band, Blocks(sizes[0], sizes[1], sizes[1]), T, S, side)
     mask = attends(T, S, is_causal=is_causal, query_offset=offset, local_window_size=window)
     if found is None:
         assert mask is None
@@ -411,10 +411,10 @@ def test_the_schedule_is_that_of_the_mask(tokens, sizes, window, is_causal, offs
 @pytest.mark.parametrize("window", (None, (4095, 0)), ids=("causal", "window"))
 def test_a_million_tokens_lower_without_a_mask(tokens, window):
     """What is made on the host is the schedule, not the S x S mask of a terabyte."""
-    rules = Rules(is_causal=True, local_window_size=window)
-    wide, _ = choose_blocks(rules, tokens, tokens)
+    mask = Mask(is_causal=True, local_window_size=window)
+    wide, _ = choose_blocks(mask, tokens, tokens)
     for side in (0, 1):
-        found = schedule(rules, wide, tokens, tokens, side)
+        found = schedule(mask, wide, tokens, tokens, side)
         assert found is not None
         assert found.nbytes <= SCHEDULE_BYTES
     attend = partial(

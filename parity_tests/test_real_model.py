@@ -14,7 +14,7 @@ from jax_seqpar.bridge.arrays import numpy_to_torch
 from jax_seqpar.bridge.cases import NAMES, load_inputs
 from jax_seqpar.bridge.checks import PipelineCheck, history_checks
 from jax_seqpar.bridge.parity import COLUMNS, run_parity
-from jax_seqpar.description import Rules
+from jax_seqpar.mask import Mask, Spec
 from torch_ref.dense import dense_attention
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
@@ -48,7 +48,9 @@ def results(layers):
     """Every layer and every historical version, in one launch of the ranks."""
     inputs = [{name: layer[name] for name in NAMES} for layer in layers]
     checks = [
-        PipelineCheck(DEGREE, x, kernel, Rules(is_causal=is_causal), label=_label(i, is_causal))
+        PipelineCheck(
+            DEGREE, x, kernel, Spec(Mask(is_causal=is_causal)), label=_label(i, is_causal)
+        )
         for kernel in KERNELS
         for i, x in enumerate(inputs)
         for is_causal in CAUSAL[kernel]

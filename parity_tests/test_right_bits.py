@@ -6,7 +6,7 @@ from cases import CASES, slow
 
 from jax_seqpar.bridge.checks import Check, PipelineCheck, history_checks, reshard_checks
 from jax_seqpar.bridge.parity import run_parity
-from jax_seqpar.description import Rules
+from jax_seqpar.mask import Mask, Spec
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
@@ -22,18 +22,14 @@ def plan(degree):
     # Right and wrong alike at degree 4; else where heads lie on other devices.
     labels = CASES if degree == 4 else ("grouped", "multi-query")
     for label, case in ((label, CASES[label]) for label in labels):
-        inputs = case.inputs()
-        checks.append(
-            PipelineCheck(degree, inputs, "sdpa", Rules(is_causal=case.is_causal), label=label)
-        )
+        inputs, rules = case.inputs(), Spec(Mask(is_causal=case.is_causal))
+        checks.append(PipelineCheck(degree, inputs, "sdpa", rules, label=label))
         if label == "grouped":
             checks.append(PipelineCheck(degree, inputs, "sdpa", layout="sbhd", label=label))
             checks += [PipelineCheck(degree, inputs, "identity", layout=x) for x in LAYOUTS]
         few_ranks = degree < 8 and label == "grouped"
         if few_ranks or (degree == 4 and label in ("multi-query", "bfloat16")):
-            checks.append(
-                PipelineCheck(degree, inputs, "dense", Rules(is_causal=case.is_causal), label=label)
-            )
+            checks.append(PipelineCheck(degree, inputs, "dense", rules, label=label))
     return [*checks, *history_checks(degree, CASES["grouped"].inputs())]
 
 

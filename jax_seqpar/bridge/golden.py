@@ -2,19 +2,19 @@
 
 import hashlib
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..description import Rules
+from ..mask import Spec
+from ..mask.keywords import keywords_of
 from .cases import Arrays
 
 FILE = Path(__file__).parent / "golden.json"
 
 
-def digest(arrays: dict[str, Any], rules: Rules | None = None) -> str:
+def digest(arrays: dict[str, Any], rules: Spec | None = None) -> str:
     """SHA-256 of names, dtypes, shapes and bits; of an attention's rules, too, where given."""
     sha = hashlib.sha256(b"" if rules is None else _words(rules).encode())
     for name, x in sorted(arrays.items()):
@@ -24,14 +24,13 @@ def digest(arrays: dict[str, Any], rules: Rules | None = None) -> str:
     return sha.hexdigest()
 
 
-def expected_digest(inputs: Arrays, rules: Rules) -> str | None:
+def expected_digest(inputs: Arrays, rules: Spec) -> str | None:
     """What output and gradients of exact attention hash to; None for inputs that nobody kept."""
     found = json.loads(FILE.read_text()).get(digest(inputs, rules))
     return found and found["outputs"]
 
 
-def _words(rules: Rules) -> str:
+def _words(rules: Spec) -> str:
     """Causality, and the other rules that differ from their defaults."""
-    others = (f.name for f in fields(Rules) if f.name != "is_causal")
-    given = (f" {n} {getattr(rules, n)}" for n in others if getattr(rules, n) != getattr(Rules, n))
-    return "".join((f"causal {rules.is_causal}", *given))
+    others = (f" {name} {x}" for name, x in keywords_of(rules).items() if name != "is_causal")
+    return "".join((f"causal {rules.mask.is_causal}", *others))

@@ -1,6 +1,6 @@
 """Which checks a parity run makes, of which inputs."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 
 from .. import refusals
-from ..description import AXES, Rules, describe
 from ..layout import MeshLayout
+from ..mask import Mask, Spec, describe
+from ..mask.keywords import keywords_of
 from .cases import (
     DTYPES,
     NAMES,
@@ -63,7 +64,7 @@ def _labels(files: list[Path]) -> list[str]:
 
 
 def plan(
-    degree: int, named: dict[str, Arrays], rules: Rules, kernels: Kernels, seed: int
+    degree: int, named: dict[str, Arrays], rules: Spec, kernels: Kernels, seed: int
 ) -> list[Check]:
     """The checks of one degree: attention for all the inputs, the rest for the last of them.
 
@@ -96,7 +97,7 @@ def plan(
         PipelineCheck(degree, last, own(last), rules, "sbhd", label=label),
     ]
     if kernels == Kernels.EXACT:
-        causal = Rules(is_causal=rules.is_causal)
+        causal = Spec(Mask(is_causal=rules.mask.is_causal))
         checks.append(PipelineCheck(degree, controls, "plain", causal, label="generated"))
     elif own(last) != "dense":
         checks.append(PipelineCheck(degree, last, "dense", rules, label=label))
@@ -112,16 +113,16 @@ def _even(case: Case, degree: int) -> Case:
     return replace(case, heads=heads, kv_heads=heads)
 
 
-def understood(label: str, inputs: Arrays, rules: Rules, kernels: Kernels) -> list[str]:
+def understood(label: str, inputs: Arrays, rules: Spec, kernels: Kernels) -> list[str]:
     """Lines that say how inputs are read, what is unlikely about them and what is not compared."""
     (B, T, N, H), (S, K) = inputs["query"].shape, inputs["key"].shape[1:3]
     tokens = f"{T} tokens" if T == S else f"{T} query and {S} key tokens"
     heads = f"{N} heads" if N == K else f"{N} query and {K} KV heads"
     beside = [f"{name} {list(inputs[name].shape)}" for name in OPTIONAL if name in inputs]
-    given = {n: x for n, x in asdict(rules).items() if x != getattr(Rules, n) and n != "is_causal"}
-    options = [f"{name.replace('_', ' ')} {x}" for name, x in given.items()]
+    given = keywords_of(rules).items()
+    options = [f"{name.replace('_', ' ')} {x}" for name, x in given if name != "is_causal"]
     sizes = f"batch {B}, {tokens}, {heads} of dimension {H}, {inputs['query'].dtype}"
-    causal = "causal" if rules.is_causal else "not causal"
+    causal = "causal" if rules.mask.is_causal else "not causal"
     lines = [f"{label}: {', '.join([sizes, causal, *options, *beside])}."]
     if N > T or K > S:
         lines.append(
@@ -144,7 +145,7 @@ def understood(label: str, inputs: Arrays, rules: Rules, kernels: Kernels) -> li
     return lines
 
 
-def _refuse_misfits(degree: int, inputs: Arrays, rules: Rules, kernels: Kernels) -> None:
+def _refuse_misfits(degree: int, inputs: Arrays, rules: Spec, kernels: Kernels) -> None:
     query, key, value, grad = (inputs[name] for name in NAMES)
     refusals.check_arrays(query, key, value)
     _refuse_dtype(str(query.dtype))
@@ -161,7 +162,7 @@ def _refuse_misfits(degree: int, inputs: Arrays, rules: Rules, kernels: Kernels)
     refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
     exact = kernels == Kernels.EXACT
     refusals.check_ranks(query.shape, key.shape, degree, adds_exactly=exact)
-    describe(query, key, value, **dict.fromkeys(AXES) | keywords(inputs) | asdict(rules))
+    describe(query, key, value, **keywords(inputs), **keywords_of(rules))
     finite = all(np.isfinite(x.astype(np.float32)).all() for x in (query, key, value, grad))
     if not finite and kernels != Kernels.EXACT:
         raise ValueError(

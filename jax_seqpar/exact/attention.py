@@ -12,7 +12,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Integer
 
 from .. import refusals
-from ..description import Description, PerToken, Window, describe
+from ..mask import Logits, PerToken, Window, describe
 from ..shared_heads import SharedHeads
 from . import arithmetic
 from .backward import key_value_gradients, query_gradient
@@ -54,7 +54,7 @@ def exact_attention(
 
     Args:
       query, key, value: float32, bfloat16 or float16, all the same; K divides N.
-      bias, mask, ...: as `jax_seqpar.description.Description` says. Bias, slopes and sinks are of
+      bias, mask, ...: as `jax_seqpar.mask` says. Bias, slopes and sinks are of
         the same three dtypes and have no gradient; scale and soft cap are rounded to float32.
       shared_heads: other devices with the same KV heads and query heads of their own. Their parts
         of the gradients of key and value are added without rounding, and one of the devices returns
@@ -71,7 +71,7 @@ def exact_attention(
       TypeError: of JAX, for a forward-mode derivative.
     """
     added = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    description = describe(
+    spec = describe(
         query,
         key,
         value,
@@ -108,12 +108,8 @@ def exact_attention(
         sum_limit=limit,
     )
     cap = None if logits_soft_cap is None else _float32(logits_soft_cap)
-    rules = replace(
-        description.rules,
-        scale=_float32(H**-0.5 if scale is None else scale),
-        logits_soft_cap=cap,
-    )
-    return _attention(options, query, key, value, Description(rules, description.arrays | once))
+    rounded = Logits(_float32(H**-0.5 if scale is None else scale), cap, **once)
+    return _attention(options, query, key, value, replace(spec, logits=rounded))
 
 
 def _float32(x: float) -> float:
@@ -121,22 +117,22 @@ def _float32(x: float) -> float:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options: Options, query: Any, key: Any, value: Any, description: Any) -> Any:
-    return _attention_fwd(options, query, key, value, description)[0]
+def _attention(options: Options, query: Any, key: Any, value: Any, spec: Any) -> Any:
+    return _attention_fwd(options, query, key, value, spec)[0]
 
 
-def _attention_fwd(options: Options, query: Any, key: Any, value: Any, description: Any):
+def _attention_fwd(options: Options, query: Any, key: Any, value: Any, spec: Any):
     query, key, value = map(_once, (query, key, value))
-    operands = (query, key, value, description)
+    operands = (query, key, value, spec)
     out = _looped_by_vmap(partial(_forward, options))(*operands)
     return arithmetic.narrowed(out, query.dtype), (operands, out)
 
 
 def _attention_bwd(options: Options, residuals: Any, grad: Any):
-    (query, key, value, description), out = residuals
+    (query, key, value, spec), out = residuals
     query, key, value, out, grad = map(_once, (query, key, value, out, grad))
     gradient = _looped_by_vmap(partial(_backward, options))
-    return (*gradient(query, key, value, description, out, grad), None)
+    return (*gradient(query, key, value, spec, out, grad), None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -167,15 +163,15 @@ def _looped_by_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Compiled in an eager call, too: a loop that is traced anew each time would compile each time.
 @partial(jax.jit, static_argnums=0)
-def _forward(options: Options, query: Any, key: Any, value: Any, description: Any) -> Array:
+def _forward(options: Options, query: Any, key: Any, value: Any, spec: Any) -> Array:
     """The output in float32."""
-    query, key, value, description = _as_given((query, key, value, description))
-    key, value = without_unread_keys(description, query, key, value)
+    query, key, value, spec = _as_given((query, key, value, spec))
+    key, value = without_unread_keys(spec.mask, query, key, value)
     B, T, N, _ = query.shape
     K, V = value.shape[2:]
 
     def one(index: Array, q: Array, k: Array, v: Array) -> Array:
-        own = description.of_heads(*_first_head(index, K, N // K), N // K)
+        own = spec.take_heads(*_first_head(index, K, N // K), N // K)
         return output(Problem.of(options, own, q, k, v))
 
     with jax.enable_x64(True):
@@ -185,17 +181,15 @@ def _forward(options: Options, query: Any, key: Any, value: Any, description: An
 
 @partial(jax.jit, static_argnums=0)
 def _backward(
-    options: Options, query: Any, key: Any, value: Any, description: Any, out: Any, grad: Any
+    options: Options, query: Any, key: Any, value: Any, spec: Any, out: Any, grad: Any
 ) -> tuple[Array, ...]:
     """The gradients, of the dtype of the operands."""
-    query, key, value, description, out, grad = _as_given(
-        (query, key, value, description, out, grad)
-    )
-    key, value = without_unread_keys(description, query, key, value)
+    query, key, value, spec, out, grad = _as_given((query, key, value, spec, out, grad))
+    key, value = without_unread_keys(spec.mask, query, key, value)
     N, K = query.shape[2], key.shape[2]
 
     def one(index: Array, q: Array, k: Array, v: Array, out: Array, grad: Array):
-        own = description.of_heads(*_first_head(index, K, N // K), N // K)
+        own = spec.take_heads(*_first_head(index, K, N // K), N // K)
         problem = Problem.of(options, own, q, k, v)
         dq, rows = query_gradient(problem, out, grad)
         return (dq, *key_value_gradients(problem, rows, grad))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..blocks import Block, write
+from ..mask import Tokens
+from ..mask.tokens import write
 from ..shared_heads import SharedHeads
 from . import arithmetic
 from .arithmetic import (
@@ -50,12 +51,12 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
     key_exponent = exponent(problem.key, 0)
     columns = digits(grid(problem.key, key_exponent, TOKEN_BITS))
 
-    def chunk(queries: Block, _, carry: tuple[Array, Rows]) -> tuple[Array, Rows]:
+    def chunk(queries: Tokens, _, carry: tuple[Array, Rows]) -> tuple[Array, Rows]:
         logits, top, empty = row_logits(problem, queries)
 
-        def weigh(keys: Block, fresh: Array | None, carry):
+        def weigh(keys: Tokens, fresh: Array | None, carry):
             weights, total = carry
-            p = weights_of(keys.of(logits, 2), top)
+            p = weights_of(keys.slice(logits, 2), top)
             integers = fresh_only(as_integers(p), fresh, 2)
             return write(weights, p, keys, 2), total + integers.sum(-1, keepdims=True)
 
@@ -66,23 +67,23 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
             top,
             normaliser * 2.0**TOKEN_BITS,
             kept_normaliser(problem, normaliser) * 2.0**TOKEN_BITS,
-            queries.of(corrections, 1),
+            queries.slice(corrections, 1),
             empty,
         )
 
-        def differentiate(keys: Block, _, carry):
+        def differentiate(keys: Tokens, _, carry):
             gradients, e = carry
-            dp = dots(queries.of(grad_rows, 2), keys.of(value_rows, 0))
-            ds = logit_gradient(problem, keys.of(weights, 2), rows, dp, queries, keys)
+            dp = dots(queries.slice(grad_rows, 2), keys.slice(value_rows, 0))
+            ds = logit_gradient(problem, keys.slice(weights, 2), rows, dp, queries, keys)
             return write(gradients, ds, keys, 2), jnp.maximum(e, exponent(ds, 2))
 
         # In place of the logits, which nothing reads any more.
         start = (logits, problem.full(*top.shape, value=LEAST_EXPONENT, dtype=jnp.int64))
         gradients, e = problem.for_keys(differentiate, start, queries)
 
-        def add(keys: Block, fresh: Array | None, sums: Array) -> Array:
-            integers = fresh_only(grid(keys.of(gradients, 2), e, TOKEN_BITS), fresh, 2)
-            return sums + token_sums("GTS,SH->GTH", integers, keys.of(columns, 0), sums.dtype)
+        def add(keys: Tokens, fresh: Array | None, sums: Array) -> Array:
+            integers = fresh_only(grid(keys.slice(gradients, 2), e, TOKEN_BITS), fresh, 2)
+            return sums + token_sums("GTS,SH->GTH", integers, keys.slice(columns, 0), sums.dtype)
 
         start = problem.no_sums(G, queries.size, H, tokens=S)
         dq = arithmetic.total(problem.for_keys(add, start, queries))
@@ -115,11 +116,11 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
     units = [power_of_two(e - TOKEN_BITS)[0] for e in exponents]
     scales = (problem.scale, 1.0)
 
-    def chunk(keys: Block, _, carry: list[Array]) -> list[Array]:
-        def differentiate(queries: Block, _, carry: list[tuple[Array, Array]]):
-            own = Rows(*(queries.of(x, 1) for x in rows))
+    def chunk(keys: Tokens, _, carry: list[Array]) -> list[Array]:
+        def differentiate(queries: Tokens, _, carry: list[tuple[Array, Array]]):
+            own = Rows(*(queries.slice(x, 1) for x in rows))
             p = weights_of(problem.logits(queries, keys), own.top)
-            dp = dots(queries.of(grad_rows, 2), keys.of(value_rows, 0))
+            dp = dots(queries.slice(grad_rows, 2), keys.slice(value_rows, 0))
             parts = (
                 logit_gradient(problem, p, own, dp, queries, keys),
                 problem.kept(normalised(p, own.kept_normaliser), queries, keys),
@@ -134,11 +135,11 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
         filled = problem.for_queries(differentiate, [(buffer, e)] * 2, keys)
         filled = [(x, shared.max(e)) for x, e in filled]
 
-        def add(queries: Block, fresh: Array | None, carry: list[Array]) -> list[Array]:
+        def add(queries: Tokens, fresh: Array | None, carry: list[Array]) -> list[Array]:
             totals = []
             for sums, (x, e), column in zip(carry, filled, columns, strict=True):
-                integers = fresh_only(grid(queries.of(x, 1), e, TOKEN_BITS), fresh, 1)
-                column = queries.of(column, 1)
+                integers = fresh_only(grid(queries.slice(x, 1), e, TOKEN_BITS), fresh, 1)
+                column = queries.slice(column, 1)
                 totals.append(sums + token_sums("GTS,GTH->SH", integers, column, sums.dtype))
             return totals
 
@@ -164,7 +165,7 @@ def normalised(p: Array, normaliser: Array) -> Array:
 
 
 def logit_gradient(
-    problem: Problem, p: Array, rows: Rows, dp: Array, queries: Block, keys: Block
+    problem: Problem, p: Array, rows: Rows, dp: Array, queries: Tokens, keys: Tokens
 ) -> Array:
     """`ds [G, t, s]`: the gradient of the scaled logits, before any soft cap."""
     dp = problem.kept(pinned(dp * problem.kept_scale), queries, keys)

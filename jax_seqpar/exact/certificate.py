@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import dropout
+from ..mask import threefry
 from . import arithmetic, elementary
 from .attention import exact_attention
 
@@ -405,8 +405,8 @@ def _jax_operations() -> Operations:
 
     def keep(key):
         B, N, T, S = DROPOUT_SHAPE
-        heads = dropout.head_keys(key, B, N)
-        return dropout.keep(heads, DROPOUT_RATE, jnp.arange(T), jnp.arange(S))
+        heads = threefry.head_keys(key, B, N)
+        return threefry.keep(heads, DROPOUT_RATE, jnp.arange(T), jnp.arange(S))
 
     return Operations(
         exp=wide(elementary.exp),

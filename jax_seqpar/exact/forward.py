@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
-from ..blocks import Block, write
+from ..mask import Tokens
+from ..mask.tokens import write
 from . import arithmetic
 from .arithmetic import TOKEN_BITS, digits, exponent, grid, pinned, power_of_two, token_sums
 from .problem import Problem, fresh_only, weights_of
@@ -17,15 +18,15 @@ def output(problem: Problem) -> Array:
     values = digits(grid(problem.value, e, TOKEN_BITS))
     unit = power_of_two(e - TOKEN_BITS)[None]
 
-    def chunk(queries: Block, _, out: Array) -> Array:
+    def chunk(queries: Tokens, _, out: Array) -> Array:
         logits, top, empty = row_logits(problem, queries)
 
-        def add(keys: Block, fresh: Array | None, sums):
+        def add(keys: Tokens, fresh: Array | None, sums):
             weight, weighted = sums
-            p = weights_of(keys.of(logits, 2), top)
+            p = weights_of(keys.slice(logits, 2), top)
             weights = fresh_only(as_integers(p), fresh, 2)
             kept = problem.kept(weights, queries, keys)
-            part = token_sums("GTS,SV->GTV", kept, keys.of(values, 0), weighted.dtype)
+            part = token_sums("GTS,SV->GTV", kept, keys.slice(values, 0), weighted.dtype)
             return weight + weights.sum(-1, keepdims=True), weighted + part
 
         t = queries.size
@@ -38,7 +39,7 @@ def output(problem: Problem) -> Array:
     return problem.for_queries(chunk, problem.full(G, T, V, dtype=jnp.float32))
 
 
-def row_logits(problem: Problem, queries: Block) -> tuple[Array, Array, Array]:
+def row_logits(problem: Problem, queries: Tokens) -> tuple[Array, Array, Array]:
     """The logits of whole rows, `m` of each, and which rows have no key to attend to.
 
     Returns:
@@ -46,7 +47,7 @@ def row_logits(problem: Problem, queries: Block) -> tuple[Array, Array, Array]:
     """
     G, t, S = problem.query.shape[0], queries.size, problem.key.shape[0]
 
-    def fill(keys: Block, _, carry):
+    def fill(keys: Tokens, _, carry):
         logits, top = carry
         part = problem.logits(queries, keys)
         part_top = part.max(-1, keepdims=True)

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .. import dropout
-from ..blocks import Block, for_blocks
-from ..blocks import full as full_like
-from ..description import Description, pair
+from ..mask import Mask, Spec, Tokens
+from ..mask.tokens import for_blocks
+from ..mask.tokens import full as full_like
 from ..shared_heads import SharedHeads
 from .arithmetic import flush, left_digits, pinned, right_on_grid, round32, sum_dtype
 from .elementary import exp, soft_cap, soft_cap_slope
@@ -39,14 +38,14 @@ class Problem:
     """One sequence, one KV head and its G query heads; float64, flushed.
 
     Attributes:
-      description: of one sequence and G heads; its scale and soft cap are values of float32.
+      spec: of one sequence and G heads; its scale and soft cap are values of float32.
       query: `[G, T, H]`.
       key, value: `[S, H]`, `[S, V]`.
       query_digits, key_on_grid: the same as operands of dot products, `[2, G, T, H]`, `[S, H]`.
     """
 
     options: Options
-    description: Description
+    spec: Spec
     query: Array
     key: Array
     value: Array
@@ -54,17 +53,17 @@ class Problem:
     key_on_grid: Array
 
     @classmethod
-    def of(cls, options: Options, description: Description, query: Any, key: Any, value: Any):
+    def of(cls, options: Options, spec: Spec, query: Any, key: Any, value: Any):
         q, k, v = map(flush, (query, key, value))
-        return cls(options, description, q, k, v, left_digits(q), right_on_grid(k))
+        return cls(options, spec, q, k, v, left_digits(q), right_on_grid(k))
 
-    def logits(self, queries: Block, keys: Block) -> Array:
+    def logits(self, queries: Tokens, keys: Tokens) -> Array:
         """`[G, t, s]`; -inf where a query may not attend."""
         z = self._scaled_dots(queries, keys)
-        cap = self.description.rules.logits_soft_cap
+        cap = self.spec.logits.soft_cap
         if cap is not None:
             z = soft_cap(z, cap)
-        terms = self.description.terms(queries, keys)
+        terms = self.spec.terms(queries, keys)
         if terms.bias is not None:
             z = pinned(z + flush(terms.bias)[0])
         if terms.alibi_slopes is not None:
@@ -72,58 +71,58 @@ class Problem:
             z = pinned(z - (flush(terms.alibi_slopes) * terms.distance.astype(jnp.float64))[0])
         return z if terms.allowed is None else jnp.where(terms.allowed[0], z, -jnp.inf)
 
-    def through_soft_cap(self, gradient: Array, queries: Block, keys: Block) -> Array:
+    def through_soft_cap(self, gradient: Array, queries: Tokens, keys: Tokens) -> Array:
         """The gradient of the logits before the soft cap, from that after it."""
-        cap = self.description.rules.logits_soft_cap
+        cap = self.spec.logits.soft_cap
         if cap is None:
             return gradient
         return gradient * soft_cap_slope(self._scaled_dots(queries, keys), cap)
 
-    def kept(self, x: Array, queries: Block, keys: Block) -> Array:
+    def kept(self, x: Array, queries: Tokens, keys: Tokens) -> Array:
         """`[G, t, s]` with 0 where dropout drops the weight."""
-        keep = self.description.keep(queries, keys)
+        keep = self.spec.dropout.keep(queries, keys)
         return x if keep is None else jnp.where(keep[0], x, 0)
 
     @property
     def scale(self) -> float:
-        scale = self.description.rules.scale
+        scale = self.spec.logits.scale
         assert scale is not None
         return scale
 
     @property
     def kept_scale(self) -> float:
         """`c`: what dropout multiplies the weights by that it keeps."""
-        return dropout.kept_scale(self.description.rules.dropout_rate)
+        return self.spec.dropout.inverse_keep_probability
 
     @property
     def sinks(self) -> Array | None:
         """`[G, 1, 1]`."""
-        sinks = self.description.arrays.get("sinks")
+        sinks = self.spec.logits.sinks
         return None if sinks is None else flush(sinks)[:, None, None]
 
-    def _scaled_dots(self, queries: Block, keys: Block) -> Array:
-        q, k = queries.of(self.query_digits, 2), keys.of(self.key_on_grid, 0)
+    def _scaled_dots(self, queries: Tokens, keys: Tokens) -> Array:
+        q, k = queries.slice(self.query_digits, 2), keys.slice(self.key_on_grid, 0)
         return round32(dots(q, k)).astype(jnp.float64) * self.scale
 
-    def for_queries(self, body: Callable[..., Any], carry: Any, keys: Block | None = None) -> Any:
+    def for_queries(self, body: Callable[..., Any], carry: Any, keys: Tokens | None = None) -> Any:
         """A loop over the blocks of queries, all of them or those that see some of the keys."""
         T, size = self.query.shape[1], self.options.query_chunk
         if keys is None:
             return for_blocks(T, size, (0, T), body, carry)
-        bounds = self.description.queries_of(keys, T)
+        bounds = self.spec.mask.queries_of(keys, T)
         return for_blocks(T, min(T, INNER * size), bounds, body, carry)
 
-    def for_keys(self, body: Callable[..., Any], carry: Any, queries: Block | None = None) -> Any:
+    def for_keys(self, body: Callable[..., Any], carry: Any, queries: Tokens | None = None) -> Any:
         """A loop over the blocks of keys, all of them or those that some of the queries see."""
         S, size = self.key.shape[0], self.options.key_chunk
         if queries is None:
             return for_blocks(S, size, (0, S), body, carry)
-        bounds = self.description.keys_of(queries, S)
+        bounds = self.spec.mask.keys_of(queries, S)
         return for_blocks(S, min(S, INNER * size), bounds, body, carry)
 
     def full(self, *shape: int, value: float | int = 0, dtype: Any = jnp.float64) -> Array:
         """A constant that varies over the mesh as the operands do, to start a loop with."""
-        operands = (self.query, self.key, self.value, self.description)
+        operands = (self.query, self.key, self.value, self.spec)
         return full_like(shape, value, dtype, operands)
 
     def no_sums(self, *shape: int, tokens: int) -> Array:
@@ -132,13 +131,10 @@ class Problem:
         return self.full(*shape[:-1], 3 * shape[-1], dtype=dtype)
 
 
-def without_unread_keys(
-    description: Description, query: Array, key: Array, value: Array
-) -> tuple[Array, Array]:
+def without_unread_keys(mask: Mask, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
     """Key and value, with 0 for the tokens that lengths and segments hide from every query."""
-    queries, keys = Block(0, query.shape[1]).tokens, Block(0, key.shape[1]).tokens
-    arrays = description.arrays
-    lengths = arrays.get("query_seq_lengths"), arrays.get("key_value_seq_lengths")
+    queries, keys = (Tokens(0, x.shape[1]).numbers for x in (query, key))
+    lengths = (mask.query_seq_lengths, mask.key_value_seq_lengths)
     attending, attended = (
         None if x is None else tokens < x.astype(jnp.int32)[:, None]
         for x, tokens in zip(lengths, (queries[None], keys[None]), strict=True)
@@ -148,8 +144,8 @@ def without_unread_keys(
         conditions.append(attended)
     if attending is not None:
         conditions.append(attending[:, :1])
-    if "segment_ids" in arrays:
-        of_query, of_key = pair(arrays["segment_ids"])
+    if mask.segment_ids is not None:
+        of_query, of_key = mask.segment_ids
         if attending is not None:
             # The ids of the first query are there anyway, if any query attends.
             of_query = jnp.where(attending, of_query, of_query[:, :1])

@@ -11,8 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from ..attention import dot_product_attention
-from ..description import Window
 from ..layout import MeshLayout, axes_size, names
+from ..mask import Window
 from ..mesh import AnyMesh, find_mesh, place
 from . import refusals
 from .precision import kernel_precision

@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, Shaped
 
 from .. import refusals
 from ..attention import dot_product_attention
-from ..description import Window
-from ..dropout import head_keys
 from ..layout import MeshLayout, axes_size
+from ..mask import Window, head_keys
 from ..mesh import AnyMesh, find_mesh
 from ..padding import pad_to_degree
 from . import refusals as flax_refusals

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from .. import refusals
-from ..blocks import Block, vary_alike
-from ..description import ADDED, Description, PerToken, Window, accumulated, describe
+from ..mask import PerToken, Spec, Tokens, Window, accumulated, describe
+from ..mask.nouns import arrays_of
+from ..mask.tokens import vary_alike
 from . import flash
 from .dense import dense_rows
 from .flash import Plan
@@ -52,7 +53,7 @@ def blockwise_attention(
 
     Args:
       query, key, value: of one floating dtype; K divides N.
-      bias, mask, ...: as `jax_seqpar.description.Description` says.
+      bias, mask, ...: as `jax_seqpar.mask` says.
       return_lse: also return the log of the sum of exp of the logits, which merges parts of an
         attention over keys; it may be differentiated, too. One float32 number does not hold the
         sum beside a large logit: near a maximum of 1e5 it is a multiple of 1/128, near -1e9 (a row
@@ -70,7 +71,7 @@ def blockwise_attention(
       ValueError: for what does not fit together.
       TypeError: of JAX, for a forward-mode derivative without `forward_mode=True`.
     """
-    description = describe(
+    spec = describe(
         query,
         key,
         value,
@@ -91,22 +92,23 @@ def blockwise_attention(
         dropout_rng=dropout_rng,
     )
     refusals.check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
-    plan = _plan(query.shape[1], key.shape[1], description, query_chunk, key_chunk)
-    query, key, value, description = vary_alike((query, key, value, description))
-    out, normaliser = _attend(forward_mode, plan, query, key, value, description)
+    plan = _plan(query.shape[1], key.shape[1], spec, query_chunk, key_chunk)
+    query, key, value, spec = vary_alike((query, key, value, spec))
+    out, normaliser = _attend(forward_mode, plan, query, key, value, spec)
     return (out, normaliser.lse) if return_lse else out
 
 
 def _plan(
     queries: int,
     keys: int,
-    description: Description,
+    spec: Spec,
     query_chunk: int | None,
     key_chunk: int | None,
 ) -> Plan:
     """Large blocks make the most of matrix products, small ones of what need not be computed."""
-    window = description.rules.local_window_size is not None
-    most = 512 if window or description.arrays.keys() & {"segment_ids", "positions"} else 1024
+    mask = spec.mask
+    skips = any(x is not None for x in (mask.window, mask.segment_ids, mask.positions))
+    most = 512 if skips else 1024
 
     def size(tokens: int, chunk: int | None) -> int:
         # Of one size, so that the last does not repeat most of the one before.
@@ -119,17 +121,17 @@ def _plan(
 
 # Compiled in an eager call, too: the loops of a derivative would else be compiled at each call.
 @partial(jax.jit, static_argnums=(0, 1))
-def _attend(forward_mode: bool, plan: Plan, query: Any, key: Any, value: Any, description: Any):
+def _attend(forward_mode: bool, plan: Plan, query: Any, key: Any, value: Any, spec: Any):
     if 0 in (*query.shape[:3], *value.shape[1:]):
         attend: Any = _row_after_row  # of nothing, a loop can cut no block
     else:
         attend = _forward if forward_mode else _attention
-    return attend(plan, query, key, value, description)
+    return attend(plan, query, key, value, spec)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, query: Any, key: Any, value: Any, description: Any) -> Any:
-    return _forward(plan, query, key, value, description)
+def _attention(plan: Plan, query: Any, key: Any, value: Any, spec: Any) -> Any:
+    return _forward(plan, query, key, value, spec)
 
 
 def _attention_fwd(plan: Plan, *operands: Any) -> Any:
@@ -138,10 +140,10 @@ def _attention_fwd(plan: Plan, *operands: Any) -> Any:
 
 
 def _attention_bwd(plan: Plan, residuals: Any, gradients: Any) -> Any:
-    description = residuals[3]
+    spec = residuals[3]
     dq, dk, dv, added = _backward(plan, *residuals, *gradients)
-    absent = dict.fromkeys(description.arrays)
-    return dq, dk, dv, Description(description.rules, absent | added)
+    absent = spec.map(lambda x, axes: None)
+    return dq, dk, dv, absent.with_logits(**added)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -165,47 +167,48 @@ def _backward(plan: Plan, *operands: Any) -> Any:
 
 @_backward.defjvp
 def _backward_jvp(plan: Plan, operands: Any, tangents: Any) -> Any:
-    def gradient(query: Any, key: Any, value: Any, description: Any, *rest: Any) -> Any:
+    def gradient(query: Any, key: Any, value: Any, spec: Any, *rest: Any) -> Any:
         _, _, *gradients = rest  # output and normaliser are functions of the others
 
         def attend(query: Any, key: Any, value: Any, added: Any) -> Any:
-            own = Description(description.rules, description.arrays | added)
-            return _row_after_row(plan, query, key, value, own)
+            return _row_after_row(plan, query, key, value, spec.with_logits(**added))
 
-        added = {name: x for name, x in description.arrays.items() if name in ADDED}
+        added = dict(arrays_of(spec.logits))
         return jax.vjp(attend, query, key, value, added)[1](tuple(gradients))
 
     return jax.jvp(gradient, operands, tangents)
 
 
 def _row_after_row(
-    plan: Plan, query: Array, key: Array, value: Array, description: Description
+    plan: Plan, query: Array, key: Array, value: Array, spec: Spec
 ) -> tuple[Array, Normaliser]:
     """The same in operations that JAX differentiates, whole rows of some queries at a time."""
     (B, T, N, _), K = query.shape, key.shape[2]
     if 0 in (B, T, N, *value.shape[1:]):
-        return dense_rows(query, key, value, description, Block(0, T))
+        return dense_rows(query, key, value, spec, Tokens(0, T))
     blocks = -(-T // plan.queries)
     # JAX adds up the gradients of what rows share in the dtype it has here: 16 bits would round at
     # each row.
     dtype, wide = query.dtype, accumulated(query.dtype)
     key, value = key.astype(wide), value.astype(wide)
-    added = {n: x.astype(wide) for n, x in description.arrays.items() if n in ADDED}
-    description = Description(description.rules, description.arrays | added)
+    added = {name: x.astype(wide) for name, x in arrays_of(spec.logits)}
+    spec = spec.with_logits(**added)
 
     @jax.checkpoint
     @jax.default_matmul_precision(plan.precision)
     def rows(index: Array) -> tuple[Array, Normaliser]:
         head, i = index // blocks, index % blocks
         b, n = head // N, head % N
-        queries = Block(jnp.minimum(i * plan.queries, T - plan.queries), plan.queries)
+        queries = Tokens(jnp.minimum(i * plan.queries, T - plan.queries), plan.queries)
         q, k, v = (
             jax.lax.dynamic_slice(x, (b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))
             for x, n in ((query, n), (key, n // (N // K)), (value, n // (N // K)))
         )
         k, v = k.astype(dtype), v.astype(dtype)
-        own = description.of_heads(b, n, 1)
-        return jax.tree.map(lambda x: x[0, :, 0], dense_rows(queries.of(q, 1), k, v, own, queries))
+        own = spec.take_heads(b, n, 1)
+        return jax.tree.map(
+            lambda x: x[0, :, 0], dense_rows(queries.slice(q, 1), k, v, own, queries)
+        )
 
     def together(x: Array) -> Array:
         """`[B N blocks, t, ...]`; the last block of a head ends with the last query."""

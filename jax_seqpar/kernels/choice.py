@@ -1,7 +1,7 @@
 """Which kernel to take, and why."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array
 
 from .. import refusals
-from ..description import AXES, Rules
+from ..mask.keywords import ARRAYS, FIELDS, spec_of
 from .blockwise import blockwise_attention
 from .fused import KERNELS, fused_attention, why_not
 
@@ -52,26 +52,23 @@ def choose_kernel(
       print(choice.name, choice.reason)
       out = choice.attention(query, key, value, is_causal=True, sinks=sinks)
     """
-    names = {f.name for f in fields(Rules)}
-    unknown = keywords.keys() - names - AXES.keys()
+    unknown = keywords.keys() - FIELDS.keys()
     if unknown:
         raise TypeError(f"choose_kernel() got an unexpected keyword argument {min(unknown)!r}")
     refusals.check_arrays(query, key, value)
-    rules = Rules(**{name: x for name, x in keywords.items() if name in names})
-    refusals.check_rules(rules)
-    arrays = {name: keywords.get(name) for name in AXES}
+    spec = spec_of(**keywords)
+    arrays = {name: keywords.get(name) for name in ARRAYS}
 
     def check(rng: Any) -> None:
-        refusals.check_description(query.shape, key.shape, rules, **arrays | {"dropout_rng": rng})
+        refusals.check_spec(query.shape, key.shape, spec, arrays | {"dropout_rng": rng})
 
     # Only a traced key of no value tells its implementation.
     is_shape = isinstance(arrays["dropout_rng"], jax.ShapeDtypeStruct)
     (partial(jax.eval_shape, check) if is_shape else check)(arrays["dropout_rng"])
-    given = {name: x for name, x in arrays.items() if x is not None}
     if platform is not None:
         refusals.check_platform(platform, ("tpu", "gpu", "cpu"))
     on = platform or jax.default_backend()
-    reason = why_not(query, key, value, rules, given, on)
+    reason = why_not(query, key, value, spec, on)
     if reason is not None:
         return KernelChoice(blockwise_attention, "blockwise", reason)
     attention = fused_attention if platform is None else partial(fused_attention, platform=platform)

@@ -1,13 +1,14 @@
 """cuDNN's flash attention on NVIDIA GPUs, as `jax.nn.dot_product_attention` calls it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..description import Description, Rules, window
+from ..mask import Mask, Spec
+from ..mask.keywords import keywords_of
 
 _WITHOUT = {
     "bias": "it holds one as a whole T x S array of 16 bits",
@@ -23,24 +24,20 @@ _WITHOUT = {
 }
 
 
-def why_not(
-    query: Any, key: Any, value: Any, rules: Rules, arrays: Mapping[str, Any]
-) -> str | None:
+def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
     """Why the kernel cannot do what is asked, None if it can.
 
     Args:
       query, key, value: anything with a shape and a dtype.
-      arrays: those that are given besides, alike.
+      spec: of such arrays, too.
     """
-    asked = {*arrays} - {"dropout_rng"}
-    asked |= {n for n in ("query_offset", "dropout_rate") if getattr(rules, n)}
-    asked |= {"logits_soft_cap"} if rules.logits_soft_cap is not None else set()
+    asked = keywords_of(spec).keys()
     for name, reason in _WITHOUT.items():
         if name in asked:
             return f"{name} is not supported by cuDNN: {reason}"
     return (
         _why_not_arrays(query, value)
-        or _why_not_window(query.shape[1], key.shape[1], rules, asked)
+        or _why_not_window(query.shape[1], key.shape[1], spec.mask, asked)
         or _why_not_device(query.shape[3])
     )
 
@@ -56,11 +53,11 @@ def _why_not_arrays(query: Any, value: Any) -> str | None:
     return None
 
 
-def _why_not_window(queries: int, keys: int, rules: Rules, asked: Collection[str]) -> str | None:
-    if rules.local_window_size is None:
+def _why_not_window(queries: int, keys: int, mask: Mask, asked: Collection[str]) -> str | None:
+    if mask.window is None:
         return None
-    start = f"local_window_size = {rules.local_window_size} is not supported by cuDNN"
-    if not (rules.is_causal or window(rules.local_window_size)[1] == 0):
+    start = f"local_window_size = {mask.local_window_size} is not supported by cuDNN"
+    if not (mask.is_causal or mask.window[1] == 0):
         return f"{start}, which has windows of keys up to the query only: (left, 0)"
     if queries != keys:
         return f"{start} with T = {queries} queries of S = {keys} keys, which must be as many"
@@ -92,22 +89,22 @@ def cudnn_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    description: Description,
+    spec: Spec,
 ) -> Float[Array, "B T N H"]:
     """Attention by cuDNN, of what `why_not` has no objection to."""
     (B, T, _, _), S = query.shape, key.shape[1]
     if query.size == 0 or S == 0:
         return jnp.zeros_like(query)
-    rules, arrays = description.rules, description.arrays
-    left = None if rules.local_window_size is None else window(rules.local_window_size)[0]
-    lengths = arrays.get("key_value_seq_lengths")
+    mask = spec.mask
+    left = None if mask.window is None else mask.window[0]
+    lengths = mask.key_value_seq_lengths
     out = jax.nn.dot_product_attention(
         query,
         key,
         value,
-        scale=rules.scale,
+        scale=spec.logits.scale,
         # A window that ends with the query is causal, and cuDNN has windows where it is told so.
-        is_causal=rules.is_causal or left is not None,
+        is_causal=mask.is_causal or left is not None,
         # Not of none: what cuDNN gives then is not said.
         key_value_seq_lengths=None if lengths is None else _clip(lengths, 1, S),
         local_window_size=None if left is None else (min(left, S), 0),
@@ -118,8 +115,8 @@ def cudnn_attention(
     some = jnp.ones((B, T), bool)
     if lengths is not None:
         some &= (lengths > 0)[:, None]
-    if "query_seq_lengths" in arrays:
-        of_query = _clip(arrays["query_seq_lengths"], 0, T)
+    if mask.query_seq_lengths is not None:
+        of_query = _clip(mask.query_seq_lengths, 0, T)
         some &= jnp.arange(T, dtype=jnp.int32)[None] < of_query[:, None]
     return jnp.where(some[:, :, None, None], out, jnp.zeros_like(out))
 

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from ..blocks import Block
-from ..description import Description, PerToken, Window, accumulated, describe, kept, logits
+from ..mask import PerToken, Spec, Tokens, Window, accumulated, describe
 from .normaliser import Normaliser, finite
 
 
@@ -41,7 +40,7 @@ def dense_attention(
 
     Args:
       query, key, value: of one floating dtype; K divides N.
-      bias, mask, ...: as `jax_seqpar.description.Description` says, for all kernels alike.
+      bias, mask, ...: as `jax_seqpar.mask` says, for all kernels alike.
 
     Returns:
       The attention output, of the query's dtype.
@@ -49,7 +48,7 @@ def dense_attention(
     Raises:
       ValueError: for what does not fit together.
     """
-    description = describe(
+    spec = describe(
         query,
         key,
         value,
@@ -69,19 +68,19 @@ def dense_attention(
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
     )
-    return _attend(query, key, value, description)
+    return _attend(query, key, value, spec)
 
 
 # One program in an eager call, too, so that the -inf of masked logits, which exp makes 0, is no
 # result of an operation that `jax.debug_infs` would object to.
 @jax.jit
-def _attend(query: Array, key: Array, value: Array, description: Description) -> Array:
-    out, _ = dense_rows(query, key, value, description, Block(0, query.shape[1]))
+def _attend(query: Array, key: Array, value: Array, spec: Spec) -> Array:
+    out, _ = dense_rows(query, key, value, spec, Tokens(0, query.shape[1]))
     return out
 
 
 def dense_rows(
-    query: Array, key: Array, value: Array, description: Description, queries: Block
+    query: Array, key: Array, value: Array, spec: Spec, queries: Tokens
 ) -> tuple[Array, Normaliser]:
     """The output `[B, t, N, V]` and the normaliser `[B, t, N]` of a block of queries.
 
@@ -90,14 +89,14 @@ def dense_rows(
     """
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
-    keys = Block(0, S)
+    keys = Tokens(0, S)
     dtype = accumulated(query.dtype)
 
     grouped = query.reshape(B, T, K, N // K, H)
     dots = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=dtype)
-    z = logits(description.rules, dots.reshape(B, N, T, S), description.terms(queries, keys), H)
-    weights, normaliser = softmax(z, description.arrays.get("sinks"))
-    weights = kept(weights, description.rules, description.keep(queries, keys))
+    z = spec.to_logits(dots.reshape(B, N, T, S), spec.terms(queries, keys), H)
+    weights, normaliser = softmax(z, spec.logits.sinks)
+    weights = spec.dropout.apply(weights, spec.dropout.keep(queries, keys))
 
     weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
     out = jnp.einsum("BKGTS,BSKV->BTKGV", weights, value, preferred_element_type=dtype)

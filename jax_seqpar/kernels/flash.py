@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..blocks import Block, for_blocks, full
-from ..description import Description, Terms, accumulated, kept, logits
+from ..mask import Spec, Terms, Tokens, accumulated
+from ..mask.tokens import for_blocks, full
 from .normaliser import Normaliser, finite
 
 
@@ -40,65 +40,64 @@ class Head(NamedTuple):
     q: Array
     k: Array
     v: Array
-    description: Description
+    spec: Spec
     dtype: Any  # of logits and sums
 
     @classmethod
-    def of(
-        cls, b: Any, n: Any, query: Array, key: Array, value: Array, description: Description
-    ) -> "Head":
+    def of(cls, b: Any, n: Any, query: Array, key: Array, value: Array, spec: Spec) -> "Head":
         kv = n // (query.shape[2] // key.shape[2])
-        own, dtype = description.of_heads(b, n, 1), accumulated(query.dtype)
+        own, dtype = spec.take_heads(b, n, 1), accumulated(query.dtype)
         return cls(_head(query, b, n), _head(key, b, kv), _head(value, b, kv), own, dtype)
 
     @property
     def sink(self) -> Array | None:
-        sinks = self.description.arrays.get("sinks")
+        sinks = self.spec.logits.sinks
         return None if sinks is None else sinks.astype(self.dtype)[0]
 
     def dot(self, spec: str, x: Array, y: Array) -> Array:
         return jnp.einsum(spec, x.astype(self.q.dtype), y, preferred_element_type=self.dtype)
 
-    def logits_and_pull(self, queries: Block, keys: Block) -> tuple[Array, Callable[..., Any]]:
+    def logits_and_pull(self, queries: Tokens, keys: Tokens) -> tuple[Array, Callable[..., Any]]:
         """`[t, s]`, and its derivative by the dot products, by bias and by slopes."""
-        dots = self.dot("th,sh->ts", queries.of(self.q, 0), keys.of(self.k, 0))
-        terms = self.description.terms(queries, keys)
+        dots = self.dot("th,sh->ts", queries.slice(self.q, 0), keys.slice(self.k, 0))
+        terms = self.spec.terms(queries, keys)
 
         def of(dots: Array, bias: Any, slopes: Any) -> Array:
             own = Terms(bias, slopes, terms.distance, terms.allowed)
-            return logits(self.description.rules, dots[None, None], own, self.q.shape[1])[0, 0]
+            return self.spec.to_logits(dots[None, None], own, self.q.shape[1])[0, 0]
 
         # In float32, so that sums of their gradients are, too.
         added = (x if x is None else x.astype(self.dtype) for x in terms[:2])
         return jax.vjp(of, dots, *added)
 
-    def kept(self, weights: Array, queries: Block, keys: Block) -> Array:
-        keep = self.description.keep(queries, keys)
-        return kept(weights, self.description.rules, None if keep is None else keep[0, 0])
+    def kept(self, weights: Array, queries: Tokens, keys: Tokens) -> Array:
+        dropout = self.spec.dropout
+        keep = dropout.keep(queries, keys)
+        return dropout.apply(weights, None if keep is None else keep[0, 0])
 
-    def for_keys(self, queries: Block, size: int, body: Callable[..., Any], carry: Any) -> Any:
+    def for_keys(self, queries: Tokens, size: int, body: Callable[..., Any], carry: Any) -> Any:
         S = self.k.shape[0]
-        return for_blocks(S, size, self.description.keys_of(queries, S), body, carry)
+        return for_blocks(S, size, self.spec.mask.keys_of(queries, S), body, carry)
 
 
 # Compiled in an eager call, too: a loop that is traced anew each time would compile each time.
 @partial(jax.jit, static_argnums=0)
 def forward(
-    plan: Plan, query: Array, key: Array, value: Array, description: Description
+    plan: Plan, query: Array, key: Array, value: Array, spec: Spec
 ) -> tuple[Array, Normaliser]:
     """The output `[B, T, N, V]`, and the normaliser `[B, T, N]`."""
     (B, T, N, _), V = query.shape, value.shape[3]
     dtype = accumulated(query.dtype)
-    like = (query, key, value, description)
+    like = (query, key, value, spec)
     none = full((B, T, N, 1), 0, dtype, like)
     start = (full((B, T, N, V), 0, query.dtype, like), Normaliser(none, none))
 
     def attend(index: Array, carry: Any) -> Any:
         b, n = index // N, index % N
-        head = Head.of(b, n, query, key, value, description)
+        head = Head.of(b, n, query, key, value, spec)
 
-        def rows(queries: Block, _: Any, carry: Any) -> Any:
-            def add(keys: Block, fresh: Array | None, carry: Any) -> Any:
+        def rows(queries: Tokens, _: Any, carry: Any) -> Any:
+            def add(keys: Tokens, fresh: Array | None, carry: Any) -> Any:
                 top, total, weighted = carry
                 z, _ = head.logits_and_pull(queries, keys)
                 if fresh is not None:
@@ -108,7 +107,7 @@ def forward(
                 rescale = jnp.exp(top - finite(higher))
                 total = total * rescale + p.sum(-1, keepdims=True)
                 p = head.kept(p, queries, keys)
-                part = head.dot("ts,sv->tv", p, keys.of(head.v, 0))
+                part = head.dot("ts,sv->tv", p, keys.slice(head.v, 0))
                 return higher, total, weighted * rescale + part
 
             t = queries.size
@@ -152,16 +151,16 @@ class GradientHead(NamedTuple):
         own = (_head(x, b, n) for x in (out_gradient, *rows))
         return cls(Head.of(b, n, *operands), *own)
 
-    def weights(self, queries: Block, keys: Block, fresh: Any) -> Any:
+    def weights(self, queries: Tokens, keys: Tokens, fresh: Any) -> Any:
         """The weights `[t, s]`, the gradient of the logits, and the derivative of the latter."""
         head = self.head
         z, pull = head.logits_and_pull(queries, keys)
-        p = jnp.exp(z - queries.of(self.top, 0)) * queries.of(self.share, 0)
+        p = jnp.exp(z - queries.slice(self.top, 0)) * queries.slice(self.share, 0)
         for axis, mine in zip((1, 0), fresh, strict=True):
             if mine is not None:
                 p = jnp.where(jnp.expand_dims(mine, axis), p, 0)
-        dp = head.dot("tv,sv->ts", queries.of(self.do, 0), keys.of(head.v, 0))
-        return p, p * (head.kept(dp, queries, keys) - queries.of(self.D, 0)), pull
+        dp = head.dot("tv,sv->ts", queries.slice(self.do, 0), keys.slice(head.v, 0))
+        return p, p * (head.kept(dp, queries, keys) - queries.slice(self.D, 0)), pull
 
 
 @partial(jax.jit, static_argnums=0)
@@ -170,15 +169,15 @@ def backward(
     query: Array,
     key: Array,
     value: Array,
-    description: Description,
+    spec: Spec,
     out: Array,
     normaliser: Normaliser,
     out_gradient: Array,
     normaliser_gradient: Normaliser,
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
     """The gradients of query, key and value, and of bias, slopes and sinks where they are given."""
-    operands = (query, key, value, description)
-    arrays = description.arrays
+    operands = (query, key, value, spec)
+    logits = spec.logits
     dtype = accumulated(query.dtype)
     top, total, share = (x[..., None] for x in (*normaliser, 1 / normaliser.divisor))
 
@@ -193,9 +192,9 @@ def backward(
     # The derivative of the lse by a logit is its weight, that of the total as much times the total.
     head_of = head_with(D - normaliser_gradient.total[..., None] * total)
     dq, dk, dv, added = _operand_gradients(plan, head_of, operands)
-    if "bias" in arrays:
+    if logits.bias is not None:
         added["bias"] = _bias_gradient(plan, head_of, operands)
-    return dq, dk, dv, {name: x.astype(arrays[name].dtype) for name, x in added.items()}
+    return dq, dk, dv, {n: x.astype(getattr(logits, n).dtype) for n, x in added.items()}
 
 
 def _weighted_sums(
@@ -215,8 +214,8 @@ def _weighted_sums(
         b, n = index // N, index % N
         one = head_of(b, n)
 
-        def rows(queries: Block, _: Any, sums: Array) -> Array:
-            def add(keys: Block, fresh_keys: Array | None, D: Array) -> Array:
+        def rows(queries: Tokens, _: Any, sums: Array) -> Array:
+            def add(keys: Tokens, fresh_keys: Array | None, D: Array) -> Array:
                 _, products, _ = one.weights(queries, keys, (None, fresh_keys))
                 return D + products.sum(-1, keepdims=True)
 
@@ -237,11 +236,11 @@ def _operand_gradients(
     or the last of both: on a CPU others take twice the time. So dk, dv and their left factors are
     columns here.
     """
-    query, key, value, description = operands
+    query, key, value, spec = operands
     (B, T, N, H), (_, S, K, V) = query.shape, value.shape
     G, dtype = N // K, accumulated(query.dtype)
     dq, dk, dv = (full(x.shape, 0, x.dtype, operands) for x in (query, key, value))
-    per_head = description.arrays.keys() & {"alibi_slopes", "sinks"}
+    per_head = spec.arrays.keys() & {"alibi_slopes", "sinks"}
     start = (dq, dk, dv, {name: full((N,), 0, dtype, operands) for name in per_head})
 
     def kv_head(index: Array, carry: Any) -> Any:
@@ -255,21 +254,21 @@ def _operand_gradients(
             # Kept apart: XLA:CPU lacks 16-bit products of transposed factors.
             q_columns, do_columns = jax.lax.optimization_barrier((head.q.T, one.do.T))
 
-            def rows(queries: Block, fresh_queries: Array | None, carry: Any) -> Any:
+            def rows(queries: Tokens, fresh_queries: Array | None, carry: Any) -> Any:
                 dqs, dk, dv, added = carry
 
-                def add(keys: Block, fresh_keys: Array | None, carry: Any) -> Any:
+                def add(keys: Tokens, fresh_keys: Array | None, carry: Any) -> Any:
                     dq, dk, dv, added = carry
                     p, dz, pull = one.weights(queries, keys, (fresh_queries, fresh_keys))
                     ddots, _, dslope = pull(dz)
                     ddots, rest = _split(ddots, query.dtype)
-                    dq = dq + head.dot("ts,sh->th", ddots, keys.of(head.k, 0))
+                    dq = dq + head.dot("ts,sh->th", ddots, keys.slice(head.k, 0))
                     if rest is not None:
-                        dq = dq + head.dot("ts,sh->th", rest, keys.of(head.k, 0))
-                    part = head.dot("ht,ts->hs", queries.of(q_columns, 1), ddots)
+                        dq = dq + head.dot("ts,sh->th", rest, keys.slice(head.k, 0))
+                    part = head.dot("ht,ts->hs", queries.slice(q_columns, 1), ddots)
                     dk = _add(dk, part, (0, keys.start))
                     p = head.kept(p, queries, keys).astype(query.dtype)
-                    part = head.dot("vt,ts->vs", queries.of(do_columns, 1), p)
+                    part = head.dot("vt,ts->vs", queries.slice(do_columns, 1), p)
                     dv = _add(dv, part, (0, keys.start))
                     if dslope is not None:
                         slopes = added["alibi_slopes"].at[n].add(dslope[0, 0, 0, 0])
@@ -292,7 +291,7 @@ def _operand_gradients(
         dqs, dks, dvs, added = carry
         none = [full((size, S), 0, dtype, operands) for size in (H, V)]
         dqs, dk, dv, added = jax.lax.fori_loop(0, G, query_head, (dqs, *none, added))
-        all_keys = Block(0, S)
+        all_keys = Tokens(0, S)
         return dqs, _put(dks, dk.T, b, all_keys, kv), _put(dvs, dv.T, b, all_keys, kv), added
 
     return jax.lax.fori_loop(0, B * K, kv_head, start)
@@ -302,16 +301,16 @@ def _bias_gradient(
     plan: Plan, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
 ) -> Array:
     """In a pass of its own, which is not compiled where nobody asks for it."""
-    query, *_, description = operands
+    query, *_, spec = operands
     B, T, N, _ = query.shape
-    bias = description.arrays["bias"]
+    bias: Any = spec.logits.bias
 
     def query_head(index: Array, sums: Array) -> Array:
         b, n = index // N, index % N
         one = head_of(b, n)
 
-        def rows(queries: Block, fresh_queries: Array | None, sums: Array) -> Array:
-            def add(keys: Block, fresh_keys: Array | None, sums: Array) -> Array:
+        def rows(queries: Tokens, fresh_queries: Array | None, sums: Array) -> Array:
+            def add(keys: Tokens, fresh_keys: Array | None, sums: Array) -> Array:
                 _, dz, pull = one.weights(queries, keys, (fresh_queries, fresh_keys))
                 at = zip(bias.shape, (b, n, queries.start, keys.start), strict=True)
                 # An axis of size 1 is added up over.
@@ -339,12 +338,12 @@ def _head(x: Array, b: Any, n: Any) -> Array:
     return part.reshape(x.shape[1], x.shape[3])
 
 
-def _get(x: Array, b: Any, tokens: Block, n: Any) -> Array:
+def _get(x: Array, b: Any, tokens: Tokens, n: Any) -> Array:
     size = (1, tokens.size, 1, x.shape[3])
     return jax.lax.dynamic_slice(x, _at(b, tokens.start, n, 0), size)[0, :, 0]
 
 
-def _put(x: Array, part: Array, b: Any, tokens: Block, n: Any) -> Array:
+def _put(x: Array, part: Array, b: Any, tokens: Tokens, n: Any) -> Array:
     part = part.astype(x.dtype)[None, :, None]
     return jax.lax.dynamic_update_slice(x, part, _at(b, tokens.start, n, 0))
 

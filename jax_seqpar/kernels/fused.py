@@ -1,14 +1,13 @@
 """The platform's own kernels: splash attention on TPUs, cuDNN on NVIDIA GPUs."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jaxtyping import Array, Bool, Float, Integer
 
 from .. import refusals
-from ..blocks import varying_axes
-from ..description import PerToken, Rules, Window, describe
+from ..mask import PerToken, Spec, Window, describe
+from ..mask.tokens import varying_axes
 from . import cudnn, splash
 
 KERNELS = {"tpu": ("splash", splash.why_not), "gpu": ("cuDNN", cudnn.why_not)}
@@ -60,7 +59,7 @@ def fused_attention(
 
     Args:
       query, key, value: of one floating dtype; K divides N.
-      bias, mask, ...: as `jax_seqpar.description.Description` says.
+      bias, mask, ...: as `jax_seqpar.mask` says.
       platform: "tpu", "gpu" or "cpu", which has no such kernel; if None, that of JAX's default
         backend.
       interpret: run the TPU's kernel on any platform, slowly, for tests.
@@ -71,7 +70,7 @@ def fused_attention(
     Raises:
       ValueError: for what does not fit together, and what the platform's kernel does not support.
     """
-    description = describe(
+    spec = describe(
         query,
         key,
         value,
@@ -95,27 +94,25 @@ def fused_attention(
     if platform is not None:
         refusals.check_platform(platform, ("tpu", "gpu", "cpu"))
     platform = "tpu" if interpret else platform or jax.default_backend()
-    reason = why_not(query, key, value, description.rules, description.arrays, platform)
+    reason = why_not(query, key, value, spec, platform)
     if reason is not None:
         raise refusals.no_fused(reason, query.shape, key.shape, value.shape)
     if platform == "gpu":
-        return cudnn.cudnn_attention(query, key, value, description)
-    if varying_axes((query, key, value, description)):
+        return cudnn.cudnn_attention(query, key, value, spec)
+    if varying_axes((query, key, value, spec)):
         raise refusals.varies_under_pallas()
-    return splash.splash_attention(query, key, value, description, interpret=interpret)
+    return splash.splash_attention(query, key, value, spec, interpret=interpret)
 
 
-def why_not(
-    query: Any, key: Any, value: Any, rules: Rules, arrays: Mapping[str, Any], platform: str
-) -> str | None:
+def why_not(query: Any, key: Any, value: Any, spec: Spec, platform: str) -> str | None:
     """Why a platform's kernel cannot do what is asked, None if it can; one clause, no full stop.
 
     Args:
       query, key, value: anything with a shape and a dtype.
-      arrays: those that are given besides, alike.
+      spec: of such arrays, too.
     """
     if platform not in KERNELS:
         return f"{platform} has no fused kernel"
     _, reason_of = KERNELS[platform]
-    reason = reason_of(query, key, value, rules, arrays)
+    reason = reason_of(query, key, value, spec)
     return None if reason is None else f"{platform}: {reason}"

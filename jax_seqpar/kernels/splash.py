@@ -5,7 +5,6 @@ every block of a mask object, minutes at a million tokens. Causality and windows
 blocks are known from its two edges. The kernels are those of JAX, so is their backward pass.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..description import Description, Rules, pair, window
-from ..padding import unused_id
+from ..mask import Mask, Spec
+from ..mask.keywords import keywords_of
+from ..mask.segments import unused_id
 
 LANES = 128
 # Of the scalar memory of a core, 1 MiB on every TPU since v5e, three quarters for the schedule.
@@ -47,11 +47,8 @@ class Band:
     keys: int | None  # keys from here on are padding
 
     @classmethod
-    def of(cls, rules: Rules, keys: int | None) -> "Band":
-        before = after = None
-        if rules.local_window_size is not None:
-            before, after = window(rules.local_window_size)
-        return cls(before, 0 if rules.is_causal else after, keys)
+    def of(cls, mask: Mask, keys: int | None) -> "Band":
+        return cls(*mask.reach, keys)
 
     def __call__(self, t: Int[Array, "..."], s: Int[Array, "..."]) -> Array:
         conditions = [] if self.keys is None else [s < self.keys]
@@ -95,16 +92,14 @@ class Schedule(NamedTuple):
         return self.partner.nbytes + self.meets.nbytes
 
 
-def why_not(
-    query: Any, key: Any, value: Any, rules: Rules, arrays: Mapping[str, Any]
-) -> str | None:
+def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
     """Why the kernel cannot do what is asked, None if it can.
 
     Args:
       query, key, value: anything with a shape and a dtype.
-      arrays: those that are given besides, alike.
+      spec: of such arrays, too.
     """
-    asked = {*arrays} - {"dropout_rng"} | ({"dropout_rate"} if rules.dropout_rate else set())
+    asked = keywords_of(spec).keys()
     for name, reason in _WITHOUT.items():
         if name in asked:
             return f"{name} is not supported by splash: {reason}"
@@ -116,7 +111,7 @@ def why_not(
             f"head dimensions H = {H} and V = {V} of {query.dtype} are not supported by splash: a "
             f"block of keys and values leaves no room in the vector memory of a core"
         )
-    if any(x.dtype.itemsize > 4 for x in jax.tree.leaves(arrays.get("segment_ids"))):
+    if any(x.dtype.itemsize > 4 for x in jax.tree.leaves(spec.mask.segment_ids)):
         return "segment_ids of 64 bits are not supported by splash, which compares 32"
     return None
 
@@ -125,19 +120,19 @@ def splash_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K V"],
-    description: Description,
+    spec: Spec,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N V"]:
     """Attention by JAX's splash kernels, of what `why_not` has no objection to."""
     (B, T, N, H), S, V = query.shape, key.shape[1], value.shape[3]
-    rules = description.rules
+    mask = spec.mask
     if 0 in (B, T, N, S, H, V):
         return jnp.zeros((B, T, N, V), query.dtype)
-    passes = choose_blocks(rules, T, S, _row_bytes(H, V, query.dtype))
+    passes = choose_blocks(mask, T, S, _row_bytes(H, V, query.dtype))
     padded_T, padded_S = _round_up(T, passes.wide.queries), _round_up(S, passes.wide.keys)
-    band = Band.of(rules, S if padded_S > S else None)
-    scale = H**-0.5 if rules.scale is None else rules.scale
+    band = Band.of(mask, S if padded_S > S else None)
+    scale = H**-0.5 if spec.logits.scale is None else spec.logits.scale
     # The kernel knows no scale. Rounded once; not at all where the scale is a power of two.
     q = (query.astype(jnp.float32) * scale).astype(query.dtype)
     q, k, v = (
@@ -145,15 +140,15 @@ def splash_attention(
         for x, tokens in ((q, padded_T), (key, padded_S), (value, padded_S))
     )
     sinks = jnp.full((N,), NO_SINK, jnp.float32)
-    if "sinks" in description.arrays:
-        given = description.arrays["sinks"].astype(jnp.float32)
+    if spec.logits.sinks is not None:
+        given = spec.logits.sinks.astype(jnp.float32)
         sinks = _with_gradient_of_its_dtype(jnp.maximum(given, NO_SINK))
-    segments = _segments(description, T, S)
+    segments = _segments(mask, T, S)
     if segments is not None:
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # as in _kernel
 
         segments = SegmentIds(_pad(segments[0], padded_T, 1), _pad(segments[1], padded_S, 1))
-    kernel: Any = _kernel(rules, band, passes, T, S, interpret)
+    kernel: Any = _kernel(spec, band, passes, T, S, interpret)
     out = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks)
     return out.swapaxes(1, 2)[:, :T]
 
@@ -169,7 +164,7 @@ _with_gradient_of_its_dtype.defvjp(
 )
 
 
-def choose_blocks(rules: Rules, queries: int, keys: int, row_bytes: int = ROW_BYTES) -> Passes:
+def choose_blocks(mask: Mask, queries: int, keys: int, row_bytes: int = ROW_BYTES) -> Passes:
     """The smallest blocks whose schedule fits into scalar memory; the smallest of all if none do.
 
     Args:
@@ -185,7 +180,7 @@ def choose_blocks(rules: Rules, queries: int, keys: int, row_bytes: int = ROW_BY
         return Passes(wide, Blocks(of_queries, narrow, narrow))
 
     def fits(blocks: Blocks) -> bool:
-        both = (schedule(rules, blocks, queries, keys, side) for side in (0, 1))
+        both = (schedule(mask, blocks, queries, keys, side) for side in (0, 1))
         return all(found is None or found.nbytes <= SCHEDULE_BYTES for found in both)
 
     # Vector memory has room for wide blocks of short rows only.
@@ -193,13 +188,13 @@ def choose_blocks(rules: Rules, queries: int, keys: int, row_bytes: int = ROW_BY
     return next((p for p in map(passes, factors) if fits(p.wide)), passes(1))
 
 
-def schedule(rules: Rules, blocks: Blocks, queries: int, keys: int, side: int) -> Schedule | None:
+def schedule(mask: Mask, blocks: Blocks, queries: int, keys: int, side: int) -> Schedule | None:
     """Which blocks of keys each block of queries meets, or the other way round; None for all.
 
     Args:
       side: 0 for the blocks of queries, 1 for those of keys.
     """
-    band, offset = Band.of(rules, None), rules.query_offset
+    band, offset = Band.of(mask, None), mask.query_offset
     if band.is_everything:
         return None
     tokens, partners = ((queries, keys), (keys, queries))[side]
@@ -222,7 +217,7 @@ def schedule(rules: Rules, blocks: Blocks, queries: int, keys: int, side: int) -
 
 
 def _kernel(
-    rules: Rules, band: Band, passes: Passes, queries: int, keys: int, interpret: bool
+    spec: Spec, band: Band, passes: Passes, queries: int, keys: int, interpret: bool
 ) -> Any:
     # Pallas takes a third of the time of `import jax_seqpar`, and only TPUs run this kernel.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -232,10 +227,10 @@ def _kernel(
     positions = None
     if not band.is_everything:
         padded = _round_up(queries, wide.queries)
-        positions = jnp.arange(padded, dtype=jnp.int32) + rules.query_offset
+        positions = jnp.arange(padded, dtype=jnp.int32) + spec.mask.query_offset
 
     def info(blocks: Blocks, side: int) -> infos.MaskInfo:
-        found = schedule(rules, blocks, queries, keys, side)
+        found = schedule(spec.mask, blocks, queries, keys, side)
         tables: tuple = (None, None)
         # Without a schedule every block meets every one, half of them in vain if it is causal.
         if found is not None and found.nbytes <= SCHEDULE_BYTES:
@@ -260,23 +255,22 @@ def _kernel(
         is_mqa=False,
         save_residuals=False,
         mask_value=kernels.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=rules.logits_soft_cap,
+        attn_logits_soft_cap=spec.logits.soft_cap,
         residual_checkpoint_name=None,
         mask_function=None if band.is_everything else band,
         interpret=interpret,
     )
 
 
-def _segments(description: Description, queries: int, keys: int) -> tuple[Array, Array] | None:
+def _segments(mask: Mask, queries: int, keys: int) -> tuple[Array, Array] | None:
     """Segments of queries and keys, what lies beyond the lengths in segments of its own."""
-    arrays = description.arrays
-    lengths = [arrays.get(name) for name in ("query_seq_lengths", "key_value_seq_lengths")]
-    ids = arrays.get("segment_ids")
-    given = [x for x in (*pair(ids), *lengths) if x is not None]
+    lengths = (mask.query_seq_lengths, mask.key_value_seq_lengths)
+    ids = mask.segment_ids
+    given = [x for x in (*(ids or ()), *lengths) if x is not None]
     if not given:
         return None
     one = tuple(jnp.zeros((len(given[0]), n), jnp.int32) for n in (queries, keys))
-    both = one if ids is None else pair(ids)
+    both = one if ids is None else ids
     of_queries, of_keys = (x.astype(jnp.int32) for x in both)
     # Segments that no token has, so that what lies beyond the lengths attends to nothing.
     if lengths[0] is not None:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from ..layout import MeshAxes, MeshLayout, names
+from ..mask.logits import check_soft_cap
 from ..mesh import AnyMesh
-from ..refusals import check_soft_cap
 from . import refusals
 from .tiles import map_tiles
 

@@ -1,7 +1,7 @@
 """A check of the whole pipeline around one kernel, and the controls that must differ."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -10,9 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ...attention import dot_product_attention
-from ...description import AXES, Rules
 from ...exact import exact_attention
 from ...kernels import dense_attention
+from ...mask import Mask, Spec
+from ...mask.keywords import keywords_of, spec_of
+from ...mask.nouns import Axes
 from ..arrays import numpy_to_torch, torch_to_numpy
 from ..cases import NAMES, Arrays, case_of, keywords
 from ..kernels import as_torch_attention, staged_attention
@@ -22,7 +24,7 @@ from .sides import SPECS, TOKENS, Outputs, join, local_part
 Kernel = Literal["identity", "sdpa", "dense", "plain", "exact"]
 Layout = Literal["bshd", "sbhd"]
 
-CAUSAL = Rules(is_causal=True)
+CAUSAL = Spec(Mask(is_causal=True))
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class PipelineCheck:
     degree: int
     inputs: Arrays
     kernel: Kernel
-    rules: Rules = CAUSAL
+    rules: Spec = CAUSAL
     layout: Layout = "bshd"
     version: str | None = None
     label: str = ""
@@ -117,13 +119,11 @@ class PipelineCheck:
         arrays = keywords(self.inputs)
         N, K = (self.inputs[name].shape[2] for name in ("query", "key"))
         heads, _ = heads_of_ranks(N, K, self.degree)
-        own = {
-            name: jax.tree.map(partial(_part_of_rank, name, heads=heads, rank=rank), x)
-            for name, x in arrays.items()
-        }
+        part = partial(_part_of_rank, heads=heads, rank=rank)
+        own = keywords_of(spec_of(**arrays).map(part))
         if self.kernel == "dense":
-            return as_torch_attention(partial(dense_attention, **asdict(self.rules), **own))
-        options = asdict(self.rules) | jax.tree.map(numpy_to_torch, own)
+            return as_torch_attention(partial(dense_attention, **keywords_of(self.rules), **own))
+        options = keywords_of(self.rules) | jax.tree.map(numpy_to_torch, own)
         if self.kernel == "exact":
             from torch_ref.exact import exact_attention
 
@@ -161,13 +161,13 @@ def history_checks(degree: int, inputs: Arrays) -> list[PipelineCheck]:
 
 
 @cache
-def _jax_program(kernel: Kernel, rules: Rules, mesh: Mesh) -> Callable[..., Outputs]:
+def _jax_program(kernel: Kernel, rules: Spec, mesh: Mesh) -> Callable[..., Outputs]:
     """Compiled once for inputs of the same sizes; PyTorch's kernel runs outside `jax.jit`."""
     if kernel == "sdpa":
         attend = partial(staged_attention, attention=partial(_sdpa, rules), mesh=mesh)
     else:
         local = {"identity": _identity, "exact": exact_attention}.get(kernel, dense_attention)
-        options = {} if kernel == "identity" else asdict(rules)
+        options = {} if kernel == "identity" else keywords_of(rules)
         attend = partial(dot_product_attention, attention=local, mesh=mesh, **options)
 
     def run(query: Any, key: Any, value: Any, grad: Any, arrays: dict[str, Any]) -> Outputs:
@@ -181,15 +181,15 @@ def _identity(query: Any, key: Any, value: Any) -> Any:
     return query
 
 
-def sdpa_lacks(rules: Rules, arrays: dict[str, Any]) -> list[str]:
+def sdpa_lacks(rules: Spec, arrays: dict[str, Any]) -> list[str]:
     """Names of what is asked for beyond causality and scale, all that PyTorch's kernel is given."""
-    asked = asdict(replace(rules, is_causal=False, scale=None)).items()
-    return [name for name, x in asked if x != getattr(Rules, name)] + list(arrays)
+    asked = [name for name in keywords_of(rules) if name not in ("is_causal", "scale")]
+    return asked + list(arrays)
 
 
-def _part_of_rank(name: str, x: np.ndarray, *, heads: list[int], rank: int) -> np.ndarray:
+def _part_of_rank(x: np.ndarray, axes: Axes, *, heads: list[int], rank: int) -> np.ndarray:
     """The part of an attention's array that belongs to the heads of a rank."""
-    axis = AXES[name].index("heads") if "heads" in AXES[name] else None
+    axis = axes.index("heads") if "heads" in axes else None
     if axis is None or x.shape[axis] == 1:
         return x
     return np.split(x, np.cumsum(heads)[:-1], axis)[rank]
@@ -201,13 +201,13 @@ def _float64_rounded(options: dict[str, Any], q: Any, k: Any, v: Any) -> Any:
     return dense_attention(q, k, v, **options).to(q.dtype)
 
 
-def _sdpa(rules: Rules, q: Any, k: Any, v: Any) -> Any:
+def _sdpa(rules: Spec, q: Any, k: Any, v: Any) -> Any:
     """PyTorch's attention, batch-first."""
     from torch.nn.functional import scaled_dot_product_attention
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     out = scaled_dot_product_attention(
-        q, k, v, is_causal=rules.is_causal, scale=rules.scale, enable_gqa=True
+        q, k, v, is_causal=rules.mask.is_causal, scale=rules.logits.scale, enable_gqa=True
     )
     return out.transpose(1, 2).contiguous()
 

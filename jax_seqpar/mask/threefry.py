@@ -1,5 +1,4 @@
-"""Dropout whose mask is a function of the key and of global positions, so it is the same at every
-degree, in every kernel and in both frameworks."""
+"""Random words of dropout: threefry2x32 of a key and of a position in the whole attention."""
 
 from typing import Any
 
@@ -7,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt32
 
-from . import refusals
+from .. import refusals
 
 # As in Random123: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -39,29 +38,29 @@ def key_words(rng: Any) -> UInt32[Array, "..."]:
     return jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
 
 
-def limit(rate: float) -> int:
-    """Of 2^32 words, the number that drop a weight."""
+def threshold(rate: float) -> int:
+    """A weight is dropped where its random word is below this number."""
     return round(rate * 2**32)
 
 
-def kept_scale(rate: float) -> float:
-    """What the kept weights are multiplied by, so that their mean stays."""
-    return 2.0**32 / (2**32 - limit(rate))
+def inverse_keep_probability(rate: float) -> float:
+    """What the weights that stay are multiplied by, so that their mean stays."""
+    return 2.0**32 / (2**32 - threshold(rate))
 
 
 def keep(
-    keys: UInt32[Array, "B N 2"], rate: float, queries: Array, keys_of: Array
+    head_keys: UInt32[Array, "B N 2"], rate: float, queries: Array, keys: Array
 ) -> Bool[Array, "B N t s"]:
     """True for the weights that stay.
 
     Args:
-      keys: of `head_keys`.
-      queries, keys_of: `[t]` and `[s]`, the numbers of the queries and keys, from 0.
+      head_keys: of `head_keys`.
+      queries, keys: `[t]` and `[s]`, the numbers of the queries and keys, from 0.
     """
     t = queries.astype(jnp.uint32)[None, None, :, None]
-    s = keys_of.astype(jnp.uint32)[None, None, None, :]
-    word, _ = threefry(keys[:, :, None, None], t, s)
-    return word >= jnp.uint32(limit(rate))
+    s = keys.astype(jnp.uint32)[None, None, None, :]
+    word, _ = threefry(head_keys[:, :, None, None], t, s)
+    return word >= jnp.uint32(threshold(rate))
 
 
 def threefry(key: UInt32[Array, "... 2"], x0: Array, x1: Array) -> tuple[Array, Array]:

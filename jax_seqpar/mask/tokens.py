@@ -1,51 +1,74 @@
-"""Blocks of tokens, and loops over them."""
+"""Runs of tokens of the whole sequence, and loops over blocks of them."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 
-class Block(NamedTuple):
-    """Tokens `start ... start + size`; start may be traced."""
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens `start ... start + size` of the whole sequence.
+
+    Attributes:
+      start: a Python integer, which is static, or a traced one.
+      size: how many tokens; static.
+    """
 
     start: int | Int[Array, ""]
     size: int
 
     @property
-    def tokens(self) -> Int[Array, "size"]:
-        # One dtype, whether the caller has switched 64 bits on or not.
+    def numbers(self) -> Int[Array, "size"]:
+        """The number of each token in the sequence, counted from 0."""
+        # int32, whether the caller has switched 64 bits on or not.
         return jnp.asarray(self.start, jnp.int32) + jnp.arange(self.size, dtype=jnp.int32)
 
-    def of(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-        """These tokens of an array; all of an axis of size 1, which stands for every token."""
+    def slice(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        """These tokens of an array of the whole sequence; an axis of size 1 broadcasts."""
         if x.shape[axis] == 1:
             return x
         return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis)
+
+    def block(self, start: Any, size: int) -> "Tokens":
+        """Tokens `start ... start + size` of these."""
+        return Tokens(self.start + start, size)
+
+    def tree_flatten(self) -> Any:
+        if isinstance(self.start, int):
+            return (), (self.start, self.size)
+        return (self.start,), (None, self.size)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, leaves: Any) -> "Tokens":
+        start, size = static
+        return cls(leaves[0] if leaves else start, size)
 
 
 def for_blocks(
     tokens: int, size: int, bounds: tuple[Any, Any], body: Callable[..., Any], carry: Any
 ) -> Any:
-    """`carry = body(block, fresh, carry)` for the blocks that meet `bounds`.
+    """`carry = body(block, fresh, carry)` for the blocks that overlap the half-open range `bounds`.
 
-    The last block ends with the last token, so it may begin inside the one before. `fresh` is False
-    for the tokens that they share, and None where no blocks do.
+    The last block ends with the last token, so it may begin inside the one before it. `fresh` is
+    False for tokens that the previous block has covered already, and None where no blocks overlap.
     """
 
     def step(i: Array, carry: Any) -> Any:
         if tokens % size == 0:
-            return body(Block(i * size, size), None, carry)
-        block = Block(jnp.minimum(i * size, tokens - size), size)
-        return body(block, block.tokens >= i * size, carry)
+            return body(Tokens(i * size, size), None, carry)
+        block = Tokens(jnp.minimum(i * size, tokens - size), size)
+        return body(block, block.numbers >= i * size, carry)
 
     low, high = bounds
     return jax.lax.fori_loop(low // size, (high + size - 1) // size, step, carry)
 
 
-def write(x: Array, part: Array, block: Block, axis: int) -> Array:
+def write(x: Array, part: Array, block: Tokens, axis: int) -> Array:
     """x with a block of tokens replaced."""
     return jax.lax.dynamic_update_slice_in_dim(x, part, block.start, axis)
 

@@ -1,0 +1,216 @@
+"""Mask: which query attends to which key, in positions of the whole sequence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Integer, Shaped
+
+from .nouns import array_field, pair_field, python_number, register
+from .tokens import Tokens
+
+# (left, right); None and -1 are an open side, one integer stands for both sides.
+Window = int | Sequence[int | None]
+# One array for queries and keys, or a pair of them.
+PerToken = Integer[Array, "B S"] | tuple[Integer[Array, "B T"], Integer[Array, "B S"]]
+
+# Distances are clipped here, so that a float32 slope times a distance is exact in float64.
+MOST_DISTANT = 1 << 29
+# An open side of a window: a larger number plus a position below 2^30 would overflow int32.
+OPEN = 1 << 30
+
+
+@register
+@dataclass(frozen=True)
+class Mask:
+    """Who attends to whom: the conjunction of everything given.
+
+    A query has the position `query_offset + t`, a key the position s, unless `positions` says
+    otherwise: without an offset the causal diagonal starts in the top left corner, as in `jax.nn`
+    and PyTorch; with `query_offset=S - T` it ends in the bottom right one, as in FlashAttention.
+
+    Args:
+      is_causal: keys at or before the query's position.
+      query_offset: the position of the first query.
+      local_window_size: positions from `left` before the query's to `right` after it; one integer
+        stands for both sides, None or -1 opens a side.
+      array: True attends; each axis that of `[B, N, T, S]` or 1.
+      query_seq_lengths: `[B]`; queries `t < length`.
+      key_value_seq_lengths: `[B]`; keys `s < length`.
+      positions: `[B, S]`, or a pair `[B, T]`, `[B, S]`, in place of the positions above, below 2^30
+        in size; causality, window and ALiBi go by them.
+      segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to the keys of its own
+        segment.
+    """
+
+    is_causal: bool = False
+    query_offset: int = 0
+    local_window_size: Window | None = None
+    array: Bool[Array, "..."] | None = array_field("batch", "heads", "queries", "keys")
+    query_seq_lengths: Integer[Array, "B"] | None = array_field("batch")
+    key_value_seq_lengths: Integer[Array, "B"] | None = array_field("batch")
+    positions: Any = pair_field(("batch", "queries"), ("batch", "keys"))
+    segment_ids: Any = pair_field(("batch", "queries"), ("batch", "keys"))
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if "axes" not in f.metadata:
+                object.__setattr__(self, f.name, python_number(getattr(self, f.name)))
+        object.__setattr__(self, "local_window_size", _sides(self.local_window_size))
+        for name in ("positions", "segment_ids"):
+            object.__setattr__(self, name, _pair(getattr(self, name)))
+        self._check_options()
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """`(left, right)` of the window; None without one."""
+        if self.local_window_size is None:
+            return None
+        size: Any = self.local_window_size
+        left, right = size if isinstance(size, tuple) else (size, size)
+        return min(left, OPEN), min(right, OPEN)
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """How far a query sees before and after its position; None without limit."""
+        before, after = self.window or (None, None)
+        return before, 0 if self.is_causal else after
+
+    def attends(self, queries: Tokens, keys: Tokens) -> Bool[Array, "..."] | None:
+        """True where a query may attend to a key; None where all may.
+
+        Broadcastable to `[B, N, queries.size, keys.size]`.
+        """
+        conditions = []
+        if self.array is not None:
+            conditions.append(keys.slice(queries.slice(self.array, 2), 3))
+        t, s = self._positions(queries, keys)
+        if self.is_causal:
+            conditions.append(s <= t)
+        if self.window is not None:
+            left, right = self.window
+            conditions.append((t - left <= s) & (s <= t + right))
+        if self.query_seq_lengths is not None:
+            numbers = queries.numbers[None, None, :, None]
+            conditions.append(numbers < _per_sequence(self.query_seq_lengths))
+        if self.key_value_seq_lengths is not None:
+            numbers = keys.numbers[None, None, None, :]
+            conditions.append(numbers < _per_sequence(self.key_value_seq_lengths))
+        if self.segment_ids is not None:
+            query_ids, key_ids = self.segment_ids
+            query_ids, key_ids = queries.slice(query_ids, 1), keys.slice(key_ids, 1)
+            conditions.append(query_ids[:, None, :, None] == key_ids[:, None, None, :])
+        if not conditions:
+            return None
+        allowed, *rest = conditions
+        for condition in rest:
+            allowed = allowed & condition
+        return allowed
+
+    def distance(self, queries: Tokens, keys: Tokens) -> Int[Array, "..."]:
+        """Distance of the positions of queries and keys, at most `MOST_DISTANT`."""
+        t, s = self._positions(queries, keys)
+        return jnp.minimum(jnp.abs(t - s), MOST_DISTANT)
+
+    def keys_of(self, queries: Tokens, key_tokens: int) -> tuple[Array, Array]:
+        """Half-open range of keys that some of the queries may attend to; `array` is not read."""
+        return self._partners(queries, 0, key_tokens)
+
+    def queries_of(self, keys: Tokens, query_tokens: int) -> tuple[Array, Array]:
+        """Half-open range of queries that may attend to some of the keys; `array` is not read."""
+        return self._partners(keys, 1, query_tokens)
+
+    def _check_options(self) -> None:
+        """Raises ValueError unless the options are plain Python values in range."""
+        if not isinstance(self.is_causal, bool):
+            raise ValueError(
+                f"is_causal must be Python's True or False, got {self.is_causal!r}. Under jax.jit "
+                f"name it in static_argnames; choose between two calls with jax.lax.cond if it is "
+                f"an array."
+            )
+        offset, window = self.query_offset, self.local_window_size
+        if type(offset) is not int or abs(offset) >= 1 << 29:
+            raise ValueError(
+                f"query_offset must be a Python integer below 2^29, got {offset!r}. Write "
+                f"int(...), or give positions= if it is an array."
+            )
+        if window is None:
+            return
+        sizes = window if isinstance(window, tuple) else (window,) * 2
+        if len(sizes) != 2 or not all(type(n) is int and n >= 0 for n in sizes):
+            raise ValueError(
+                f"local_window_size must be one Python integer or a tuple (left, right), none "
+                f"negative, got {window!r}. (255, 0) is a query and the 255 keys before it; None "
+                f"or -1 leaves a side open."
+            )
+
+    def _positions(self, queries: Tokens, keys: Tokens) -> tuple[Array, Array]:
+        """`[B, 1, t, 1]` and `[B, 1, 1, s]`; B is 1 where all sequences have the same."""
+        if self.positions is not None:
+            t, s = self.positions
+            t, s = queries.slice(t, 1).astype(jnp.int32), keys.slice(s, 1).astype(jnp.int32)
+        else:
+            t, s = (queries.numbers + self.query_offset)[None], keys.numbers[None]
+        return t[:, None, :, None], s[:, None, None, :]
+
+    def _partners(self, block: Tokens, side: int, partners: int) -> tuple[Array, Array]:
+        """`keys_of` for a block of queries (side 0), `queries_of` for a block of keys (side 1)."""
+        before, after = self.reach
+        if side == 1:
+            before, after = after, before
+        low, high = 0, partners
+        conditions = []
+        if self.positions is not None:
+            both = [x.astype(jnp.int32) for x in self.positions]
+            of_block, of_partners = block.slice(both[side], 1), both[1 - side]
+            if before is not None:
+                conditions.append(of_partners >= of_block.min(1, keepdims=True) - before)
+            if after is not None:
+                conditions.append(of_partners <= of_block.max(1, keepdims=True) + after)
+        else:
+            shift = self.query_offset if side == 0 else -self.query_offset
+            low = 0 if before is None else block.start + shift - before
+            high = partners if after is None else block.start + block.size + shift + after
+        if self.segment_ids is not None:
+            of_block, of_partners = (
+                block.slice(self.segment_ids[side], 1),
+                self.segment_ids[1 - side],
+            )
+            conditions.append(of_partners >= of_block.min(1, keepdims=True))
+            conditions.append(of_partners <= of_block.max(1, keepdims=True))
+        lengths = (self.query_seq_lengths, self.key_value_seq_lengths)
+        of_block, of_partners = lengths[side], lengths[1 - side]
+        if of_partners is not None:
+            high = jnp.minimum(high, of_partners.max().astype(jnp.int32))
+        if of_block is not None:
+            high = jnp.where(block.start < of_block.max(), high, 0)
+        if conditions:
+            some = jnp.broadcast_to(jnp.bool_(True), (1, partners))
+            for condition in conditions:
+                some = some & condition
+            some = some.any(0)
+            numbers = Tokens(0, partners).numbers
+            low = jnp.maximum(low, jnp.where(some, numbers, partners).min())
+            high = jnp.minimum(high, jnp.where(some, numbers + 1, 0).max())
+        low, high = jnp.clip(low, 0, partners), jnp.clip(high, 0, partners)
+        return jnp.minimum(low, high), high
+
+
+def _pair(x: Any) -> Any:
+    """Arrays of queries and keys, where one array stands for both."""
+    return x if x is None or isinstance(x, tuple) else (x, x)
+
+
+def _sides(window: Any) -> Any:
+    """A window with `OPEN` for its open sides; None if both are."""
+    sides = tuple(map(python_number, window)) if isinstance(window, list | tuple) else window
+    both = sides if isinstance(sides, tuple) else (sides, sides)
+    limits = tuple(OPEN if n is None or (type(n) is int and n == -1) else n for n in both)
+    if all(type(n) is int and n == OPEN for n in limits) and len(limits) == 2:
+        return None
+    return limits if isinstance(sides, tuple) else sides
+
+
+def _per_sequence(lengths: Shaped[Array, "B"]) -> Int[Array, "B 1 1 1"]:
+    return lengths.astype(jnp.int32)[:, None, None, None]
