@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float
 
 from . import refusals
 from .compiled import compiled_with
 from .heads import HeadPlan, merge_heads, plan_heads, split_heads
 from .kernels import choose_kernel
 from .layout import MeshLayout, axes_size, names
-from .mask import PerToken, Spec, Window, describe
+from .mask import Spec, keyword_form
 from .mask.keywords import PER_HEAD, keywords_of
 from .mask.nouns import Axes
 from .mesh import AnyMesh, devices_of, find_mesh, reshard
@@ -23,26 +23,13 @@ from .shared_heads import adds_without_rounding, tell_shared_heads
 from .ulysses import ulysses_attention
 
 
+@keyword_form
 def dot_product_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K V"],
+    spec: Spec,
     *,
-    bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: int = 0,
-    positions: PerToken | None = None,
-    query_seq_lengths: Integer[Array, "B"] | None = None,
-    key_value_seq_lengths: Integer[Array, "B"] | None = None,
-    local_window_size: Window | None = None,
-    segment_ids: PerToken | None = None,
-    alibi_slopes: Float[Array, "N"] | None = None,
-    logits_soft_cap: float | None = None,
-    sinks: Float[Array, "N"] | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Any = None,
     attention: Callable[..., Array] | None = None,
     layout: MeshLayout = MeshLayout(),
     mesh: AnyMesh | None = None,
@@ -63,7 +50,7 @@ def dot_product_attention(
       query, key, value: of one floating dtype; K divides N. Sharded as `layout` says; on a mesh
         with Explicit axes they are resharded where their type says otherwise. The degree divides T
         and S (`pad_to_degree` sees to it), the heads need not be divisible.
-      bias, mask, ... dropout_rng: as `jax_seqpar.mask` says. Arrays with a head
+      bias, mask, ... dropout_rng: as in `jax_seqpar.mask.Attention`. Arrays with a head
         axis are sharded like the heads, so each device gets its part; those of tokens, and what is
         small, every device gets whole.
       attention: the local attention, called with all the tokens of some heads and with those
@@ -92,32 +79,10 @@ def dot_product_attention(
       layout = MeshLayout(tokens="seq", batch="data")
       out = dot_product_attention(q, k, v, is_causal=True, layout=layout, mesh=mesh)
     """
-    spec = describe(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        positions=positions,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        segment_ids=segment_ids,
-        alibi_slopes=alibi_slopes,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-    )
     context = jax.sharding.get_abstract_mesh()
     manual = context.manual_axes
     refusals.check_is_mesh(mesh, context if manual else None)
     mesh = context if manual else find_mesh(mesh, query)
-    if manual and spec.dropout.rate and dropout_rng.ndim != 3:
-        raise refusals.no_local_dropout()
     refusals.check_mesh(layout, mesh.shape, manual)
     operands = {"query": query, "key": key, "value": value}
     for name, x in operands.items():

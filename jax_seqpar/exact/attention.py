@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float
 
 from .. import refusals
-from ..mask import Logits, PerToken, Window, describe
+from ..mask import Logits, Spec, keyword_form
+from ..mask.nouns import arrays_of
 from ..shared_heads import SharedHeads
 from . import arithmetic
 from .backward import key_value_gradients, query_gradient
@@ -20,26 +21,13 @@ from .forward import output
 from .problem import INNER, Options, Problem, without_unread_keys
 
 
+@keyword_form
 def exact_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K V"],
+    spec: Spec,
     *,
-    bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: int = 0,
-    positions: PerToken | None = None,
-    query_seq_lengths: Integer[Array, "B"] | None = None,
-    key_value_seq_lengths: Integer[Array, "B"] | None = None,
-    local_window_size: Window | None = None,
-    segment_ids: PerToken | None = None,
-    alibi_slopes: Float[Array, "N"] | None = None,
-    logits_soft_cap: float | None = None,
-    sinks: Float[Array, "N"] | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Any = None,
     shared_heads: SharedHeads | None = None,
     query_chunk: int | None = None,
     key_chunk: int | None = None,
@@ -54,8 +42,8 @@ def exact_attention(
 
     Args:
       query, key, value: float32, bfloat16 or float16, all the same; K divides N.
-      bias, mask, ...: as `jax_seqpar.mask` says. Bias, slopes and sinks are of
-        the same three dtypes and have no gradient; scale and soft cap are rounded to float32.
+      bias, mask, ...: as in `jax_seqpar.mask.Attention`. Bias, slopes and sinks are of the same
+        three dtypes and have no gradient; scale and soft cap are rounded to float32.
       shared_heads: other devices with the same KV heads and query heads of their own. Their parts
         of the gradients of key and value are added without rounding, and one of the devices returns
         the sum, the others 0. `ulysses_attention` passes it where it is needed.
@@ -70,27 +58,8 @@ def exact_attention(
         sinks, or a second derivative.
       TypeError: of JAX, for a forward-mode derivative.
     """
-    added = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    spec = describe(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        positions=positions,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        segment_ids=segment_ids,
-        logits_soft_cap=logits_soft_cap,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        **added,
-    )
     devices = 1 if shared_heads is None else shared_heads.devices
-    added = {name: x for name, x in added.items() if x is not None}
+    added = dict(arrays_of(spec.logits))
     refusals.check_exact(query, key, added, devices, query_chunk=query_chunk, key_chunk=key_chunk)
 
     once = {
@@ -107,7 +76,8 @@ def exact_attention(
         key_chunk=min(S, key_chunk or 256, max(limit // INNER, 1)),
         sum_limit=limit,
     )
-    cap = None if logits_soft_cap is None else _float32(logits_soft_cap)
+    scale, cap = spec.logits.scale, spec.logits.soft_cap
+    cap = None if cap is None else _float32(cap)
     rounded = Logits(_float32(H**-0.5 if scale is None else scale), cap, **once)
     return _attention(options, query, key, value, replace(spec, logits=rounded))
 

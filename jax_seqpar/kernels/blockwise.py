@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float
 
 from .. import refusals
-from ..mask import PerToken, Spec, Tokens, Window, accumulated, describe
+from ..mask import Spec, Tokens, accumulated, keyword_form
 from ..mask.nouns import arrays_of
 from ..mask.tokens import vary_alike
 from . import flash
@@ -18,26 +18,13 @@ from .flash import Plan
 from .normaliser import Normaliser
 
 
+@keyword_form
 def blockwise_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K V"],
+    spec: Spec,
     *,
-    bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: int = 0,
-    positions: PerToken | None = None,
-    query_seq_lengths: Integer[Array, "B"] | None = None,
-    key_value_seq_lengths: Integer[Array, "B"] | None = None,
-    local_window_size: Window | None = None,
-    segment_ids: PerToken | None = None,
-    alibi_slopes: Float[Array, "N"] | None = None,
-    logits_soft_cap: float | None = None,
-    sinks: Float[Array, "N"] | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Any = None,
     return_lse: bool = False,
     forward_mode: bool = False,
     query_chunk: int | None = None,
@@ -53,7 +40,7 @@ def blockwise_attention(
 
     Args:
       query, key, value: of one floating dtype; K divides N.
-      bias, mask, ...: as `jax_seqpar.mask` says.
+      bias, mask, ...: as in `jax_seqpar.mask.Attention`.
       return_lse: also return the log of the sum of exp of the logits, which merges parts of an
         attention over keys; it may be differentiated, too. One float32 number does not hold the
         sum beside a large logit: near a maximum of 1e5 it is a multiple of 1/128, near -1e9 (a row
@@ -71,26 +58,6 @@ def blockwise_attention(
       ValueError: for what does not fit together.
       TypeError: of JAX, for a forward-mode derivative without `forward_mode=True`.
     """
-    spec = describe(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        positions=positions,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        segment_ids=segment_ids,
-        alibi_slopes=alibi_slopes,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-    )
     refusals.check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
     plan = _plan(query.shape[1], key.shape[1], spec, query_chunk, key_chunk)
     query, key, value, spec = vary_alike((query, key, value, spec))

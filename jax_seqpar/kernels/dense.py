@@ -1,35 +1,19 @@
 """Attention in its plainest form: all the weights at once."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float
 
-from ..mask import PerToken, Spec, Tokens, Window, accumulated, describe
+from ..mask import Spec, Tokens, accumulated, keyword_form
 from .normaliser import Normaliser, finite
 
 
+@keyword_form
 def dense_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K V"],
-    *,
-    bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: int = 0,
-    positions: PerToken | None = None,
-    query_seq_lengths: Integer[Array, "B"] | None = None,
-    key_value_seq_lengths: Integer[Array, "B"] | None = None,
-    local_window_size: Window | None = None,
-    segment_ids: PerToken | None = None,
-    alibi_slopes: Float[Array, "N"] | None = None,
-    logits_soft_cap: float | None = None,
-    sinks: Float[Array, "N"] | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Any = None,
+    spec: Spec,
 ) -> Float[Array, "B T N V"]:
     """`softmax(query . key * scale + bias) . value`, on one device.
 
@@ -40,7 +24,7 @@ def dense_attention(
 
     Args:
       query, key, value: of one floating dtype; K divides N.
-      bias, mask, ...: as `jax_seqpar.mask` says, for all kernels alike.
+      bias, mask, ...: as in `jax_seqpar.mask.Attention`, for all kernels alike.
 
     Returns:
       The attention output, of the query's dtype.
@@ -48,26 +32,6 @@ def dense_attention(
     Raises:
       ValueError: for what does not fit together.
     """
-    spec = describe(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        positions=positions,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        segment_ids=segment_ids,
-        alibi_slopes=alibi_slopes,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-    )
     return _attend(query, key, value, spec)
 
 

@@ -3,36 +3,23 @@
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float
 
 from .. import refusals
-from ..mask import PerToken, Spec, Window, describe
+from ..mask import Spec, keyword_form
 from ..mask.tokens import varying_axes
 from . import cudnn, splash
 
 KERNELS = {"tpu": ("splash", splash.why_not), "gpu": ("cuDNN", cudnn.why_not)}
 
 
+@keyword_form
 def fused_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K V"],
+    spec: Spec,
     *,
-    bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: int = 0,
-    positions: PerToken | None = None,
-    query_seq_lengths: Integer[Array, "B"] | None = None,
-    key_value_seq_lengths: Integer[Array, "B"] | None = None,
-    local_window_size: Window | None = None,
-    segment_ids: PerToken | None = None,
-    alibi_slopes: Float[Array, "N"] | None = None,
-    logits_soft_cap: float | None = None,
-    sinks: Float[Array, "N"] | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Any = None,
     platform: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N V"]:
@@ -59,7 +46,7 @@ def fused_attention(
 
     Args:
       query, key, value: of one floating dtype; K divides N.
-      bias, mask, ...: as `jax_seqpar.mask` says.
+      bias, mask, ...: as in `jax_seqpar.mask.Attention`.
       platform: "tpu", "gpu" or "cpu", which has no such kernel; if None, that of JAX's default
         backend.
       interpret: run the TPU's kernel on any platform, slowly, for tests.
@@ -70,26 +57,6 @@ def fused_attention(
     Raises:
       ValueError: for what does not fit together, and what the platform's kernel does not support.
     """
-    spec = describe(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        positions=positions,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        segment_ids=segment_ids,
-        alibi_slopes=alibi_slopes,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-    )
     refusals.check_interpret(platform, interpret)
     if platform is not None:
         refusals.check_platform(platform, ("tpu", "gpu", "cpu"))

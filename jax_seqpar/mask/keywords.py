@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from .. import refusals
 from . import threefry
 from .dropout import Dropout
@@ -51,6 +53,8 @@ def describe(query: Any, key: Any, value: Any, **keywords: Any) -> Spec:
     refusals.check_spec(query.shape, key.shape, spec, arrays)
     if spec.dropout.rate == 0:
         return Spec(spec.mask, spec.logits)
+    if spec.dropout.rng.ndim != 3 and jax.sharding.get_abstract_mesh().manual_axes:
+        raise refusals.no_local_dropout()
     B, _, N, _ = query.shape
     keys = threefry.head_keys(spec.dropout.rng, B, N)
     return Spec(spec.mask, spec.logits, Dropout(spec.dropout.rate, keys))
