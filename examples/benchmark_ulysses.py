@@ -44,8 +44,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from jax_seqpar import MeshLayout, dense_attention, dot_product_attention, refusals
-from jax_seqpar.bridge.cases import Case
 from jax_seqpar.bridge.ranks import run_ranks
+from jax_seqpar.parity.cases import Case
 from torch_ref.ulysses import DistributedAttention
 
 ONE_DEVICE = {

@@ -44,7 +44,8 @@ def planted_bug() -> Iterator[None]:
     """
     jax.clear_caches()
     try:
-        with mock.patch("jax_seqpar.ulysses.heads_to_sequence", scrambling_heads_to_sequence):
+        where = "jax_seqpar.strategies.ulysses.heads_to_sequence"
+        with mock.patch(where, scrambling_heads_to_sequence):
             yield
     finally:
         jax.clear_caches()

@@ -16,11 +16,11 @@ from .kernels import dense_attention as dense_attention
 from .kernels import fused_attention as fused_attention
 from .layout import MeshLayout as MeshLayout
 from .mask import head_keys as head_keys
-from .padding import Padded as Padded
-from .padding import pad_to_degree as pad_to_degree
-from .reshard import heads_to_sequence as heads_to_sequence
-from .reshard import sequence_to_heads as sequence_to_heads
-from .ulysses import ulysses_attention as ulysses_attention
+from .mask.padding import Padded as Padded
+from .mask.padding import pad_to_degree as pad_to_degree
+from .strategies.reshard import heads_to_sequence as heads_to_sequence
+from .strategies.reshard import sequence_to_heads as sequence_to_heads
+from .strategies.ulysses import ulysses_attention as ulysses_attention
 
 # The one place of the number: pyproject.toml reads it here, as does the command.
 __version__ = "0.1.0"

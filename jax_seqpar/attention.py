@@ -12,15 +12,15 @@ from jaxtyping import Array, Float
 
 from . import refusals
 from .compiled import compiled_with
-from .heads import HeadPlan, merge_heads, plan_heads, split_heads
+from .exact.kv_replicas import adds_without_rounding, tell_shared_heads
 from .kernels import choose_kernel
 from .layout import MeshLayout, axes_size, names
 from .mask import Spec, keyword_form
 from .mask.keywords import PER_HEAD, keywords_of
 from .mask.nouns import Axes
 from .mesh import AnyMesh, devices_of, find_mesh, reshard
-from .shared_heads import adds_without_rounding, tell_shared_heads
-from .ulysses import ulysses_attention
+from .strategies.heads import HeadPlan, merge_heads, plan_heads, split_heads
+from .strategies.ulysses import ulysses_attention
 
 
 @keyword_form

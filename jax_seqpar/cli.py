@@ -20,14 +20,14 @@ except ImportError as error:
     raise SystemExit('The seqpar command needs: pip install "jax-seqpar[cli]"') from error
 
 from . import __version__
-from .bridge.cases import DTYPES, OPTIONAL, Case
-from .bridge.certify import certificate_table, certificates
-from .bridge.extras import require_torch
-from .bridge.parity import Result, run_parity
-from .bridge.plan import Kernels, inputs_by_label, plan, understood
+from ._extras import require_torch
 from .bridge.ranks import RankError
-from .bridge.report import parity_table, summary
 from .mask.keywords import spec_of
+from .parity.cases import DTYPES, OPTIONAL, Case
+from .parity.certify import certificate_table, certificates
+from .parity.plan import Kernels, inputs_by_label, plan, understood
+from .parity.report import parity_table, summary
+from .parity.run import Result, run_parity
 
 # Without rich's panels, which cut the names of options and break paths at the width of a terminal.
 app = typer.Typer(

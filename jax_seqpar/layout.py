@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from jax.sharding import PartitionSpec
 
-MeshAxes = str | tuple[str, ...] | None
+AxisName = str | tuple[str, ...]
+MeshAxes = AxisName | None
 
 
 @dataclass(frozen=True)

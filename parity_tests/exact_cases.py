@@ -10,9 +10,9 @@ import numpy as np
 from cases import CASES, is_array
 
 from jax_seqpar import exact_attention
-from jax_seqpar.bridge.arrays import numpy_to_torch, torch_to_numpy
-from jax_seqpar.bridge.cases import NAMES as INPUT_NAMES
-from jax_seqpar.bridge.cases import Arrays, Case
+from jax_seqpar.compare.arrays import numpy_to_torch, torch_to_numpy
+from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
+from jax_seqpar.parity.cases import Arrays, Case
 from torch_ref.exact import exact_attention as torch_exact_attention
 
 NAMES = ("forward", "dq", "dk", "dv")

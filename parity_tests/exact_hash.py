@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jax_seqpar import dot_product_attention, exact_attention
-from jax_seqpar.bridge.cases import Case, adversarial
+from jax_seqpar.parity.cases import Case, adversarial
 
 CASE = Case(batch=2, tokens=40, heads=8, kv_heads=2, head_dim=24)
 OPTIONS = {"is_causal": True, "logits_soft_cap": 20.0}

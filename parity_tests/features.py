@@ -14,8 +14,8 @@ from exact_cases import torch_exact
 from questions import QUICK, error
 
 from jax_seqpar import blockwise_attention, dense_attention, exact_attention
-from jax_seqpar.bridge.arrays import numpy_to_torch
-from jax_seqpar.bridge.cases import NAMES
+from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.parity.cases import NAMES
 from torch_ref.dense import dense_attention as torch_dense_attention
 from torch_ref.masks import attends
 

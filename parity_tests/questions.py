@@ -20,8 +20,8 @@ from cases import MeshCase
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_seqpar
-from jax_seqpar.bridge.arrays import numpy_to_torch
-from jax_seqpar.bridge.cases import Case
+from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.parity.cases import Case
 from torch_ref import layout as torch_layout
 from torch_ref.dense import dense_attention as torch_dense_attention
 
@@ -48,7 +48,7 @@ def reshard(name: str, degree: int, kind: AxisType = AxisType.Auto) -> Callable[
     mesh = jax.make_mesh((degree,), ("seq",), axis_types=(kind,))
 
     def per_device(x):
-        return getattr(jax_seqpar.ulysses, name)(x, "seq")
+        return getattr(jax_seqpar.strategies.ulysses, name)(x, "seq")
 
     mapped = jax.shard_map(per_device, mesh=mesh, in_specs=spec(before), out_specs=spec(after))
     if kind == AxisType.Auto:

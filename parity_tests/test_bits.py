@@ -15,17 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_seqpar.bridge import (
-    Map,
-    compare_bits,
-    divergence_table,
-    first_divergence,
-    from_torch,
-    to_jax,
-    to_torch,
-    to_torch_state,
-)
-from jax_seqpar.bridge.bits import LeafReport
+from jax_seqpar.bridge import Map, from_torch, to_jax, to_torch, to_torch_state
+from jax_seqpar.compare import compare_bits, divergence_table, first_divergence
+from jax_seqpar.compare.bits import LeafReport
 
 NARROW_FLOATS = [
     "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3",
@@ -340,7 +332,7 @@ def test_it_works_without_pytorch():
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import numpy as np\n"
-        "from jax_seqpar.bridge.bits import compare_bits\n"
+        "from jax_seqpar.compare.bits import compare_bits\n"
         "print(compare_bits(np.ones(2), np.ones(2)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

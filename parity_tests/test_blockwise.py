@@ -18,8 +18,8 @@ from jax.extend.core import jaxprs_in_params
 from questions import QUICK, error, output_and_gradients, temporaries_of
 
 from jax_seqpar import blockwise_attention, dense_attention, exact_attention
-from jax_seqpar.bridge import compare_bits
-from jax_seqpar.bridge.arrays import numpy_to_torch
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.compare.arrays import numpy_to_torch
 from jax_seqpar.mask import Mask, Tokens
 from torch_ref.dense import dense_attention as torch_dense_attention
 
@@ -345,7 +345,7 @@ def described(draw):
     return B, T, S, some
 
 
-def description_of(B: int, T: int, S: int, some: dict[str, Any]) -> Any:
+def mask_of(B: int, T: int, S: int, some: dict[str, Any]) -> Any:
     return Mask(**arrays_of(some))
 
 
@@ -353,7 +353,7 @@ def description_of(B: int, T: int, S: int, some: dict[str, Any]) -> Any:
 @given(drawn=described(), size=st.sampled_from((1, 2, 5)))
 def test_no_block_that_matters_is_left_out(drawn, size):
     B, T, S, some = drawn
-    mask = description_of(B, T, S, some)
+    mask = mask_of(B, T, S, some)
     allowed = mask.attends(Tokens(0, T), Tokens(0, S))
     if allowed is None:
         return
@@ -390,7 +390,7 @@ SKIPPED = {
 def test_the_blocks_that_are_left_out(some, rule):
     """As many as there are whose pairs are all ruled out: work falls with what a mask skips."""
     n, size = 64, 8
-    mask = description_of(1, n, n, some)
+    mask = mask_of(1, n, n, some)
     t, s = np.arange(n)[:, None], np.arange(n)[None, :]
     blocks = np.broadcast_to(rule(t, s), (n, n)).reshape(n // size, size, n // size, size)
     some_pair = blocks.sum(axis=(1, 3)) > 0

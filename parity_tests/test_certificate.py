@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from jax_seqpar.bridge.arrays import numpy_to_torch
-from jax_seqpar.bridge.certify import certify_torch
+from jax_seqpar.compare.arrays import numpy_to_torch
 from jax_seqpar.exact import arithmetic, certificate, certify
 from jax_seqpar.exact.certificate import Check, Operations
 from jax_seqpar.kernels import dense_attention
+from jax_seqpar.parity.certify import certify_torch
 from torch_ref.dropout import head_keys, limit, threefry2x32
 
 Operation = Callable[..., Any]

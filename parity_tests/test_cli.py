@@ -28,17 +28,19 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from jax_seqpar import cli, dot_product_attention, sequence_to_heads
-from jax_seqpar.bridge import cases, certify, compare_bits, parity
-from jax_seqpar.bridge.arrays import numpy_to_torch
-from jax_seqpar.bridge.bits_report import BitsReport
-from jax_seqpar.bridge.cases import DTYPES, OPTIONAL, Case, keywords
-from jax_seqpar.bridge.checks import pipeline, reshard
-from jax_seqpar.bridge.golden import digest, expected_digest
-from jax_seqpar.bridge.plan import Kernels, inputs_by_label, plan
 from jax_seqpar.bridge.ranks import RankError
-from jax_seqpar.bridge.report import parity_table, summary
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.compare.report import BitsReport
 from jax_seqpar.exact import certificate
 from jax_seqpar.mask import Mask, Spec
+from jax_seqpar.parity import cases, certify
+from jax_seqpar.parity import run as parity
+from jax_seqpar.parity.cases import DTYPES, OPTIONAL, Case, keywords
+from jax_seqpar.parity.checks import pipeline, reshard
+from jax_seqpar.parity.golden import digest, expected_digest
+from jax_seqpar.parity.plan import Kernels, inputs_by_label, plan
+from jax_seqpar.parity.report import parity_table, summary
 from torch_ref import history
 from torch_ref.dense import dense_attention as torch_dense_attention
 

@@ -27,7 +27,7 @@ from jax_seqpar import (
     sequence_to_heads,
     ulysses_attention,
 )
-from jax_seqpar.bridge import compare_bits
+from jax_seqpar.compare import compare_bits
 
 EPS = np.finfo(np.float32).eps
 rng = np.random.default_rng(11)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_seqpar.bridge.bits import compare_bits
+from jax_seqpar._extras import require_torch
 from jax_seqpar.bridge.convert import _instead, to_jax, to_torch
-from jax_seqpar.bridge.extras import require_torch
+from jax_seqpar.compare.bits import compare_bits
 
 FLOAT8 = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
 NARROW = [

@@ -18,7 +18,7 @@ from flax import nnx
 from questions import collectives
 
 from jax_seqpar import MeshLayout, dense_attention
-from jax_seqpar.bridge import compare_bits
+from jax_seqpar.compare import compare_bits
 from jax_seqpar.training import TokenLayout
 
 pytestmark = pytest.mark.usefixtures("less_optimised")

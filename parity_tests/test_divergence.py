@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from jax_seqpar.bridge import Divergence, compare_bits, divergence_table, first_divergence
-from jax_seqpar.bridge.arrays import numpy_to_torch
-from jax_seqpar.bridge.divergence import _parts
+from jax_seqpar.compare import Divergence, compare_bits, divergence_table, first_divergence
+from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.compare.divergence import _parts
 
 B, S, N, H, V = 2, 12, 6, 4, 10
 SHAPES = {

@@ -21,8 +21,8 @@ from jax_seqpar import (
     exact_attention,
     pad_to_degree,
 )
-from jax_seqpar.bridge.cases import Case
 from jax_seqpar.flax import Attention, SequenceParallel
+from jax_seqpar.parity.cases import Case
 
 CASE = Case(batch=2, tokens=16, heads=8, kv_heads=4, head_dim=4)
 QUERY, KEY, VALUE, GRAD = map(jnp.asarray, CASE.inputs().values())

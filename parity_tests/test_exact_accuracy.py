@@ -16,7 +16,7 @@ from exact_cases import Cross, torch_exact
 from questions import error, output_and_gradients
 
 from jax_seqpar import dense_attention
-from jax_seqpar.bridge.arrays import numpy_to_torch
+from jax_seqpar.compare.arrays import numpy_to_torch
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "accuracy_exact.py"

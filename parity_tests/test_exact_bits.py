@@ -35,12 +35,13 @@ from jax_seqpar import (
     head_keys,
     pad_to_degree,
 )
-from jax_seqpar.bridge import compare_bits, run_ranks
-from jax_seqpar.bridge.arrays import numpy_to_torch, torch_to_numpy
-from jax_seqpar.bridge.cases import NAMES as INPUT_NAMES
-from jax_seqpar.bridge.cases import Arrays, Case, adversarial
+from jax_seqpar.bridge import run_ranks
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.compare.arrays import numpy_to_torch, torch_to_numpy
 from jax_seqpar.exact import arithmetic
-from jax_seqpar.shared_heads import SharedHeads
+from jax_seqpar.exact.kv_replicas import SharedHeads
+from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
+from jax_seqpar.parity.cases import Arrays, Case, adversarial
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 

@@ -20,11 +20,11 @@ from questions import output_and_gradients
 
 import torch_ref.exact
 from jax_seqpar import attention, dot_product_attention, exact_attention
-from jax_seqpar.bridge import compare_bits
-from jax_seqpar.bridge.cases import Case, adversarial
+from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import arithmetic, backward, forward, problem
+from jax_seqpar.exact.kv_replicas import SharedHeads
 from jax_seqpar.mask import Dropout, threefry
-from jax_seqpar.shared_heads import SharedHeads
+from jax_seqpar.parity.cases import Case, adversarial
 from torch_ref.dropout import gain, is_kept
 from torch_ref.masks import places
 

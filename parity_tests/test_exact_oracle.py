@@ -12,9 +12,9 @@ from exact_cases import CROSS, CROSS_OPTIONS, NAMES, jax_exact, torch_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_seqpar.bridge import compare_bits
-from jax_seqpar.bridge.cases import NAMES as INPUT_NAMES
-from jax_seqpar.bridge.cases import Case
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
+from jax_seqpar.parity.cases import Case
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 pytestmark = pytest.mark.usefixtures("less_optimised")

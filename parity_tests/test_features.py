@@ -39,9 +39,9 @@ from jax_seqpar import (
     exact_attention,
     fused_attention,
 )
-from jax_seqpar.bridge import compare_bits
-from jax_seqpar.heads import plan_heads
+from jax_seqpar.compare import compare_bits
 from jax_seqpar.mask.keywords import FIELDS
+from jax_seqpar.strategies.heads import plan_heads
 from torch_ref.masks import attends
 
 # The dense kernel has all heads in one product, the path for either mode in one sum.

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from jax_seqpar import MeshLayout, dense_attention
-from jax_seqpar.bridge import compare_bits
+from jax_seqpar.compare import compare_bits
 from jax_seqpar.flax import Attention, Projection, Rotary, SequenceParallel
 from torch_ref.dense import dense_attention as torch_dense_attention
 

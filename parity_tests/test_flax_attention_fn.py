@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from questions import collectives
 
 from jax_seqpar import MeshLayout, blockwise_attention, exact_attention
-from jax_seqpar.bridge import compare_bits
+from jax_seqpar.compare import compare_bits
 from jax_seqpar.flax import Attention, SequenceParallel
 
 pytestmark = pytest.mark.usefixtures("less_optimised")

@@ -29,15 +29,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from questions import compiled, error, output_and_gradients
 
-from jax_seqpar import (
-    MeshLayout,
-    blockwise_attention,
-    dot_product_attention,
-    fused_attention,
-)
-from jax_seqpar.bridge import compare_bits
-from jax_seqpar.bridge.cases import Case, adversarial
+from jax_seqpar import MeshLayout, blockwise_attention, dot_product_attention, fused_attention
+from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import certify
+from jax_seqpar.parity.cases import Case, adversarial
 from jax_seqpar.training import TokenLayout
 
 pytestmark = pytest.mark.gpu

@@ -26,8 +26,8 @@ from jax_seqpar import (
     exact_attention,
     ulysses_attention,
 )
-from jax_seqpar.bridge import compare_bits
-from jax_seqpar.bridge.cases import Case
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.parity.cases import Case
 
 CASES = {
     "multi-head": Case(batch=2, tokens=16, heads=16, kv_heads=16, head_dim=5),

@@ -22,8 +22,8 @@ from questions import (
 )
 
 from jax_seqpar import MeshLayout, blockwise_attention, dot_product_attention
-from jax_seqpar.bridge.cases import Case
-from jax_seqpar.heads import plan_heads
+from jax_seqpar.parity.cases import Case
+from jax_seqpar.strategies.heads import plan_heads
 
 # (N, K, P): query heads, KV heads, devices.
 UNEVEN = (

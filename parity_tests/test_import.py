@@ -42,7 +42,8 @@ def test_the_bridge_names_the_extra_it_needs():
         NO_PARITY_EXTRA
         + """
 import jax.numpy as jnp
-from jax_seqpar.bridge import to_torch, compare_bits
+from jax_seqpar.bridge import to_torch
+from jax_seqpar.compare import compare_bits
 assert compare_bits(jnp.ones(3), jnp.ones(3)).equal
 to_torch(jnp.ones(3))
 """

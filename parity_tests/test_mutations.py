@@ -19,9 +19,9 @@ from questions import (
 )
 
 from jax_seqpar import attention as front_door
-from jax_seqpar import ulysses
-from jax_seqpar.bridge import compare_bits
-from jax_seqpar.reshard import heads_to_sequence, sequence_to_heads
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.strategies import ulysses
+from jax_seqpar.strategies.reshard import heads_to_sequence, sequence_to_heads
 
 CASE = Case(batch=2, tokens=24, heads=16, kv_heads=8, head_dim=5)
 FEW_KV_HEADS = Case(batch=2, tokens=24, heads=16, kv_heads=2, head_dim=5)
@@ -106,13 +106,13 @@ MUTATIONS = {
         VALUES | {"values, full multi-head"},
     ),
     "devices rotated on the way in": (
-        {"ulysses.sequence_to_heads": rotated},
+        {"strategies.ulysses.sequence_to_heads": rotated},
         VALUES | {"element", "round trip", "values, full multi-head"},
     ),
     "devices rotated in and out": (
         {
-            "ulysses.sequence_to_heads": rotated,
-            "ulysses.heads_to_sequence": lambda x, a: jnp.roll(
+            "strategies.ulysses.sequence_to_heads": rotated,
+            "strategies.ulysses.heads_to_sequence": lambda x, a: jnp.roll(
                 heads_to_sequence(x, a), -x.shape[2], axis=2
             ),
         },
@@ -120,19 +120,22 @@ MUTATIONS = {
         {"element"},
     ),
     "tokens rotated in and out": (
-        {"ulysses.sequence_to_heads": token_rotated, "ulysses.heads_to_sequence": token_unrotated},
+        {
+            "strategies.ulysses.sequence_to_heads": token_rotated,
+            "strategies.ulysses.heads_to_sequence": token_unrotated,
+        },
         VALUES | {"element"},
     ),
     "gather in place of all-to-all": (
-        {"ulysses.sequence_to_heads": gathered},
+        {"strategies.ulysses.sequence_to_heads": gathered},
         {"communication"},
     ),
     "batch outside the tokens": (
-        {"ulysses.sequence_to_heads": batch_outside},
+        {"strategies.ulysses.sequence_to_heads": batch_outside},
         VALUES | {"element", "round trip", "values, full multi-head"},
     ),
     "KV heads tiled, not repeated": (
-        {"heads.repeat_heads": tiled_heads},
+        {"strategies.heads.repeat_heads": tiled_heads},
         {"values, few KV heads"},
     ),
 }

@@ -12,13 +12,8 @@ from features import Sizes, exact_by_torch, operands, run_jax, run_torch
 from jax.sharding import AxisType
 from questions import QUICK, error
 
-from jax_seqpar import (
-    blockwise_attention,
-    dot_product_attention,
-    exact_attention,
-    pad_to_degree,
-)
-from jax_seqpar.bridge import compare_bits
+from jax_seqpar import blockwise_attention, dot_product_attention, exact_attention, pad_to_degree
+from jax_seqpar.compare import compare_bits
 
 KERNELS = {
     "blockwise": partial(blockwise_attention, query_chunk=4, key_chunk=5),

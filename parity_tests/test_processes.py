@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_seqpar.bridge import compare_bits
+from jax_seqpar.compare import compare_bits
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from cases import CASES, slow
 
-from jax_seqpar.bridge.checks import Check, PipelineCheck, history_checks, reshard_checks
-from jax_seqpar.bridge.parity import run_parity
 from jax_seqpar.mask import Mask, Spec
+from jax_seqpar.parity.checks import Check, PipelineCheck, history_checks, reshard_checks
+from jax_seqpar.parity.run import run_parity
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 

@@ -18,7 +18,7 @@ from questions import (
 )
 
 from jax_seqpar import MeshLayout, dot_product_attention
-from jax_seqpar.bridge.cases import Case
+from jax_seqpar.parity.cases import Case
 
 # XLA:CPU widens 16-bit cotangents; forward their bytes are counted below.
 FLOAT32 = {name: case for name, case in CASES.items() if case.dtype == "float32"}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from questions import RESHARDS, adjoint, compiled, reshard, right_element
 
-from jax_seqpar.bridge import compare_bits
-from jax_seqpar.bridge.checks.reshard import DTYPES, reshard_checks
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.parity.checks.reshard import DTYPES, reshard_checks
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 

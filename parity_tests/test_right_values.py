@@ -15,9 +15,9 @@ from jax.sharding import AxisType
 from questions import QUICK, attend, error, oracle, output_and_gradients, right_values
 
 from jax_seqpar import MeshLayout, blockwise_attention, dense_attention, dot_product_attention
-from jax_seqpar.bridge import compare_bits
-from jax_seqpar.bridge.arrays import numpy_to_torch
-from jax_seqpar.bridge.cases import Case
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.parity.cases import Case
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 both_kinds = pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))

@@ -18,13 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from questions import collectives, compiled, temporaries_of
 
 from jax_seqpar import MeshLayout
-from jax_seqpar.training import (
-    IGNORE,
-    TokenLayout,
-    cross_entropy,
-    map_tiles,
-    tiled_cross_entropy,
-)
+from jax_seqpar.training import IGNORE, TokenLayout, cross_entropy, map_tiles, tiled_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 

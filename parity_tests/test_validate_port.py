@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from typer.testing import CliRunner
 
 from jax_seqpar import MeshLayout
-from jax_seqpar.bridge import first_divergence
+from jax_seqpar.compare import first_divergence
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 

@@ -35,13 +35,13 @@ from jax_seqpar.bridge import (
     Ignored,
     Map,
     Tied,
-    compare_bits,
     from_torch,
     load_safetensors,
     to_torch_state,
 )
-from jax_seqpar.bridge.arrays import numpy_to_torch
-from jax_seqpar.bridge.weights import _fitting
+from jax_seqpar.bridge.weights.convert import _fitting
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.compare.arrays import numpy_to_torch
 
 D, N, K, H, LAYERS = 24, 6, 2, 4, 3
 

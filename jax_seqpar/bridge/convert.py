@@ -13,8 +13,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Sharding
 
-from .arrays import check_leaf
-from .extras import require_torch
+from .._extras import require_torch
+from ..compare.arrays import check_leaf
 
 # Exactly these: np.float64 is a float by inheritance, but an array to compare and convert.
 _SCALARS = (bool, int, float, complex)

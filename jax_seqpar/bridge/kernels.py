@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from .. import refusals
-from ..heads import plan_heads
-from ..reshard import heads_to_sequence, sequence_to_heads
-from ..ulysses import LocalAttention
+from .._extras import require_torch
+from ..strategies.heads import plan_heads
+from ..strategies.reshard import heads_to_sequence, sequence_to_heads
+from ..strategies.ulysses import LocalAttention
 from .convert import to_jax, to_torch
-from .extras import require_torch
 
 _TRACED = (
     "staged_attention runs PyTorch between compiled programs, so it cannot be traced. "

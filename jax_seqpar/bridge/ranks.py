@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from .extras import require_torch
+from .._extras import require_torch
 
 # Signals that end a program: they reach its whole process group, and are the parent's to handle.
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}

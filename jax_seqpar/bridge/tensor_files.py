@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from .extras import require
-from .mapping import count, listed
+from .._extras import require
+from .._text import count, listed
 
 
 def load_safetensors(path: str | Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 from .. import refusals
 from ..mask import Logits, Spec, keyword_form
 from ..mask.nouns import arrays_of
-from ..shared_heads import SharedHeads
 from . import arithmetic
 from .backward import key_value_gradients, query_gradient
 from .forward import output
+from .kv_replicas import SharedHeads
 from .problem import INNER, Options, Problem, without_unread_keys
 
 

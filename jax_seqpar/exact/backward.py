@@ -8,7 +8,6 @@ from jax import Array
 
 from ..mask import Tokens
 from ..mask.tokens import write
-from ..shared_heads import SharedHeads
 from . import arithmetic
 from .arithmetic import (
     LEAST_EXPONENT,
@@ -24,6 +23,7 @@ from .arithmetic import (
     token_sums,
 )
 from .forward import as_integers, kept_normaliser, reciprocal, row_logits, sink_weight
+from .kv_replicas import SharedHeads
 from .problem import Problem, dots, fresh_only, weights_of
 
 

@@ -15,9 +15,9 @@ from jax import Array
 from ..mask import Mask, Spec, Tokens
 from ..mask.tokens import for_blocks
 from ..mask.tokens import full as full_like
-from ..shared_heads import SharedHeads
 from .arithmetic import flush, left_digits, pinned, right_on_grid, round32, sum_dtype
 from .elementary import exp, soft_cap, soft_cap_slope
+from .kv_replicas import SharedHeads
 
 # Chunks at a time in the loop inside, which holds no more than that of a row or column.
 INNER = 4

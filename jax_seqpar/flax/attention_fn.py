@@ -13,8 +13,8 @@ from .. import refusals
 from ..attention import dot_product_attention
 from ..layout import MeshLayout, axes_size
 from ..mask import Window, head_keys
+from ..mask.padding import pad_to_degree
 from ..mesh import AnyMesh, find_mesh
-from ..padding import pad_to_degree
 from . import refusals as flax_refusals
 from .precision import kernel_precision
 

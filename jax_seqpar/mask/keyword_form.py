@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -11,6 +11,7 @@ from .keywords import describe
 from .mask import PerToken, Window
 
 
+@runtime_checkable
 class Attention(Protocol):
     """The keywords of every attention of this library.
 

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from . import refusals
-
-AxisName = str | tuple[str, ...]
+from .. import refusals
+from ..layout import AxisName
 
 
 def sequence_to_heads(

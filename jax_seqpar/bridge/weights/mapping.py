@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from ..._text import count, listed
+
 PLACEHOLDER = r"\{([A-Za-z_]\w*)\}"
 
 Side = Literal["torch", "flax"]
@@ -258,17 +260,6 @@ def fill(template: str, numbers: Numbers) -> str:
     """The template with numbers in place of its placeholders."""
     values = dict(numbers)
     return re.sub(PLACEHOLDER, lambda match: str(values[match[1]]), template)
-
-
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """The first of the names, and how many more there are."""
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def count(names: Sequence[str], noun: str) -> str:
-    """A number with its noun and verb: "1 name is", "2 names are"."""
-    return f"1 {noun} is" if len(names) == 1 else f"{len(names):,} {noun}s are"
 
 
 def _hit(line: Line, side: Side, name: str) -> tuple[Line, Numbers] | None:

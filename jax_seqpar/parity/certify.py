@@ -8,6 +8,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from .._extras import require_torch
+from ..compare.arrays import numpy_to_torch, torch_to_numpy
 from ..exact.certificate import (
     DROPOUT_RATE,
     DROPOUT_SHAPE,
@@ -17,8 +19,6 @@ from ..exact.certificate import (
     ask,
     certify,
 )
-from .arrays import numpy_to_torch, torch_to_numpy
-from .extras import require_torch
 
 
 def certificates(backend: str | None = None) -> list[Certificate]:

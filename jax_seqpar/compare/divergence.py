@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from jax import tree_util
 
+from .._extras import require
+from .._text import listed
 from .arrays import check_leaf, torch_to_numpy
 from .bits import compare_bits
-from .bits_report import LeafReport, Scalar
-from .extras import require
 from .hints import hint, wide
-from .mapping import listed
+from .report import LeafReport, Scalar
 
 AXES = ("batch", "token", "head", "channel")
 

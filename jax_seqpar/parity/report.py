@@ -6,7 +6,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .parity import COLUMNS, Result
+from .run import COLUMNS, Result
 
 # Dropped in this order where a table is too wide.
 _DROPPED = (("SHA-256",), ("shape",), COLUMNS)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
-from .reshard import AxisName
+from ..layout import AxisName
 
 
 # Static, so that it passes through a kernel that is compiled or rematerialised by itself.

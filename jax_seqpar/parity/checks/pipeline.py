@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ...attention import dot_product_attention
+from ...bridge.kernels import as_torch_attention, staged_attention
+from ...compare.arrays import numpy_to_torch, torch_to_numpy
 from ...exact import exact_attention
 from ...kernels import dense_attention
 from ...mask import Mask, Spec
 from ...mask.keywords import keywords_of, spec_of
 from ...mask.nouns import Axes
-from ..arrays import numpy_to_torch, torch_to_numpy
 from ..cases import NAMES, Arrays, case_of, keywords
-from ..kernels import as_torch_attention, staged_attention
 from .sides import SPECS, TOKENS, Outputs, join, local_part
 
 # None; PyTorch's or JAX's in both; each framework's own, float32 or exact.

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .arrays import check_leaf
-from .bits import compare_bits
-from .convert import to_jax, to_torch
-from .extras import require, require_torch
+from ..._extras import require, require_torch
+from ..._text import count, listed
+from ...compare.arrays import check_leaf
+from ...compare.bits import compare_bits
+from ..convert import to_jax, to_torch
+from ..tensor_files import load_safetensors
 from .mapping import (
     AnyLine,
     Entry,
@@ -30,14 +32,11 @@ from .mapping import (
     Side,
     absent,
     absent_from,
-    count,
     expanded,
-    listed,
     numbers_in,
     route,
     route_tied,
 )
-from .tensor_files import load_safetensors
 from .trees import leaves_by_path, nested, placed
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import tree_util
 
 from .arrays import check_leaf, torch_to_numpy
-from .bits_report import BitsReport, LeafReport, Scalar
+from .report import BitsReport, LeafReport, Scalar
 
 
 def compare_bits(

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from . import refusals
+from .. import refusals
+from ..exact.kv_replicas import adds_without_rounding, tell_shared_heads
+from ..layout import AxisName
 from .heads import HeadPlan, plan_heads
-from .reshard import AxisName, heads_to_sequence, sequence_to_heads
-from .shared_heads import adds_without_rounding, tell_shared_heads
+from .reshard import heads_to_sequence, sequence_to_heads
 
 # (query [B, T, n, H], key [B, S, k, H], value [B, S, k, V]) -> [B, T, n, V], k dividing n.
 LocalAttention = Callable[..., Array]
@@ -35,7 +36,7 @@ def ulysses_attention(
     takes the output back. Jacobs et al. 2023, https://arxiv.org/abs/2309.14509.
 
     Heads that the devices do not divide are padded, so that each has `ceil(N / P)` of them
-    (`jax_seqpar.heads`); with fewer KV heads than devices each is sent to several.
+    (`jax_seqpar.strategies.heads`); with fewer KV heads than devices each is sent to several.
 
     Args:
       query, key, value: this device's tokens with all heads.

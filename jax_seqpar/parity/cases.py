@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ..bridge.tensor_files import npz_array
 from ..mask.keywords import ARRAYS
-from .tensor_files import npz_array
 
 Arrays = dict[str, np.ndarray]
 NAMES = ("query", "key", "value", "grad")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .extras import require_torch
+from .._extras import require_torch
 
 
 def check_leaf(x: Any, what: str) -> None:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ...reshard import heads_to_sequence, sequence_to_heads
-from ..arrays import torch_to_numpy
+from ...compare.arrays import torch_to_numpy
+from ...strategies.reshard import heads_to_sequence, sequence_to_heads
 from ..cases import Arrays
 from .sides import HEADS, SPECS, TOKENS, Outputs, join, local_part
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Shaped
 
-from . import refusals
-from .mask import PerToken, describe
-from .mask.keywords import keywords_of
-from .mask.segments import unused_id
+from .. import refusals
+from . import PerToken, describe
+from .keywords import keywords_of
+from .segments import unused_id
 
 
 @partial(
