@@ -104,3 +104,30 @@ def test_neither_house_imports_the_other(package, forbidden):
     ]
     assert len(modules) >= 5
     assert {str(path): found for path in modules if (found := forbidden & set(imports(path)))} == {}
+
+
+# Each room, and each module beside them, may import those before it.
+ORDER = (
+    *("layout", "_text", "_extras", "refusals", "mesh", "compiled", "compiler"),
+    *("mask", "exact", "kernels", "strategies", "attention", "flax", "training"),
+    *("compare", "bridge", "parity", "__version__", "cli"),
+)
+
+
+def test_dependencies_point_down():
+    seen = set()
+    for file in (ROOT / "jax_seqpar").rglob("*.py"):
+        path = file.relative_to(ROOT).with_suffix("").parts
+        if path[1] in ("__init__", "__main__"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            package = path[: len(path) - node.level]
+            module = (*package, *(node.module or "").split("."))
+            names = [module[1]] if module[1:] != ("",) else [alias.name for alias in node.names]
+            for name in names:
+                seen.add((path[1], name))
+                assert ORDER.index(name) <= ORDER.index(path[1]), f"{file} imports {name}"
+    assert ("attention", "strategies") in seen
+    assert {room for room, _ in seen} >= {"mask", "kernels", "strategies", "bridge", "parity"}
