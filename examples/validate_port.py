@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from jax_seqpar import bridge, dot_product_attention, exact_attention
+from jax_seqpar import bridge, compare, dot_product_attention, exact_attention
 from torch_ref.exact import exact_attention as torch_exact_attention
 
 # An attention of `[B, S, N, H]`, with mask, is_causal and scale.
@@ -173,7 +173,7 @@ def run_flax(port: Port, mesh: Mesh) -> Run:
     )
 
 
-def exact_layers(port: Port, run: Run, mesh: Mesh) -> bridge.BitsReport:
+def exact_layers(port: Port, run: Run, mesh: Mesh) -> compare.BitsReport:
     """The bits of every attention and of its gradients, each framework with its own exact kernel.
 
     Args:
@@ -199,7 +199,7 @@ def exact_layers(port: Port, run: Run, mesh: Mesh) -> bridge.BitsReport:
         got[context], got[f"gradients in layers.{i}"] = jax.block_until_ready(attend(*sharded))
         expected[context] = run.tensors[context]
         expected[f"gradients in layers.{i}"] = tuple(run.tensor_grads[name] for name in names)
-    return bridge.compare_bits(expected, got)
+    return compare.compare_bits(expected, got)
 
 
 def relative_error(x: np.ndarray, truth: np.ndarray) -> float:
@@ -248,10 +248,10 @@ def _compare(console: Console, kind: str, truth: Arrays, expected: Arrays, got: 
     # A right port errs no more than twice as much as PyTorch, so they are three errors apart.
     rtol = 3 * max(errors[name] for name in told)
     a, b = ({name: run[name] for name in told} for run in (expected, got))
-    table = bridge.divergence_table(a, b, rtol=rtol)
+    table = compare.divergence_table(a, b, rtol=rtol)
     table.title = f"{kind}: rtol = {rtol:.2g}, three times PyTorch's largest error"
     console.print(table)
-    return bridge.first_divergence(a, b, rtol=rtol)
+    return compare.first_divergence(a, b, rtol=rtol)
 
 
 if __name__ == "__main__":

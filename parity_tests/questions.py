@@ -22,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jax_seqpar
 from jax_seqpar.compare.arrays import numpy_to_torch
 from jax_seqpar.parity.cases import Case
+from jax_seqpar.strategies import ulysses
 from torch_ref import layout as torch_layout
 from torch_ref.dense import dense_attention as torch_dense_attention
 
@@ -48,7 +49,7 @@ def reshard(name: str, degree: int, kind: AxisType = AxisType.Auto) -> Callable[
     mesh = jax.make_mesh((degree,), ("seq",), axis_types=(kind,))
 
     def per_device(x):
-        return getattr(jax_seqpar.strategies.ulysses, name)(x, "seq")
+        return getattr(ulysses, name)(x, "seq")
 
     mapped = jax.shard_map(per_device, mesh=mesh, in_specs=spec(before), out_specs=spec(after))
     if kind == AxisType.Auto:

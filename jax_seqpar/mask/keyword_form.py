@@ -54,6 +54,8 @@ class Attention(Protocol):
       TypeError: for a keyword that the attention does not have.
     """
 
+    __name__: str
+
     def __call__(
         self,
         query: Float[Array, "B T N H"],
