@@ -778,11 +778,11 @@ def test_every_option_arrives(planned, kernel):
         assert {check.degree for check in run.checks} == {degree}
         assert (run.timeout, run.save_failing) == (7.0, None)
         by_name = {check.name: check for check in run.checks}
-        assert not by_name[grouped.replace("grouped", "multi-head")].rules.is_causal
-        assert not by_name[last].rules.is_causal
+        assert not by_name[grouped.replace("grouped", "multi-head")].rules.mask.is_causal
+        assert not by_name[last].rules.mask.is_causal
         if kernel != "plain":
             # Without the mask a wrong version may be right by chance.
-            assert by_name["history v1"].rules.is_causal
+            assert by_name["history v1"].rules.mask.is_causal
         query = by_name[grouped].inputs["query"]
         expected = np.random.default_rng(5).standard_normal((2, 48, 16, 20)).astype(np.float16)
         assert np.array_equal(query, expected)

@@ -568,7 +568,7 @@ def test_what_it_needs(package, fails):
     code = (
         f"import sys; sys.modules['{package}'] = None\n"
         "import numpy as np\n"
-        "from jax_seqpar.bridge import divergence_table, first_divergence\n"
+        "from jax_seqpar.compare import divergence_table, first_divergence\n"
         "a, b = {'x': np.ones((1, 2))}, {'x': np.zeros((1, 2))}\n"
         "assert first_divergence(a, b).token == 0\n"
         "divergence_table(a, b)"

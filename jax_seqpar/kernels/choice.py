@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array
 
 from .. import refusals
-from ..mask.keywords import ARRAYS, FIELDS, spec_of
+from ..mask.keywords import FIELDS, checked_spec, spec_of
 from .blockwise import blockwise_attention
 from .fused import KERNELS, fused_attention, why_not
 
@@ -56,15 +56,14 @@ def choose_kernel(
     if unknown:
         raise TypeError(f"choose_kernel() got an unexpected keyword argument {min(unknown)!r}")
     refusals.check_arrays(query, key, value)
-    spec = spec_of(**keywords)
-    arrays = {name: keywords.get(name) for name in ARRAYS}
+    rng = keywords.get("dropout_rng")
 
     def check(rng: Any) -> None:
-        refusals.check_spec(query.shape, key.shape, spec, arrays | {"dropout_rng": rng})
+        checked_spec(query.shape, key.shape, **keywords | {"dropout_rng": rng})
 
     # Only a traced key of no value tells its implementation.
-    is_shape = isinstance(arrays["dropout_rng"], jax.ShapeDtypeStruct)
-    (partial(jax.eval_shape, check) if is_shape else check)(arrays["dropout_rng"])
+    (partial(jax.eval_shape, check) if isinstance(rng, jax.ShapeDtypeStruct) else check)(rng)
+    spec = spec_of(**keywords)
     if platform is not None:
         refusals.check_platform(platform, ("tpu", "gpu", "cpu"))
     on = platform or jax.default_backend()

@@ -49,8 +49,7 @@ def describe(query: Any, key: Any, value: Any, **keywords: Any) -> Spec:
     refusals.check_arrays(query, key, value)
     arrays = {name: keywords.get(name) for name in ARRAYS}
     refusals.check_has_numbers({"query": query, "key": key, "value": value} | arrays)
-    spec = spec_of(**keywords)
-    refusals.check_spec(query.shape, key.shape, spec, arrays)
+    spec = checked_spec(query.shape, key.shape, **keywords)
     if spec.dropout.rate == 0:
         return Spec(spec.mask, spec.logits)
     if spec.dropout.rng.ndim != 3 and jax.sharding.get_abstract_mesh().manual_axes:
@@ -58,6 +57,18 @@ def describe(query: Any, key: Any, value: Any, **keywords: Any) -> Spec:
     B, _, N, _ = query.shape
     keys = threefry.head_keys(spec.dropout.rng, B, N)
     return Spec(spec.mask, spec.logits, Dropout(spec.dropout.rate, keys))
+
+
+def checked_spec(query: tuple[int, ...], key: tuple[int, ...], **keywords: Any) -> Spec:
+    """The Spec that keywords describe, for a query and a key of these shapes.
+
+    Raises:
+      ValueError: for options out of range, and arrays that do not fit the shapes.
+    """
+    options = spec_of(**{name: x for name, x in keywords.items() if name not in ARRAYS})
+    arrays = {name: keywords.get(name) for name in ARRAYS}
+    refusals.check_spec(query, key, options, arrays)
+    return spec_of(**keywords)
 
 
 def spec_of(**keywords: Any) -> Spec:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from .nouns import array_field, is_number, python_number, register
+from .nouns import AnyArray, array_field, is_number, python_number, register
 
 
 @register
@@ -25,9 +25,9 @@ class Logits:
 
     scale: float | None = None
     soft_cap: float | None = None
-    bias: Float[Array, "..."] | None = array_field("batch", "heads", "queries", "keys")
-    alibi_slopes: Float[Array, "N"] | None = array_field("heads")
-    sinks: Float[Array, "N"] | None = array_field("heads")
+    bias: Float[AnyArray, "..."] | None = array_field("batch", "heads", "queries", "keys")
+    alibi_slopes: Float[AnyArray, "N"] | None = array_field("heads")
+    sinks: Float[AnyArray, "N"] | None = array_field("heads")
 
     def __post_init__(self) -> None:
         for name in ("scale", "soft_cap"):

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Integer, Shaped
 
-from .nouns import array_field, pair_field, python_number, register
+from .nouns import AnyArray, array_field, pair_field, python_number, register
 from .tokens import Tokens
 
 # (left, right); None and -1 are an open side, one integer stands for both sides.
@@ -47,9 +47,9 @@ class Mask:
     is_causal: bool = False
     query_offset: int = 0
     local_window_size: Window | None = None
-    array: Bool[Array, "..."] | None = array_field("batch", "heads", "queries", "keys")
-    query_seq_lengths: Integer[Array, "B"] | None = array_field("batch")
-    key_value_seq_lengths: Integer[Array, "B"] | None = array_field("batch")
+    array: Bool[AnyArray, "..."] | None = array_field("batch", "heads", "queries", "keys")
+    query_seq_lengths: Integer[AnyArray, "B"] | None = array_field("batch")
+    key_value_seq_lengths: Integer[AnyArray, "B"] | None = array_field("batch")
     positions: Any = pair_field(("batch", "queries"), ("batch", "keys"))
     segment_ids: Any = pair_field(("batch", "queries"), ("batch", "keys"))
 

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 Noun = TypeVar("Noun")
+# Arrays of JAX or NumPy, and shapes, of which a kernel can be chosen.
+AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 # The name of each axis: "batch", "heads", "queries", "keys", or None for any other.
 Axes = tuple[str | None, ...]
 
