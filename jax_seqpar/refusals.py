@@ -1,4 +1,4 @@
-"""Every refusal, made at the door: what does not fit, its sizes, and what to write instead."""
+"""Checks of arguments: each error names the array, the size, the axis, and what to write."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ _AXES = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, V]"
 
 
 def check_arrays(query: Any, key: Any, value: Any) -> None:
-    """Refuses arrays that are not one attention's query, key and value, whatever the mesh."""
+    """Raises ValueError unless the arrays are one attention's query, key and value."""
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
         check_is_array(name, x)
@@ -63,7 +63,7 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
 
 
 def check_is_array(name: str, x: Any) -> None:
-    """Refuses what JAX does not compute with; shapes without numbers pass, as some only plan."""
+    """Raises ValueError unless x is an array of JAX or NumPy, or the shape of one."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return
     if not isinstance(x, jax.Array | np.ndarray | np.generic):
@@ -101,7 +101,7 @@ def _as_array(name: str, x: Any) -> str:
 
 
 def check_has_numbers(tree: Mapping[str, Any]) -> None:
-    """Refuses shapes where numbers are computed with."""
+    """Raises ValueError if an array is a `jax.ShapeDtypeStruct`."""
     for name, x in tree.items():
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
             raise ValueError(
@@ -111,7 +111,7 @@ def check_has_numbers(tree: Mapping[str, Any]) -> None:
 
 
 def axis_size(axis_name: Any) -> int:
-    """The size of a manual mesh axis; refuses one that is not, as outside `jax.shard_map`."""
+    """Size of a manual mesh axis; raises ValueError outside of a `jax.shard_map` over that axis."""
     try:
         return jax.lax.axis_size(axis_name)
     except NameError:
@@ -122,7 +122,7 @@ def axis_size(axis_name: Any) -> int:
 
 
 def check_reshard(x: Any, split_axis: int, axis_name: Any) -> None:
-    """Refuses a reshard of anything but `[B, S, N, H]`, or along an axis that does not divide."""
+    """Raises ValueError unless x is `[B, S, N, H]` and the devices divide the axis to split."""
     degree = axis_size(axis_name)
     check_is_array("x", x)
     check_has_numbers({"x": x})
@@ -142,7 +142,7 @@ def check_reshard(x: Any, split_axis: int, axis_name: Any) -> None:
 
 
 def check_head_chunks(chunks: Any, heads: int, kv_heads: int, *, sums_exactly: bool) -> None:
-    """Refuses slices of a device's heads that are not equal, or whose sums would round."""
+    """Raises ValueError unless the head chunks divide a device's heads evenly."""
     if type(chunks) is not int or chunks < 1 or heads % chunks:
         raise ValueError(
             f"head_chunks must divide the {heads} query heads of a device, got {chunks!r}. "
@@ -162,7 +162,7 @@ def check_head_chunks(chunks: Any, heads: int, kv_heads: int, *, sums_exactly: b
 
 
 def check_degree(degree: Any) -> None:
-    """Refuses a number of devices that is none."""
+    """Raises ValueError unless the degree is a positive Python integer."""
     if type(degree) is not int or degree < 1:
         raise ValueError(
             f"degree must be a positive Python integer, got {degree!r}. It is the size of the "
@@ -171,7 +171,7 @@ def check_degree(degree: Any) -> None:
 
 
 def check_platform(platform: Any, known: Sequence[str]) -> None:
-    """Refuses the name of a platform that nothing is known of."""
+    """Raises ValueError for an unknown platform."""
     if platform not in known:
         raise ValueError(
             f"platform must be one of {list(known)}, got {platform!r}. Write jax.default_backend()."
@@ -179,13 +179,13 @@ def check_platform(platform: Any, known: Sequence[str]) -> None:
 
 
 def check_flag(name: str, value: Any, choices: Sequence[Any] = (True, False)) -> None:
-    """Refuses what is not one of a few Python values."""
+    """Raises ValueError unless the value is one of the choices."""
     if not any(value is choice for choice in choices):
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
 
 
 def check_chunks_have_an_axis(chunks: Any, overlap: Any, layout: MeshLayout) -> None:
-    """Refuses slices of the heads where there is no reshard to slice."""
+    """Raises ValueError for head chunks of a layout that shards no tokens."""
     if layout.tokens is None and (chunks != 1 or overlap is False):
         raise ValueError(
             f"head_chunks = {chunks!r}, overlap = {overlap!r} have no reshard to work on: "
@@ -195,7 +195,7 @@ def check_chunks_have_an_axis(chunks: Any, overlap: Any, layout: MeshLayout) -> 
 
 
 def check_per_head_arrays(attention: Callable[..., Any], arrays: Mapping[str, Any]) -> None:
-    """Refuses what a device cannot take its heads' part of, and a dropout that it would count."""
+    """Raises ValueError unless every per-head array has a head axis, and dropout has head keys."""
     check_keywords(attention, list(arrays))
     for name, x in arrays.items():
         check_is_array(name, x)
@@ -210,7 +210,7 @@ def check_per_head_arrays(attention: Callable[..., Any], arrays: Mapping[str, An
 
 
 def no_local_dropout() -> ValueError:
-    """The refusal of a key whose heads and sequences would be counted on each device from 0."""
+    """Error for one dropout key where each device would count heads and sequences from 0."""
     return ValueError(
         "dropout_rng is one key here, where a device sees some of the heads and sequences only: "
         "each device would drop the same weights. Write jax_seqpar.head_keys(key, B, N), with B "
@@ -220,7 +220,7 @@ def no_local_dropout() -> ValueError:
 
 
 def check_per_head(name: str, shape: Shape, axis: int, heads: int, local_heads: int) -> None:
-    """Refuses an array whose head axis is that of neither all the heads nor a device's."""
+    """Raises ValueError unless the array has all the query heads."""
     if shape[axis] != heads:
         raise ValueError(
             f"{name} has {shape[axis]} heads on axis {axis}, expected all {heads}, a device's "
@@ -229,7 +229,7 @@ def check_per_head(name: str, shape: Shape, axis: int, heads: int, local_heads: 
 
 
 def check_local_output(out: Any, query: Any, value: Any) -> None:
-    """Refuses a local attention's output of another shape, which a reshard would scramble."""
+    """Raises ValueError unless the kernel's output is `[B, T, N, V]`, which the reshard needs."""
     expected = (*query.shape[:3], value.shape[3])
     if not hasattr(out, "shape"):
         raise ValueError(
@@ -250,7 +250,7 @@ def check_local_output(out: Any, query: Any, value: Any) -> None:
 
 
 def check_is_mesh(mesh: Any, context: Any) -> None:
-    """Refuses what is no mesh, and another mesh than that of the `jax.shard_map` around.
+    """Raises ValueError unless `mesh` is a Mesh, and that of the enclosing `jax.shard_map`.
 
     Args:
       context: the mesh of that; None if there is none.
@@ -267,7 +267,7 @@ def check_is_mesh(mesh: Any, context: Any) -> None:
 
 
 def check_devices(tree: Mapping[str, Any], devices: set[Any] | None) -> None:
-    """Refuses arrays that were put on other devices than those of the mesh.
+    """Raises ValueError for arrays committed to other devices than those of the mesh.
 
     Args:
       tree: arrays by name.
@@ -294,7 +294,7 @@ def _ids(devices: set[Any]) -> str:
 
 
 def check_mesh(layout: MeshLayout, mesh_shape: Mapping[str, int], manual: Sequence[str]) -> None:
-    """Refuses a layout that names what the mesh does not have, or has already given away."""
+    """Raises ValueError unless the layout names axes of the mesh, each once, none manual."""
     if not isinstance(layout, MeshLayout):
         raise ValueError(f"layout must be a MeshLayout, got {layout!r}. Write MeshLayout(tokens=).")
     for axis in layout.axis_names:
@@ -325,7 +325,7 @@ def check_mesh(layout: MeshLayout, mesh_shape: Mapping[str, int], manual: Sequen
 def check_division(
     query: Shape, key: Shape, layout: MeshLayout, mesh_shape: Mapping[str, int]
 ) -> None:
-    """Refuses sizes that the mesh does not divide."""
+    """Raises ValueError unless the mesh axes divide batch, tokens and heads."""
     got = f"Got query {query}, key {key}."
 
     def divide(
@@ -357,7 +357,7 @@ def check_division(
 
 
 def check_ranks(query: Shape, key: Shape, ranks: int, *, adds_exactly: bool) -> None:
-    """Refuses heads that the ranks of the PyTorch reference cannot share with the same bits.
+    """Raises ValueError unless the ranks of the PyTorch reference share the heads as JAX does.
 
     Args:
       query, key: shapes `[B, T, N, H]` and `[B, S, K, H]`.
@@ -390,7 +390,7 @@ def check_ranks(query: Shape, key: Shape, ranks: int, *, adds_exactly: bool) -> 
 
 
 def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
-    """Refuses an array sharded, by its type, over an axis that the layout does not name.
+    """Raises ValueError for an array sharded, by its type, over an axis that the layout lacks.
 
     It would be gathered first: right numbers, at the price of the parallelism.
     """
@@ -534,7 +534,7 @@ def _check_dropout(rng: Any, rate: float, batch: int, heads: int) -> None:
 
 
 def check_key(rng: Any, batch: Any, heads: Any) -> None:
-    """Refuses what is neither one threefry key nor the keys of a batch's heads."""
+    """Raises ValueError unless `rng` is one threefry key, or the keys of a batch's heads."""
     for name, size in (("batch", batch), ("heads", heads)):
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"{name} must be a Python integer, not negative, got {size!r}.")
@@ -567,7 +567,7 @@ def check_exact(
     query_chunk: Any,
     key_chunk: Any,
 ) -> None:
-    """Refuses what exact attention is not defined for.
+    """Raises ValueError for dtypes and sizes that exact attention is not defined for.
 
     Args:
       added: bias, slopes and sinks by name, where there are any.
@@ -593,14 +593,14 @@ def check_exact(
 
 
 def check_chunk_sizes(**chunks: Any) -> None:
-    """Refuses numbers of tokens at a time that are none."""
+    """Raises ValueError unless every chunk size is None or a positive integer."""
     for name, chunk in chunks.items():
         if chunk is not None and (type(chunk) is not int or chunk < 1):
             raise ValueError(f"{name} must be a positive integer or None, got {chunk!r}.")
 
 
 def no_exact_gradient(name: str) -> ValueError:
-    """The refusal of a derivative that is not defined."""
+    """Error for a derivative that exact attention does not define."""
     return ValueError(
         f"exact attention has no gradient for {name}. Write jax.lax.stop_gradient({name}), or use "
         f"another attention."
@@ -608,7 +608,7 @@ def no_exact_gradient(name: str) -> ValueError:
 
 
 def no_second_derivative() -> ValueError:
-    """The refusal of a derivative of a gradient."""
+    """Error for the derivative of a gradient of exact attention."""
     return ValueError(
         "exact attention can be differentiated once, not twice, as its gradients are rounded like "
         "its output. Use jax_seqpar.dense_attention for second derivatives."
@@ -616,7 +616,7 @@ def no_second_derivative() -> ValueError:
 
 
 def check_interpret(platform: str | None, interpret: Any) -> None:
-    """Refuses to interpret any kernel but the TPU's."""
+    """Raises ValueError for `interpret=True` on a platform other than the TPU's."""
     check_flag("interpret", interpret)
     if interpret and platform not in (None, "tpu"):
         raise ValueError(
@@ -626,7 +626,7 @@ def check_interpret(platform: str | None, interpret: Any) -> None:
 
 
 def no_fused(reason: str, query: Shape, key: Shape, value: Shape) -> ValueError:
-    """The refusal of what the platform's own kernel lacks."""
+    """Error for what the platform's fused kernel does not support."""
     return ValueError(
         f"fused_attention cannot do this: {reason}. {_got(query, key, value)} "
         f"Write attention=jax_seqpar.blockwise_attention, which supports it, or take that of "
@@ -635,7 +635,7 @@ def no_fused(reason: str, query: Shape, key: Shape, value: Shape) -> ValueError:
 
 
 def varies_under_pallas() -> ValueError:
-    """The refusal of a Pallas kernel where JAX checks how arrays vary over the mesh."""
+    """Error for a Pallas kernel where JAX checks how arrays vary over the mesh."""
     return ValueError(
         "fused_attention on platform 'tpu' is a Pallas kernel, which does not state how its output "
         "varies over the mesh. Write check_vma=False in the jax.shard_map, or in "
@@ -644,7 +644,7 @@ def varies_under_pallas() -> ValueError:
 
 
 def check_keywords(attention: Callable[..., Any], keywords: Sequence[str]) -> None:
-    """Refuses options that a local attention does not name, and so would drop or choke on."""
+    """Raises ValueError unless the kernel is a function that names every keyword it is given."""
     if not callable(attention):
         known = ("dense", "blockwise", "exact", "fused")
         name = attention if attention in known else "blockwise"
@@ -666,7 +666,7 @@ def check_keywords(attention: Callable[..., Any], keywords: Sequence[str]) -> No
 
 
 def no_mesh() -> ValueError:
-    """The refusal of a call for which no mesh is known."""
+    """Error for a call without a mesh."""
     return ValueError(
         "no mesh: query is not sharded over one, and no jax.set_mesh is active. Pass mesh=, "
         "or write `with jax.set_mesh(mesh):` around the call."

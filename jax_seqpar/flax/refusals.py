@@ -1,4 +1,4 @@
-"""Every refusal of the Flax layers."""
+"""Checks of the arguments of the Flax layers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ _NEVER = {
 
 
 def check_flax(**arguments: Any) -> None:
-    """Refuses what Flax may ask of an attention function and this one has no way to do."""
+    """Raises ValueError for arguments of Flax that this attention function does not support."""
     for name, x in arguments.items():
         if x is not None:
             raise ValueError(f"SequenceParallel does not support {name}: {_NEVER[name]}.")
@@ -114,7 +114,7 @@ def check_cache_sizes(batch: Any, tokens: Any, dtype: Any) -> None:
 
 
 def check_batch_axes(query: Any, key: Any, value: Any) -> None:
-    """Refuses query, key and value of different batches."""
+    """Raises ValueError unless query, key and value have the same batch axes."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_array(name, x)
     shapes = [x.shape for x in (query, key, value)]
@@ -150,7 +150,7 @@ def check_query_positions(
 
 
 def check_letters(letters: str, sizes: Mapping[str, int]) -> None:
-    """Refuses what is no einsum of an input and a kernel."""
+    """Raises ValueError unless the equation is an einsum of an input and a kernel."""
     operands, _, output = letters.replace(" ", "").partition("->")
     x, _, kernel = operands.partition(",")
     kept = "".join(c for c in kernel if c in output)
@@ -169,7 +169,7 @@ def check_letters(letters: str, sizes: Mapping[str, int]) -> None:
 def check_rotary(
     turning: int, head_dim: int, fraction: float, frequencies: Sequence[float] | None
 ) -> None:
-    """Refuses channels that do not come in pairs."""
+    """Raises ValueError unless the rotated channels come in pairs, with a frequency for each."""
     if not 0 < fraction <= 1 or turning % 2 or turning == 0:
         raise ValueError(
             f"Rotary turns an even number of the H = {head_dim} channels, got fraction = "
@@ -196,7 +196,7 @@ def check_attention_factor(factor: Any) -> None:
 
 
 def check_integers(name: str, x: Any) -> None:
-    """Refuses numbers that would be cut to integers."""
+    """Raises ValueError unless every number is an integer."""
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
             f"{name} must be integers, got {x.dtype}. For scaled positions give "
@@ -205,7 +205,7 @@ def check_integers(name: str, x: Any) -> None:
 
 
 def check_layer(features: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Refuses heads that make no attention."""
+    """Raises ValueError unless the KV heads divide the query heads."""
     if min(features, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}, and all "
@@ -214,7 +214,7 @@ def check_layer(features: int, num_heads: int, num_kv_heads: int, head_dim: int)
 
 
 def check_head_dim(features: int, num_heads: int) -> None:
-    """Refuses to guess a head dimension that is not whole."""
+    """Raises ValueError unless the heads divide the features."""
     if features % num_heads:
         raise ValueError(
             f"features = {features} is not divisible by num_heads = {num_heads}: give head_dim."
@@ -222,7 +222,7 @@ def check_head_dim(features: int, num_heads: int) -> None:
 
 
 def check_tokens(x: Any, features: int, positions: Any, segment_ids: Any) -> None:
-    """Refuses an input that is not `[B, T, features]`, or positions of other tokens."""
+    """Raises ValueError unless x is `[B, T, features]` and positions and segments fit it."""
     check_floats("x", x)
     if len(x.shape) != 3 or x.shape[-1] != features:
         raise ValueError(
@@ -242,7 +242,7 @@ def check_tokens(x: Any, features: int, positions: Any, segment_ids: Any) -> Non
 
 
 def check_dropout(rate: float, deterministic: bool | None, rngs: Any) -> None:
-    """Refuses to guess whether to drop, and to drop without a key."""
+    """Raises ValueError if dropout is neither on nor off, or has no key."""
     if rate == 0 or deterministic:
         return
     if deterministic is None:
@@ -255,7 +255,7 @@ def check_dropout(rate: float, deterministic: bool | None, rngs: Any) -> None:
 
 
 def check_cache_heads(num_heads: int, num_kv_heads: int, devices: int, axes: object) -> None:
-    """Refuses decoding where the heads of the cache cannot be shared by the devices."""
+    """Raises ValueError unless the devices can share the heads of the cache."""
     if num_heads % devices or (num_kv_heads % devices and devices % num_kv_heads):
         raise ValueError(
             f"decoding shares the heads of the cache among the {devices} devices of mesh axes "
@@ -267,7 +267,7 @@ def check_cache_heads(num_heads: int, num_kv_heads: int, devices: int, axes: obj
 def check_decode(
     cache: Any, index: Any, x: Any, mesh_shape: Any, segment_ids: Any, drops: bool
 ) -> None:
-    """Refuses decoding without a cache, and what a cache does not keep.
+    """Raises ValueError for decoding without a cache, or with what a cache does not keep.
 
     Args:
       index: how many tokens the cache holds; under `jit` that is not known.

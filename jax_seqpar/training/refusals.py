@@ -1,4 +1,4 @@
-"""Every refusal of batches, losses and tiles."""
+"""Checks of batches, losses and tiles."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ Shape = tuple[int, ...]
 
 
 def check_count(name: str, n: Any) -> None:
-    """Refuses what is no positive integer."""
+    """Raises ValueError unless the number is a positive integer."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"{name} must be a positive integer, got {n!r}.")
 
 
 def check_has_devices(mesh: Any) -> None:
-    """Refuses a mesh that cannot hold an array."""
+    """Raises ValueError unless the mesh has devices, as an abstract one has not."""
     if not isinstance(mesh, Mesh):
         raise ValueError(
             f"mesh must be a jax.sharding.Mesh, whose devices hold the batch, got {mesh!r}. "
@@ -28,7 +28,7 @@ def check_has_devices(mesh: Any) -> None:
 
 
 def check_document(index: int, document: np.ndarray) -> None:
-    """Refuses what is no row of token ids."""
+    """Raises ValueError unless the document is a row of token ids."""
     if document.ndim != 1 or (document.size and document.dtype.kind not in "iu"):
         raise ValueError(
             f"document {index} must be a row of integer token ids, got "
@@ -37,7 +37,7 @@ def check_document(index: int, document: np.ndarray) -> None:
 
 
 def check_batch(tokens: np.ndarray, parts: int, layout: MeshLayout) -> None:
-    """Refuses tokens that are no batch, or that the mesh does not divide."""
+    """Raises ValueError unless tokens are a batch `[B, S]` that the mesh divides."""
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"tokens must be integers [B, S], got {tokens.dtype}{list(tokens.shape)}. For one "
@@ -54,7 +54,7 @@ def check_batch(tokens: np.ndarray, parts: int, layout: MeshLayout) -> None:
 
 
 def check_segments(segments: np.ndarray, shape: Shape, lengths: Any) -> None:
-    """Refuses segments that are not one run of tokens each."""
+    """Raises ValueError unless every segment is one run of tokens."""
     if lengths is not None:
         raise ValueError("give segment_ids or lengths, not both: segment 0 is padding.")
     if segments.shape != shape or segments.dtype.kind not in "iu":
@@ -80,7 +80,7 @@ def check_segments(segments: np.ndarray, shape: Shape, lengths: Any) -> None:
 
 
 def check_lengths(lengths: np.ndarray, shape: Shape) -> None:
-    """Refuses lengths that do not fit the rows."""
+    """Raises ValueError unless lengths fit the rows."""
     fits = lengths.shape == shape[:1] and lengths.dtype.kind in "iu"
     if not fits or (lengths < 0).any() or (lengths > shape[1]).any():
         raise ValueError(
@@ -90,7 +90,7 @@ def check_lengths(lengths: np.ndarray, shape: Shape) -> None:
 
 
 def check_targets(targets: np.ndarray, shape: Shape, labels: Any) -> None:
-    """Refuses targets of other tokens, or beside labels."""
+    """Raises ValueError unless targets are integers like tokens, given without labels."""
     if labels is not None:
         raise ValueError("give labels (not shifted) or targets (shifted), not both.")
     if targets.shape != shape or targets.dtype.kind not in "iu":
@@ -101,7 +101,7 @@ def check_targets(targets: np.ndarray, shape: Shape, labels: Any) -> None:
 
 
 def check_labels(labels: np.ndarray, tokens: np.ndarray, ignore: int) -> None:
-    """Refuses labels that are shifted already, or are not the tokens."""
+    """Raises ValueError unless labels are the tokens, not shifted, or the label to ignore."""
     if labels.shape != tokens.shape or labels.dtype.kind not in "iu":
         shifted = labels.shape == (tokens.shape[0], tokens.shape[1] - 1)
         raise ValueError(
@@ -131,7 +131,7 @@ def check_labels(labels: np.ndarray, tokens: np.ndarray, ignore: int) -> None:
 
 
 def check_of_batch(shape: Shape, padded: Shape) -> None:
-    """Refuses an array of other tokens than the batch's."""
+    """Raises ValueError unless the array has the batch's tokens."""
     if tuple(shape[:2]) != tuple(padded):
         raise ValueError(
             f"x must be [B, S, ...] of the batch's {list(padded)} tokens, padding included, got "
@@ -140,7 +140,7 @@ def check_of_batch(shape: Shape, padded: Shape) -> None:
 
 
 def check_loss(logits: Any, labels: Any, z_loss: float, label_smoothing: float) -> None:
-    """Refuses logits, labels and numbers that make no loss."""
+    """Raises ValueError unless logits, labels and options fit together."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers, got {labels.dtype}: not probabilities.")
     if logits is not None and logits.shape[:-1] != labels.shape:
@@ -156,7 +156,7 @@ def check_loss(logits: Any, labels: Any, z_loss: float, label_smoothing: float) 
 
 
 def check_normaliser(normaliser: Any) -> None:
-    """Refuses what is no number of labels."""
+    """Raises ValueError unless the normaliser is one integer."""
     if normaliser is not None and not jnp.issubdtype(jnp.result_type(normaliser), jnp.integer):
         raise ValueError(
             f"normaliser must be an integer, how many labels count, got {normaliser!r}. Weigh the "
@@ -165,7 +165,7 @@ def check_normaliser(normaliser: Any) -> None:
 
 
 def check_int32(name: str, x: np.ndarray) -> None:
-    """Refuses numbers that JAX's 32 bits would change."""
+    """Raises ValueError unless every number fits into 32 bits."""
     if x.size and (x.max() > 2**31 - 1 or x.min() < -(2**31)):
         raise ValueError(
             f"{name} must be integers of 32 bits, got {x.min()} to {x.max()}. Number them "
@@ -174,7 +174,7 @@ def check_int32(name: str, x: np.ndarray) -> None:
 
 
 def check_projection(hidden: Any, kernel: Any, labels: Any) -> None:
-    """Refuses hidden states, a kernel and labels that make no logits."""
+    """Raises ValueError unless hidden states, kernel and labels fit together."""
     fits = len(hidden.shape) == 3 and len(kernel.shape) == 2
     if not fits or hidden.shape[2] != kernel.shape[0] or labels.shape != hidden.shape[:2]:
         raise ValueError(
@@ -184,7 +184,7 @@ def check_projection(hidden: Any, kernel: Any, labels: Any) -> None:
 
 
 def check_token_arrays(arrays: Sequence[Any]) -> None:
-    """Refuses arrays that are not of the same tokens."""
+    """Raises ValueError unless the arrays have the same tokens."""
     shapes = [tuple(x.shape) for x in arrays]
     if not shapes or any(len(s) < 2 for s in shapes) or len({s[:2] for s in shapes}) > 1:
         raise ValueError(
@@ -194,7 +194,7 @@ def check_token_arrays(arrays: Sequence[Any]) -> None:
 
 
 def check_division(shape: Shape, data: int, degree: int, layout: MeshLayout) -> None:
-    """Refuses tokens that the mesh does not divide."""
+    """Raises ValueError unless the mesh divides the tokens."""
     for name, n, parts, axes in (
         ("batch B", shape[0], data, layout.batch),
         ("tokens S", shape[1], degree, layout.tokens),
