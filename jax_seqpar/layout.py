@@ -41,12 +41,12 @@ class MeshLayout:
 
     @property
     def spec(self) -> PartitionSpec:
-        """The sharding of query, key, value and the output: `[B@batch, S@tokens, N@heads, H]`."""
+        """PartitionSpec of query, key, value and output: `[B@batch, S@tokens, N@heads, H]`."""
         return PartitionSpec(self.batch, self.tokens, self.heads, None)
 
     @property
     def token_spec(self) -> PartitionSpec:
-        """The sharding of what each token has: `[B@batch, S@tokens, ...]`."""
+        """PartitionSpec of per-token arrays: `[B@batch, S@tokens, ...]`."""
         return PartitionSpec(self.batch, self.tokens)
 
     @property

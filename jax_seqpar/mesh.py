@@ -59,7 +59,7 @@ def place(x: Array, spec: PartitionSpec, *, mesh: AnyMesh) -> Array:
 
 
 def _of_kind(spec: PartitionSpec, mesh: AnyMesh, kind: AxisType) -> NamedSharding | None:
-    """The part of spec that is of axes of a kind; None if the mesh has no such axis."""
+    """`spec` restricted to mesh axes of one AxisType; None if there are none."""
     axes = {name for name, its in zip(mesh.axis_names, mesh.axis_types, strict=True) if its == kind}
     if not axes:
         return None

@@ -115,11 +115,16 @@ MUTATIONS = {
     "exp in float32": (alone, problem, "exp", single_exp),
     # In PyTorch: XLA:CPU itself reads a subnormal as 0.
     "subnormals kept": (subnormal_keys, torch_ref.exact, "flush", lambda x: x.double()),
-    "tokens of two blocks counted twice": (alone, forward, "fresh_only", lambda x, fresh, axis: x),
+    "tokens of two blocks counted twice": (
+        alone,
+        forward,
+        "mask_overlap",
+        lambda x, fresh, axis: x,
+    ),
     "queries of two blocks counted twice": (
         alone,
         backward,
-        "fresh_only",
+        "mask_overlap",
         lambda x, fresh, axis: x,
     ),
     "weights not normalised": (

@@ -477,7 +477,7 @@ def tanh_and_slope(z: Tensor, cap: float) -> tuple[Tensor, Tensor]:
 
 
 def by_kv_head(x: Tensor, key: Tensor) -> Tensor:
-    """`[B, T, N, H]` to `[B * K, R, H]`; keys too, whose only head is each their own."""
+    """`[B, T, N, H]` to `[B * K, R, H]`; keys use the same layout, with one head per group."""
     K = key.shape[2]
     return x.unflatten(2, (K, x.shape[2] // K)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
 

@@ -45,7 +45,7 @@ class Divergence:
         where the tensor has no such axis.
       report: of its bits, which counts NaNs, infinities and zeros of the other sign. Where the
         dtypes differ, of float64.
-      hint: what makes `b` of `a`, if one of a few usual mistakes does; None otherwise.
+      hint: the known porting bug that turns `a` into `b`, if any; None otherwise.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What kind of bug makes one array into another: only what a comparison confirms."""
+"""Names the porting bug (transpose, head permutation, sign, ...) that maps one array to another."""
 
 import itertools
 from collections.abc import Callable, Iterator

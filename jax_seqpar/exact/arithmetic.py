@@ -142,8 +142,8 @@ def sum_dtype(tokens: int, limit: int = CONTRACT_TOKENS) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if tokens <= limit else jnp.int64)
 
 
-def total(sums: Shaped[Array, "... H3"]) -> Float[Array, "... H"]:
-    """What sums of digits are worth, with two roundings; and one each where they are int64."""
+def combine_digits(sums: Shaped[Array, "... H3"]) -> Float[Array, "... H"]:
+    """Recombines three digit sums into one float64: two roundings, and one each of int64 sums."""
     high, middle, low = jnp.split(sums.astype(jnp.float64), 3, axis=-1)
     return pinned(high * 2.0**DIGIT_BITS + middle) * 2.0**DIGIT_BITS + low
 

@@ -175,9 +175,10 @@ def _backward(
 
 
 def _as_given(operands: Any) -> Any:
-    """The operands. A caller's own rounding to 16 bits just before stays, though they are widened.
+    """`optimization_barrier`, which keeps XLA:GPU from eliding the caller's cast to 16 bits.
 
-    XLA:GPU leaves out such a pair of conversions; see `arithmetic.round32`.
+    The operands are widened here, and XLA:GPU leaves out a pair of conversions such as
+    f32->bf16->f32 (`xla_allow_excess_precision`); see `arithmetic.round32`.
     """
     return jax.lax.optimization_barrier(operands)
 
@@ -216,5 +217,6 @@ def _refuse(refusal: Callable[[], ValueError], primals: Any, tangents: Any):
     raise refusal()
 
 
-# What is seen here is differentiated already, if at all.
+# Second derivatives are undefined: the rule of the first one raises if its operands are
+# differentiated again.
 _once = partial(_undifferentiated, refusals.no_second_derivative)

@@ -24,7 +24,7 @@ from .arithmetic import (
 )
 from .forward import as_integers, kept_normaliser, reciprocal, row_logits, sink_weight
 from .kv_replicas import SharedHeads
-from .problem import Problem, dots, fresh_only, weights_of
+from .problem import Problem, dots, mask_overlap, weights_of
 
 
 class Rows(NamedTuple):
@@ -57,7 +57,7 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
         def weigh(keys: Tokens, fresh: Array | None, carry):
             weights, total = carry
             p = weights_of(keys.slice(logits, 2), top)
-            integers = fresh_only(as_integers(p), fresh, 2)
+            integers = mask_overlap(as_integers(p), fresh, 2)
             return write(weights, p, keys, 2), total + integers.sum(-1, keepdims=True)
 
         start = (problem.full(*logits.shape, dtype=jnp.float32), problem.full(*top.shape))
@@ -82,11 +82,11 @@ def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Ro
         gradients, e = problem.for_keys(differentiate, start, queries)
 
         def add(keys: Tokens, fresh: Array | None, sums: Array) -> Array:
-            integers = fresh_only(grid(keys.slice(gradients, 2), e, TOKEN_BITS), fresh, 2)
+            integers = mask_overlap(grid(keys.slice(gradients, 2), e, TOKEN_BITS), fresh, 2)
             return sums + token_sums("GTS,SH->GTH", integers, keys.slice(columns, 0), sums.dtype)
 
         start = problem.no_sums(G, queries.size, H, tokens=S)
-        dq = arithmetic.total(problem.for_keys(add, start, queries))
+        dq = arithmetic.combine_digits(problem.for_keys(add, start, queries))
         dq = dq * power_of_two(e - TOKEN_BITS) * power_of_two(key_exponent - TOKEN_BITS)[None]
         dq = arithmetic.out(jnp.where(empty, 0.0, dq * problem.scale))
         return jax.tree.map(lambda x, part: write(x, part, queries, 1), carry, (dq, rows))
@@ -138,7 +138,7 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
         def add(queries: Tokens, fresh: Array | None, carry: list[Array]) -> list[Array]:
             totals = []
             for sums, (x, e), column in zip(carry, filled, columns, strict=True):
-                integers = fresh_only(grid(queries.slice(x, 1), e, TOKEN_BITS), fresh, 1)
+                integers = mask_overlap(grid(queries.slice(x, 1), e, TOKEN_BITS), fresh, 1)
                 column = queries.slice(column, 1)
                 totals.append(sums + token_sums("GTS,GTH->SH", integers, column, sums.dtype))
             return totals
@@ -146,7 +146,7 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
         tokens = G * T * shared.devices
         start = [problem.no_sums(keys.size, n, tokens=tokens) for n in channels]
         sums = problem.for_queries(add, start, keys)
-        totals = [arithmetic.total(shared.sum(x)) for x in sums]
+        totals = [arithmetic.combine_digits(shared.sum(x)) for x in sums]
         gradients = []
         for x, total, (_, e), unit, scale in zip(carry, totals, filled, units, scales, strict=True):
             part = total * power_of_two(e - TOKEN_BITS)[0, 0, :, None] * unit * scale

@@ -7,7 +7,7 @@ from ..mask import Tokens
 from ..mask.tokens import write
 from . import arithmetic
 from .arithmetic import TOKEN_BITS, digits, exponent, grid, pinned, power_of_two, token_sums
-from .problem import Problem, fresh_only, weights_of
+from .problem import Problem, mask_overlap, weights_of
 
 
 def output(problem: Problem) -> Array:
@@ -24,7 +24,7 @@ def output(problem: Problem) -> Array:
         def add(keys: Tokens, fresh: Array | None, sums):
             weight, weighted = sums
             p = weights_of(keys.slice(logits, 2), top)
-            weights = fresh_only(as_integers(p), fresh, 2)
+            weights = mask_overlap(as_integers(p), fresh, 2)
             kept = problem.kept(weights, queries, keys)
             part = token_sums("GTS,SV->GTV", kept, keys.slice(values, 0), weighted.dtype)
             return weight + weights.sum(-1, keepdims=True), weighted + part
@@ -33,7 +33,7 @@ def output(problem: Problem) -> Array:
         start = (problem.full(G, t, 1), problem.no_sums(G, t, V, tokens=S))
         weight, weighted = problem.for_keys(add, start, queries)
         normaliser = kept_normaliser(problem, reciprocal(weight + sink_weight(problem, top)))
-        rows = arithmetic.total(weighted) * unit * normaliser
+        rows = arithmetic.combine_digits(weighted) * unit * normaliser
         return write(out, arithmetic.out(jnp.where(empty, 0.0, rows)), queries, 1)
 
     return problem.for_queries(chunk, problem.full(G, T, V, dtype=jnp.float32))

@@ -1,4 +1,4 @@
-"""Devices that share a KV head: what a kernel needs to add up over them, passed in to it."""
+"""Reductions over the devices that hold a replica of the same KV head."""
 
 import inspect
 import math

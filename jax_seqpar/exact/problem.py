@@ -25,7 +25,7 @@ INNER = 4
 
 @dataclass(frozen=True)
 class Options:
-    """How to compute, which no bit depends on: part of the compiled program."""
+    """Tiling options, static; they change no bit of the result."""
 
     shared_heads: SharedHeads | None
     query_chunk: int
@@ -163,8 +163,8 @@ def dots(queries: Array, keys: Array) -> Array:
     return high + low
 
 
-def fresh_only(x: Array, fresh: Array | None, axis: int) -> Array:
-    """`[G, t, s]` with 0 for the tokens of an axis that an earlier block has had."""
+def mask_overlap(x: Array, fresh: Array | None, axis: int) -> Array:
+    """`[G, t, s]` with 0 for tokens that the previous, overlapping block has covered already."""
     if fresh is None:
         return x
     return jnp.where(jnp.expand_dims(fresh, [i for i in range(3) if i != axis]), x, 0)

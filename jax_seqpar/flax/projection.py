@@ -127,7 +127,7 @@ def gather(
     layout: MeshLayout,
     mesh: AnyMesh | None = None,
 ) -> Array:
-    """A parameter as it lies while it is used: whole over the mesh axes of batch and tokens."""
+    """All-gathers an FSDP-sharded parameter over the batch and sequence axes (ZeRO-3)."""
     of_input = {*names(layout.batch), *names(layout.tokens)}
     axes = [names((sharding or {}).get(c)) for c in letters]
     if not any(of_input.intersection(a) for a in axes):

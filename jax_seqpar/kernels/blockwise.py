@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from .. import refusals
 from ..mask import Spec, Tokens, accumulated, keyword_form
 from ..mask.nouns import arrays_of
-from ..mask.tokens import vary_alike
+from ..mask.tokens import match_varying_axes
 from . import flash
 from .dense import dense_rows
 from .flash import Plan
@@ -60,7 +60,7 @@ def blockwise_attention(
     """
     refusals.check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
     plan = _plan(query.shape[1], key.shape[1], spec, query_chunk, key_chunk)
-    query, key, value, spec = vary_alike((query, key, value, spec))
+    query, key, value, spec = match_varying_axes((query, key, value, spec))
     out, normaliser = _attend(forward_mode, plan, query, key, value, spec)
     return (out, normaliser.lse) if return_lse else out
 

@@ -105,7 +105,7 @@ def cudnn_attention(
         scale=spec.logits.scale,
         # A window that ends with the query is causal, and cuDNN has windows where it is told so.
         is_causal=mask.is_causal or left is not None,
-        # Not of none: what cuDNN gives then is not said.
+        # cuDNN's result for length 0 is undocumented: clip to 1, zero the rows afterwards.
         key_value_seq_lengths=None if lengths is None else _clip(lengths, 1, S),
         local_window_size=None if left is None else (min(left, S), 0),
         implementation="cudnn",

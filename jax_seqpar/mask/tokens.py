@@ -74,23 +74,23 @@ def write(x: Array, part: Array, block: Tokens, axis: int) -> Array:
 
 
 def full(shape: tuple[int, ...], value: float | int, dtype: Any, like: Any) -> Array:
-    """A constant that varies over the mesh as some arrays do, to start a loop with.
+    """`jnp.full` with the varying mesh axes of `like`: an initial loop carry.
 
     Args:
       like: a tree of arrays.
     """
-    # Computed from them, as a vmap may let them vary over more axes than their types say now. Only
-    # the types matter: the compiler knows that the sum is 0.
+    # Computed from the arrays, as a vmap may let them vary over more axes than their types say now.
+    # Only the types matter: the compiler knows that the sum is 0.
     marks = [(x != x).ravel()[:1].astype(jnp.int32) for x in jax.tree.leaves(like) if x.size]
     nothing = sum((jnp.sum(x, dtype=jnp.int32) * 0 for x in marks), start=jnp.int32(0))
     return jnp.full(shape, value, dtype) + nothing.astype(dtype)
 
 
-def vary_alike(tree: Any) -> Any:
-    """Arrays that all vary over the mesh as some of them do.
+def match_varying_axes(tree: Any) -> Any:
+    """The arrays of a tree, each cast to vary over every mesh axis that some of them vary over.
 
-    A gradient varies as everything that it is computed from. The derivative of this adds up those
-    of an array that was the same on several devices.
+    A gradient varies as everything that it is computed from. The derivative of the cast adds up the
+    gradients of an array that was the same on several devices.
     """
     axes = varying_axes(tree)
     return jax.tree.map(lambda x: _vary(x, axes), tree)

@@ -45,9 +45,9 @@ def ulysses_attention(
         part of the query heads. Bind masks and options beforehand, with `functools.partial`. If it
         has a parameter `shared_heads`, it is told which devices have the same KV head; a `lambda`
         around it hides the parameter.
-      per_head: arrays by keyword of `attention`, with a head axis: axis 0 of one that has a single
-        axis, else axis 1. Of all N heads, or of this device's part of the padded ones, or of size
-        1 for all. Each call gets those of its heads. For dropout pass `dropout_rng` here, as
+      per_head: per-head keyword arguments of `attention`. The head axis is axis 0 of an array with
+        one axis, else axis 1. Its size is N (sliced here), N / P of the padded heads (already
+        sliced) or 1 (broadcast). For dropout pass `dropout_rng` here, as
         `jax_seqpar.head_keys(key, B, N)` of the whole attention.
       head_chunks: works on so many slices of the heads, each with reshards of its own. It divides
         the query heads of a device. With a kernel that computes head by head no bit depends on it,
@@ -118,7 +118,7 @@ def _own_heads(name: str, x: Any, plan: HeadPlan, heads: int, axis_name: AxisNam
 
 
 def _slice(x: Array, axis: int, start: Any, size: int) -> Array:
-    """Some of an axis; all of one of size 1, which stands for any."""
+    """`dynamic_slice` along an axis; axes of size 1 broadcast."""
     if x.shape[axis] in (1, size):
         return x
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)

@@ -1,4 +1,4 @@
-"""What both sides of a check share: how arrays lie on devices and ranks, and what comes back."""
+"""Shared by both checks: sharding specs, and splitting and joining per-rank arrays."""
 
 from collections.abc import Sequence
 from typing import Any
