@@ -502,8 +502,8 @@ def _check_per_token(
                     f"Switch jax_enable_x64 on, or number them anew, for example by "
                     f"np.unique({name}, return_inverse=True)."
                 )
-    signs = {jnp.issubdtype(part.dtype, jnp.unsignedinteger) for part in pair}
-    if len(signs) > 1 and max(part.dtype.itemsize for part in pair) >= 4:
+    unsigned = [part for part in pair if jnp.issubdtype(part.dtype, jnp.unsignedinteger)]
+    if len(unsigned) == 1 and unsigned[0].dtype.itemsize >= 4:
         raise ValueError(
             f"{name} of queries and keys must be both signed or both unsigned, got "
             f"{pair[0].dtype} and {pair[1].dtype}: -1 of int32 and 2^32 - 1 of uint32 have the "
