@@ -259,7 +259,7 @@ def test_ranks_and_folder_go_with_their_parent(case, tmp_path):
         if parent.poll() is None:
             (os.killpg if group else os.kill)(parent.pid, number)
         # At the end of file, the ranks have closed their side, too.
-        _, errors = parent.communicate(timeout=60)
+        _, errors = parent.communicate(timeout=180)
         assert parent.returncode == status, errors
         assert re.fullmatch(message, errors)
         wait_until(lambda: not marked(mark))

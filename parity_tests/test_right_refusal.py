@@ -29,6 +29,7 @@ from jax_seqpar import (
 )
 from jax_seqpar.attention import _platform
 from jax_seqpar.kernels import KernelChoice
+from jax_seqpar.strategies.heads import repeat_heads
 from torch_ref.masks import attends
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
@@ -390,8 +391,8 @@ def test_shapes_are_checked_under_test():
     import jaxtyping
 
     jaxtyping.config.update("jaxtyping_disable", False)
-    with pytest.raises(jaxtyping.TypeCheckError, match="query"):
-        dense_attention(array(16, 8, 4), *qkv()[1:])
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'x'"):
+        repeat_heads(array(16, 8, 4), 2)
 
 
 def test_a_query_without_a_key_is_zero_and_its_gradient_finite():
