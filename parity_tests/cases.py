@@ -80,6 +80,11 @@ ON_MESHES = [
     for j, case in enumerate(MESH_CASES.values())
 ]
 
+# Every mesh, with one case and one kind of axes; each case with each kind.
+FEWER_ON_MESHES = [
+    where if (i // 2 + 1) // 2 % 2 == i % 2 else slow(*where) for i, where in enumerate(ON_MESHES)
+]
+
 
 def is_array(x: Any) -> bool:
     """Whether an option is an array, or a pair of them."""

@@ -64,7 +64,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "segments": (None, "one", "a pair"),
     "lengths": (None, "keys", "queries", "both"),
     "mask": (None, "BNTS", "B11S", "1N11"),
-    "bias": (None, "BNTS", "1NTS", "B1T1", "padding by finfo.min", "padding by -1e9"),
+    # Padding by finfo.min, as BERT has it, beside which -1e9 is no large number.
+    "bias": (None, "BNTS", "1NTS", "B1T1", "padding"),
     "alibi": (False, True),
     "cap": (None, 2.0),
     "sinks": (False, True),
@@ -146,8 +147,8 @@ def options(case: dict[str, Any]) -> dict[str, Any]:
         made["query_seq_lengths"] = lengths(s.T, (0.7, 1, 0))
     if case["mask"] is not None:
         made["mask"] = rng.random(shape(case["mask"])) < 0.8
-    if case["bias"] is not None and case["bias"].startswith("padding"):
-        masked = np.finfo(np.float32).min if "finfo" in case["bias"] else -1e9
+    if case["bias"] == "padding":
+        masked = np.finfo(np.float32).min
         before = np.arange(s.S) < np.arange(2, 2 + s.B)[:, None]
         made["bias"] = np.where(before, masked, 0).astype(np.float32)[:, None, None, :]
     elif case["bias"] is not None:

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import CASES, MESHES, ON_MESHES, ONE_AXIS, slow
+from cases import CASES, FEWER_ON_MESHES, MESHES, ONE_AXIS, slow
 from questions import (
     all_to_all_bytes,
     attend,
@@ -31,10 +31,6 @@ BY_DEGREE = (
     *(slow(name, 2) for name in ("grouped", "multi-query")),
     ("not causal", 2),
 )
-# Every mesh, with one case and one kind of axes; each case with each kind.
-FEWER_ON_MESHES = [
-    where if (i // 2 + 1) // 2 % 2 == i % 2 else slow(*where) for i, where in enumerate(ON_MESHES)
-]
 
 
 @pytest.mark.parametrize(("name", "degree"), BY_DEGREE)
