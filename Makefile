@@ -14,10 +14,20 @@ NEWEST := .venv-newest
 NEWEST_CORE := $(addprefix parity_tests/test_, $(addsuffix .py, import flax_attention \
     flax_attention_fn train heads right_communication right_bits exact_flags peer_cases))
 
-.PHONY: parity test test-slow test-newest test-gpu lint format benchmark clean
+# At least one test of every room, and a planted bug that has to be caught.
+CHECK := $(addprefix parity_tests/test_, import.py dense.py right_element.py bits.py convert.py \
+    training_tokens.py history.py exact_arithmetic.py \
+    blockwise.py::test_the_blocks_that_are_left_out \
+    right_values.py::test_lengths_are_padding flax_attention.py::test_output \
+    cli.py::test_plain_kernels_differ mutations.py::test_a_causal_mask_that_is_dropped_is_caught)
+
+.PHONY: check parity test test-slow test-newest test-gpu lint format benchmark clean
 
 parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 	$(BIN)/seqpar parity
+
+check: $(VENV)/.test  ## a part of the tests, in two minutes
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(CHECK)
 
 # File by file in their order: by the number of their tests the longest would come last, alone.
 test: $(VENV)/.test $(VENV)/.tpu  ## every test but the slow ones

@@ -171,7 +171,7 @@ def contract(
         sums = piece(0)
         for start in range(limit, S, limit):
             sums = sums + piece(start)
-        return total(sums)
+        return combine_digits(sums)
 
 
 def out(x: Float[Array, "..."]) -> Float[Array, "..."]:
