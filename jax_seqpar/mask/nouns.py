@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
 
 Noun = TypeVar("Noun")
-# Arrays of JAX or NumPy, and shapes, of which a kernel can be chosen.
-AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+if TYPE_CHECKING:
+    AnyArray = jax.Array
+else:
+    # Arrays of NumPy, too, and shapes, for which a kernel can be chosen. A kernel computes with
+    # arrays of JAX alone.
+    AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 # The name of each axis: "batch", "heads", "queries", "keys", or None for any other.
 Axes = tuple[str | None, ...]
 
