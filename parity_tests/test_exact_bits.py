@@ -143,6 +143,20 @@ ON_MESHES = (
 )
 
 
+def test_the_sign_of_what_rounds_to_zero_on_devices_that_share_heads():
+    """Gradients below the least number of float16 keep their sign, as on one device."""
+    inputs = Case(batch=2, tokens=16, heads=8, kv_heads=2, head_dim=5, dtype="float16").inputs()
+    inputs["grad"] = (inputs["grad"] * 2.0**-22).astype(np.float16)
+    attend = partial(
+        dot_product_attention, attention=exact_attention, mesh=ONE_AXIS[4].mesh(), is_causal=True
+    )
+    ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
+    check_equal(ours, torch_exact(inputs, is_causal=True))
+    for name in ("dk", "dv"):
+        x = np.asarray(ours[name])
+        assert np.any((x == 0) & np.signbit(x)), name
+
+
 @pytest.mark.parametrize(("case", "i"), ON_MESHES, ids=str)
 def test_no_bit_depends_on_the_mesh(case, i):
     """With fewer KV heads than devices, too: their gradients are added before any rounding."""

@@ -156,7 +156,9 @@ def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Arra
     dk, dv = problem.for_keys(chunk, [problem.full(S, n, dtype=jnp.float32) for n in channels])
     if shared.devices == 1:
         return dk, dv
-    return jnp.where(shared.is_first(), dk, 0), jnp.where(shared.is_first(), dv, 0)
+    # -0 is what adds nothing: a float16 gradient that rounds to -0 would become 0 beside +0.
+    first = shared.is_first()
+    return jnp.where(first, dk, -0.0), jnp.where(first, dv, -0.0)
 
 
 def normalised(p: Array, normaliser: Array) -> Array:
