@@ -197,7 +197,8 @@ class _ExactAttention(torch.autograd.Function):
         )
         shared_by = options.shared_by
         if shared_by is not None and dist.get_rank(shared_by) != 0:
-            dk, dv = torch.zeros_like(dk), torch.zeros_like(dv)
+            # -0 is what adds nothing: 0 would turn a float16 gradient of -0 into 0.
+            dk, dv = (torch.full_like(x, -0.0) for x in (dk, dv))
         return dq, dk, dv, *others
 
 
