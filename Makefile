@@ -26,7 +26,7 @@ CHECK := $(addprefix parity_tests/test_, import.py dense.py right_element.py bit
 parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 	$(BIN)/seqpar parity
 
-check: $(VENV)/.test  ## a part of the tests, in two minutes
+check: $(VENV)/.test  ## a part of the tests, one of every room at least
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(CHECK)
 
 # File by file in their order: by the number of their tests the longest would come last, alone.
