@@ -231,7 +231,7 @@ def _interrupt(number: int, frame: Any) -> None:
     """Raises KeyboardInterrupt; should nobody see it, the program ends after five seconds.
 
     What is raised while JAX traces and compiles can be lost: on a busy machine a Ctrl-C was, in two
-    runs of the tests of three (JAX 0.10.2), and the command went on to its end.
+    runs of the tests (JAX 0.10.2), and the command went on to its end.
     """
     timer = threading.Timer(5, _stop)
     timer.daemon = True
