@@ -265,6 +265,32 @@ def test_integers_bools_complex_and_byte_orders():
     assert found({"x": native}, {"x": planted_at(native, (1, 0)).astype(">f8")}).share == 1 / 6
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "parts"),
+    [
+        (np.array([2**53, 5]), np.array([2**53 + 1, 5]), True),
+        (np.array([2**64 - 1, 5], np.uint64), np.array([2**64 - 2, 5], np.uint64), True),
+        (np.array([2**63, 5], np.uint64), np.array([2**63 - 1, 5], np.int64), True),
+        (np.array([-(2**63), 5]), np.array([2**64 - 1, 5], np.uint64), True),
+        (np.array([2**63 - 1, 5], np.uint64), np.array([2**63 - 1, 5], np.int64), False),
+        (np.array([complex(1, math.inf), 2]), np.array([complex(3, math.inf), 2]), True),
+        (np.array([complex(1, math.inf), 2]), np.array([complex(1, -math.inf), 2]), True),
+        (np.array([complex(1, math.nan), 2]), np.array([complex(3, math.nan), 2]), True),
+        (np.array([complex(1, math.nan), 2]), np.array([complex(1, math.nan), 2.0]), False),
+    ],
+)
+def test_numbers_that_float64_does_not_tell_apart(x, y, parts):
+    found = first_divergence({"x": x[None]}, {"x": y[None]}, rtol=1e-30)
+    assert (found is not None) == parts
+    assert found is None or found.index == (0, 0)
+
+
+def test_a_tolerance_that_overflows_lets_no_infinity_agree():
+    x = np.array([[1e308, 1.0, 2.0]])
+    for value in (math.inf, -math.inf, math.nan):
+        assert found({"x": x}, {"x": np.array([[1e308, 1.0, value]])}, rtol=1e10).index == (0, 2)
+
+
 def test_views_and_gradients_do_not_matter():
     x = torch.arange(48.0).reshape(2, 3, 8)
     view = x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()

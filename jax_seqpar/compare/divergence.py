@@ -6,6 +6,7 @@ look.
 """
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,7 +115,8 @@ def first_divergence(
     """The first tensor, in recorded order, at which two runs part.
 
     Elements part where |a - b| > rtol * max |a|, the largest finite magnitude of that tensor, or
-    one of them alone is NaN. With rtol = 0, they part where a bit differs.
+    one of them alone is NaN, of complex numbers in either component. Integers are subtracted
+    exactly, everything else in float64. With rtol = 0, elements part where a bit differs.
 
     Args:
       a, b: arrays `[B, S, ...]` by name, such as "layers.3/attention/query": hidden states
@@ -212,17 +214,18 @@ def _rows(
 def _row(name: str, x: Any, y: Any, rtol: float) -> _Row:
     (report,) = compare_bits({name: x}, {name: y}).leaves
     a, b = _array(x), _array(y)
+    equal = report.equal
     if not report.comparable:
         both = np.result_type(wide(a), wide(b))
-        a, b = a.astype(both), b.astype(both)
-        (report,) = compare_bits({name: a}, {name: b}).leaves
+        (report,) = compare_bits({name: a.astype(both)}, {name: b.astype(both)}).leaves
         report = replace(report, max_ulp=None)
     magnitude = np.abs(wide(a))
     largest = float(magnitude[np.isfinite(magnitude)].max(initial=0))
-    bound = rtol * largest if rtol else None
+    # A product that overflows would let every pair of numbers agree, infinities included.
+    bound = min(rtol * largest, sys.float_info.max) if rtol else None
     distance = float(report.max_abs or 0)
     relative = distance / largest if largest else math.inf if distance else 0.0
-    parts = np.zeros(a.shape, bool) if report.equal else _parts(a, b, bound)
+    parts = np.zeros(a.shape, bool) if equal else _parts(a, b, bound)
     return _Row(name, a, b, bound, parts, report, relative)
 
 
@@ -231,10 +234,21 @@ def _parts(a: np.ndarray, b: np.ndarray, bound: float | None) -> np.ndarray:
     if bound is None:
         bytes_a, bytes_b = (np.ascontiguousarray(x).reshape(-1, 1).view(np.uint8) for x in (a, b))
         return np.asarray((bytes_a != bytes_b).any(axis=1)).reshape(a.shape)
-    x, y = wide(a), wide(b)
-    # Equal infinities have no distance, and a NaN is compared with nothing.
     with np.errstate(all="ignore"):
-        return np.asarray((np.abs(x - y) > bound) | (np.isnan(x) != np.isnan(y)))
+        return np.asarray(~(_distance(a, b) <= bound), bool)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a - b|: 0 for equal infinities and two NaNs, NaN where only one of the two is a NaN."""
+    if all(x.dtype.kind in "biu" for x in (a, b)):
+        # Python's integers are exact; float64 holds no odd number beyond 2^53.
+        return np.asarray(np.abs(a.astype(object) - b.astype(object)))
+
+    def component(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, x - y)
+
+    x, y = wide(a), wide(b)
+    return np.asarray(np.hypot(component(x.real, y.real), component(x.imag, y.imag)))
 
 
 def _divergence(row: _Row, agreed: str | None, axes: Sequence[str]) -> Divergence:

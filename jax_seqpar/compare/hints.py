@@ -105,8 +105,9 @@ def _permutation(
     keys, wanted = (np.real(wide(rows[:, column])) for rows in (rows_a, rows_b))
     ranked = np.argsort(keys, kind="stable")
     free = set(range(len(rows_a)))
-    first = np.searchsorted(keys[ranked], wanted - tolerance, side="left")
-    last = np.searchsorted(keys[ranked], wanted + tolerance, side="right")
+    with np.errstate(over="ignore"):  # an infinite end of a range leaves no key out
+        first = np.searchsorted(keys[ranked], wanted - tolerance, side="left")
+        last = np.searchsorted(keys[ranked], wanted + tolerance, side="right")
     order = []
     for row, low, high in zip(range(len(rows_b)), first, last, strict=True):
         # Its own place before others, so that equal rows, as of padding, stay where they are. A

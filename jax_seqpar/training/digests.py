@@ -29,7 +29,9 @@ def digest_arrays(tree: Any) -> dict[str, str]:
       "float32[64, 128] 0f3a5b7c9d1e2f40".
 
     Example:
-      damaged = [path for path, x in digest_arrays(restored).items() if x != saved[path]]
+      restored = digest_arrays(state)
+      # A leaf that became None has no digest: ask for every path that was saved.
+      damaged = [path for path, digest in saved.items() if restored.get(path) != digest]
     """
     leaves = [
         (path, x if isinstance(x, jax.Array) else _numbers(path, x))
