@@ -66,7 +66,7 @@ from benchmark_tools import (
 from benchmark_ulysses import peak_growth
 from jax.sharding import NamedSharding
 
-from jax_seqpar import MeshLayout, blockwise_attention, dot_product_attention
+from jax_seqpar import MeshLayout, Ulysses, blockwise_attention, dot_product_attention
 from jax_seqpar.parity.cases import Case
 
 OURS, TORCH, JAX_NN = "blockwise", "torch flash", "jax.nn"
@@ -264,7 +264,8 @@ def memory_command(
         for d, c in todo:
             step(f"{d} devices, {c} slices")
             mesh = jax.make_mesh((d,), ("seq",), devices=jax.devices("cpu")[:d])
-            attention = partial(dot_product_attention, mesh=mesh, head_chunks=c, overlap=c == 1)
+            strategy = Ulysses(c, overlap=c == 1)
+            attention = partial(dot_product_attention, mesh=mesh, strategy=strategy)
             compiled = programs(attention, case, NamedSharding(mesh, MeshLayout().spec))
             sizes = {"tokens": tokens, "degree": d, "head_chunks": c}
             measure("pipeline", compiled, pipeline_bytes(case, d, c), **sizes)

@@ -18,6 +18,8 @@ from .layout import MeshLayout as MeshLayout
 from .mask import head_keys as head_keys
 from .mask.padding import Padded as Padded
 from .mask.padding import pad_to_degree as pad_to_degree
+from .strategies import AllGatherKV as AllGatherKV
+from .strategies import Ulysses as Ulysses
 from .strategies.reshard import heads_to_sequence as heads_to_sequence
 from .strategies.reshard import sequence_to_heads as sequence_to_heads
 from .strategies.ulysses import ulysses_attention as ulysses_attention

@@ -12,15 +12,14 @@ from jaxtyping import Array, Float
 
 from . import refusals
 from .compiled import compiled_with
-from .exact.kv_replicas import adds_without_rounding, tell_shared_heads
-from .kernels import choose_kernel
+from .exact.kv_replicas import tell_shared_heads
+from .kernels import blockwise_attention, choose_kernel
 from .layout import MeshLayout, axes_size, names
 from .mask import Spec, keyword_form
-from .mask.keywords import PER_HEAD, keywords_of
+from .mask.keywords import keywords_of
 from .mask.nouns import Axes
 from .mesh import AnyMesh, devices_of, find_mesh, reshard
-from .strategies.heads import HeadPlan, merge_heads, plan_heads, split_heads
-from .strategies.ulysses import ulysses_attention
+from .strategies import Strategy, Ulysses
 
 
 @keyword_form
@@ -33,8 +32,7 @@ def dot_product_attention(
     attention: Callable[..., Array] | None = None,
     layout: MeshLayout = MeshLayout(),
     mesh: AnyMesh | None = None,
-    head_chunks: int = 1,
-    overlap: bool = True,
+    strategy: Strategy = Ulysses(),
     check_vma: bool | None = None,
 ) -> Float[Array, "B T N V"]:
     """`jax.nn.dot_product_attention` for sequences sharded over a mesh.
@@ -64,7 +62,8 @@ def dot_product_attention(
         `jax.set_mesh` has a sharding in its type, which must be that of the output. The eager
         gradient of a loss such as `out.sum()` needs `jax.set_mesh`, as that of any sharded array's
         sum does in JAX 0.10.2.
-      head_chunks, overlap: as in `ulysses_attention`.
+      strategy: how the devices of the token axis share the work: `Ulysses(head_chunks=, overlap=)`
+        or `AllGatherKV()`.
       check_vma: of `jax.shard_map`; False for a Pallas kernel, which does not state how its output
         varies. If None, True but for the platform's own kernel chosen here.
 
@@ -89,14 +88,16 @@ def dot_product_attention(
         refusals.check_sharding(name, jax.typeof(x).sharding.spec, layout)
     given = keywords_of(spec)
     refusals.check_devices(operands | given, devices_of(mesh))
+    refusals.check_strategy(strategy, Strategy, layout)
     refusals.check_division(query.shape, key.shape, layout, mesh.shape)
     if attention is None:
         choice = choose_kernel(query, key, value, platform=_platform(mesh), **given)
-        attention = choice.attention
-        check_vma = choice.name == "blockwise" if check_vma is None else check_vma
+        # Fused kernels count their queries from 0.
+        is_whole = strategy.heads_axes(layout.tokens) != () or layout.tokens is None
+        attention = choice.attention if is_whole else blockwise_attention
+        own = not is_whole or choice.name == "blockwise"
+        check_vma = own if check_vma is None else check_vma
     refusals.check_keywords(attention, list(given))
-    refusals.check_chunks_have_an_axis(head_chunks, overlap, layout)
-    refusals.check_flag("overlap", overlap)
     refusals.check_flag("check_vma", check_vma, (None, True, False))
 
     arrange = _Arrangement(
@@ -104,8 +105,7 @@ def dot_product_attention(
         mesh,
         # None given means all; to name them all forbids a vmap over one more sharded axis.
         frozenset(mesh.axis_names) - set(manual) if manual else frozenset(),
-        head_chunks,
-        overlap,
+        strategy,
         check_vma is not False,
     )
     return compiled_with(attention, _attend, arrange)(query, key, value, spec)
@@ -118,8 +118,7 @@ class _Arrangement:
     layout: MeshLayout
     mesh: AnyMesh
     axis_names: frozenset[str]
-    head_chunks: int
-    overlap: bool
+    strategy: Strategy
     check_vma: bool
 
 
@@ -147,38 +146,33 @@ def _attend(
         )()
     degree, tensor_parallel = (axes_size(x, mesh.shape) for x in (layout.tokens, layout.heads))
     N, K = query.shape[2] // tensor_parallel, max(key.shape[2] // tensor_parallel, 1)
-    plan = plan_heads(N, K, degree, may_copy=not adds_without_rounding(attention))
-    spec = spec.map(partial(_with_added_heads, plan=plan, heads=N))
+    strategy = arrange.strategy
+    if layout.tokens is not None:
+        spec = strategy.pad_heads(spec, N, K, degree, attention)
     # Fewer KV heads than tensor-parallel shards: they stay whole, and each shard takes its one.
     whole_kv = key.shape[2] % tensor_parallel != 0
     kv_spec = replace(layout, heads=None).spec if whole_kv else layout.spec
 
-    def per_device(query: Array, key: Array, value: Array, own: Spec) -> Array:
-        given = keywords_of(own)
-        per_head = {name: given.pop(name) for name in PER_HEAD if name in given}
-        local = partial(attention, **given)
+    def per_device(query: Array, key: Array, value: Array, spec: Spec) -> Array:
+        local = attention
         if whole_kv:
             shared = ((names(layout.heads), tensor_parallel // key.shape[2]),)
             if layout.tokens is not None:
-                shared += ((layout.tokens, plan.copies),)
+                shared += ((layout.tokens, strategy.kv_replicas(N, K, degree, attention)),)
             local = tell_shared_heads(local, shared)
             key, value = (_own_head(x, layout, tensor_parallel) for x in (key, value))
         if layout.tokens is None:
-            out = local(query, key, value, **per_head)
+            out = local(query, key, value, **keywords_of(spec))
             refusals.check_local_output(out, query, value)
             return out
-        return ulysses_attention(
-            query,
-            key,
-            value,
-            axis_name=layout.tokens,
-            attention=local,
-            per_head=per_head,
-            head_chunks=arrange.head_chunks,
-            overlap=arrange.overlap,
-        )
+        return strategy(local, query, key, value, spec, axis_name=layout.tokens)
 
-    specs = (layout.spec, kv_spec, kv_spec, spec.map(partial(_array_spec, layout=layout)))
+    specs = (
+        layout.spec,
+        kv_spec,
+        kv_spec,
+        spec.map(partial(_array_spec, layout=layout, strategy=strategy)),
+    )
     operands = (query, key, value, spec)
     operands = jax.tree.map(partial(reshard, mesh=mesh), operands, specs)
     return jax.shard_map(
@@ -205,21 +199,11 @@ def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
 
 
-def _with_added_heads(x: Array, axes: Axes, *, plan: HeadPlan, heads: int) -> Array:
-    """An array as it is sharded: with the heads that are added to those of each shard."""
-    if "heads" not in axes:
-        return x
-    axis = axes.index("heads")
-    if x.shape[axis] == 1 or plan.is_trivial:
-        return x
-    return merge_heads(plan.pad_queries(split_heads(x, axis, heads), axis + 1), axis)
-
-
-def _array_spec(x: Array, axes: Axes, *, layout: MeshLayout) -> PartitionSpec:
+def _array_spec(x: Array, axes: Axes, *, layout: MeshLayout, strategy: Strategy) -> PartitionSpec:
     """The batch as the layout has it, heads as the reshard leaves them, and the tokens whole."""
     mesh_axes: dict[Any, Any] = {
         "batch": layout.batch,
-        "heads": (*names(layout.heads), *names(layout.tokens)),
+        "heads": (*names(layout.heads), *strategy.heads_axes(layout.tokens)),
     }
     return PartitionSpec(
         *(mesh_axes.get(axis) if n > 1 else None for n, axis in zip(x.shape, axes, strict=True))

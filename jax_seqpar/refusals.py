@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -184,14 +185,36 @@ def check_flag(name: str, value: Any, choices: Sequence[Any] = (True, False)) ->
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
 
 
-def check_chunks_have_an_axis(chunks: Any, overlap: Any, layout: MeshLayout) -> None:
-    """Raises ValueError for head chunks of a layout that shards no tokens."""
-    if layout.tokens is None and (chunks != 1 or overlap is False):
+def check_strategy(strategy: Any, kind: Any, layout: MeshLayout) -> None:
+    """Raises ValueError unless the strategy is one, and has an axis where it has options."""
+    if not isinstance(strategy, kind) or isinstance(strategy, type):
         raise ValueError(
-            f"head_chunks = {chunks!r}, overlap = {overlap!r} have no reshard to work on: "
-            f"{layout!r} shards no tokens. Leave them out, or name the mesh axis in "
-            f"MeshLayout(tokens=)."
+            f"strategy must be Ulysses(...) or AllGatherKV(), got {strategy!r}. Write "
+            f"strategy=jax_seqpar.Ulysses()."
         )
+    if layout.tokens is None and strategy != type(strategy)():
+        raise ValueError(
+            f"{strategy!r} has no reshard to work on: {layout!r} shards no tokens. Leave it out, "
+            f"or name the mesh axis in MeshLayout(tokens=)."
+        )
+
+
+def form_of_spec(kernel: Any) -> Callable[..., Any]:
+    """The form of a kernel that takes a Spec; raises ValueError for a function without one."""
+    keywords = dict(getattr(kernel, "keywords", {}))
+    attend = getattr(getattr(kernel, "func", kernel), "of_spec", None)
+    if attend is None or getattr(kernel, "args", ()):
+        raise ValueError(
+            f"attention={_name(kernel)} cannot be told that it has a part of the queries. Use "
+            f"jax_seqpar.blockwise_attention, or strategy=Ulysses()."
+        )
+    known = inspect.signature(attend).parameters
+    if masks := [name for name in keywords if name not in known]:
+        raise ValueError(
+            f"{masks[0]} is bound to {_name(attend)}, which has a part of the queries here. Pass "
+            f"it to jax_seqpar.dot_product_attention."
+        )
+    return partial(attend, **keywords)
 
 
 def check_per_head_arrays(attention: Callable[..., Any], arrays: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_seqpar import blockwise_attention, compiler_options, dot_product_attention
+from jax_seqpar import Ulysses, blockwise_attention, compiler_options, dot_product_attention
 from jax_seqpar.kernels import cudnn, fused_attention
 
 HEAD_DIM = 128
@@ -87,7 +87,7 @@ class Program:
             attention=fused if self.fused else blockwise_attention,
             is_causal=True,
             mesh=mesh,
-            head_chunks=self.head_chunks,
+            strategy=Ulysses(self.head_chunks),
             check_vma=not splash,
             **{name: x for name, x in self.options.items() if x != "array"},
         )

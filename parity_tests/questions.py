@@ -171,6 +171,16 @@ def all_to_all_bytes(program: str) -> int:
     return total
 
 
+def received_bytes(program: str, degree: int) -> int:
+    """Bytes that one device receives from others in all-to-alls and all-gathers."""
+    total = 0
+    for results in re.findall(r"= (.*?) (?:all-to-all|all-gather)\(", program):
+        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", results):
+            bits = int(re.sub(r"\D", "", dtype) or 8)
+            total += int(np.prod([int(n) for n in sizes.split(",")])) * bits // 8
+    return total * (degree - 1) // degree
+
+
 def compiled(
     function: Callable[..., Any], *args: Any, compiler_options: dict[str, Any] | None = None
 ) -> str:

@@ -29,6 +29,7 @@ from rank_functions import exact_on_ranks
 
 import torch_ref.exact
 from jax_seqpar import (
+    Ulysses,
     dense_attention,
     dot_product_attention,
     exact_attention,
@@ -218,8 +219,7 @@ def test_all_at_once_on_a_mesh(heads, where, kind, by_positions, head_chunks):
             attention=exact_attention,
             layout=where.layout,
             mesh=where.mesh(kind),
-            head_chunks=head_chunks,
-            overlap=where is not ONE_AXIS[2],
+            strategy=Ulysses(head_chunks, overlap=where is not ONE_AXIS[2]),
             dropout_rng=rng,
             **arrays,
             **static,

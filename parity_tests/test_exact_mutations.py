@@ -19,12 +19,13 @@ from exact_cases import (
 from questions import output_and_gradients
 
 import torch_ref.exact
-from jax_seqpar import attention, dot_product_attention, exact_attention
+from jax_seqpar import dot_product_attention, exact_attention
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import arithmetic, backward, forward, problem
 from jax_seqpar.exact.kv_replicas import SharedHeads
 from jax_seqpar.mask import Dropout, threefry
 from jax_seqpar.parity.cases import Case, adversarial
+from jax_seqpar.strategies import ulysses
 from torch_ref.dropout import gain, is_kept
 from torch_ref.masks import places
 
@@ -181,7 +182,7 @@ MUTATIONS = {
     ),
     "sinks and keys of other heads": (
         with_dropout_and_sinks_on_devices,
-        attention,
+        ulysses,
         "_with_added_heads",
         lambda x, axes, *, plan, heads: jnp.pad(
             x, [(0, plan.query_heads - heads if n == heads else 0) for n in x.shape]

@@ -32,6 +32,7 @@ from questions import QUICK
 
 from jax_seqpar import (
     MeshLayout,
+    Ulysses,
     blockwise_attention,
     choose_kernel,
     dense_attention,
@@ -75,7 +76,7 @@ def _right(case):
         attention=KERNELS[kernel],
         mesh=where.mesh(kind),
         layout=where.layout,
-        head_chunks=chunks,
+        strategy=Ulysses(chunks),
     )
     # Compiled as for a user where one compiler gives both sides of what is compared in bits.
     compiler_options = None if kernel == "blockwise" else QUICK

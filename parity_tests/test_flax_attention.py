@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from jax_seqpar import MeshLayout, dense_attention
+from jax_seqpar import MeshLayout, Ulysses, dense_attention
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.flax import Attention, Projection, Rotary, SequenceParallel
 from torch_ref.dense import dense_attention as torch_dense_attention
@@ -205,8 +205,7 @@ PASSED_ON: dict[str, Any] = {
     "local_window_size": (5, 0),
     "logits_soft_cap": 3.0,
     "attention": dense_attention,
-    "head_chunks": 2,
-    "overlap": False,
+    "strategy": Ulysses(2, overlap=False),
     "check_vma": False,
 }
 

@@ -20,6 +20,7 @@ from questions import (
 
 from jax_seqpar import (
     MeshLayout,
+    Ulysses,
     compiler_options,
     dense_attention,
     dot_product_attention,
@@ -49,7 +50,7 @@ def test_no_bit_depends_on_them(case, chunks, overlap):
     """But for dk and dv where a slice has a part of the query heads of a KV head."""
     kind = (AxisType.Auto, AxisType.Explicit)[overlap]
     whole = whole_of(case, kind)
-    sliced = attend(case, WHERE, kind, head_chunks=chunks, overlap=overlap)
+    sliced = attend(case, WHERE, kind, strategy=Ulysses(chunks, overlap))
     got = output_and_gradients(sliced)(**case.inputs())
     splits = max(case.kv_heads // 4, 1) % chunks != 0
     for a, b in list(zip(got, whole, strict=True))[: 2 if splits else 4]:
@@ -64,7 +65,7 @@ def test_exact_attention_in_slices():
     case = CASES["grouped"]
     exact = partial(attend, case, WHERE, attention=exact_attention)
     whole = output_and_gradients(exact())(**case.inputs())
-    got = output_and_gradients(exact(head_chunks=2))(**case.inputs())
+    got = output_and_gradients(exact(strategy=Ulysses(2)))(**case.inputs())
     assert compare_bits(got, whole).equal
 
 
@@ -72,7 +73,7 @@ def test_exact_attention_in_slices():
 def test_as_many_bytes_in_more_all_to_alls(chunks):
     case = Case(batch=2, tokens=16, heads=32, kv_heads=16, head_dim=5)
     *inputs, grad = sharded_inputs(case, WHERE)
-    sliced = attend(case, WHERE, head_chunks=chunks)
+    sliced = attend(case, WHERE, strategy=Ulysses(chunks))
     forward = compiled(sliced, *inputs)
     both = compiled(output_and_gradients(sliced), *inputs, grad)
     assert collectives(forward) == {"all-to-all": 4 * chunks}
@@ -85,7 +86,7 @@ def test_as_many_bytes_in_more_all_to_alls(chunks):
 def test_keys_travel_once_for_all_the_slices_that_read_them():
     case = CASES["fewer KV heads than devices"]
     *inputs, _ = sharded_inputs(case, WHERE)
-    program = compiled(attend(case, WHERE, head_chunks=4), *inputs)
+    program = compiled(attend(case, WHERE, strategy=Ulysses(4)), *inputs)
     assert collectives(program) == {"all-to-all": 2 + 2 * 4}
     assert all_to_all_bytes(program) == bytes_by_formula(case, WHERE, 1)
 
@@ -98,7 +99,7 @@ def test_one_after_another_they_divide_the_memory():
     def temporaries(**options):
         return temporaries_of(output_and_gradients(attend(case, WHERE, **options)), *inputs, grad)
 
-    whole, half, quarter = (temporaries(head_chunks=c, overlap=False) for c in (1, 2, 4))
+    whole, half, quarter = (temporaries(strategy=Ulysses(c, False)) for c in (1, 2, 4))
     gathered = 2048 * 4 * 16 * 4  # bytes of one of query, key, value of a device's heads
     assert whole > half > quarter
     assert whole - quarter >= 3 * gathered, "at least query, key and value of three slices in four"
@@ -112,13 +113,16 @@ def test_a_mask_of_each_head_is_sliced():
     options = {"mask": mask, "sinks": sinks, "mesh": WHERE.mesh()}
     whole = jax.jit(partial(dot_product_attention, **options))(q, k, v)
     for chunks in (2, 4):
-        got = jax.jit(partial(dot_product_attention, head_chunks=chunks, **options))(q, k, v)
+        got = jax.jit(partial(dot_product_attention, strategy=Ulysses(chunks), **options))(q, k, v)
         assert compare_bits(got, whole).equal
 
 
 REFUSED = {
     "that do not divide": ({"head_chunks": 3}, r"head_chunks must divide the 4 query heads"),
-    "of nothing": ({"head_chunks": 0}, r"head_chunks must divide the 4 query heads of a device"),
+    "of nothing": (
+        {"head_chunks": 0},
+        r"head_chunks must divide the 4 query heads of a device",
+    ),
     "that are a float": ({"head_chunks": 2.0}, r"head_chunks must divide the 4 query heads"),
     "of exact attention": (
         {"head_chunks": 4, "attention": exact_attention},
@@ -131,23 +135,25 @@ REFUSED = {
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_slices(options, message):
     q, k, v, _ = map(jnp.asarray, Case(2, 16, 16, 8, 5).inputs().values())
+    strategy, attention = Ulysses(options["head_chunks"]), options.get("attention")
+    attend = partial(dot_product_attention, mesh=WHERE.mesh(), attention=attention)
     with pytest.raises(ValueError, match=message):
-        dot_product_attention(q, k, v, mesh=WHERE.mesh(), **options)
+        attend(q, k, v, strategy=strategy)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_slices_that_cut_groups_unevenly():
     q, k, v, _ = map(jnp.asarray, Case(2, 16, 24, 8, 5).inputs().values())
     with pytest.raises(ValueError, match=r"neither divides nor is divisible by the 4 KV heads"):
-        dot_product_attention(q, k, v, mesh=ONE_AXIS[2].mesh(), head_chunks=3)
+        dot_product_attention(q, k, v, mesh=ONE_AXIS[2].mesh(), strategy=Ulysses(3))
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_slices_without_a_reshard():
     q, k, v, _ = map(jnp.asarray, Case(2, 16, 8, 8, 5).inputs().values())
-    with pytest.raises(ValueError, match=r"head_chunks = 2, .* have no reshard to work on"):
+    with pytest.raises(ValueError, match=r"Ulysses.head_chunks=2.* has no reshard to work on"):
         dot_product_attention(
-            q, k, v, mesh=WHERE.mesh(), layout=MeshLayout(tokens=None), head_chunks=2
+            q, k, v, mesh=WHERE.mesh(), layout=MeshLayout(tokens=None), strategy=Ulysses(2)
         )
 
 

@@ -90,8 +90,8 @@ def batch_outside(x, axis_name):
     return received.reshape(B, P * s, N // P, H)
 
 
-def swapped(query, key, value, **options):
-    return ulysses.ulysses_attention(query, value, key, **options)
+def swapped(query, key, value, true=ulysses.ulysses_attention, **options):
+    return true(query, value, key, **options)
 
 
 def tiled_heads(x, copies):
@@ -102,7 +102,7 @@ def tiled_heads(x, copies):
 VALUES = {"values", "values, few KV heads"}
 MUTATIONS = {
     "key and value swapped": (
-        {"attention.ulysses_attention": swapped},
+        {"strategies.ulysses.ulysses_attention": swapped},
         VALUES | {"values, full multi-head"},
     ),
     "devices rotated on the way in": (

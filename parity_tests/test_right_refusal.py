@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_seqpar import (
     MeshLayout,
+    Ulysses,
     blockwise_attention,
     choose_kernel,
     dense_attention,
@@ -450,7 +451,7 @@ OTHER_CALLS = {
         r"attention returned tuple, expected one array.*return_lse=True",
     ),
     "overlap that is a string": (
-        lambda: dot_product_attention(*qkv(), mesh=MESH, overlap="no"),  # pyright: ignore
+        lambda: Ulysses(overlap="no"),  # pyright: ignore
         r"overlap must be one of \[True, False\], got 'no'",
     ),
     "check_vma that is a string": (
@@ -459,9 +460,9 @@ OTHER_CALLS = {
     ),
     "overlap without a reshard": (
         lambda: dot_product_attention(
-            *qkv(), mesh=MESH, layout=MeshLayout(tokens=None), overlap=False
+            *qkv(), mesh=MESH, layout=MeshLayout(tokens=None), strategy=Ulysses(overlap=False)
         ),
-        r"overlap = False have no reshard to work on",
+        r"overlap=False.* has no reshard to work on",
     ),
     "a mesh that is a string": (
         lambda: dot_product_attention(*qkv(), mesh="seq"),  # pyright: ignore
@@ -541,7 +542,9 @@ def test_nothing_is_no_misfit(sizes, heads, kernel, kind):
     (B, T, S), (N, K) = sizes, heads
     query, key = array(B, T, N, 4) + 1, array(B, S, K, 4) + 1
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
-    call = partial(dot_product_attention, attention=kernel, mesh=mesh, head_chunks=1 + (N == 8))
+    call = partial(
+        dot_product_attention, attention=kernel, mesh=mesh, strategy=Ulysses(1 + (N == 8))
+    )
 
     def run(*operands):
         out, pull = jax.vjp(call, *operands)

@@ -80,7 +80,7 @@ class Problem:
 
     def kept(self, x: Array, queries: Tokens, keys: Tokens) -> Array:
         """`[G, t, s]` with 0 where dropout drops the weight."""
-        keep = self.spec.dropout.keep(queries, keys)
+        keep = self.spec.keep(queries, keys)
         return x if keep is None else jnp.where(keep[0], x, 0)
 
     @property
@@ -109,7 +109,7 @@ class Problem:
         T, size = self.query.shape[1], self.options.query_chunk
         if keys is None:
             return for_blocks(T, size, (0, T), body, carry)
-        bounds = self.spec.mask.queries_of(keys, T)
+        bounds = self.spec.queries_of(keys, T)
         return for_blocks(T, min(T, INNER * size), bounds, body, carry)
 
     def for_keys(self, body: Callable[..., Any], carry: Any, queries: Tokens | None = None) -> Any:
@@ -117,7 +117,7 @@ class Problem:
         S, size = self.key.shape[0], self.options.key_chunk
         if queries is None:
             return for_blocks(S, size, (0, S), body, carry)
-        bounds = self.spec.mask.keys_of(queries, S)
+        bounds = self.spec.keys_of(queries, S)
         return for_blocks(S, min(S, INNER * size), bounds, body, carry)
 
     def full(self, *shape: int, value: float | int = 0, dtype: Any = jnp.float64) -> Array:
@@ -133,7 +133,9 @@ class Problem:
 
 def without_unread_keys(mask: Mask, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
     """Key and value, with 0 for the tokens that lengths and segments hide from every query."""
-    queries, keys = (Tokens(0, x.shape[1]).numbers for x in (query, key))
+    # All the queries of the sequence, of which the kernel may have a part.
+    T = query.shape[1] if mask.segment_ids is None else mask.segment_ids[0].shape[1]
+    queries, keys = (Tokens(0, n).numbers for n in (T, key.shape[1]))
     lengths = (mask.query_seq_lengths, mask.key_value_seq_lengths)
     attending, attended = (
         None if x is None else tokens < x.astype(jnp.int32)[:, None]

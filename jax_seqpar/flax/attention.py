@@ -14,6 +14,7 @@ from ..attention import dot_product_attention
 from ..layout import MeshLayout, axes_size, names
 from ..mask import Window
 from ..mesh import AnyMesh, find_mesh, place
+from ..strategies import Strategy, Ulysses
 from . import refusals
 from .precision import kernel_precision
 from .projection import Initializer, ParameterSharding, Projection, parameter
@@ -38,7 +39,7 @@ class Attention(nnx.Module):
       sinks: a learned logit for each query head, without a value (as in gpt-oss).
       use_bias: in query, key and value; `use_out_bias` in the output.
       dropout_rate, deterministic: of the weights; `deterministic` may be said at the call.
-      layout, mesh, attention, head_chunks, overlap, check_vma: as for `dot_product_attention`.
+      layout, mesh, attention, strategy, check_vma: as for `dot_product_attention`.
       sharding, kernel_init, dtype, param_dtype: as for `Projection`.
       precision: of all products, the kernel's included, forward and backward: one
         `jax.lax.Precision` or its name. None leaves it to `jax.default_matmul_precision`.
@@ -75,8 +76,7 @@ class Attention(nnx.Module):
         attention: Callable[..., Array] | None = None,
         layout: MeshLayout = MeshLayout(),
         mesh: AnyMesh | None = None,
-        head_chunks: int = 1,
-        overlap: bool = True,
+        strategy: Strategy = Ulysses(),
         check_vma: bool | None = None,
         sharding: ParameterSharding | None = None,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
             "attention": attention,
             "check_vma": check_vma,
         }
-        self.chunks = {"head_chunks": head_chunks, "overlap": overlap}
+        self.strategy = strategy
 
         sizes = {"D": features, "N": num_heads, "K": num_kv_heads, "H": head_dim}
 
@@ -195,7 +195,7 @@ class Attention(nnx.Module):
                 out = self._decode(query, key, value, order, options)
             else:
                 options |= {"segment_ids": segment_ids, "layout": self.layout, "mesh": self.mesh}
-                out = dot_product_attention(query, key, value, **options, **self.chunks)
+                out = dot_product_attention(query, key, value, **options, strategy=self.strategy)
         record("context", out)
         return self.out(out)
 

@@ -15,6 +15,7 @@ from ..layout import MeshLayout, axes_size
 from ..mask import Window, head_keys
 from ..mask.padding import pad_to_degree
 from ..mesh import AnyMesh, find_mesh
+from ..strategies import Strategy, Ulysses
 from . import refusals as flax_refusals
 from .precision import kernel_precision
 
@@ -37,7 +38,7 @@ class SequenceParallel(_Instances):
     value, so a module that holds it is compiled once.
 
     Args:
-      layout, mesh, attention, head_chunks, overlap, check_vma: as for
+      layout, mesh, attention, strategy, check_vma: as for
         `jax_seqpar.dot_product_attention`.
       is_causal: in addition to what Flax asks for. Linen has no other way to say it but a mask of
         T x S; with nnx it is the same as `is_causal=True` at the call.
@@ -58,8 +59,7 @@ class SequenceParallel(_Instances):
     is_causal: bool = False
     local_window_size: Window | None = None
     logits_soft_cap: float | None = None
-    head_chunks: int = 1
-    overlap: bool = True
+    strategy: Strategy = Ulysses()
     check_vma: bool | None = None
 
     def __call__(
@@ -153,8 +153,7 @@ class SequenceParallel(_Instances):
                 attention=self.attention,
                 layout=layout,
                 mesh=self.mesh,
-                head_chunks=self.head_chunks,
-                overlap=self.overlap,
+                strategy=self.strategy,
                 check_vma=self.check_vma,
             )
         return padded.unpad(out).reshape(*batch, T, N, -1)

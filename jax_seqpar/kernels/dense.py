@@ -60,7 +60,7 @@ def dense_rows(
     dots = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=dtype)
     z = spec.to_logits(dots.reshape(B, N, T, S), spec.terms(queries, keys), H)
     weights, normaliser = softmax(z, spec.logits.sinks)
-    weights = spec.dropout.apply(weights, spec.dropout.keep(queries, keys))
+    weights = spec.dropout.apply(weights, spec.keep(queries, keys))
 
     weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
     out = jnp.einsum("BKGTS,BSKV->BTKGV", weights, value, preferred_element_type=dtype)

@@ -71,13 +71,12 @@ class Head(NamedTuple):
         return jax.vjp(of, dots, *added)
 
     def kept(self, weights: Array, queries: Tokens, keys: Tokens) -> Array:
-        dropout = self.spec.dropout
-        keep = dropout.keep(queries, keys)
-        return dropout.apply(weights, None if keep is None else keep[0, 0])
+        keep = self.spec.keep(queries, keys)
+        return self.spec.dropout.apply(weights, None if keep is None else keep[0, 0])
 
     def for_keys(self, queries: Tokens, size: int, body: Callable[..., Any], carry: Any) -> Any:
         S = self.k.shape[0]
-        return for_blocks(S, size, self.spec.mask.keys_of(queries, S), body, carry)
+        return for_blocks(S, size, self.spec.keys_of(queries, S), body, carry)
 
 
 # Compiled in an eager call, too: a loop that is traced anew each time would compile each time.
@@ -312,7 +311,8 @@ def _bias_gradient(
         def rows(queries: Tokens, fresh_queries: Array | None, sums: Array) -> Array:
             def add(keys: Tokens, fresh_keys: Array | None, sums: Array) -> Array:
                 _, dz, pull = one.weights(queries, keys, (fresh_queries, fresh_keys))
-                at = zip(bias.shape, (b, n, queries.start, keys.start), strict=True)
+                t, s = spec.placed(queries, keys)
+                at = zip(bias.shape, (b, n, t.start, s.start), strict=True)
                 # An axis of size 1 is added up over.
                 return _add(sums, pull(dz)[1], tuple(0 if size == 1 else i for size, i in at))
 

@@ -99,6 +99,8 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
       query, key, value: anything with a shape and a dtype.
       spec: of such arrays, too.
     """
+    if spec.queries is not None or spec.keys is not None:
+        return "a part of the tokens is not supported by splash: it counts them from 0"
     asked = keywords_of(spec).keys()
     for name, reason in _WITHOUT.items():
         if name in asked:

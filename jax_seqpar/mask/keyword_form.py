@@ -82,7 +82,10 @@ class Attention(Protocol):
 
 
 def keyword_form(attend: Callable[..., Any]) -> Attention:
-    """`attend(query, key, value, spec, **options)` as a function of the keywords of `Attention`."""
+    """`attend(query, key, value, spec, **options)` as a function of the keywords of `Attention`.
+
+    The function itself is the attribute `of_spec` of the result.
+    """
     _, *common, _ = inspect.signature(Attention.__call__).parameters.values()
     _, _, _, _, *own = inspect.signature(attend).parameters.values()
     signature = inspect.Signature([*common, *own])
@@ -99,4 +102,5 @@ def keyword_form(attend: Callable[..., Any]) -> Attention:
         return attend(query, key, value, describe(query, key, value, **given), **options)
 
     attention.__signature__ = signature  # pyright: ignore
+    attention.of_spec = attend  # pyright: ignore
     return attention

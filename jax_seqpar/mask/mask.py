@@ -113,13 +113,19 @@ class Mask:
         t, s = self._positions(queries, keys)
         return jnp.minimum(jnp.abs(t - s), MOST_DISTANT)
 
-    def keys_of(self, queries: Tokens, key_tokens: int) -> tuple[Array, Array]:
-        """Half-open range of keys that some of the queries may attend to; `array` is not read."""
-        return self._partners(queries, 0, key_tokens)
+    def keys_of(self, queries: Tokens, keys: Tokens) -> tuple[Array, Array]:
+        """Half-open range of `keys`, counted from their first, that some query may attend to.
 
-    def queries_of(self, keys: Tokens, query_tokens: int) -> tuple[Array, Array]:
-        """Half-open range of queries that may attend to some of the keys; `array` is not read."""
-        return self._partners(keys, 1, query_tokens)
+        `array` is not read.
+        """
+        return self._partners(queries, 0, keys)
+
+    def queries_of(self, keys: Tokens, queries: Tokens) -> tuple[Array, Array]:
+        """Half-open range of `queries`, counted from their first, that may attend to some key.
+
+        `array` is not read.
+        """
+        return self._partners(keys, 1, queries)
 
     def _check_options(self) -> None:
         """Raises ValueError unless the options are plain Python values in range."""
@@ -154,29 +160,28 @@ class Mask:
             t, s = (queries.numbers + self.query_offset)[None], keys.numbers[None]
         return t[:, None, :, None], s[:, None, None, :]
 
-    def _partners(self, block: Tokens, side: int, partners: int) -> tuple[Array, Array]:
+    def _partners(self, block: Tokens, side: int, partners: Tokens) -> tuple[Array, Array]:
         """`keys_of` for a block of queries (side 0), `queries_of` for a block of keys (side 1)."""
         before, after = self.reach
         if side == 1:
             before, after = after, before
-        low, high = 0, partners
+        first, count = partners.start, partners.size
+        low, high = first, first + count
         conditions = []
         if self.positions is not None:
             both = [x.astype(jnp.int32) for x in self.positions]
-            of_block, of_partners = block.slice(both[side], 1), both[1 - side]
+            of_block, of_partners = block.slice(both[side], 1), partners.slice(both[1 - side], 1)
             if before is not None:
                 conditions.append(of_partners >= of_block.min(1, keepdims=True) - before)
             if after is not None:
                 conditions.append(of_partners <= of_block.max(1, keepdims=True) + after)
         else:
             shift = self.query_offset if side == 0 else -self.query_offset
-            low = 0 if before is None else block.start + shift - before
-            high = partners if after is None else block.start + block.size + shift + after
+            low = low if before is None else block.start + shift - before
+            high = high if after is None else block.start + block.size + shift + after
         if self.segment_ids is not None:
-            of_block, of_partners = (
-                block.slice(self.segment_ids[side], 1),
-                self.segment_ids[1 - side],
-            )
+            both = self.segment_ids
+            of_block, of_partners = block.slice(both[side], 1), partners.slice(both[1 - side], 1)
             conditions.append(of_partners >= of_block.min(1, keepdims=True))
             conditions.append(of_partners <= of_block.max(1, keepdims=True))
         lengths = (self.query_seq_lengths, self.key_value_seq_lengths)
@@ -186,14 +191,14 @@ class Mask:
         if of_block is not None:
             high = jnp.where(block.start < of_block.max(), high, 0)
         if conditions:
-            some = jnp.broadcast_to(jnp.bool_(True), (1, partners))
+            some = jnp.broadcast_to(jnp.bool_(True), (1, count))
             for condition in conditions:
                 some = some & condition
             some = some.any(0)
-            numbers = Tokens(0, partners).numbers
-            low = jnp.maximum(low, jnp.where(some, numbers, partners).min())
-            high = jnp.minimum(high, jnp.where(some, numbers + 1, 0).max())
-        low, high = jnp.clip(low, 0, partners), jnp.clip(high, 0, partners)
+            numbers = partners.numbers
+            low = jnp.maximum(low, jnp.where(some, numbers, first + count).min())
+            high = jnp.minimum(high, jnp.where(some, numbers + 1, first).max())
+        low, high = (jnp.clip(bound - first, 0, count) for bound in (low, high))
         return jnp.minimum(low, high), high
 
 

@@ -26,18 +26,27 @@ class Terms(NamedTuple):
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["mask", "logits", "dropout"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["mask", "logits", "dropout", "queries", "keys"],
+    meta_fields=[],
 )
 @dataclass(frozen=True)
 class Spec:
     """Mask, logits and dropout of one attention, in coordinates of the whole sequence.
 
     Under Ulysses a device holds every token, and of arrays with a head axis the part of its heads.
+    Other strategies give a kernel a part of the queries or keys. The Spec says which: the kernel
+    counts its own tokens from 0, and the methods here place them in the sequence.
+
+    Attributes:
+      queries, keys: the tokens that the kernel's arrays hold; None for all.
     """
 
     mask: Mask = field(default_factory=Mask)
     logits: Logits = field(default_factory=Logits)
     dropout: Dropout = field(default_factory=Dropout)
+    queries: Tokens | None = None
+    keys: Tokens | None = None
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -54,6 +63,8 @@ class Spec:
             map_arrays(function, self.mask),
             map_arrays(function, self.logits),
             map_arrays(function, self.dropout),
+            self.queries,
+            self.keys,
         )
 
     def with_logits(self, **arrays: Array) -> "Spec":
@@ -74,6 +85,7 @@ class Spec:
 
     def terms(self, queries: Tokens, keys: Tokens) -> Terms:
         """What `to_logits` needs for a block."""
+        queries, keys = self.placed(queries, keys)
         bias, slopes = self.logits.bias, self.logits.alibi_slopes
         return Terms(
             None if bias is None else keys.slice(queries.slice(bias, 2), 3),
@@ -81,6 +93,24 @@ class Spec:
             None if slopes is None else self.mask.distance(queries, keys),
             self.mask.attends(queries, keys),
         )
+
+    def placed(self, queries: Tokens, keys: Tokens) -> tuple[Tokens, Tokens]:
+        """Tokens of the kernel's arrays, as tokens of the whole sequence."""
+        return _placed(queries, self.queries), _placed(keys, self.keys)
+
+    def keep(self, queries: Tokens, keys: Tokens) -> Array | None:
+        """True for the weights of a block that dropout leaves; None where it leaves all."""
+        return self.dropout.keep(*self.placed(queries, keys))
+
+    def keys_of(self, queries: Tokens, key_tokens: int) -> tuple[Array, Array]:
+        """Half-open range of the kernel's keys that some of the queries may attend to."""
+        keys = self.keys or Tokens(0, key_tokens)
+        return self.mask.keys_of(_placed(queries, self.queries), keys)
+
+    def queries_of(self, keys: Tokens, query_tokens: int) -> tuple[Array, Array]:
+        """Half-open range of the kernel's queries that may attend to some of the keys."""
+        queries = self.queries or Tokens(0, query_tokens)
+        return self.mask.queries_of(_placed(keys, self.keys), queries)
 
     def to_logits(self, dots: Array, terms: Terms, head_dim: int) -> Array:
         """The logits `[B, N, t, s]` in floating point, -inf where nothing attends.
@@ -97,3 +127,7 @@ class Spec:
         if terms.alibi_slopes is not None:
             z = z - terms.alibi_slopes.astype(z.dtype) * terms.distance.astype(z.dtype)
         return z if terms.allowed is None else jnp.where(terms.allowed, z, -jnp.inf)
+
+
+def _placed(tokens: Tokens, held: Tokens | None) -> Tokens:
+    return tokens if held is None else held.block(tokens.start, tokens.size)

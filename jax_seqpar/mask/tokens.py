@@ -46,7 +46,11 @@ class Tokens:
     @classmethod
     def tree_unflatten(cls, static: Any, leaves: Any) -> "Tokens":
         start, size = static
-        return cls(leaves[0] if leaves else start, size)
+        # Not by the constructor: a transformation puts other things in place of the array.
+        tokens = object.__new__(cls)
+        object.__setattr__(tokens, "start", leaves[0] if leaves else start)
+        object.__setattr__(tokens, "size", size)
+        return tokens
 
 
 def for_blocks(

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +12,13 @@ from jaxtyping import Array, Shaped
 
 from .. import refusals
 from ..exact.kv_replicas import adds_without_rounding, tell_shared_heads
-from ..layout import AxisName
-from .heads import HeadPlan, plan_heads
+from ..layout import AxisName, MeshAxes, names
+from ..mask import Spec
+from ..mask.keywords import PER_HEAD, keywords_of
+from ..mask.nouns import Axes
+from .heads import HeadPlan, merge_heads, plan_heads, split_heads
 from .reshard import heads_to_sequence, sequence_to_heads
+from .strategy import Shape
 
 # (query [B, T, n, H], key [B, S, k, H], value [B, S, k, V]) -> [B, T, n, V], k dividing n.
 LocalAttention = Callable[..., Array]
@@ -69,7 +75,7 @@ def ulysses_attention(
     refusals.check_per_head_arrays(attention, per_head or {})
     refusals.check_flag("overlap", overlap)
     asks = adds_without_rounding(attention)
-    plan = plan_heads(query.shape[2], key.shape[2], degree, may_copy=not asks)
+    plan = _plan(query.shape[2], key.shape[2], degree, attention)
     heads, kv_heads = plan.query_heads // degree, plan.padded_kv_heads * plan.copies // degree
     refusals.check_head_chunks(head_chunks, heads, kv_heads, sums_exactly=asks)
     own = {
@@ -100,6 +106,64 @@ def ulysses_attention(
     each = _side_by_side if overlap else _one_by_one
     chunks = each(attend_all_of, kv_chunks)
     return plan.unpad_queries(_join(chunks, degree), 2)
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """`[B, S@seq, N, H]` becomes `[B, S, N@seq, H]` and back, by four all-to-alls.
+
+    The kernel sees all the tokens of some heads; see `ulysses_attention`.
+
+    Args:
+      head_chunks, overlap: as in `ulysses_attention`.
+    """
+
+    head_chunks: int = 1
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        refusals.check_flag("overlap", self.overlap)
+
+    def heads_axes(self, tokens: MeshAxes) -> tuple[str, ...]:
+        return names(tokens)
+
+    def kv_replicas(self, heads: int, kv_heads: int, degree: int, kernel: Any) -> int:
+        return _plan(heads, kv_heads, degree, kernel).copies
+
+    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, degree: int, kernel: Any) -> Spec:
+        plan = _plan(heads, kv_heads, degree, kernel)
+        return spec.map(partial(_with_added_heads, plan=plan, heads=heads))
+
+    def __call__(
+        self,
+        kernel: LocalAttention,
+        query: Array,
+        key: Array,
+        value: Array,
+        spec: Spec,
+        *,
+        axis_name: AxisName,
+    ) -> Array:
+        given = keywords_of(spec)
+        per_head = {name: given.pop(name) for name in PER_HEAD if name in given}
+        return ulysses_attention(
+            query,
+            key,
+            value,
+            axis_name=axis_name,
+            attention=partial(kernel, **given),
+            per_head=per_head,
+            head_chunks=self.head_chunks,
+            overlap=self.overlap,
+        )
+
+    def traffic(self, query: Shape, key: Shape, value: Shape, *, degree: int, itemsize: int) -> int:
+        B, T, N, H = query
+        S, K, V = key[1], key[2], value[3]
+        plan = plan_heads(N, K, degree)
+        kv_heads = plan.padded_kv_heads * plan.copies
+        moved = B * (T * plan.query_heads * (H + V) + S * kv_heads * (H + V))
+        return moved * itemsize * (degree - 1) // degree**2
 
 
 def _head_axis(x: Any) -> int:
@@ -146,3 +210,17 @@ def _join(chunks: Array, degree: int) -> Array:
     count = math.prod(counts)
     by_device = chunks.reshape(count, B, S, degree, heads // degree, V)
     return jnp.moveaxis(by_device, 0, 3).reshape(B, S, count * heads, V)
+
+
+def _with_added_heads(x: Array, axes: Axes, *, plan: HeadPlan, heads: int) -> Array:
+    """An array as it is sharded: with the heads that are added to those of each shard."""
+    if "heads" not in axes:
+        return x
+    axis = axes.index("heads")
+    if x.shape[axis] == 1 or plan.is_trivial:
+        return x
+    return merge_heads(plan.pad_queries(split_heads(x, axis, heads), axis + 1), axis)
+
+
+def _plan(heads: int, kv_heads: int, degree: int, kernel: Any) -> HeadPlan:
+    return plan_heads(heads, kv_heads, degree, may_copy=not adds_without_rounding(kernel))
