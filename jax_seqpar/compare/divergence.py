@@ -248,7 +248,8 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, x - y)
 
     x, y = wide(a), wide(b)
-    return np.asarray(np.hypot(component(x.real, y.real), component(x.imag, y.imag)))
+    real, imaginary = (component(part(x), part(y)) for part in (np.real, np.imag))
+    return np.asarray(np.hypot(real, imaginary))
 
 
 def _divergence(row: _Row, agreed: str | None, axes: Sequence[str]) -> Divergence:
