@@ -1,7 +1,7 @@
 """Which weights dropout keeps: a function of a key and of where the weight is, and of nothing else.
 
-The bits are those of the page `jax_seqpar.exact`, whatever device, block or rank asks for them.
-Words of 32 bits are int64 here, for PyTorch adds and shifts few unsigned integers.
+The bits are those of the specification, `jax_seqpar/exact/SPEC.md`, whatever device, block or rank
+asks for them. Words of 32 bits are int64 here, for PyTorch adds and shifts few unsigned integers.
 """
 
 import torch
@@ -53,14 +53,15 @@ def head_keys(rng: Tensor, B: int, N: int) -> Tensor:
     if rng.shape not in ((2,), (B, N, 2)):
         raise ValueError(
             f"dropout_rng must be the two words of a key, (2,), or keys of heads [B, N, 2] = "
-            f"{(B, N, 2)}. Got {tuple(rng.shape)}."
+            f"{(B, N, 2)}. Got {tuple(rng.shape)}. Write torch.tensor([0, seed])."
         )
     if rng.is_floating_point() or rng.is_complex() or rng.dtype == torch.bool:
         raise ValueError(f"dropout_rng must be integers, got {rng.dtype}. Write rng.long().")
     key = rng.long()
     if ((key < 0) | (key > WORD)).any():
         raise ValueError(
-            "dropout_rng must be from 0 to 2^32 - 1. Of int32, write rng.view(torch.uint32)."
+            f"dropout_rng must be from 0 to 2^32 - 1, got {key.min()} to {key.max()}. Of int32, "
+            f"write rng.view(torch.uint32)."
         )
     if key.ndim == 3:
         return key
@@ -94,7 +95,7 @@ def limit(rate: float) -> int:
     if not 0 <= rate < 1 - 2.0**-32:
         raise ValueError(
             f"dropout_rate must be at least 0 and below 1 - 2^-32, got {rate!r}. It is the share "
-            "that is dropped, not the one that is kept."
+            "that is dropped, not the one that is kept: write 0.1 to drop a tenth."
         )
     # Half to even, as rint.
     return round(rate * 2.0**32)

@@ -1,8 +1,8 @@
 """Sums without rounding: numbers on grids, whose products add up exactly in float64.
 
-The words are those of the specification in `jax_seqpar.exact`. `exact_dot` and `contract` switch
-float64 on for themselves; call the rest inside `with jax.enable_x64(True):`. On a backend that
-`certify` passes, no compiler, BLAS, thread count or order of additions can change a bit of any
+The words are those of the specification, `SPEC.md` beside this file. `exact_dot` and `contract`
+switch float64 on for themselves; call the rest inside `with jax.enable_x64(True):`. On a backend
+that `certify` passes, no compiler, BLAS, thread count or order of additions can change a bit of any
 result.
 """
 
