@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jax_seqpar.compare import Divergence, compare_bits, divergence_table, first_divergence
 from jax_seqpar.compare.arrays import numpy_to_torch
-from jax_seqpar.compare.divergence import _parts
+from jax_seqpar.compare.rows import parting
 
 B, S, N, H, V = 2, 12, 6, 4, 10
 SHAPES = {
@@ -586,7 +586,7 @@ def test_parts_agrees_with_a_loop():
             or (not (math.isnan(p) or p == q) and bool(abs(p - q) > bound))
             for p, q in zip(x.flat, y.flat, strict=True)
         ]
-        assert _parts(x, y, bound).ravel().tolist() == expected
+        assert parting(x, y, bound).ravel().tolist() == expected
 
 
 @pytest.mark.parametrize(("package", "fails"), [("rich", True), ("torch", False)])

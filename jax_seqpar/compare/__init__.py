@@ -5,7 +5,7 @@ Takes arrays of JAX, NumPy and PyTorch; needs none of them but NumPy to be insta
 
 from .bits import compare_bits as compare_bits
 from .divergence import Divergence as Divergence
-from .divergence import divergence_table as divergence_table
 from .divergence import first_divergence as first_divergence
+from .divergence_table import divergence_table as divergence_table
 from .report import BitsReport as BitsReport
 from .report import LeafReport as LeafReport

@@ -29,29 +29,34 @@ def check_leaf(x: Any, what: str) -> None:
     # Whoever passes a tensor has imported PyTorch, so this module need not.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        problem = _tensor_problem(x, torch)
+        _check_tensor(x, what, torch)
     elif isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        problem = "is a random key. Write jax.random.key_data(x)."
+        raise TypeError(f"{what} is a random key. Write jax.random.key_data(x).")
     elif isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
-        problem = "is deleted, as an array donated to a jitted function is. Copy it before: x + 0."
+        raise TypeError(
+            f"{what} is deleted, as an array donated to a jitted function is. Copy it before: "
+            f"x + 0."
+        )
     elif isinstance(x, np.ma.MaskedArray):
-        problem = "is masked, and its mask would be lost. Write x.filled(0), or x.data for all."
-    else:
-        problem = None
-    if problem:
-        raise TypeError(f"{what} {problem}")
+        raise TypeError(
+            f"{what} is masked, and its mask would be lost. Write x.filled(0), or x.data for all."
+        )
 
 
-def _tensor_problem(x: Any, torch: Any) -> str | None:
+def _check_tensor(x: Any, what: str, torch: Any) -> None:
     if x.is_nested:
-        return "is nested. Write x.unbind(), or torch.nested.to_padded_tensor(x, 0.0)."
+        raise TypeError(
+            f"{what} is nested. Write x.unbind(), or torch.nested.to_padded_tensor(x, 0.0)."
+        )
     if x.is_quantized:
-        return "is quantised. Write x.dequantize() for its values, x.int_repr() for its integers."
+        raise TypeError(
+            f"{what} is quantised. Write x.dequantize() for its values, x.int_repr() for its "
+            f"integers."
+        )
     if x.is_meta:
-        return "is on the meta device, without data. Load the numbers first."
+        raise TypeError(f"{what} is on the meta device, without data. Load the numbers first.")
     if x.layout != torch.strided:
-        return f"has layout {x.layout}, is not dense. Write x.to_dense()."
-    return None
+        raise TypeError(f"{what} has layout {x.layout}, is not dense. Write x.to_dense().")
 
 
 def numpy_to_torch(x: np.ndarray) -> Any:

@@ -49,7 +49,10 @@ def compare_bits(
             f"Give both sides the same containers with the same keys."
         )
     if not leaves_a:
-        raise ValueError("nothing to compare: a and b have no array.")
+        raise ValueError(
+            f"nothing to compare: a and b have no array. Got {a!r}. Give at least one on both "
+            f"sides."
+        )
     return BitsReport(
         tuple(
             _compare(tree_util.keystr(path), leaf_a, leaf_b, axes)

@@ -1,0 +1,61 @@
+"""How far two runs are apart at every tensor, as a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .._extras import require
+from .rows import AXES, Row, along, axis_names, first_index, rows_of
+
+
+def divergence_table(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    *,
+    rtol: float = 0.0,
+    axes: Sequence[str] = AXES,
+) -> Any:
+    """How far two runs are apart at every tensor: how an error begins, and how it grows.
+
+    Args:
+      a, b, rtol, axes: as in `first_divergence`.
+
+    Returns:
+      a `rich.table.Table` with one row per tensor: its name and shape, the share of the elements
+      that part, the largest absolute difference, that relative to the largest magnitude in `a`,
+      and in ULP, and the first token that parts. The first tensor that parts is in bold.
+
+    Raises:
+      ValueError, TypeError: as `first_divergence`.
+
+    Example:
+      rich.print(divergence_table(torch_activations, jax_activations, rtol=1e-5))
+    """
+    escape = require("rich.markup").escape
+    table = require("rich.table").Table(
+        title=f"Where two runs part, rtol = {rtol:g}", box=require("rich.box").SIMPLE
+    )
+    table.add_column("tensor", overflow="fold")
+    for column in ("shape", "parts", "max abs", "relative", "ULP", "first token"):
+        table.add_column(column, justify="right")
+    parted = False
+    for row in rows_of(a, b, rtol, axes):
+        style = "bold red" if row.parts.any() and not parted else None
+        parted = parted or bool(row.parts.any())
+        table.add_row(escape(row.name), *map(escape, _cells(row, axes)), style=style)
+    return table
+
+
+def _cells(row: Row, axes: Sequence[str]) -> list[str]:
+    token = None
+    if row.parts.any():
+        names = axis_names(row.parts.ndim, axes)
+        token = along(first_index(row.parts, names), names, "token")
+    ulp = row.report.max_ulp
+    return [
+        "x".join(map(str, row.a.shape)) or "scalar",
+        f"{100 * row.share:.3g}%",
+        f"{row.report.max_abs:.3g}",
+        f"{row.relative:.2g}",
+        "-" if ulp is None else f"{ulp:,}",
+        "-" if token is None else str(token),
+    ]
