@@ -46,12 +46,18 @@ def digest_arrays(tree: Any) -> dict[str, str]:
 
 
 def _numbers(path: Any, x: Any) -> np.ndarray:
-    x = np.asarray(x)
-    if x.dtype == object:
+    kinds = (np.ndarray, np.generic, bool, int, float, complex)
+    array = np.asarray(x) if isinstance(x, kinds) else None
+    is_number = array is not None and (
+        array.dtype.kind in "biufc" or jnp.issubdtype(array.dtype, jnp.number)
+    )
+    # NumPy's masked arrays would lose their mask.
+    if array is None or not is_number or isinstance(x, np.ma.MaskedArray):
         raise ValueError(
-            f"{jax.tree_util.keystr(path)} is no array of numbers. Leave it out of the tree."
+            f"{jax.tree_util.keystr(path)} is no array of numbers, but {type(x).__name__}. Leave "
+            f"it out of the tree."
         )
-    return x
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _narrow(x: Any) -> Any:
@@ -61,7 +67,12 @@ def _narrow(x: Any) -> Any:
     """
     if isinstance(x, jax.Array) or x.dtype.itemsize < 8:
         return x
-    return np.ascontiguousarray(x)[..., None].view(np.uint32).reshape(*x.shape, -1)
+    if x.dtype.kind == "c":  # real and imaginary part on an axis of their own
+        x = np.ascontiguousarray(x)[..., None].view(f"f{x.dtype.itemsize // 2}")
+    words = x.dtype.itemsize // 4
+    if words < 2:
+        return x
+    return np.ascontiguousarray(x)[..., None].view(np.uint32).reshape(*x.shape, words)
 
 
 @jax.jit
