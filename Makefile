@@ -57,7 +57,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark: $(VENV)/.parity  ## seconds and memory by degree, as quoted in the README
+benchmark: $(VENV)/.parity  ## seconds and memory by degree, in both frameworks
 	$(BIN)/python examples/benchmark_ulysses.py
 
 $(VENV)/.parity: pyproject.toml $(CONSTRAINTS)

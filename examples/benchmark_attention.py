@@ -66,7 +66,7 @@ from benchmark_tools import (
 from benchmark_ulysses import peak_growth
 from jax.sharding import NamedSharding
 
-from jax_seqpar import MeshLayout, Ulysses, blockwise_attention, dot_product_attention
+from jax_seqpar import Mask, MeshLayout, Ulysses, blockwise_attention, dot_product_attention
 from jax_seqpar.parity.cases import Case
 
 OURS, TORCH, JAX_NN = "blockwise", "torch flash", "jax.nn"
@@ -156,13 +156,13 @@ def skipping(
     cuts = np.random.default_rng(0).choice(index[1:], documents - 1, replace=False)
     uneven = np.searchsorted(np.sort(cuts), index, side="right")
     quarter = jnp.array([tokens // 4])
-    masks: dict[str, dict[str, Any]] = {
-        "full": {},
-        f"window of {window}": {"local_window_size": (window - 1, 0)},
-        f"{documents} even documents": {"segment_ids": jnp.asarray(even[None])},
-        f"{documents} uneven documents": {"segment_ids": jnp.asarray(uneven[None])},
-        "a quarter of the keys": {"key_value_seq_lengths": quarter},
-        "a quarter of both": {"query_seq_lengths": quarter, "key_value_seq_lengths": quarter},
+    masks = {
+        "full": Mask(),
+        f"window of {window}": Mask(local_window_size=(window - 1, 0)),
+        f"{documents} even documents": Mask(segment_ids=jnp.asarray(even[None])),
+        f"{documents} uneven documents": Mask(segment_ids=jnp.asarray(uneven[None])),
+        "a quarter of the keys": Mask(key_value_seq_lengths=quarter),
+        "a quarter of both": Mask(query_seq_lengths=quarter, key_value_seq_lengths=quarter),
     }
     pairs = index + 1
     attended = [pairs.sum(), np.minimum(pairs, window).sum()]
@@ -170,7 +170,7 @@ def skipping(
     attended += [np.minimum(pairs, tokens // 4).sum(), pairs[: tokens // 4].sum()]
     rows = {
         what: [
-            timer(r) for r in runs_of(programs(partial(blockwise_attention, **mask), case), case)
+            timer(r) for r in runs_of(programs(partial(blockwise_attention, mask=mask), case), case)
         ]
         for what, mask in masks.items()
     }
@@ -208,7 +208,7 @@ def pipeline(
         for case in cases:
             mesh = jax.make_mesh((degree,), ("seq",), devices=jax.devices("cpu")[:degree])
             sharding = NamedSharding(mesh, MeshLayout().spec)
-            attention = partial(dot_product_attention, mesh=mesh)
+            attention = partial(dot_product_attention, layout=MeshLayout(mesh=mesh))
             runs = runs_of(programs(attention, case, sharding), case, sharding)
             with Ranks(degree, case, threads) as ranks:
                 rows = {
@@ -265,7 +265,9 @@ def memory_command(
             step(f"{d} devices, {c} slices")
             mesh = jax.make_mesh((d,), ("seq",), devices=jax.devices("cpu")[:d])
             strategy = Ulysses(c, overlap=c == 1)
-            attention = partial(dot_product_attention, mesh=mesh, strategy=strategy)
+            attention = partial(
+                dot_product_attention, layout=MeshLayout(mesh=mesh), strategy=strategy
+            )
             compiled = programs(attention, case, NamedSharding(mesh, MeshLayout().spec))
             sizes = {"tokens": tokens, "degree": d, "head_chunks": c}
             measure("pipeline", compiled, pipeline_bytes(case, d, c), **sizes)

@@ -5,9 +5,9 @@
 
 Causal attention of one sequence, bfloat16 but where the row says otherwise, forward alone and
 forward with gradients. Medians of repeats that take turns, each of several calls; TFLOP/s counts
-the pairs that attend: 2 S^2 N H forward, 7 S^2 N H in all. `fused` is what the front door takes;
-it should cost what cuDNN costs. Float32 products of a GPU have 10 bits unless
-`jax.default_matmul_precision` says otherwise; exact attention takes float64.
+the pairs that attend: 2 S^2 N H forward, 7 S^2 N H in all. `fused` is the kernel that
+`dot_product_attention` chooses; it should cost what cuDNN costs. Float32 products of a GPU have 10
+bits unless `jax.default_matmul_precision` says otherwise; exact attention takes float64.
 """
 
 import math

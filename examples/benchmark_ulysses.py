@@ -43,9 +43,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from jax_seqpar import MeshLayout, dense_attention, dot_product_attention, refusals
+from jax_seqpar import MeshLayout, dense_attention, dot_product_attention
+from jax_seqpar._checks import check_arrays
 from jax_seqpar.bridge.ranks import run_ranks
+from jax_seqpar.layout import check_division
 from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.plan import check_ranks
 from torch_ref.ulysses import DistributedAttention
 
 ONE_DEVICE = {
@@ -98,7 +101,7 @@ def _warm_jax_row(row: Row, case: Case) -> tuple[Any, Any, list[jax.Array]]:
     else:
         mesh = jax.make_mesh((row.degree,), ("seq",), devices=devices)
         sharding = NamedSharding(mesh, MeshLayout().spec)
-        attention = partial(dot_product_attention, is_causal=True, mesh=mesh)
+        attention = partial(dot_product_attention, is_causal=True, layout=MeshLayout(mesh=mesh))
 
     def forward_backward(query: jax.Array, key: jax.Array, value: jax.Array, grad: jax.Array):
         out, pull = jax.vjp(attention, query, key, value)
@@ -273,10 +276,10 @@ def benchmark(
     degrees = sorted(set(degree or (1, 2, 4, 8)))
     query, key, value, _ = case.inputs().values()
     try:
-        refusals.check_arrays(query, key, value)
+        check_arrays(query, key, value)
         for d in degrees:
-            refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": d})
-            refusals.check_ranks(query.shape, key.shape, d, adds_exactly=False)
+            check_division(query.shape, key.shape, MeshLayout(), {"seq": d})
+            check_ranks(query.shape, key.shape, d, adds_exactly=False)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     jax.config.update("jax_num_cpu_devices", max(degrees))

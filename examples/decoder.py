@@ -51,7 +51,7 @@ class Placement:
     """Where a decoder runs: how tokens and parameters lie on a mesh, and which attention.
 
     Args:
-      layout, attention, check_vma: as for `jax_seqpar.dot_product_attention`; the mesh is that of
+      layout, kernel: as for `jax_seqpar.dot_product_attention`; the mesh is that of
         `jax.set_mesh`.
       sharding: of the parameters, mesh axes by letter; None leaves them whole.
       tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole.
@@ -60,8 +60,7 @@ class Placement:
     """
 
     layout: MeshLayout = MeshLayout()
-    attention: Callable[..., Array] | None = None
-    check_vma: bool | None = None
+    kernel: Callable[..., Array] | None = None
     sharding: Sharding | None = None
     tiles: int = 1
     remat: bool = False
@@ -105,8 +104,7 @@ class Block(nnx.Module):
             rotary=Rotary(config.theta),
             qk_norm=config.qk_norm,
             local_window_size=config.local_window_size,
-            attention=place.attention,
-            check_vma=place.check_vma,
+            kernel=place.kernel,
             layout=place.layout,
             sharding=place.sharding,
             dtype=place.dtype,

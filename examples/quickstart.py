@@ -25,7 +25,7 @@ def main() -> None:
 
     @jax.jit
     def loss(query, key, value):
-        out = dot_product_attention(query, key, value, is_causal=True, layout=layout, mesh=mesh)
+        out = dot_product_attention(query, key, value, is_causal=True, layout=layout.on(mesh))
         return jnp.mean(out**2)
 
     value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))

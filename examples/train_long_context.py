@@ -113,6 +113,11 @@ def train(
         graph, state = _initial(config, place, optimizer, mesh, run.seed)
         decides = _decides(run, text, config)
         state, losses = _resumed(folder, state, decides)
+        if len(losses) > run.steps:
+            raise ValueError(
+                f"{folder} holds a training of {len(losses)} steps, and {run.steps} were asked "
+                f"for. Ask for more, or give another folder."
+            )
 
         @jax.jit
         def update(state: Any, batch: Any) -> tuple[Any, jax.Array]:

@@ -182,7 +182,7 @@ def exact_layers(port: Port, run: Run, mesh: Mesh) -> compare.BitsReport:
         the gradient of the loss there.
       mesh: of the devices that share the tokens.
     """
-    options = {"attention": exact_attention, "layout": port.layout, "mesh": mesh}
+    options = {"kernel": exact_attention, "layout": port.layout.on(mesh)}
     attention = partial(dot_product_attention, **options, **port.attends)
 
     @jax.jit

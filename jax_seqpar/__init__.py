@@ -6,23 +6,38 @@ N query heads, K KV heads, H head dimension, P devices of the sequence-parallel 
 prints it.
 """
 
+import types as _types
+
 from .attention import dot_product_attention as dot_product_attention
 from .compiler import compiler_options as compiler_options
+from .exact import Exact as Exact
 from .exact import exact_attention as exact_attention
+from .kernels import Blockwise as Blockwise
+from .kernels import Dense as Dense
+from .kernels import FunctionKernel as FunctionKernel
+from .kernels import Fused as Fused
 from .kernels import KernelChoice as KernelChoice
 from .kernels import blockwise_attention as blockwise_attention
 from .kernels import choose_kernel as choose_kernel
 from .kernels import dense_attention as dense_attention
 from .kernels import fused_attention as fused_attention
 from .layout import MeshLayout as MeshLayout
+from .mask import Dropout as Dropout
+from .mask import Logits as Logits
+from .mask import Mask as Mask
 from .mask import head_keys as head_keys
 from .mask.padding import Padded as Padded
 from .mask.padding import pad_to_degree as pad_to_degree
 from .strategies import AllGatherKV as AllGatherKV
 from .strategies import Ulysses as Ulysses
-from .strategies.reshard import heads_to_sequence as heads_to_sequence
-from .strategies.reshard import sequence_to_heads as sequence_to_heads
-from .strategies.ulysses import ulysses_attention as ulysses_attention
+from .strategies import heads_to_sequence as heads_to_sequence
+from .strategies import sequence_to_heads as sequence_to_heads
 
 # The one place of the number: pyproject.toml reads it here, as does the command.
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """The public names; the rooms, such as `jax_seqpar.training`, are imported by their own."""
+    names = [name for name, x in globals().items() if not isinstance(x, _types.ModuleType)]
+    return ["__version__", *(name for name in names if not name.startswith("_"))]

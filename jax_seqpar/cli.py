@@ -24,7 +24,7 @@ except ImportError as error:
 from . import __version__
 from ._extras import require_torch
 from .bridge.ranks import RankError
-from .mask.keywords import spec_of
+from .mask.keywords import spec_of_flat
 from .parity.cases import DTYPES, OPTIONAL, Case
 from .parity.certify import certificate_table, certificates
 from .parity.plan import Kernels, inputs_by_label, plan, understood
@@ -124,12 +124,14 @@ def parity(
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"--input has its own sizes and dtype. Leave out {options}.")
         _refuse_places(json_file, save_failing)
-        rules = spec_of(
-            scale=scale,
-            is_causal=causal,
-            query_offset=query_offset,
-            local_window_size=window,
-            logits_soft_cap=soft_cap,
+        rules = spec_of_flat(
+            {
+                "scale": scale,
+                "is_causal": causal,
+                "query_offset": query_offset,
+                "local_window_size": window,
+                "logits_soft_cap": soft_cap,
+            }
         )
         named = inputs_by_label(Case(**given), input or [], seed, kernel)
         plans = {
@@ -278,10 +280,15 @@ def _refuse_places(json_file: Path | None, save_failing: Path | None) -> None:
     if json_file is not None and json_file.is_dir():
         raise ValueError(f"--json {json_file} is a folder. Write the name of a file.")
     if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}.")
+        raise ValueError(
+            f"--json {json_file}: there is no folder {json_file.parent}. Make it, or name another."
+        )
     for place in (save_failing, *save_failing.parents) if save_failing is not None else ():
         if place.exists() and not place.is_dir():
-            raise ValueError(f"--save-failing {save_failing}: {place} is a file, not a folder.")
+            raise ValueError(
+                f"--save-failing {save_failing}: {place} is a file, not a folder. Write the name "
+                f"of a folder."
+            )
 
 
 def _versions() -> dict[str, str | None]:

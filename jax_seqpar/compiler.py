@@ -1,6 +1,6 @@
 """Compiler options for programs with all-to-alls."""
 
-from . import refusals
+from ._checks import check_platform
 
 OPTIONS: dict[str, dict[str, str]] = {
     "cpu": {},
@@ -31,5 +31,5 @@ def compiler_options(platform: str) -> dict[str, str]:
     Example:
       step = jax.jit(train_step, compiler_options=compiler_options(jax.default_backend()))
     """
-    refusals.check_platform(platform, list(OPTIONS))
+    check_platform(platform, list(OPTIONS))
     return dict(OPTIONS[platform])

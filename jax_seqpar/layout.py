@@ -1,10 +1,13 @@
 """How the axes of an attention's arrays lie on a mesh."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from ._checks import Shape
 
 AxisName = str | tuple[str, ...]
 MeshAxes = AxisName | None
@@ -26,11 +29,17 @@ class MeshLayout:
       tokens: axis or axes of the sequence-parallel group; its size is the degree.
       batch: axis or axes of data parallelism.
       heads: axis or axes of tensor parallelism.
+      mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one that the arrays are
+        sharded over.
+      check_vma: of `jax.shard_map`: whether JAX checks how arrays vary over the mesh. It cannot
+        under `jax.vmap(spmd_axis_name=)` (JAX 0.10.2).
     """
 
     tokens: MeshAxes = "seq"
     batch: MeshAxes = None
     heads: MeshAxes = None
+    mesh: Mesh | AbstractMesh | None = None
+    check_vma: bool = True
 
     def __post_init__(self) -> None:
         for field in ("tokens", "batch", "heads"):
@@ -54,6 +63,15 @@ class MeshLayout:
         """Every mesh axis named, in the order batch, tokens, heads."""
         return (*names(self.batch), *names(self.tokens), *names(self.heads))
 
+    def on(self, mesh: Mesh | AbstractMesh | None) -> "MeshLayout":
+        """The same layout of another mesh."""
+        return replace(self, mesh=mesh)
+
+    def __repr__(self) -> str:
+        axes = {"tokens": self.tokens, "batch": self.batch, "heads": self.heads}
+        given = [f"{name}={x!r}" for name, x in axes.items() if name == "tokens" or x is not None]
+        return f"MeshLayout({', '.join(given)})"
+
     def __str__(self) -> str:
         def label(axis: str, mesh_axes: MeshAxes) -> str:
             sharded = names(mesh_axes)
@@ -74,3 +92,79 @@ def names(mesh_axes: MeshAxes) -> tuple[str, ...]:
 def axes_size(mesh_axes: MeshAxes, mesh_shape: Mapping[str, int]) -> int:
     """How many devices share an array axis: the product of its mesh axes, 1 for None."""
     return math.prod(mesh_shape[name] for name in names(mesh_axes))
+
+
+def check_is_layout(layout: Any) -> None:
+    """Raises ValueError unless it is a MeshLayout."""
+    if not isinstance(layout, MeshLayout):
+        raise ValueError(f"layout must be a MeshLayout, got {layout!r}. Write MeshLayout(tokens=).")
+
+
+def check_mesh(layout: MeshLayout, mesh_shape: Mapping[str, int], manual: Sequence[str]) -> None:
+    """Raises ValueError unless the layout names axes of the mesh, each once, none manual."""
+    for axis in layout.axis_names:
+        if axis not in mesh_shape:
+            raise ValueError(
+                f"{layout!r} names axis {axis!r}, which the mesh does not have: its axes are "
+                f"{dict(mesh_shape)}. Name its axes in MeshLayout(tokens=, batch=, heads=)."
+            )
+        if axis in manual:
+            raise ValueError(
+                f"mesh axis {axis!r} is already manual: this is inside a jax.shard_map, where "
+                f"arrays are per-device. Leave {axis!r} out of the MeshLayout."
+            )
+    twice = [a for a in layout.axis_names if layout.axis_names.count(a) > 1]
+    if twice:
+        raise ValueError(
+            f"{layout!r} uses mesh axis {twice[0]!r} for more than one array axis. "
+            f"A mesh axis shards one of batch, tokens and heads: name {twice[0]!r} once."
+        )
+
+
+def check_division(
+    query: Shape, key: Shape, layout: MeshLayout, mesh_shape: Mapping[str, int]
+) -> None:
+    """Raises ValueError unless the mesh axes divide batch, tokens and heads."""
+    got = f"Got query {query}, key {key}."
+
+    def divide(
+        tensor: str, size_name: str, size: int, field: str, mesh_axes: Any, advice: str
+    ) -> None:
+        parts = axes_size(mesh_axes, mesh_shape)
+        if size % parts:
+            raise ValueError(
+                f"{tensor} {size_name} = {size} is not divisible by the {parts} devices of mesh "
+                f"axis {mesh_axes!r}. {got} {advice.format(-(-size // parts) * parts)} "
+                f"Or write MeshLayout({field}=None), which leaves it whole."
+            )
+
+    B, T, N, _ = query
+    S, K = key[1:3]
+    degree = axes_size(layout.tokens, mesh_shape)
+    pad = f"Use jax_seqpar.pad_to_degree(query, key, value, degree={degree}), which pads to {{}}."
+    divide("query", "batch B", B, "batch", layout.batch, "Pad to {} and cut the output.")
+    divide("query", "tokens T", T, "tokens", layout.tokens, pad)
+    divide("key", "tokens S", S, "tokens", layout.tokens, pad)
+    divide("query", "heads N", N, "heads", layout.heads, "Use a mesh axis whose size divides it.")
+    tensor_parallel = axes_size(layout.heads, mesh_shape)
+    if K % tensor_parallel and tensor_parallel % K:
+        raise ValueError(
+            f"KV heads K = {K} neither is divisible by nor divides the {tensor_parallel} devices "
+            f"of mesh axis {layout.heads!r}. {got} Use jnp.repeat(key, {N // K}, axis=2), and "
+            f"value alike, or MeshLayout(heads=None)."
+        )
+
+
+def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
+    """Raises ValueError for an array sharded, by its type, over an axis that the layout lacks.
+
+    It would be gathered first: right numbers, at the price of the parallelism.
+    """
+    fields = ("batch", "tokens", "heads")
+    for field, mesh_axes in zip(fields, spec, strict=False):
+        for axis in names(mesh_axes):
+            if axis not in layout.axis_names:
+                raise ValueError(
+                    f"{name} is sharded over mesh axis {axis!r}, which {layout!r} does not name, "
+                    f"so it would be gathered first. Write MeshLayout(..., {field}={axis!r})."
+                )

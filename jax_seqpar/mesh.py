@@ -1,5 +1,6 @@
 """The mesh of a call, and arrays put on it as a spec says."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,7 +8,6 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from . import refusals
 from .layout import names
 
 AnyMesh = Mesh | AbstractMesh
@@ -29,7 +29,10 @@ def find_mesh(mesh: AnyMesh | None, x: Any = None) -> AnyMesh:
     for candidate in candidates:
         if candidate is not None and not candidate.empty:
             return candidate
-    raise refusals.no_mesh()
+    raise ValueError(
+        "no mesh: query is not sharded over one, and no jax.set_mesh is active. Write "
+        "MeshLayout(mesh=mesh), or `with jax.set_mesh(mesh):` around the call."
+    )
 
 
 def devices_of(mesh: AnyMesh) -> set[Any] | None:
@@ -65,3 +68,47 @@ def _of_kind(spec: PartitionSpec, mesh: AnyMesh, kind: AxisType) -> NamedShardin
         return None
     kept = (tuple(n for n in names(part) if n in axes) or None for part in spec)
     return NamedSharding(mesh, PartitionSpec(*kept))
+
+
+def check_devices(tree: Mapping[str, Any], devices: set[Any] | None) -> None:
+    """Raises ValueError for arrays committed to other devices than those of the mesh.
+
+    Args:
+      tree: arrays by name.
+      devices: of the mesh; None where they are not known.
+    """
+    if devices is None:
+        return
+    for name, x in tree.items():
+        for leaf in jax.tree.leaves(x):
+            if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or not leaf.committed:
+                continue
+            if leaf.sharding.device_set != devices:
+                raise ValueError(
+                    f"{name} is on {_ids(leaf.sharding.device_set)}, the mesh has "
+                    f"{_ids(devices)}. Write jax.device_put({name}, jax.NamedSharding(mesh, spec)),"
+                    f" where spec says which mesh axis shards which axis of the array."
+                )
+
+
+def _ids(devices: set[Any]) -> str:
+    (platform, *more) = {device.platform for device in devices}
+    ids = ", ".join(str(n) for n in sorted(device.id for device in devices))
+    return f"{'/'.join((platform, *more))} device{'s' if len(devices) > 1 else ''} {ids}"
+
+
+def check_is_mesh(mesh: Any, context: Any) -> None:
+    """Raises ValueError unless `mesh` is a Mesh, and that of the enclosing `jax.shard_map`.
+
+    Args:
+      context: the mesh of that; None if there is none.
+    """
+    if mesh is None:
+        return
+    if not hasattr(mesh, "axis_names"):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}. Write jax.make_mesh().")
+    if context is not None and dict(mesh.shape) != dict(context.shape):
+        raise ValueError(
+            f"mesh has the axes {dict(mesh.shape)}, but this is inside a jax.shard_map over "
+            f"{dict(context.shape)}, whose mesh it is on. Leave mesh= out of the MeshLayout."
+        )

@@ -43,6 +43,10 @@ class MeshCase:
     def mesh(self, kind: AxisType = AxisType.Auto) -> Mesh:
         return jax.make_mesh(self.shape, self.axes, axis_types=(kind,) * len(self.axes))
 
+    def on(self, kind: AxisType = AxisType.Auto) -> MeshLayout:
+        """The layout, with the mesh."""
+        return self.layout.on(self.mesh(kind))
+
     @property
     def degree(self) -> int:
         return axes_size(self.layout.tokens, dict(zip(self.axes, self.shape, strict=True)))

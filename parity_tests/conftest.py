@@ -65,6 +65,17 @@ def less_optimised():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """PyTorch computes with one thread: on a busy machine small operands wait long for a second."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def optimised(less_optimised):
     """In such a file, the program that a user has: for what it sends and holds."""

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import CASES, is_array
+from flat import nouns
 
-from jax_seqpar import exact_attention
+from jax_seqpar import Exact
 from jax_seqpar.compare.arrays import numpy_to_torch, torch_to_numpy
 from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
 from jax_seqpar.parity.cases import Arrays, Case
@@ -194,22 +195,29 @@ SHAPES = {
 }
 
 
-def jax_exact(inputs: Arrays, compiled: bool = True, /, **options: Any) -> Arrays:
+def jax_exact(
+    inputs: Arrays,
+    compiled: bool = True,
+    /,
+    query_chunk: int | None = None,
+    key_chunk: int | None = None,
+    **options: Any,
+) -> Arrays:
     """Output and gradients on one JAX device."""
     static = tuple((k, x) for k, x in options.items() if not is_array(x))
     arrays = jax.tree.map(jnp.asarray, {k: x for k, x in options.items() if is_array(x)})
-    run = _with_gradients(static)
+    run = _with_gradients(Exact(query_chunk, key_chunk), static)
     results = (jax.jit(run) if compiled else run)(**inputs, arrays=arrays)
     return jax.tree.map(np.asarray, results)
 
 
 @cache
-def _with_gradients(static: tuple[tuple[str, Any], ...]) -> Any:
+def _with_gradients(kernel: Exact, static: tuple[tuple[str, Any], ...]) -> Any:
     """One function for one set of options, so that it is compiled once."""
 
     def run(query, key, value, grad, arrays):
         def attend(*operands):
-            return exact_attention(*operands, **arrays, **dict(static))
+            return kernel(*operands, **nouns(**arrays, **dict(static)))
 
         out, pull = jax.vjp(attend, query, key, value)
         return dict(zip(NAMES, (out, *pull(grad)), strict=True))

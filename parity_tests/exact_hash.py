@@ -8,8 +8,9 @@ import hashlib
 
 import jax
 import numpy as np
+from flat import nouns
 
-from jax_seqpar import dot_product_attention, exact_attention
+from jax_seqpar import Exact, MeshLayout, dot_product_attention, exact_attention
 from jax_seqpar.parity.cases import Case, adversarial
 
 CASE = Case(batch=2, tokens=40, heads=8, kv_heads=2, head_dim=24)
@@ -35,10 +36,12 @@ def main() -> None:
     mesh = jax.make_mesh((4,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def alone(*operands):
-        return exact_attention(*operands, query_chunk=16, key_chunk=24, **OPTIONS)
+        return Exact(query_chunk=16, key_chunk=24)(*operands, **nouns(**OPTIONS))
 
     def sharded(*operands):
-        return dot_product_attention(*operands, attention=exact_attention, mesh=mesh, **OPTIONS)
+        return dot_product_attention(
+            *operands, kernel=exact_attention, layout=MeshLayout(mesh=mesh), **nouns(**OPTIONS)
+        )
 
     for attend in (alone, sharded):
 

@@ -11,9 +11,10 @@ import torch
 from allpairspy import AllPairs
 from cases import is_array
 from exact_cases import torch_exact
+from flat import nouns
 from questions import QUICK, error
 
-from jax_seqpar import blockwise_attention, dense_attention, exact_attention
+from jax_seqpar import Blockwise, dense_attention, exact_attention
 from jax_seqpar.compare.arrays import numpy_to_torch
 from jax_seqpar.parity.cases import NAMES
 from torch_ref.dense import dense_attention as torch_dense_attention
@@ -24,10 +25,8 @@ ADDED = ("bias", "alibi_slopes", "sinks")
 KERNELS = {
     "dense": dense_attention,
     # Blocks that divide nothing.
-    "blockwise": partial(blockwise_attention, query_chunk=5, key_chunk=7),
-    "blockwise, either mode": partial(
-        blockwise_attention, query_chunk=5, key_chunk=7, forward_mode=True
-    ),
+    "blockwise": Blockwise(query_chunk=5, key_chunk=7),
+    "blockwise, either mode": Blockwise(query_chunk=5, key_chunk=7, forward_mode=True),
     "exact": exact_attention,
 }
 
@@ -217,7 +216,7 @@ def run_jax(
 
     def run(query: Any, key: Any, value: Any, grad: Any, added: Any, arrays: Any) -> Any:
         def function(query: Any, key: Any, value: Any, added: Any) -> Any:
-            return attend(query, key, value, **added, **arrays, **static)
+            return attend(query, key, value, **nouns(**added, **arrays, **static))
 
         out, pull = jax.vjp(function, query, key, value, added)
         dq, dk, dv, more = pull(grad)
@@ -241,7 +240,7 @@ def one_program(
     """
 
     def function(leaves: Any) -> Any:
-        return attend(**leaves, **arrays, **dict(rules))
+        return attend(**nouns(**leaves, **arrays, **dict(rules)))
 
     out, pull = jax.vjp(function, leaves)
     return {"out": out} | pull(grad)[0]

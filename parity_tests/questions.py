@@ -5,8 +5,6 @@ Each raises AssertionError. The mutations ask the same questions of broken code.
 """
 
 import logging
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -17,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from cases import MeshCase
+from flat import nouns
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_seqpar
 from jax_seqpar.compare.arrays import numpy_to_torch
 from jax_seqpar.parity.cases import Case
+from jax_seqpar.plan import all_to_all_bytes, collectives
 from jax_seqpar.strategies import ulysses
 from torch_ref import layout as torch_layout
 from torch_ref.dense import dense_attention as torch_dense_attention
@@ -33,9 +33,6 @@ RESHARDS = {
 # For programs that are asked for values to a tolerance: half the time to compile. Only the code of
 # each loop is optimised less; partitioning, collectives and fusion are those of any program.
 QUICK = {"xla_backend_optimization_level": 0}
-COLLECTIVES = (
-    "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|collective-broadcast"
-)
 
 
 def spec(axis: int) -> PartitionSpec:
@@ -91,13 +88,12 @@ def inner(x: Any, y: Any) -> float:
 
 
 def attend(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto, **options: Any):
-    """The front door as a function of query, key and value alone."""
+    """The public function as a function of query, key and value alone."""
     return partial(
         jax_seqpar.dot_product_attention,
         is_causal=case.is_causal,
-        layout=where.layout,
-        mesh=where.mesh(kind),
-        **options,
+        layout=where.on(kind),
+        **nouns(**options),
     )
 
 
@@ -156,44 +152,12 @@ def references(case: Case) -> list[tuple[np.ndarray, float]]:
     return errors
 
 
-def collectives(program: str) -> dict[str, int]:
-    """How many of each collective a compiled program has."""
-    return dict(Counter(re.findall(rf"\b({COLLECTIVES})(?:-start)?\(", program)))
-
-
-def all_to_all_bytes(program: str) -> int:
-    """Bytes that one device puts into all-to-alls, its own share included."""
-    total = 0
-    for operands in re.findall(r"= \((.*?)\) all-to-all\(", program):
-        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", operands):
-            bits = int(re.sub(r"\D", "", dtype) or 8)
-            total += int(np.prod([int(n) for n in sizes.split(",")])) * bits // 8
-    return total
-
-
-def received_bytes(program: str, degree: int) -> int:
-    """Bytes that one device receives from others in all-to-alls and all-gathers."""
-    total = 0
-    for results in re.findall(r"= (.*?) (?:all-to-all|all-gather)\(", program):
-        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", results):
-            bits = int(re.sub(r"\D", "", dtype) or 8)
-            total += int(np.prod([int(n) for n in sizes.split(",")])) * bits // 8
-    return total * (degree - 1) // degree
-
-
 def compiled(
     function: Callable[..., Any], *args: Any, compiler_options: dict[str, Any] | None = None
 ) -> str:
     text = jax.jit(function).lower(*args).compile(compiler_options=compiler_options).as_text()
     assert text
     return text
-
-
-def temporaries_of(function: Callable[..., Any], *args: Any) -> int:
-    """Bytes that the compiled program holds on a device besides its arguments and results."""
-    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
-    assert analysis is not None
-    return analysis.temp_size_in_bytes
 
 
 def sharded_inputs(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) -> list[Any]:

@@ -11,21 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import ONE_AXIS, MeshCase
+from flat import nouns
 from jax.sharding import AxisType
-from questions import collectives, compiled, output_and_gradients, received_bytes
+from questions import compiled, output_and_gradients
 
 from jax_seqpar import (
     AllGatherKV,
+    Blockwise,
+    Fused,
     MeshLayout,
     Ulysses,
     blockwise_attention,
     dense_attention,
     dot_product_attention,
     exact_attention,
-    fused_attention,
 )
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.parity.cases import Case
+from jax_seqpar.plan import collectives, received_bytes
 
 CASE = Case(batch=2, tokens=16, heads=6, kv_heads=2, head_dim=5)
 RNG = np.random.default_rng(0)
@@ -64,7 +67,7 @@ OPTIONS = {
 }
 KERNELS = {
     "dense": dense_attention,
-    "blockwise": partial(blockwise_attention, query_chunk=3, key_chunk=5),
+    "blockwise": Blockwise(query_chunk=3, key_chunk=5),
     "exact": exact_attention,
 }
 WHERE = {
@@ -90,14 +93,13 @@ def test_a_part_of_the_queries(options, kernel, where):
     )
     attention, (mesh, kind) = KERNELS[kernel], WHERE[where]
     inputs = CASE.inputs()
-    alone = output_and_gradients(partial(attention, **some))(**inputs)
+    alone = output_and_gradients(partial(attention, **nouns(**some)))(**inputs)
     sharded = partial(
         dot_product_attention,
-        attention=attention,
-        mesh=mesh.mesh(kind),
-        layout=mesh.layout,
+        kernel=attention,
+        layout=mesh.on(kind),
         strategy=AllGatherKV(),
-        **some,
+        **nouns(**some),
     )
     got = output_and_gradients(sharded)(**inputs)
     if kernel == "exact":
@@ -111,9 +113,9 @@ def test_queries_and_keys_of_two_lengths():
     q = jnp.asarray(RNG.standard_normal((2, 8, 4, 8)), jnp.float32)
     k, v = jnp.asarray(RNG.standard_normal((2, 2, 24, 2, 8)), jnp.float32)
     options = {"is_causal": True, "query_offset": 16}
-    sharded = partial(dot_product_attention, mesh=ONE_AXIS[4].mesh(), strategy=AllGatherKV())
-    got = sharded(q, k, v, attention=exact_attention, **options)
-    assert compare_bits(got, exact_attention(q, k, v, **options)).equal
+    sharded = partial(dot_product_attention, layout=ONE_AXIS[4].on(), strategy=AllGatherKV())
+    got = sharded(q, k, v, kernel=exact_attention, **nouns(**options))
+    assert compare_bits(got, exact_attention(q, k, v, **nouns(**options))).equal
 
 
 @pytest.mark.parametrize("degree", (2, 4, 8))
@@ -127,7 +129,9 @@ def test_bytes_sent_are_those_of_the_formula(heads, degree):
         (AllGatherKV(), {"all-gather": 2}),
         (Ulysses(), {"all-to-all": 4}),
     ):
-        attend = partial(dot_product_attention, mesh=mesh, strategy=strategy, is_causal=True)
+        attend = partial(
+            dot_product_attention, layout=MeshLayout(mesh=mesh), strategy=strategy, is_causal=True
+        )
         program = compiled(attend, *inputs)
         assert collectives(program) == kinds
         expected = strategy.traffic(*shapes, degree=degree, itemsize=4)
@@ -136,15 +140,15 @@ def test_bytes_sent_are_those_of_the_formula(heads, degree):
 
 REFUSED = {
     "a function that is told nothing": (
-        {"attention": lambda query, key, value: query},
-        r"cannot be told that it has a part of the queries. Use jax_seqpar.blockwise_attention",
+        {"kernel": lambda query, key, value: query},
+        r"a function cannot be told that it has a part of the tokens. .*jax_seqpar.Blockwise",
     ),
     "a mask that is bound": (
-        {"attention": partial(blockwise_attention, is_causal=True)},
-        r"is_causal is bound to .*which has a part of the queries",
+        {"kernel": partial(blockwise_attention, is_causal=True)},
+        r"got a function around Blockwise",
     ),
     "the TPU's kernel": (
-        {"attention": partial(fused_attention, interpret=True), "check_vma": False},
+        {"kernel": Fused(interpret=True)},
         r"a part of the tokens is not supported",
     ),
     "the class": ({"strategy": AllGatherKV}, r"strategy must be Ulysses\(...\) or AllGatherKV\(\)"),
@@ -158,7 +162,7 @@ def test_what_is_refused(options, message):
     q, k, v, _ = map(jnp.asarray, CASE.inputs().values())
     options = {"strategy": AllGatherKV()} | options
     with pytest.raises(ValueError, match=message):
-        dot_product_attention(q, k, v, mesh=ONE_AXIS[4].mesh(), **options)
+        dot_product_attention(q, k, v, layout=ONE_AXIS[4].on(), **nouns(**options))
 
 
 def test_kernels_of_a_platform_are_not_chosen_for_a_part():
@@ -166,7 +170,14 @@ def test_kernels_of_a_platform_are_not_chosen_for_a_part():
     q, k, v, _ = map(jnp.asarray, CASE.inputs().values())
     mesh = ONE_AXIS[4].mesh()
     a, b = (
-        jax.jit(partial(dot_product_attention, mesh=mesh, strategy=AllGatherKV(), **some))(q, k, v)
-        for some in ({}, {"attention": blockwise_attention})
+        jax.jit(
+            partial(
+                dot_product_attention,
+                layout=MeshLayout(mesh=mesh),
+                strategy=AllGatherKV(),
+                **nouns(**some),
+            )
+        )(q, k, v)
+        for some in ({}, {"kernel": blockwise_attention})
     )
     assert compare_bits(a, b).equal

@@ -12,15 +12,17 @@ import pytest
 import torch
 from cases import is_array, slow
 from features import ADDED, KERNELS, Sizes, operands, run_jax, run_torch, split
+from flat import nouns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
-from questions import QUICK, error, output_and_gradients, temporaries_of
+from questions import QUICK, error, output_and_gradients
 
-from jax_seqpar import blockwise_attention, dense_attention, exact_attention
+from jax_seqpar import Blockwise, Logits, dense_attention, exact_attention
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.compare.arrays import numpy_to_torch
 from jax_seqpar.mask import Mask, Tokens
+from jax_seqpar.plan import temporaries
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 SIZES = Sizes(2, 13, 17, 4, 2, 5, 3)
@@ -30,7 +32,7 @@ FAR = tuple(
     np.stack([np.arange(n, dtype=np.int32)] * 2) + first for n, first in ((13, 1 << 20), (17, 0))
 )
 SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
-small = partial(blockwise_attention, query_chunk=4, key_chunk=5)
+small = Blockwise(query_chunk=4, key_chunk=5)
 rng = np.random.default_rng(5)
 EVERYTHING: dict[str, Any] = {
     "is_causal": True,
@@ -58,7 +60,7 @@ def arrays_of(given: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("chunks", ((1, 1), (4, 5), (13, 17), (100, 3), (None, None)), ids=str)
 def test_blocks_of_any_size(chunks):
     inputs = operands(SIZES)
-    attend = partial(blockwise_attention, query_chunk=chunks[0], key_chunk=chunks[1])
+    attend = Blockwise(query_chunk=chunks[0], key_chunk=chunks[1])
     got = run_jax(attend, EVERYTHING, "blockwise", inputs, QUICK)
     truth = run_torch(EVERYTHING, "blockwise", inputs)
     assert_near([got[name] for name in truth], list(truth.values()))
@@ -129,7 +131,7 @@ def test_64_bits(index):
 
 @pytest.mark.parametrize(
     "attend",
-    (small, partial(small, forward_mode=True), dense_attention, exact_attention),
+    (small, replace(small, forward_mode=True), dense_attention, exact_attention),
     ids=("blockwise", "either mode", "dense", "exact"),
 )
 def test_no_inf_is_seen_in_an_eager_call(attend):
@@ -165,7 +167,7 @@ def test_the_log_of_the_sum_merges_parts_over_keys():
 
     def merged(q, k, v):
         parts = [
-            small(q, k[:, part], v[:, part], return_lse=True)
+            small(q, k[:, part], v[:, part], return_residual=True)
             for part in (slice(None, 9), slice(9, None))
         ]
         lse = jnp.logaddexp(parts[0][1], parts[1][1])
@@ -185,17 +187,19 @@ def test_the_lse_itself():
     logits = jnp.where(mask, logits.reshape(2, 4, 13, 17), -jnp.inf)
     extra = jnp.broadcast_to(sinks[None, :, None, None], (2, 4, 13, 1))
     expected = jax.nn.logsumexp(jnp.concatenate([logits, extra], axis=-1), axis=-1)
-    out, lse = small(q, k, v, mask=mask, sinks=sinks, return_lse=True)
+    out, lse = small(q, k, v, mask=mask, logits=Logits(sinks=sinks), return_residual=True)
     assert lse[0, 3, 1] == -jnp.inf
     assert not out[:, 3].any()
     np.testing.assert_allclose(lse.swapaxes(1, 2), expected, atol=1e-5)
     # Where no block of keys is computed.
     no_keys = jnp.zeros(2, jnp.int32)
-    _, lse = small(q, k, v, key_value_seq_lengths=no_keys, sinks=sinks, return_lse=True)
+    _, lse = small(
+        q, k, v, key_value_seq_lengths=no_keys, logits=Logits(sinks=sinks), return_residual=True
+    )
     np.testing.assert_array_equal(lse, jnp.broadcast_to(sinks, lse.shape))
 
     def loss(q, sinks):
-        _, lse = small(q, k, v, mask=mask, sinks=sinks, return_lse=True)
+        _, lse = small(q, k, v, mask=mask, logits=Logits(sinks=sinks), return_residual=True)
         return jnp.where(lse > -jnp.inf, lse, 0).sum()
 
     # A row of one head has neither a key nor a sink; that of its neighbours is a sink alone.
@@ -214,7 +218,7 @@ def with_numbers(attend: Any) -> Any:
 
     def loss(operands):
         q, k, v, added = operands
-        return jnp.sum(attend(q, k, v, **added, **given) * grad) ** 2
+        return jnp.sum(attend(q, k, v, **nouns(**added, **given)) * grad) ** 2
 
     return loss, (q, k, v, added)
 
@@ -254,13 +258,13 @@ def of_dense_attention(derivative: Any) -> Any:
     ),
 )
 def test_second_derivatives(either_mode, derivative):
-    got = derived(derivative, partial(small, forward_mode=either_mode))
+    got = derived(derivative, replace(small, forward_mode=either_mode))
     # Float32 against float32, through two derivatives of a square.
     assert_near(got, of_dense_attention(derivative), 256)
 
 
 def test_forward_mode():
-    got = derived(in_a_direction, partial(small, forward_mode=True))
+    got = derived(in_a_direction, replace(small, forward_mode=True))
     assert_near(got, of_dense_attention(in_a_direction), 64)
     loss, at = with_numbers(small)
     with pytest.raises(TypeError, match="custom_vjp"):
@@ -280,7 +284,7 @@ def precisions(jaxpr: Any) -> list[Any]:
 
 @pytest.mark.parametrize(
     "attend",
-    (small, partial(small, forward_mode=True), dense_attention),
+    (small, replace(small, forward_mode=True), dense_attention),
     ids=("blockwise", "blockwise, either mode", "dense"),
 )
 @pytest.mark.parametrize(
@@ -404,16 +408,16 @@ def test_the_blocks_that_are_left_out(some, rule):
 def test_memory_is_linear_in_the_tokens():
     """Of the compiled program, forward and backward: no more than the arrays and a few blocks."""
 
-    def temporaries(tokens):
+    def bytes_held(tokens):
         x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
 
         def gradients(q, k, v, grad):
-            attend = partial(blockwise_attention, is_causal=True, query_chunk=64, key_chunk=64)
+            attend = partial(Blockwise(query_chunk=64, key_chunk=64), is_causal=True)
             return jax.vjp(attend, q, k, v)[1](grad)
 
-        return temporaries_of(gradients, x, x, x, x)
+        return temporaries(jax.jit(gradients).lower(x, x, x, x).compile())
 
-    sizes = [temporaries(n) for n in (1024, 2048, 4096)]
+    sizes = [bytes_held(n) for n in (1024, 2048, 4096)]
     first, second = (b - a for a, b in pairwise(sizes))
     assert second <= 2.1 * first
     assert sizes[-1] < 4096 * 4096 * 4 / 8, "less than the weights of a head would take"
@@ -579,8 +583,8 @@ def in_float64(
 
 
 OF_LARGE: dict[str, Any] = {
-    "blockwise": partial(small, return_lse=True),
-    "blockwise, either mode": partial(small, return_lse=True, forward_mode=True),
+    "blockwise": partial(small, return_residual=True),
+    "blockwise, either mode": partial(replace(small, forward_mode=True), return_residual=True),
     "dense": dense_attention,
     "jax.nn": jax.nn.dot_product_attention,
 }
@@ -616,7 +620,7 @@ def test_logits_with_a_large_common_part(kernel, name):
     @partial(jax.jit, compiler_options=QUICK)
     def run(*operands: Any) -> Any:
         results, pull = jax.vjp(
-            lambda q, k, v, added: OF_LARGE[kernel](q, k, v, **added, **rest), *operands
+            lambda q, k, v, added: OF_LARGE[kernel](q, k, v, **nouns(**added, **rest)), *operands
         )
         return jax.tree.leaves(results)[0], *pull(cotangent)
 
@@ -644,7 +648,7 @@ def test_one_of_each(sizes):
 def test_nothing_to_do(shape):
     B, T, S, N = shape
     q, k = jnp.zeros((B, T, N, 5)), jnp.ones((B, S, N, 5))
-    out, lse = small(q, k, k, return_lse=True)
+    out, lse = small(q, k, k, return_residual=True)
     assert out.shape == (B, T, N, 5)
     assert not out.any()
     assert (lse == -jnp.inf).all()

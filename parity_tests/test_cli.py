@@ -712,6 +712,7 @@ MISFITS |= {
 
 
 @pytest.mark.parametrize("case", MISFITS.values(), ids=MISFITS)
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_files_that_do_not_fit(planned, case, tmp_path):
     name, content, message = case
     path = tmp_path / name

@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 from cases import ONE_AXIS
 from features import Sizes, operands, run_jax, run_torch
+from flat import nouns
 from jax.sharding import PartitionSpec
 from questions import QUICK, error
 
 from jax_seqpar import (
+    Blockwise,
+    Dropout,
+    Logits,
+    Mask,
     blockwise_attention,
     dense_attention,
     dot_product_attention,
@@ -25,7 +30,6 @@ from jax_seqpar import (
     heads_to_sequence,
     pad_to_degree,
     sequence_to_heads,
-    ulysses_attention,
 )
 from jax_seqpar.compare import compare_bits
 
@@ -34,9 +38,11 @@ rng = np.random.default_rng(11)
 
 
 def sharded(degree: int, **options: Any) -> Any:
-    small = partial(blockwise_attention, query_chunk=5, key_chunk=7)
+    small = Blockwise(query_chunk=5, key_chunk=7)
     return partial(
-        dot_product_attention, mesh=ONE_AXIS[degree].mesh(), **{"attention": small} | options
+        dot_product_attention,
+        layout=ONE_AXIS[degree].on(),
+        **nouns(**{"kernel": small} | options),
     )
 
 
@@ -74,7 +80,7 @@ def test_scrambled_with_more_than_one_sequence():
     assert compare_bits(jax.jit(mapped)(labels), labels).equal
     # Through the identity in the middle a wrong pair of reshards can hide; through the sequence's
     # running sum on the way it cannot.
-    out = sharded(4, attention=lambda query, key, value: jnp.cumsum(query, axis=1))(
+    out = sharded(4, kernel=lambda query, key, value: jnp.cumsum(query, axis=1))(
         labels, labels, labels
     )
     assert compare_bits(out, jnp.cumsum(labels, axis=1)).equal
@@ -99,7 +105,7 @@ def test_replicas_drift_apart():
     whole = jax.sharding.NamedSharding(ONE_AXIS[4].mesh(), PartitionSpec())
 
     def loss(sinks):
-        return jnp.vdot(sharded(4)(q, k, v, sinks=sinks), grad)
+        return jnp.vdot(sharded(4)(q, k, v, logits=Logits(sinks=sinks)), grad)
 
     dsinks = jax.jit(jax.grad(loss), out_shardings=whole)(jax.device_put(sinks, whole))
     replicas = [np.asarray(shard.data) for shard in dsinks.addressable_shards]
@@ -139,7 +145,7 @@ def test_packing_loses_no_tokens():
     """TransformerEngine 3331: every token of every document is in the output, in its place."""
     q, k, v, _ = map(jnp.asarray, operands(Sizes(1, 16, 16, 4, 4, 5, 5)))
     each_alone = jnp.arange(16, dtype=jnp.int32)[None]
-    out = jax.jit(sharded(4))(q, k, v, segment_ids=each_alone)
+    out = jax.jit(sharded(4))(q, k, v, mask=Mask(segment_ids=each_alone))
     assert compare_bits(out, v).equal, "a document of one token gives its own value"
 
 
@@ -150,7 +156,7 @@ def test_the_window_silently_becomes_full_attention():
     full = run_torch({"is_causal": True}, "blockwise", operands(sizes))
     assert differs(got["out"], full["out"])
     with pytest.raises(ValueError, match=r"does not name the parameter 'local_window_size'"):
-        sharded(4, attention=lambda query, key, value: query)(
+        sharded(4, kernel=lambda query, key, value: query)(
             *map(jnp.asarray, operands(sizes)[:3]), local_window_size=3
         )
 
@@ -191,8 +197,8 @@ def test_no_dropout():
     assert all(compare_bits(x["out"], outs[0]["out"]).equal for x in outs)
     q, k, v, _ = map(jnp.asarray, operands(sizes))
     rngs = [jax.random.key(i) for i in (0, 1)]
-    attend = jax.jit(sharded(4, dropout_rate=0.5))
-    one, other = (attend(q, k, v, dropout_rng=rng) for rng in rngs)
+    attend = jax.jit(lambda q, k, v, rng: sharded(4)(q, k, v, dropout=Dropout(0.5, rng)))
+    one, other = (attend(q, k, v, rng) for rng in rngs)
     assert differs(one, other)
 
 
@@ -201,7 +207,7 @@ def test_each_device_drops_the_same_weights():
     N, S = 8, 64
     v = jnp.broadcast_to(jnp.eye(S)[None, :, None], (1, S, N, S))
     q = jnp.zeros((1, S, N, 1))
-    weights = sharded(8)(q, q, v, dropout_rate=0.5, dropout_rng=jax.random.key(0))
+    weights = sharded(8)(q, q, v, dropout=Dropout(rate=0.5, rng=jax.random.key(0)))
     kept = np.asarray(weights != 0)[0].swapaxes(0, 1).reshape(N, -1)
     agree = (kept[:, None] == kept[None]).mean(-1)
     # 4096 independent bits of each head: 6 standard deviations of their agreement.
@@ -220,9 +226,8 @@ def test_how_to_use_it_outside_one_trainer():
     """DeepSpeed 6708, 7695: a function of arrays, inside a shard_map of one's own."""
     q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 16, 16, 8, 4, 5, 5)))
     spec = PartitionSpec(None, "seq")
-    kernel = partial(blockwise_attention, is_causal=True)
     own = jax.shard_map(
-        partial(ulysses_attention, axis_name="seq", attention=kernel),
+        partial(dot_product_attention, kernel=blockwise_attention, is_causal=True),
         mesh=ONE_AXIS[4].mesh(),
         in_specs=spec,
         out_specs=spec,
@@ -231,13 +236,15 @@ def test_how_to_use_it_outside_one_trainer():
     assert error(jax.jit(own)(q, k, v), np.asarray(expected, np.float64)) <= 16 * EPS
 
 
-@pytest.mark.parametrize("kernel", (blockwise_attention, exact_attention), ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "kernel", (blockwise_attention, exact_attention), ids=lambda f: type(f).__name__
+)
 def test_padding_is_attended_to(kernel):
     """MaxDiffusion pads the keys to the degree, and then attends to them."""
     q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 13, 13, 4, 4, 5, 5)))
     padded = pad_to_degree(q, k, v, degree=4)
     filled = padded.value.at[:, 13:].set(1e3)
-    out = sharded(4, attention=kernel)(padded.query, padded.key, filled, **padded.keywords)
+    out = sharded(4, kernel=kernel)(padded.query, padded.key, filled, **padded.keywords)
     alone = jax.jit(kernel)(q, k, v)
     assert error(padded.unpad(out), np.asarray(alone, np.float64)) <= 16 * EPS
 
@@ -248,15 +255,14 @@ def test_dropout_in_a_shard_map_of_ones_own():
     rng = jax.random.key(5)
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = PartitionSpec("data", "seq")
-    kernel = partial(blockwise_attention, dropout_rate=0.5)
 
     def layer(q, k, v, keys):
-        per_head = {"dropout_rng": keys}
-        return ulysses_attention(q, k, v, axis_name="seq", attention=kernel, per_head=per_head)
+        dropout = Dropout(0.5, keys)
+        return dot_product_attention(q, k, v, kernel=blockwise_attention, dropout=dropout)
 
     own = jax.shard_map(
         layer, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec("data")), out_specs=spec
     )
     out = jax.jit(own)(q, k, v, head_keys(rng, 4, 6))
-    expected = jax.jit(partial(kernel, dropout_rng=rng))(q, k, v)
+    expected = jax.jit(partial(blockwise_attention, dropout=Dropout(0.5, rng)))(q, k, v)
     assert compare_bits(out, expected).equal

@@ -15,10 +15,10 @@ import pytest
 from cases import KINDS, MeshCase, slow
 from decoder import FSDP, FSDP_AND_TENSOR, Config, Decoder, Placement
 from flax import nnx
-from questions import collectives
 
 from jax_seqpar import MeshLayout, dense_attention
 from jax_seqpar.compare import compare_bits
+from jax_seqpar.plan import collectives
 from jax_seqpar.training import TokenLayout
 
 pytestmark = pytest.mark.usefixtures("less_optimised")

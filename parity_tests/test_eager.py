@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import ONE_AXIS
+from flat import nouns
 from flax import nnx
 from jax.sharding import AxisType
-from questions import collectives, compilations, compiled, error, oracle
+from questions import compilations, compiled, error, oracle
 
 from jax_seqpar import (
+    Blockwise,
     MeshLayout,
     blockwise_attention,
     dense_attention,
@@ -23,6 +25,7 @@ from jax_seqpar import (
 )
 from jax_seqpar.flax import Attention, SequenceParallel
 from jax_seqpar.parity.cases import Case
+from jax_seqpar.plan import collectives
 
 CASE = Case(batch=2, tokens=16, heads=8, kv_heads=4, head_dim=4)
 QUERY, KEY, VALUE, GRAD = map(jnp.asarray, CASE.inputs().values())
@@ -32,6 +35,10 @@ RNG = jax.random.key(0)
 
 def own_kernel(query, key, value, is_causal):
     return query * 2
+
+
+def biased_kernel(query, key, value, is_causal, bias, scale):
+    return query * scale + bias.sum()
 
 
 def forward(attend):
@@ -52,14 +59,17 @@ def tangent(attend):
 
 def sharded(kind=AxisType.Auto, **options):
     mesh = ONE_AXIS[4].mesh(kind)
-    return partial(dot_product_attention, **{"mesh": mesh, "is_causal": True} | options)
+    return partial(
+        dot_product_attention,
+        **nouns(**{"layout": MeshLayout(mesh=mesh), "is_causal": True} | options),
+    )
 
 
 def with_chunks(query, key, value, **options):
     """As written inside a user's loop: another partial, and another array, at each call."""
     bias = jnp.zeros((1, 1, 16, 16))
-    kernel = partial(partial(blockwise_attention, bias=bias), query_chunk=8)
-    return sharded(attention=kernel)(query, key, value, **options)
+    kernel = partial(partial(biased_kernel, bias=bias), scale=0.5)
+    return sharded(kernel=kernel)(query, key, value, **options)
 
 
 CALLS = {
@@ -71,14 +81,14 @@ CALLS = {
         forward,
         sharded(segment_ids=SEGMENTS, dropout_rate=0.5, dropout_rng=RNG),
     ),
-    "dense, pullback": (pullback, sharded(attention=dense_attention)),
-    "exact, gradient": (gradient, sharded(attention=exact_attention)),
-    "a user's kernel, gradient": (gradient, sharded(attention=own_kernel)),
+    "dense, pullback": (pullback, sharded(kernel=dense_attention)),
+    "exact, gradient": (gradient, sharded(kernel=exact_attention)),
+    "a user's kernel, gradient": (gradient, sharded(kernel=own_kernel)),
     "equal partials": (forward, with_chunks),
     "equal partials, gradient": (gradient, with_chunks),
     "blockwise alone": (forward, blockwise_attention),
     "blockwise alone, pullback": (pullback, blockwise_attention),
-    "blockwise alone, tangent": (tangent, partial(blockwise_attention, forward_mode=True)),
+    "blockwise alone, tangent": (tangent, Blockwise(forward_mode=True)),
     "dense alone, gradient": (gradient, dense_attention),
     "exact alone, gradient": (gradient, exact_attention),
     "padding": (lambda attend: attend(QUERY, KEY, VALUE), partial(pad_to_degree, degree=5)),
@@ -160,7 +170,7 @@ def test_what_is_bound_to_a_partial_is_heard():
     run = sharded(is_causal=False)
     for factor in (1, 1.0, True, 2, 2, 1.0):
         for shift in (jnp.float32(3), jnp.float32(4)):
-            out = run(QUERY, KEY, VALUE, attention=partial(kernel, factor=factor, shift=shift))
+            out = run(QUERY, KEY, VALUE, kernel=partial(kernel, factor=factor, shift=shift))
             np.testing.assert_allclose(out, QUERY * float(factor) + shift, rtol=1e-6)
     assert [(type(x), x) for x in spy] == [(int, 1), (float, 1.0), (bool, True), (int, 2)]
 
@@ -174,8 +184,8 @@ def test_a_kernel_made_in_a_loop_is_collected():
         return query * float(large[0])
 
     kept = weakref.ref(kernel)
-    sharded(is_causal=False)(QUERY, KEY, VALUE, attention=kernel)
-    gradient(sharded(is_causal=False, attention=kernel))
+    sharded(is_causal=False)(QUERY, KEY, VALUE, kernel=kernel)
+    gradient(sharded(is_causal=False, kernel=kernel))
     del kernel, large
     gc.collect()
     assert kept() is None
@@ -191,7 +201,7 @@ def test_kernels_that_cannot_be_kept():
         def __call__(self, query, key, value):
             return query * 2
 
-    out = sharded(is_causal=False)(QUERY, KEY, VALUE, attention=Kernel())
+    out = sharded(is_causal=False)(QUERY, KEY, VALUE, kernel=Kernel())
     np.testing.assert_array_equal(out, QUERY * 2)
 
 
@@ -200,9 +210,11 @@ def test_a_traced_array_in_a_closure_or_bound_to_a_partial(bound):
     run = sharded(is_causal=False)
 
     def loss(bias):
-        closure = lambda query, key, value: dense_attention(query, key, value, bias=bias)  # noqa: E731
-        kernel = partial(dense_attention, bias=bias) if bound else closure
-        return jnp.sum(run(QUERY, KEY, VALUE, attention=kernel) ** 2)
+        def biased(query, key, value, bias=bias):
+            return dense_attention(query, key, value, bias=bias)
+
+        kernel = partial(biased, bias=bias) if bound else biased
+        return jnp.sum(run(QUERY, KEY, VALUE, kernel=kernel) ** 2)
 
     bias = jnp.zeros((1, 1, 16, 16))
     jitted = jax.jit(jax.grad(loss))(bias)

@@ -13,6 +13,7 @@ import torch
 from cases import is_array
 from exact_cases import NAMES as RESULTS
 from exact_cases import Cross, torch_exact
+from flat import nouns
 from questions import error, output_and_gradients
 
 from jax_seqpar import dense_attention
@@ -60,7 +61,7 @@ def test_every_option_as_accurate_as_float32():
     truth = (out.detach(), *torch.autograd.grad(out, leaves, grad))
 
     arrays = {k: jax.tree.map(jnp.asarray, x) if is_array(x) else x for k, x in options.items()}
-    plain = output_and_gradients(partial(dense_attention, **arrays))(**inputs)
+    plain = output_and_gradients(partial(dense_attention, **nouns(**arrays)))(**inputs)
     exact = torch_exact(inputs, **options)  # JAX has its bits, and would have to compile
     for name, ours, expected in zip(RESULTS, plain, truth, strict=True):
         assert 0 < error(exact[name], expected.numpy()) <= error(ours, expected.numpy()), name

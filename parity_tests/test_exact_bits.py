@@ -23,12 +23,16 @@ from exact_cases import (
     jax_exact,
     torch_exact,
 )
+from flat import nouns
 from jax.sharding import AxisType
-from questions import collectives, compiled, output_and_gradients, sharded_inputs
+from questions import compiled, output_and_gradients, sharded_inputs
 from rank_functions import exact_on_ranks
 
 import torch_ref.exact
 from jax_seqpar import (
+    Dropout,
+    Exact,
+    MeshLayout,
     Ulysses,
     dense_attention,
     dot_product_attention,
@@ -43,6 +47,7 @@ from jax_seqpar.exact import arithmetic
 from jax_seqpar.exact.kv_replicas import SharedHeads
 from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
 from jax_seqpar.parity.cases import Arrays, Case, adversarial
+from jax_seqpar.plan import collectives, temporaries
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
@@ -120,14 +125,13 @@ def test_no_bit_depends_on_the_blocks_with_every_option(monkeypatch, by_position
 
 
 def sharded(case, where, kind, **options):
-    """Output and gradients through the front door, compiled."""
+    """Output and gradients through the public function, compiled."""
     attend = partial(
         dot_product_attention,
-        attention=exact_attention,
-        layout=where.layout,
-        mesh=where.mesh(kind),
+        kernel=exact_attention,
+        layout=where.on(kind),
         is_causal=case.is_causal,
-        **options,
+        **nouns(**options),
     )
     results = output_and_gradients(attend)(**case.inputs())
     return dict(zip(NAMES, map(np.asarray, results), strict=True))
@@ -149,7 +153,10 @@ def test_the_sign_of_what_rounds_to_zero_on_devices_that_share_heads():
     inputs = Case(batch=2, tokens=16, heads=8, kv_heads=2, head_dim=5, dtype="float16").inputs()
     inputs["grad"] = (inputs["grad"] * 2.0**-22).astype(np.float16)
     attend = partial(
-        dot_product_attention, attention=exact_attention, mesh=ONE_AXIS[4].mesh(), is_causal=True
+        dot_product_attention,
+        kernel=exact_attention,
+        layout=ONE_AXIS[4].on(),
+        is_causal=True,
     )
     ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
     check_equal(ours, torch_exact(inputs, is_causal=True))
@@ -216,13 +223,10 @@ def test_all_at_once_on_a_mesh(heads, where, kind, by_positions, head_chunks):
     def run(query, key, value, grad, rng, arrays):
         attend = partial(
             dot_product_attention,
-            attention=exact_attention,
-            layout=where.layout,
-            mesh=where.mesh(kind),
+            kernel=exact_attention,
+            layout=where.on(kind),
             strategy=Ulysses(head_chunks, overlap=where is not ONE_AXIS[2]),
-            dropout_rng=rng,
-            **arrays,
-            **static,
+            **nouns(**arrays, **static, dropout_rng=rng),
         )
         out, pull = jax.vjp(attend, query, key, value)
         return (out, *pull(grad))
@@ -248,7 +252,7 @@ def test_keys_of_heads_under_vmap():
 
     def one(*rows):
         *operands, rng = (x[None] for x in rows)
-        return exact_attention(*operands, dropout_rate=0.4, dropout_rng=rng)[0]
+        return exact_attention(*operands, dropout=Dropout(rate=0.4, rng=rng))[0]
 
     def attend(*operands):
         return jax.vmap(one)(*operands, keys)
@@ -291,10 +295,16 @@ def test_a_gradient_for_slopes_or_sinks_is_refused(name):
     query, key, value, _ = map(jnp.asarray, CROSS.inputs().values())
 
     def loss(x):
-        return exact_attention(query, key, value, **{name: x}).sum()
+        return exact_attention(query, key, value, **nouns(**{name: x})).sum()
 
     with pytest.raises(ValueError, match=rf"no gradient for {name}\. Write jax\.lax\.stop_grad"):
         jax.grad(loss)(jnp.zeros(CROSS.N))
+
+
+class Unchecked(Exact):
+    """In a `jax.shard_map` that does not check how arrays vary over the mesh."""
+
+    check_vma = False  # pyright: ignore
 
 
 @pytest.mark.parametrize("vma", (True, False))
@@ -304,17 +314,25 @@ def test_queries_and_keys_of_two_lengths(vma):
     arrays = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     inputs: Arrays = dict(zip(INPUT_NAMES, arrays, strict=True))
     mesh = ONE_AXIS[8].mesh()
-    attend = partial(dot_product_attention, attention=exact_attention, mesh=mesh, check_vma=vma)
+    attend = partial(
+        dot_product_attention,
+        kernel=exact_attention if vma else Unchecked(),
+        layout=MeshLayout(mesh=mesh),
+    )
     ours = output_and_gradients(attend)(**inputs)
     check_equal(dict(zip(NAMES, ours, strict=True)), torch_exact(inputs))
 
 
-@pytest.mark.parametrize("wrap", (partial(jax.jit, static_argnames="is_causal"), jax.checkpoint))
-def test_a_kernel_that_is_wrapped_still_knows_who_shares_its_heads(wrap):
-    attention = wrap(exact_attention)
+@pytest.mark.parametrize("wrap", (jax.jit, jax.checkpoint))
+def test_a_wrapped_kernel_is_refused(wrap):
+    """It would not know who shares its heads, and their gradients would be rounded."""
     case = replace(FEW_KV_HEADS, batch=1, is_causal=False)
-    attend = partial(dot_product_attention, attention=attention, mesh=ONE_AXIS[8].mesh())
-    results = output_and_gradients(attend)(**case.inputs())
+    attend = partial(dot_product_attention, layout=ONE_AXIS[8].on(), is_causal=False)
+    query, key, value, _ = map(jnp.asarray, case.inputs().values())
+    with pytest.raises(ValueError, match=r"got a function around Exact\(.*put jax.jit and jax.ch"):
+        attend(query, key, value, kernel=wrap(exact_attention))
+    around = wrap(partial(attend, kernel=exact_attention))
+    results = output_and_gradients(around)(**case.inputs())
     check_equal(dict(zip(NAMES, map(np.asarray, results), strict=True)), single_device(case))
 
 
@@ -387,7 +405,7 @@ def test_sums_over_devices_count_the_tokens_of_all(monkeypatch, limit, dtype):
     monkeypatch.setattr(
         SharedHeads, "sum", lambda self, x: added.append(x.dtype) or true_sum(self, x)
     )
-    attend = partial(dot_product_attention, attention=exact_attention, mesh=ONE_AXIS[4].mesh())
+    attend = partial(dot_product_attention, kernel=exact_attention, layout=ONE_AXIS[4].on())
     jax.clear_caches()  # what was traced before the limit was patched would be used again
     jax.eval_shape(output_and_gradients(attend), **case.inputs())
     assert [str(x) for x in added] == [dtype] * 2, "of dk and of dv"
@@ -401,7 +419,10 @@ def test_tokens_that_are_added_change_no_bit():
     padded = pad_to_degree(query, key, value, degree=4)
     assert padded.query.shape[1] == 16
     attend = partial(
-        dot_product_attention, attention=exact_attention, mesh=where.mesh(), **padded.keywords
+        dot_product_attention,
+        kernel=exact_attention,
+        layout=where.on(),
+        **padded.keywords,
     )
     run = jax.jit(output_and_gradients(attend))
     expected = torch_exact(inputs)
@@ -506,7 +527,10 @@ def test_communication(name, kind, shared):
     where = ONE_AXIS[4]
     *inputs, grad = sharded_inputs(MESH_CASES[name], where, kind)
     attend = partial(
-        dot_product_attention, attention=exact_attention, mesh=where.mesh(kind), is_causal=True
+        dot_product_attention,
+        kernel=exact_attention,
+        layout=where.on(kind),
+        is_causal=True,
     )
     assert collectives(compiled(attend, *inputs)) == {"all-to-all": 4}
     both = collectives(compiled(output_and_gradients(attend), *inputs, grad))
@@ -516,15 +540,13 @@ def test_communication(name, kind, shared):
 
 @pytest.mark.usefixtures("optimised")
 def test_memory_is_linear_in_the_tokens():
-    def temporary(tokens):
+    def bytes_held(tokens):
         case = Case(batch=1, tokens=tokens, heads=2, kv_heads=1, head_dim=16)
         run = output_and_gradients(partial(exact_attention, is_causal=True))
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.inputs().values()]
-        analysis = jax.jit(run).lower(*shapes).compile().memory_analysis()
-        assert analysis is not None
-        return analysis.temp_size_in_bytes
+        return temporaries(jax.jit(run).lower(*shapes).compile())
 
-    whole, half = temporary(8192), temporary(4096)
+    whole, half = bytes_held(8192), bytes_held(4096)
     assert whole < 2.2 * half
     assert whole < 8192 * 8192 * 4, "less than one matrix of weights"
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import is_array, slow
 from exact_cases import CROSS, NAMES, jax_exact, torch_exact
+from flat import nouns
 from jax.extend import core
 
 from jax_seqpar import exact_attention
@@ -143,7 +144,7 @@ def conversions(dtype, options):
     def run(*operands):
         # As a caller may do it, in the same program.
         *operands, grad = (x.astype(dtype) for x in operands)
-        out, pull = jax.vjp(partial(exact_attention, **arrays, **static), *operands)
+        out, pull = jax.vjp(partial(exact_attention, **nouns(**arrays, **static)), *operands)
         return (out, *pull(grad))
 
     return widened(jax.make_jaxpr(run)(*operands).jaxpr)[0]

@@ -16,6 +16,7 @@ from exact_cases import (
     jax_exact,
     torch_exact,
 )
+from flat import nouns
 from questions import output_and_gradients
 
 import torch_ref.exact
@@ -47,7 +48,10 @@ def alone():
 def on_devices_that_share_heads():
     inputs = SHARED.inputs()
     attend = partial(
-        dot_product_attention, attention=exact_attention, mesh=ONE_AXIS[8].mesh(), is_causal=True
+        dot_product_attention,
+        kernel=exact_attention,
+        layout=ONE_AXIS[8].on(),
+        is_causal=True,
     )
     ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
     report = compare_bits(ours, torch_exact(inputs, is_causal=True))
@@ -68,7 +72,10 @@ def with_dropout_and_sinks_on_devices():
     options = FEW | {"sinks": case.sinks()}
     arrays = {name: jnp.asarray(x) if is_array(x) else x for name, x in options.items()}
     attend = partial(
-        dot_product_attention, attention=exact_attention, mesh=ONE_AXIS[4].mesh(), **arrays
+        dot_product_attention,
+        kernel=exact_attention,
+        layout=ONE_AXIS[4].on(),
+        **nouns(**arrays),
     )
     inputs = case.inputs()
     ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
@@ -92,6 +99,11 @@ def subnormal_keys():
 
 def single_exp(x):
     return jnp.where(x < -80, jnp.float32(0), jnp.exp(x))
+
+
+def keys_of_the_first_device(x, axes, *, axis_name, true=ulysses._own_heads, **plan):
+    own = true(x, axes, axis_name=axis_name, **plan)
+    return jax.lax.all_gather(own, axis_name)[0] if x.dtype == jnp.uint32 else own
 
 
 MUTATIONS = {
@@ -173,12 +185,11 @@ MUTATIONS = {
             self.rng, self.rate, jnp.arange(queries.size), jnp.arange(keys.size)
         ),
     ),
-    # What describes the attention of a device asks for these, too, and is to get what it gave.
     "dropout by the heads of a device": (
         with_dropout_and_sinks_on_devices,
-        threefry,
-        "head_keys",
-        lambda rng, batch, heads, true=threefry.head_keys: true(jnp.asarray(KEY), batch, heads),
+        ulysses,
+        "_own_heads",
+        keys_of_the_first_device,
     ),
     "sinks and keys of other heads": (
         with_dropout_and_sinks_on_devices,

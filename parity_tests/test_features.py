@@ -31,6 +31,7 @@ from jax.sharding import AxisType
 from questions import QUICK
 
 from jax_seqpar import (
+    Blockwise,
     MeshLayout,
     Ulysses,
     blockwise_attention,
@@ -41,7 +42,7 @@ from jax_seqpar import (
     fused_attention,
 )
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.mask.keywords import FIELDS
+from jax_seqpar.mask import Attention
 from jax_seqpar.strategies.heads import plan_heads
 from torch_ref.masks import attends
 
@@ -73,9 +74,8 @@ def _right(case):
         where = MeshCase((2, degree), ("data", "seq"), layout)
     sharded = partial(
         dot_product_attention,
-        attention=KERNELS[kernel],
-        mesh=where.mesh(kind),
-        layout=where.layout,
+        kernel=KERNELS[kernel],
+        layout=where.on(kind),
         strategy=Ulysses(chunks),
     )
     # Compiled as for a user where one compiler gives both sides of what is compared in bits.
@@ -133,12 +133,11 @@ ALL_KERNELS = (
 
 
 def test_one_signature():
-    """Same names, order and defaults, in every kernel and at the front door."""
+    """Same names, order and defaults, in every kernel and in the public function."""
     signatures = [
         {n: p.default for n, p in inspect.signature(f).parameters.items()} for f in ALL_KERNELS
     ]
-    common = list(signatures[0])
-    assert set(common) == {"query", "key", "value", *FIELDS}
+    common = list(inspect.signature(Attention.__call__).parameters)[1:-1]
     for parameters in signatures:
         assert list(parameters)[: len(common)] == common
         assert {name: parameters[name] for name in common} == signatures[0]
@@ -148,7 +147,7 @@ def test_the_default_is_the_kernel_that_is_chosen():
     """On a CPU blockwise: to the bit what it gives when it is named."""
     sizes = SIZES["grouped"]
     q, k, v, _ = map(jnp.asarray, operands(sizes))
-    assert choose_kernel(q, k, v, is_causal=True).attention is blockwise_attention
-    default = partial(dot_product_attention, is_causal=True, mesh=ONE_AXIS[4].mesh())
-    named = partial(default, attention=blockwise_attention)
+    assert choose_kernel(q, k, v, is_causal=True).kernel == Blockwise()
+    default = partial(dot_product_attention, is_causal=True, layout=ONE_AXIS[4].on())
+    named = partial(default, kernel=blockwise_attention)
     assert compare_bits(jax.jit(default)(q, k, v), jax.jit(named)(q, k, v)).equal

@@ -11,9 +11,9 @@ import optax
 import pytest
 import torch
 from cases import KINDS
+from flat import nouns
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from questions import collectives
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from jax_seqpar import MeshLayout, Ulysses, dense_attention
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.flax import Attention, Projection, Rotary, SequenceParallel
+from jax_seqpar.plan import collectives
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
@@ -114,8 +115,9 @@ def truth(layer, options, segment_ids=None, positions=None):
                 q,
                 k,
                 v,
-                segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
-                **given,
+                **nouns(
+                    **given, segment_ids=None if segment_ids is None else jnp.asarray(segment_ids)
+                ),
             )
         )
     y = np.einsum("bsnh,nhd->bsd", out, wide(layer.out.kernel))
@@ -146,7 +148,7 @@ def test_output(features, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_that_of_one_device(kind):
     """Of every parameter, with all of its sharding."""
-    options = {**FEATURES["everything"], "attention": dense_attention}
+    options = {**FEATURES["everything"], "kernel": dense_attention}
     grads = []
     for shape, sharding in (((1, 1), None), ((2, 4), None), ((2, 4), {"D": "data"})):
         layer, mesh = make(kind, sharding, shape, **options)
@@ -204,9 +206,8 @@ PASSED_ON: dict[str, Any] = {
     "is_causal": True,
     "local_window_size": (5, 0),
     "logits_soft_cap": 3.0,
-    "attention": dense_attention,
+    "kernel": dense_attention,
     "strategy": Ulysses(2, overlap=False),
-    "check_vma": False,
 }
 
 
@@ -220,13 +221,15 @@ def test_options_are_passed_on(where, monkeypatch):
         return jnp.zeros_like(query)
 
     monkeypatch.setattr(f"jax_seqpar.flax.{where}.dot_product_attention", attend)
-    options = PASSED_ON | {"mesh": jax.make_mesh((4,), ("seq",)), "layout": MeshLayout()}
+    layout = MeshLayout(mesh=jax.make_mesh((4,), ("seq",)))
+    options: dict[str, Any] = PASSED_ON | {"layout": layout}
     if where == "attention":
         layer = Attention(D, num_heads=N, head_dim=H, scale=0.3, **options, rngs=nnx.Rngs(0))
         layer(jnp.asarray(X))
-        assert given["scale"] == 0.3
+        assert given["logits"].scale == 0.3
     else:
         SequenceParallel(**options)(*jnp.ones((3, B, S, N, H)))
+    assert given["logits"].soft_cap == options.pop("logits_soft_cap")
     assert {name: given[name] for name in options} == options
 
 
@@ -265,15 +268,15 @@ def test_parameters_have_names():
 def test_a_mesh_that_is_given(kind):
     """Without `jax.set_mesh`: parameters are created on it, used on it and gathered on it."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
-    options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": LAYOUT}
-    layer = Attention(D, **options, sharding={"D": "data"}, mesh=mesh, rngs=nnx.Rngs(0))
+    options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": LAYOUT.on(mesh)}
+    layer = Attention(D, **options, sharding={"D": "data"}, rngs=nnx.Rngs(0))
     assert layer.query.kernel[...].sharding.shard_shape((D, N, H)) == (D // 2, N, H)
     x = jax.device_put(X, NamedSharding(mesh, LAYOUT.token_spec))
     assert_close(nnx.jit(lambda layer, x: layer(x))(layer, x), truth(layer, {}))
 
 
 def test_dropout():
-    layer, mesh = make(dropout_rate=0.5, attention=dense_attention)
+    layer, mesh = make(dropout_rate=0.5, kernel=dense_attention)
     drop = nnx.jit(lambda layer, x, rngs: layer(x, deterministic=False, rngs=rngs))
     with jax.set_mesh(mesh):
         outs = [drop(layer, X, nnx.Rngs(dropout=seed)) for seed in (1, 1, 2)]

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import KINDS, slow
+from flat import nouns
 from flax import nnx
 from jax.sharding import PartitionSpec
-from questions import collectives
 
 from jax_seqpar import MeshLayout, blockwise_attention, exact_attention
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.flax import Attention, SequenceParallel
+from jax_seqpar.plan import collectives
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
@@ -134,7 +135,7 @@ def test_linen_initialises_with_one_token():
 def test_any_number_of_batch_axes(batch):
     query, key, value = rng.standard_normal((3, *batch, S, 8, 4)).astype(np.float32)
     masks = [None, CAUSAL[0, 0], rng.random((*batch, 1, S, S)) < 0.8]
-    attend = jax.jit(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",))))
+    attend = jax.jit(SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((4,), ("seq",)))))
     for mask in masks:
         expected = linen.dot_product_attention(query, key, value, mask=mask)
         assert_close(attend(*map(jnp.asarray, (query, key, value)), mask=mask), expected)
@@ -143,7 +144,9 @@ def test_any_number_of_batch_axes(batch):
 @pytest.mark.parametrize("tokens", (1, 5, 23))
 def test_tokens_that_the_devices_do_not_divide(tokens):
     query, key, value = map(jnp.asarray, rng.standard_normal((3, 2, tokens, 8, 4), np.float32))
-    attend = jax.jit(SequenceParallel(mesh=jax.make_mesh((8,), ("seq",)), is_causal=True))
+    attend = jax.jit(
+        SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((8,), ("seq",))), is_causal=True)
+    )
     expected = nnx.dot_product_attention(query, key, value, is_causal=True)
     assert_close(attend(query, key, value), expected)
 
@@ -184,7 +187,7 @@ def test_dropout_is_the_same_at_every_degree(broadcast):
 
     def run(degree, **more):
         mesh = jax.make_mesh((degree,), ("seq",))
-        attend = SequenceParallel(mesh=mesh, attention=exact_attention)
+        attend = SequenceParallel(layout=MeshLayout(mesh=mesh), kernel=exact_attention)
         return jax.jit(partial(attend, **(options | more)))(query, key, value)
 
     out = run(1)
@@ -196,7 +199,9 @@ def test_dropout_is_the_same_at_every_degree(broadcast):
     same = jnp.ones_like(query)
     random = jnp.broadcast_to(value[:1, :, :1], value.shape)
     mesh = jax.make_mesh((8,), ("seq",))
-    heads = jax.jit(partial(SequenceParallel(mesh=mesh), **options))(same, same, random)
+    heads = jax.jit(partial(SequenceParallel(layout=MeshLayout(mesh=mesh)), **options))(
+        same, same, random
+    )
     assert bool((heads == heads[:1, :, :1]).all()) == broadcast
 
 
@@ -244,20 +249,22 @@ def test_it_is_a_value():
 
 
 def test_options_of_its_own():
-    """Window and soft cap, against the front door's kernel with the same words."""
+    """Window and soft cap, against `dot_product_attention` with the same words."""
     query, key, value = map(jnp.asarray, rng.standard_normal((3, 2, S, 8, 4), np.float32))
     options = {"is_causal": True, "local_window_size": (5, 0), "logits_soft_cap": 2.0}
     mesh = jax.make_mesh((4,), ("seq",))
-    got = jax.jit(SequenceParallel(mesh=mesh, **options))(query, key, value)
-    assert_close(got, blockwise_attention(query, key, value, **options))
-    full = jax.jit(SequenceParallel(mesh=mesh, is_causal=True))(query, key, value)
+    got = jax.jit(SequenceParallel(layout=MeshLayout(mesh=mesh), **options))(query, key, value)
+    assert_close(got, blockwise_attention(query, key, value, **nouns(**options)))
+    full = jax.jit(SequenceParallel(layout=MeshLayout(mesh=mesh), is_causal=True))(
+        query, key, value
+    )
     assert np.abs(np.asarray(got - full)).max() > 1e-2
 
 
 def test_dtype_and_bias():
     query, key, value = map(jnp.asarray, rng.standard_normal((3, 2, S, 8, 4), np.float32))
     bias = jnp.asarray(rng.standard_normal((8, S, S)), jnp.float32)
-    attend = SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)))
+    attend = SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((4,), ("seq",))))
     jitted = jax.jit(attend, static_argnames="dtype")
     assert_close(
         jitted(query, key, value, bias=bias),
@@ -270,7 +277,7 @@ def test_a_bias_keeps_its_precision():
     """In 16 bits a bias of 100 would be wrong by a quarter."""
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in rng.standard_normal((3, 2, S, 8, 4)))
     bias = jnp.asarray(100 + rng.standard_normal((1, 8, S, S)), jnp.float32)
-    got = jax.jit(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",))))(
+    got = jax.jit(SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((4,), ("seq",)))))(
         query, key, value, bias=bias
     )
     wide = (x.astype(jnp.float32) for x in (query, key, value))
@@ -309,16 +316,16 @@ def test_what_is_sent():
 def test_refusals(options, message):
     x = jnp.ones((2, S, 8, 4))
     with pytest.raises(ValueError, match=message):
-        SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)))(x, x, x, **options)
+        SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((4,), ("seq",))))(x, x, x, **options)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     x = jnp.ones((3, S, 8, 4))
     mesh = jax.make_mesh((2, 4), ("data", "seq"))
     with pytest.raises(ValueError, match="batch B = 3 is not divisible by the 2 devices"):
-        SequenceParallel(LAYOUT, mesh=mesh)(x, x, x)
+        SequenceParallel(LAYOUT.on(mesh))(x, x, x)
     with pytest.raises(ValueError, match="names axis 'seq', which the mesh does not have"):
-        SequenceParallel(mesh=jax.make_mesh((8,), ("data",)))(x, x, x)
+        SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((8,), ("data",))))(x, x, x)
     with pytest.raises(ValueError, match="no mesh"):
         SequenceParallel()(x, x, x)
 
@@ -327,7 +334,10 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_rules_about_positions_are_refused_when_decoding(options):
     """The query of one token would be taken for the first, and see one key."""
     message = r"1 queries and 8 keys.*is not told where"
-    layer = nnx_layer(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)), **options), decode=True)
+    layer = nnx_layer(
+        SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((4,), ("seq",))), **options),
+        decode=True,
+    )
     layer.init_cache((B, 8, D))
     with pytest.raises(ValueError, match=message):
         layer(jnp.asarray(X[:, :1]))
@@ -339,7 +349,7 @@ def test_rules_about_positions_are_refused_when_decoding(options):
 
 def test_causality_at_the_call_is_refused_when_decoding():
     """Flax before 0.12.12 passes it on, beside the mask of its cache: one key would be seen."""
-    attend = SequenceParallel(mesh=jax.make_mesh((4,), ("seq",)))
+    attend = SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((4,), ("seq",))))
     query, key = jnp.ones((B, 1, 8, 4)), jnp.ones((B, 8, 8, 4))
     mask = jnp.arange(8) <= 3
     with pytest.raises(ValueError, match=r"1 query and 8 keys.*write is_causal=False"):
@@ -354,7 +364,11 @@ def test_causality_at_the_call(queries, keys, padding):
     key, value = map(jnp.asarray, rng.standard_normal((2, 2, keys, 2, 4), np.float32))
     mask = jnp.asarray(rng.random((2, 1, queries, keys)) < 0.6).at[..., 0].set(True)
     mask = mask if padding else None
-    attend = jax.jit(partial(SequenceParallel(mesh=jax.make_mesh((4,), ("seq",))), is_causal=True))
+    attend = jax.jit(
+        partial(
+            SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((4,), ("seq",)))), is_causal=True
+        )
+    )
     expected = nnx.dot_product_attention(query, key, value, mask=mask, is_causal=True)
     assert_close(attend(query, key, value, mask=mask), expected)
 

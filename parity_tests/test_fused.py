@@ -1,6 +1,5 @@
 """The platforms' own kernels: right values in interpret mode, refusals, choice, the schedule."""
 
-import inspect
 import tracemalloc
 from functools import partial
 from typing import Any
@@ -11,17 +10,26 @@ import numpy as np
 import pytest
 from cases import ONE_AXIS
 from features import run_jax, run_torch
+from flat import nouns
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 from questions import QUICK, error
 
-from jax_seqpar import blockwise_attention, dense_attention, dot_product_attention
-from jax_seqpar.kernels import choose_kernel, cudnn, fused_attention
+from jax_seqpar import (
+    Blockwise,
+    Dropout,
+    Fused,
+    dense_attention,
+    dot_product_attention,
+)
+from jax_seqpar.kernels import choose_kernel, cudnn
 from jax_seqpar.kernels.splash import SCHEDULE_BYTES, Blocks, choose_blocks, schedule
 from jax_seqpar.mask import Mask
+from jax_seqpar.mask.keywords import FLAT
 from torch_ref.masks import attends
 
-interpreted = partial(fused_attention, interpret=True)
+interpreted = Fused(interpret=True)
 
 
 def operands(
@@ -125,12 +133,18 @@ def test_sharded_splash_has_the_bits_of_one_device(unchecked_shapes):
     inputs = operands(N=4, K=4)[:3]
     options: dict[str, Any] = {"is_causal": True, "sinks": jnp.arange(4, dtype=jnp.float32)}
     sharded = partial(
-        dot_product_attention, attention=interpreted, mesh=ONE_AXIS[4].mesh(), **options
+        dot_product_attention,
+        kernel=interpreted,
+        layout=ONE_AXIS[4].on(),
+        **nouns(**options),
     )
-    out = jax.jit(partial(sharded, check_vma=False))(*inputs)
-    assert np.array_equal(out, jax.jit(partial(interpreted, **options))(*inputs))
+    out = jax.jit(sharded)(*inputs)
+    alone = partial(interpreted, **nouns(**options))
+    assert np.array_equal(out, jax.jit(alone)(*inputs))
+    heads = PartitionSpec(None, None, "seq")
+    own = partial(jax.shard_map, mesh=ONE_AXIS[4].mesh(), in_specs=heads, out_specs=heads)
     with pytest.raises(ValueError, match="Write check_vma=False"):
-        sharded(*inputs)
+        own(partial(interpreted, is_causal=True))(*inputs)
 
 
 # What each platform's kernel is asked for that it lacks: sizes, options, and a word of the refusal.
@@ -214,10 +228,10 @@ def test_what_a_kernel_lacks_is_refused_and_another_chosen(
             n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in options.items()
         }
     with pytest.raises(ValueError, match=word) as refusal:
-        fused_attention(query, key, value, platform=platform, **options)
-    assert "Write attention=jax_seqpar.blockwise_attention" in str(refusal.value)
-    choice = choose_kernel(query, key, value, platform=platform, **options)
-    assert choice.attention is blockwise_attention
+        Fused(platform=platform)(query, key, value, **nouns(**options))
+    assert "Write kernel=jax_seqpar.Blockwise()" in str(refusal.value)
+    choice = choose_kernel(query, key, value, platform=platform, **nouns(**options))
+    assert choice.kernel == Blockwise()
     assert choice.name == "blockwise"
     assert choice.reason in str(refusal.value)
 
@@ -230,9 +244,7 @@ def test_every_keyword_is_supported_or_refused(platform, hopper):
     if platform == "tpu":
         supported |= {"query_offset", "segment_ids", "logits_soft_cap", "sinks"}
     lacking = {name for _, options, _ in LACKS[platform].values() for name in options}
-    parameters = list(inspect.signature(fused_attention).parameters)
-    assert parameters[3:-2] == list(inspect.signature(dense_attention).parameters)[3:]
-    assert supported | lacking >= {*parameters[3:-2]}
+    assert supported | lacking >= {*FLAT}
 
 
 SUPPORTED: dict[str, dict[str, Any]] = {
@@ -259,18 +271,17 @@ SUPPORTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("platform", "name"), (("tpu", "splash"), ("gpu", "cuDNN")))
 def test_the_fused_kernel_is_chosen_where_it_can_do_all(platform, name, hopper):
     shapes = [jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)] * 3
-    choice: Any = choose_kernel(*shapes, platform=platform, **SUPPORTED[platform])
+    choice: Any = choose_kernel(*shapes, platform=platform, **nouns(**SUPPORTED[platform]))
     assert choice.name == name
     assert choice.reason == f"{platform}: {name} supports all that is asked"
-    assert choice.attention.func is fused_attention
-    assert choice.attention.keywords == {"platform": platform}
+    assert choice.kernel == Fused(platform)
 
 
 def test_choices_without_a_fused_kernel(monkeypatch):
     inputs = operands(dtype="bfloat16")[:3]
     choice = choose_kernel(*inputs, is_causal=True, platform="cpu")
     assert choice.reason == "cpu has no fused kernel"
-    assert jax.jit(partial(choice.attention, is_causal=True))(*inputs).shape == (2, 128, 2, 64)
+    assert jax.jit(partial(choice.kernel, is_causal=True))(*inputs).shape == (2, 128, 2, 64)
     monkeypatch.setattr(cudnn, "compute_capability", lambda: None)
     assert "JAX sees none" in choose_kernel(*inputs, platform="gpu").reason
 
@@ -289,13 +300,13 @@ def test_a_choice_is_made_of_shapes_alone():
     shapes = [jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)] * 3
     keys = (jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((2,), jnp.uint32))
     for key in keys:
-        choice = choose_kernel(*shapes, platform="tpu", dropout_rate=0.1, dropout_rng=key)
+        choice = choose_kernel(*shapes, platform="tpu", dropout=Dropout(rate=0.1, rng=key))
         assert (
             choice.reason == "tpu: dropout_rate is not supported by splash: its kernel drops none"
         )
     wrong = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 3))
-    with pytest.raises(ValueError, match="dropout_rng must be one key"):
-        choose_kernel(*shapes, dropout_rate=0.1, dropout_rng=wrong)
+    with pytest.raises(ValueError, match="rng must be one key"):
+        choose_kernel(*shapes, dropout=Dropout(rate=0.1, rng=wrong))
 
 
 def test_choices_that_do_not_fit(unchecked_shapes):
@@ -307,9 +318,9 @@ def test_choices_that_do_not_fit(unchecked_shapes):
     with pytest.raises(ValueError, match=r"platform must be one of .*got 'cuda'"):
         choose_kernel(*inputs, platform="cuda")
     with pytest.raises(ValueError, match=r"platform must be one of .*got 'cuda'"):
-        fused_attention(*inputs, platform="cuda")
+        Fused(platform="cuda")
     with pytest.raises(ValueError, match="interpret=True runs the TPU's kernel"):
-        fused_attention(*inputs, platform="gpu", interpret=True)
+        Fused(platform="gpu", interpret=True)
 
 
 CUDNN_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -335,7 +346,7 @@ def assert_right_on_gpu(sizes, options, dtype):
     """The bound: three roundings of 16 bits, of weights, of their gradient and of the result, whose
     sums are not above the largest entry by more than a factor of 4."""
     inputs = operands(**sizes, dtype=dtype)
-    got = run_jax(partial(fused_attention, platform="gpu"), options, "cuDNN", inputs)
+    got = run_jax(Fused(platform="gpu"), options, "cuDNN", inputs)
     for name, expected in run_torch(options, "cuDNN", inputs).items():
         bound = 12 * float(jnp.finfo(dtype).eps) * np.max(np.abs(expected))
         assert error(got[name], expected) <= bound, f"{name}: {error(got[name], expected)} {bound}"
@@ -417,9 +428,7 @@ def test_a_million_tokens_lower_without_a_mask(tokens, window):
         found = schedule(mask, wide, tokens, tokens, side)
         assert found is not None
         assert found.nbytes <= SCHEDULE_BYTES
-    attend = partial(
-        fused_attention, is_causal=True, local_window_size=window, platform="tpu", sinks=None
-    )
+    attend = partial(Fused(platform="tpu"), is_causal=True, local_window_size=window)
     query = jax.ShapeDtypeStruct((1, tokens, 2, 128), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, tokens, 1, 128), jnp.bfloat16)
 

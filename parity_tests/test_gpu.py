@@ -165,7 +165,7 @@ def test_a_decoder_in_16_bits_by_cudnn():
 def test_the_front_door_takes_cudnn():
     mesh = jax.make_mesh((1,), ("seq",), devices=[gpu()])
     inputs = Case(batch=2, tokens=256, heads=8, kv_heads=2, head_dim=64, dtype="bfloat16").inputs()
-    attend = partial(dot_product_attention, is_causal=True, mesh=mesh)
+    attend = partial(dot_product_attention, is_causal=True, layout=MeshLayout(mesh=mesh))
     ours = output_and_gradients(attend)(**inputs)
     assert CUDNN in compiled(output_and_gradients(attend), *inputs.values())
     theirs = output_and_gradients(partial(fused_attention, is_causal=True))(**inputs)

@@ -6,29 +6,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import ONE_AXIS, slow
-from jax.sharding import AxisType, PartitionSpec
-from questions import (
-    all_to_all_bytes,
-    attend,
-    bytes_by_formula,
-    collectives,
-    compiled,
-    output_and_gradients,
-    sharded_inputs,
-    temporaries_of,
-)
+from flat import nouns
+from jax.sharding import AxisType
+from questions import attend, bytes_by_formula, compiled, output_and_gradients, sharded_inputs
 
 from jax_seqpar import (
+    Logits,
     MeshLayout,
     Ulysses,
     compiler_options,
-    dense_attention,
     dot_product_attention,
     exact_attention,
-    ulysses_attention,
 )
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.parity.cases import Case
+from jax_seqpar.plan import all_to_all_bytes, collectives, temporaries
 
 CASES = {
     "multi-head": Case(batch=2, tokens=16, heads=16, kv_heads=16, head_dim=5),
@@ -63,7 +55,7 @@ def test_no_bit_depends_on_them(case, chunks, overlap):
 
 def test_exact_attention_in_slices():
     case = CASES["grouped"]
-    exact = partial(attend, case, WHERE, attention=exact_attention)
+    exact = partial(attend, case, WHERE, kernel=exact_attention)
     whole = output_and_gradients(exact())(**case.inputs())
     got = output_and_gradients(exact(strategy=Ulysses(2)))(**case.inputs())
     assert compare_bits(got, whole).equal
@@ -96,10 +88,11 @@ def test_one_after_another_they_divide_the_memory():
     case = Case(batch=1, tokens=2048, heads=16, kv_heads=16, head_dim=16)
     *inputs, grad = sharded_inputs(case, WHERE)
 
-    def temporaries(**options):
-        return temporaries_of(output_and_gradients(attend(case, WHERE, **options)), *inputs, grad)
+    def bytes_held(strategy):
+        run = output_and_gradients(attend(case, WHERE, strategy=strategy))
+        return temporaries(jax.jit(run).lower(*inputs, grad).compile())
 
-    whole, half, quarter = (temporaries(strategy=Ulysses(c, False)) for c in (1, 2, 4))
+    whole, half, quarter = (bytes_held(Ulysses(c, False)) for c in (1, 2, 4))
     gathered = 2048 * 4 * 16 * 4  # bytes of one of query, key, value of a device's heads
     assert whole > half > quarter
     assert whole - quarter >= 3 * gathered, "at least query, key and value of three slices in four"
@@ -110,10 +103,12 @@ def test_a_mask_of_each_head_is_sliced():
     mask = jax.random.bernoulli(jax.random.key(0), 0.7, (2, 32, 16, 16))
     sinks = jnp.linspace(-1, 1, 32)
     q, k, v, _ = map(jnp.asarray, case.inputs().values())
-    options = {"mask": mask, "sinks": sinks, "mesh": WHERE.mesh()}
-    whole = jax.jit(partial(dot_product_attention, **options))(q, k, v)
+    options = {"mask": mask, "logits": Logits(sinks=sinks), "layout": WHERE.on()}
+    whole = jax.jit(partial(dot_product_attention, **nouns(**options)))(q, k, v)
     for chunks in (2, 4):
-        got = jax.jit(partial(dot_product_attention, strategy=Ulysses(chunks), **options))(q, k, v)
+        got = jax.jit(partial(dot_product_attention, strategy=Ulysses(chunks), **nouns(**options)))(
+            q, k, v
+        )
         assert compare_bits(got, whole).equal
 
 
@@ -125,7 +120,7 @@ REFUSED = {
     ),
     "that are a float": ({"head_chunks": 2.0}, r"head_chunks must divide the 4 query heads"),
     "of exact attention": (
-        {"head_chunks": 4, "attention": exact_attention},
+        {"head_chunks": 4, "kernel": exact_attention},
         r"head_chunks = 4 would split the 2 KV heads of a device.*Use one of \[1, 2\]",
     ),
 }
@@ -135,8 +130,8 @@ REFUSED = {
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_slices(options, message):
     q, k, v, _ = map(jnp.asarray, Case(2, 16, 16, 8, 5).inputs().values())
-    strategy, attention = Ulysses(options["head_chunks"]), options.get("attention")
-    attend = partial(dot_product_attention, mesh=WHERE.mesh(), attention=attention)
+    strategy, kernel = Ulysses(options["head_chunks"]), options.get("kernel")
+    attend = partial(dot_product_attention, layout=WHERE.on(), kernel=kernel)
     with pytest.raises(ValueError, match=message):
         attend(q, k, v, strategy=strategy)
 
@@ -145,7 +140,7 @@ def test_slices(options, message):
 def test_slices_that_cut_groups_unevenly():
     q, k, v, _ = map(jnp.asarray, Case(2, 16, 24, 8, 5).inputs().values())
     with pytest.raises(ValueError, match=r"neither divides nor is divisible by the 4 KV heads"):
-        dot_product_attention(q, k, v, mesh=ONE_AXIS[2].mesh(), strategy=Ulysses(3))
+        dot_product_attention(q, k, v, layout=ONE_AXIS[2].on(), strategy=Ulysses(3))
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -153,25 +148,8 @@ def test_slices_without_a_reshard():
     q, k, v, _ = map(jnp.asarray, Case(2, 16, 8, 8, 5).inputs().values())
     with pytest.raises(ValueError, match=r"Ulysses.head_chunks=2.* has no reshard to work on"):
         dot_product_attention(
-            q, k, v, mesh=WHERE.mesh(), layout=MeshLayout(tokens=None), strategy=Ulysses(2)
+            q, k, v, layout=MeshLayout(tokens=None).on(WHERE.mesh()), strategy=Ulysses(2)
         )
-
-
-@pytest.mark.usefixtures("unchecked_shapes")
-def test_an_array_of_other_heads_per_device():
-    """Of `ulysses_attention`, where nothing else has looked at it."""
-    spec = PartitionSpec(None, "seq")
-    call = partial(
-        ulysses_attention,
-        axis_name="seq",
-        attention=dense_attention,
-        per_head={"sinks": jnp.ones(5)},
-    )
-    q, k, v, _ = map(jnp.asarray, Case(2, 16, 8, 8, 5).inputs().values())
-    mapped = jax.shard_map(call, mesh=WHERE.mesh(), in_specs=spec, out_specs=spec)
-    message = r"sinks has 5 heads on axis 0, expected all 8, a device's 2"
-    with pytest.raises(ValueError, match=message):
-        mapped(q, k, v)
 
 
 def test_the_options_of_gpus_are_options():

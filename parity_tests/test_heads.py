@@ -8,21 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import ONE_AXIS, MeshCase, slow
+from flat import nouns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
-from questions import (
-    QUICK,
-    all_to_all_bytes,
-    attend,
-    collectives,
-    compiled,
-    right_values,
-    sharded_inputs,
-)
+from questions import QUICK, attend, compiled, right_values, sharded_inputs
 
 from jax_seqpar import MeshLayout, blockwise_attention, dot_product_attention
 from jax_seqpar.parity.cases import Case
+from jax_seqpar.plan import all_to_all_bytes, collectives
 from jax_seqpar.strategies.heads import plan_heads
 
 # (N, K, P): query heads, KV heads, devices.
@@ -151,11 +145,11 @@ def test_arrays_of_heads_are_padded_alike(case, where):
     def gradients(attend):
         def loss(operands):
             q, k, v, added = operands
-            return jnp.vdot(attend(q, k, v, is_causal=True, **added), grad)
+            return jnp.vdot(attend(q, k, v, is_causal=True, **nouns(**added)), grad)
 
         return jax.jit(jax.grad(loss), compiler_options=QUICK)((q, k, v, added))
 
-    got = gradients(partial(dot_product_attention, mesh=where.mesh(), layout=where.layout))
+    got = gradients(partial(dot_product_attention, layout=where.on()))
     alone = gradients(blockwise_attention)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.max(jnp.abs(b))), rtol=0)

@@ -107,10 +107,18 @@ def test_neither_package_imports_the_other(package, forbidden):
     assert {str(path): found for path in modules if (found := forbidden & set(imports(path)))} == {}
 
 
+def test_what_dir_shows_is_public():
+    """Names that a user writes, and none of the modules that they come from."""
+    names = dir(jax_seqpar)
+    assert {"dot_product_attention", "Mask", "Ulysses", "Blockwise", "__version__"} <= {*names}
+    assert not {"attention", "mask", "kernels", "types", "compiled"} & {*names}
+    assert all(hasattr(jax_seqpar, name) for name in names)
+
+
 # Each room, and each module beside them, may import those before it.
 ORDER = (
-    *("layout", "_text", "_extras", "refusals", "mesh", "compiled", "compiler"),
-    *("mask", "exact", "kernels", "strategies", "attention", "flax", "training"),
+    *("_text", "_extras", "_checks", "compiler", "layout", "mesh", "mask", "kernels"),
+    *("exact", "strategies", "compiled", "attention", "flax", "training", "plan"),
     *("compare", "bridge", "parity", "__version__", "cli"),
 )
 
@@ -131,4 +139,5 @@ def test_dependencies_point_down():
                 seen.add((path[1], name))
                 assert ORDER.index(name) <= ORDER.index(path[1]), f"{file} imports {name}"
     assert ("attention", "strategies") in seen
-    assert {room for room, _ in seen} >= {"mask", "kernels", "strategies", "bridge", "parity"}
+    rooms = {"mask", "kernels", "strategies", "plan", "bridge", "parity"}
+    assert {room for room, _ in seen} >= rooms

@@ -44,7 +44,7 @@ def derivative():
 def round_trip():
     """The original report's check: through both reshards and back is the identity."""
     query, key, value, _ = map(jnp.asarray, CASE.inputs().values())
-    function = attend(CASE, WHERE, attention=lambda query, key, value, is_causal=False: query)
+    function = attend(CASE, WHERE, kernel=lambda query, key, value, is_causal=False: query)
     assert compare_bits(jax.jit(function)(query, key, value), query).equal
 
 
@@ -90,8 +90,8 @@ def batch_outside(x, axis_name):
     return received.reshape(B, P * s, N // P, H)
 
 
-def swapped(query, key, value, true=ulysses.ulysses_attention, **options):
-    return true(query, value, key, **options)
+def swapped(self, kernel, query, key, value, spec, true=ulysses.Ulysses.__call__, **options):
+    return true(self, kernel, query, value, key, spec, **options)
 
 
 def tiled_heads(x, copies):
@@ -102,7 +102,7 @@ def tiled_heads(x, copies):
 VALUES = {"values", "values, few KV heads"}
 MUTATIONS = {
     "key and value swapped": (
-        {"strategies.ulysses.ulysses_attention": swapped},
+        {"strategies.ulysses.Ulysses.__call__": swapped},
         VALUES | {"values, full multi-head"},
     ),
     "devices rotated on the way in": (

@@ -1,6 +1,5 @@
 """Tokens that the devices do not divide: padded in a segment of their own, and cut again."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,14 +8,23 @@ import numpy as np
 import pytest
 from cases import ONE_AXIS, slow
 from features import Sizes, exact_by_torch, operands, run_jax, run_torch
+from flat import nouns
 from jax.sharding import AxisType
 from questions import QUICK, error
 
-from jax_seqpar import blockwise_attention, dot_product_attention, exact_attention, pad_to_degree
+from jax_seqpar import (
+    Blockwise,
+    Logits,
+    Mask,
+    MeshLayout,
+    dot_product_attention,
+    exact_attention,
+    pad_to_degree,
+)
 from jax_seqpar.compare import compare_bits
 
 KERNELS = {
-    "blockwise": partial(blockwise_attention, query_chunk=4, key_chunk=5),
+    "blockwise": Blockwise(query_chunk=4, key_chunk=5),
     "exact": exact_attention,
 }
 rng = np.random.default_rng(0)
@@ -81,11 +89,18 @@ def test_as_without(name, kernel):
     attend = KERNELS[kernel]
 
     def padded(query, key, value, **options):
-        own = {name: options.pop(name) for name in PADDED if name in options}
+        given = nouns(**options)
+        own = {name: given.pop(name) for name in ("bias", "mask", "logits") if name in given}
         p = pad_to_degree(query, key, value, degree=4, **own)
         assert p.query.shape[1] % 4 == p.key.shape[1] % 4 == 0
         out = dot_product_attention(
-            p.query, p.key, p.value, **p.keywords, **options, attention=attend, mesh=mesh
+            p.query,
+            p.key,
+            p.value,
+            **p.keywords,
+            **given,
+            kernel=attend,
+            layout=MeshLayout(mesh=mesh),
         )
         return p.unpad(out)
 
@@ -105,7 +120,7 @@ def test_as_without(name, kernel):
 def test_nothing_is_added_where_nothing_is_missing():
     q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 8, 12, 4, 4, 5, 5)))
     padded = pad_to_degree(q, k, v, degree=4)
-    assert padded.keywords == {}
+    assert padded.keywords == {"mask": Mask(), "logits": Logits()}
     assert (padded.query, padded.key, padded.value) == (q, k, v)
     assert padded.unpad(q) is q
 
@@ -113,8 +128,8 @@ def test_nothing_is_added_where_nothing_is_missing():
 def test_what_is_added_belongs_to_nobody():
     q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 5, 6, 4, 4, 5, 5)))
     ids = jnp.array([[0, 0, 3, 3, 3]] * 2), jnp.array([[0, 0, 0, 5, 5, 5]] * 2)
-    padded = pad_to_degree(q, k, v, degree=4, segment_ids=ids)
-    queries, keys = padded.keywords["segment_ids"]
+    padded = pad_to_degree(q, k, v, degree=4, mask=Mask(segment_ids=ids))
+    queries, keys = padded.keywords["mask"].segment_ids
     (of_queries,), (of_keys,) = ({*x.ravel().tolist()} for x in (queries[:, 5:], keys[:, 6:]))
     assert len({0, 3, 5, of_queries, of_keys}) == 5
     assert not padded.query[:, 5:].any()
@@ -135,8 +150,8 @@ def test_what_is_added_is_in_no_segment_that_is_there(dtype, some):
     """Beside the least and the largest number of the dtype, too, after which nothing may wrap."""
     q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 5, 6, 4, 4, 5, 5)))
     ids = jnp.asarray(np.array([some], dtype)).repeat(2, axis=1).repeat(2, axis=0)
-    padded = pad_to_degree(q, k, v, degree=4, segment_ids=(ids[:, :5], ids))
-    queries, keys = padded.keywords["segment_ids"]
+    padded = pad_to_degree(q, k, v, degree=4, mask=Mask(segment_ids=(ids[:, :5], ids)))
+    queries, keys = padded.keywords["mask"].segment_ids
     given = {*queries[:, :5].ravel().tolist(), *keys[:, :6].ravel().tolist()}
     added = {*queries[:, 5:].ravel().tolist()}, {*keys[:, 6:].ravel().tolist()}
     assert len(given) == 3
@@ -157,13 +172,13 @@ def test_a_degree(degree):
 def test_arrays_that_do_not_fit():
     q, k, v, _ = map(jnp.asarray, operands(Sizes(1, 5, 5, 1, 1, 2, 2)))
     with pytest.raises(ValueError, match=r"segment_ids must be integers of shape"):
-        pad_to_degree(q, k, v, degree=4, segment_ids=jnp.zeros((1, 8), jnp.int32))
+        pad_to_degree(q, k, v, degree=4, mask=Mask(segment_ids=jnp.zeros((1, 8), jnp.int32)))
 
 
 def test_the_refusal_names_what_helps():
     q, k, v, _ = map(jnp.asarray, operands(Sizes(1, 5, 5, 4, 4, 2, 2)))
     with pytest.raises(ValueError, match=r"pad_to_degree\(query, key, value, degree=4\)"):
-        dot_product_attention(q, k, v, mesh=ONE_AXIS[4].mesh())
+        dot_product_attention(q, k, v, layout=ONE_AXIS[4].on())
 
 
 def test_padding_is_compiled_too():
@@ -180,8 +195,8 @@ def test_documents_of_two_widths(widths):
     with jax.enable_x64(True):
         q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in operands(Sizes(1, 6, 6, 4, 4, 5, 5)))
         ids: Any = tuple(jnp.zeros((1, 6), width) for width in widths)
-        padded = pad_to_degree(q, k, v, degree=4, segment_ids=ids)
-        queries, keys = (np.asarray(x)[0] for x in padded.keywords["segment_ids"])
+        padded = pad_to_degree(q, k, v, degree=4, mask=Mask(segment_ids=ids))
+        queries, keys = (np.asarray(x)[0] for x in padded.keywords["mask"].segment_ids)
         assert not queries[:6].any()
         assert not keys[:6].any()
         assert len({0, *queries[6:], *keys[6:]}) == 3
@@ -191,8 +206,8 @@ def test_documents_of_64_bits():
     with jax.enable_x64(True):
         q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in operands(Sizes(1, 5, 5, 4, 4, 5, 5)))
         ids = jnp.array([[0, 1 << 32, 2 << 32, 2 << 32, 3 << 32]])
-        padded = pad_to_degree(q, k, v, degree=4, segment_ids=ids)
-        queries, _ = padded.keywords["segment_ids"]
+        padded = pad_to_degree(q, k, v, degree=4, mask=Mask(segment_ids=ids))
+        queries, _ = padded.keywords["mask"].segment_ids
         assert queries[:, :5].tolist() == ids.tolist()
         (added,) = {*queries[0, 5:].tolist()}
         assert added not in ids.ravel().tolist()

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from cases import ONE_AXIS, MeshCase, slow
 from features import KERNELS, Sizes, run_rules, run_torch
+from flat import nouns
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash
 from jax.sharding import AxisType
 from questions import QUICK, error, right_values
 
-from jax_seqpar import MeshLayout, blockwise_attention, dot_product_attention
+from jax_seqpar import Blockwise, MeshLayout, blockwise_attention, dot_product_attention
 from jax_seqpar.parity.cases import Case
 
 
@@ -125,7 +126,7 @@ def output_and_gradients(attend: Any, case: NNCase, leaves: Any, mask: Any, grad
         key, value = (leaves.get(name, query) for name in ("key", "value"))
 
         def one(query: Any, key: Any, value: Any, bias: Any, mask: Any) -> Any:
-            return attend(query, key, value, bias=bias, mask=mask, **options)
+            return attend(query, key, value, **nouns(bias=bias, mask=mask, **options))
 
         if not case.vmap:
             return one(query, key, value, bias, mask)
@@ -145,8 +146,8 @@ def test_as_jax_nn(name):
     case = NN_CASES[name]
     mesh = jax.make_mesh((2,), ("seq",), axis_types=(AxisType.Auto,))
     kernels = {
-        "on one device": partial(blockwise_attention, query_chunk=5, key_chunk=7),
-        "on two devices": partial(dot_product_attention, mesh=mesh),
+        "on one device": Blockwise(query_chunk=5, key_chunk=7),
+        "on two devices": partial(dot_product_attention, layout=MeshLayout(mesh=mesh)),
     }
     leaves, mask, grad = operands(case)
 
@@ -175,7 +176,7 @@ def test_as_jax_nn(name):
 @pytest.mark.parametrize("groups", (1, 2, 4))
 def test_the_lse_is_that_of_jax_nn(groups):
     leaves, _, _ = operands(NNCase(K=4 // groups))
-    _, lse = blockwise_attention(*leaves.values(), return_lse=True)
+    _, lse = blockwise_attention(*leaves.values(), return_residual=True)
     _, expected = jax.nn.dot_product_attention(*leaves.values(), return_residual=True)
     assert lse.shape == expected.shape
     assert error(lse, np.asarray(expected)) <= 16 * np.finfo(np.float32).eps * np.max(expected)
@@ -436,7 +437,7 @@ PEERS_LIKE_ANOTHER = {
 @cache
 def on_four_devices() -> Any:
     kernel = KERNELS["blockwise"]
-    return partial(dot_product_attention, attention=kernel, mesh=ONE_AXIS[4].mesh())
+    return partial(dot_product_attention, kernel=kernel, layout=ONE_AXIS[4].on())
 
 
 def peer_leaves(case: PeerCase, seed: int = 1) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -561,14 +562,14 @@ def test_every_head_meets_every_token_in_order(sizes):
     b, s, n, _ = np.indices(shape)
     labels = 4 * s + 64 * n
 
-    def add(query: Any, key: Any, value: Any, *, sinks: Any) -> Any:
+    def add(query: Any, key: Any, value: Any, *, bias: Any) -> Any:
         token = jnp.arange(query.shape[1], dtype=jnp.float32)[None, :, None, None]
-        return query + 4 * token + sinks[None, None, :, None]
+        return query + 4 * token + bias.swapaxes(1, 2)
 
-    out = jax.jit(partial(dot_product_attention, attention=add, layout=MeshLayout(batch="data")))
+    out = jax.jit(partial(dot_product_attention, kernel=add, layout=MeshLayout(batch="data")))
     x = jnp.asarray(labels + 4096 * b, jnp.float32)
     with jax.set_mesh(DATA_AND_SEQUENCE.mesh()):
-        got = out(x, x, x, sinks=jnp.arange(heads, dtype=jnp.float32) * 64)
+        got = out(x, x, x, bias=jnp.arange(heads, dtype=jnp.float32)[None, :, None, None] * 64)
     np.testing.assert_array_equal(got, 2 * labels + 4096 * b)
 
 

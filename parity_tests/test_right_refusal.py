@@ -9,12 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flat import nouns
 from flax import nnx
 from jax.experimental import sparse
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_seqpar import (
+    Blockwise,
+    Dropout,
+    Exact,
+    FunctionKernel,
+    Fused,
+    Logits,
+    Mask,
     MeshLayout,
     Ulysses,
     blockwise_attention,
@@ -26,10 +34,10 @@ from jax_seqpar import (
     heads_to_sequence,
     pad_to_degree,
     sequence_to_heads,
-    ulysses_attention,
 )
 from jax_seqpar.attention import _platform
 from jax_seqpar.kernels import KernelChoice
+from jax_seqpar.mask import Spec
 from jax_seqpar.strategies.heads import repeat_heads
 from torch_ref.masks import attends
 
@@ -37,6 +45,9 @@ pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
 MESH = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
 TENSOR_MESH = jax.make_mesh((2, 4), ("seq", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+LAYOUT = MeshLayout(mesh=MESH)
 
 
 def array(*shape, dtype=jnp.float32):
@@ -114,29 +125,29 @@ CALLS = {
     ),
     "batch": (
         qkv(batch=3),
-        {"layout": MeshLayout(batch="data")},
+        {"layout": MeshLayout(batch="data", mesh=MESH)},
         r"query batch B = 3 is not divisible by the 2 devices of mesh axis 'data'.*"
         r"MeshLayout\(batch=None\)",
     ),
     "tensor-parallel heads": (
         qkv(heads=6, kv_heads=6),
-        {"layout": MeshLayout(heads="tensor"), "mesh": TENSOR_MESH},
+        {"layout": MeshLayout(heads="tensor", mesh=TENSOR_MESH)},
         r"query heads N = 6 is not divisible by the 4 devices of mesh axis 'tensor'",
     ),
     "tensor-parallel KV heads": (
         qkv(heads=24, kv_heads=3),
-        {"layout": MeshLayout(heads="tensor"), "mesh": TENSOR_MESH},
+        {"layout": MeshLayout(heads="tensor", mesh=TENSOR_MESH)},
         r"KV heads K = 3 neither is divisible by nor divides the 4 devices of mesh axis 'tensor'",
     ),
     "no such axis": (
         qkv(),
-        {"layout": MeshLayout(tokens="sequence")},
+        {"layout": MeshLayout(tokens="sequence", mesh=MESH)},
         r"names axis 'sequence', which the mesh does not have: its axes are "
         r"\{'data': 2, 'seq': 4\}",
     ),
     "an axis twice": (
         qkv(),
-        {"layout": MeshLayout(tokens="seq", heads="seq")},
+        {"layout": MeshLayout(tokens="seq", heads="seq", mesh=MESH)},
         r"uses mesh axis 'seq' for more than one array axis",
     ),
     "a mask of numbers": (
@@ -189,17 +200,17 @@ CALLS = {
     "a soft cap of 0": (
         qkv(),
         {"logits_soft_cap": 0.0},
-        r"logits_soft_cap must be a Python number between 1e-30 and 1e30, got 0.0. None, and not 0",
+        r"soft_cap must be a Python number between 1e-30 and 1e30, got 0.0. None, and not 0",
     ),
     "an array as soft cap": (
         qkv(),
         {"logits_soft_cap": jnp.ones(())},
-        r"logits_soft_cap must be a Python number between",
+        r"soft_cap must be a Python number between",
     ),
     "a soft cap that is 0 in float32": (
         qkv(),
         {"logits_soft_cap": 1e-50},
-        r"logits_soft_cap must be a Python number between 1e-30 and 1e30, got 1e-50",
+        r"soft_cap must be a Python number between 1e-30 and 1e30, got 1e-50",
     ),
     "a scale of NaN": (qkv(), {"scale": float("nan")}, r"scale must be finite .*got nan"),
     "a mask that is a list": (
@@ -214,7 +225,7 @@ CALLS = {
     ),
     "a dtype that is not exact": (
         tuple(x.astype(jnp.float8_e5m2) for x in qkv()),
-        {"attention": exact_attention},
+        {"kernel": exact_attention},
         r"exact attention takes float32, bfloat16 and float16, got float8_e5m2. Write query.astype",
     ),
     "an array as scale": (
@@ -239,14 +250,14 @@ CALLS = {
     ),
     "an option the kernel lacks": (
         qkv(),
-        {"attention": identity, "is_causal": True},
-        r"attention=identity does not name the parameter 'is_causal'.*"
-        r"\['query', 'key', 'value'\].*jax_seqpar.dense_attention",
+        {"kernel": identity, "is_causal": True},
+        r"kernel=identity: it does not name the parameter 'is_causal'.*"
+        r"\['query', 'key', 'value'\].*jax_seqpar.Blockwise\(\)",
     ),
     "an array the kernel lacks": (
         qkv(),
-        {"attention": identity, "bias": array(1, 1, 16, 16)},
-        r"attention=identity does not name the parameter 'bias'",
+        {"kernel": identity, "bias": array(1, 1, 16, 16)},
+        r"kernel=identity: it does not name the parameter 'bias'",
     ),
     "a list": (
         (qkv()[0].tolist(), *qkv()[1:]),
@@ -256,26 +267,29 @@ CALLS = {
     "a string as layout": (qkv(), {"layout": "seq"}, r"layout must be a MeshLayout, got 'seq'"),
     "a kernel of another dtype": (
         tuple(x.astype(jnp.bfloat16) for x in qkv()),
-        {"attention": lambda query, key, value: query.astype(jnp.float32)},
-        r"attention returned dtype float32, expected the query's bfloat16",
+        {"kernel": lambda query, key, value: query.astype(jnp.float32)},
+        r"kernel returned dtype float32, expected the query's bfloat16",
     ),
     "a kernel that transposes, no token axis": (
         qkv(),
-        {"layout": MeshLayout(tokens=None), "attention": lambda q, k, v: q.swapaxes(1, 2)},
-        r"attention returned shape \(2, 8, 16, 4\), expected \(2, 16, 8, 4\)",
+        {"layout": MeshLayout(tokens=None, mesh=MESH), "kernel": lambda q, k, v: q.swapaxes(1, 2)},
+        r"kernel returned shape \(2, 8, 16, 4\), expected \(2, 16, 8, 4\)",
     ),
     "a kernel that transposes": (
         qkv(),
-        {"attention": lambda query, key, value: query.swapaxes(1, 2)},
-        r"attention returned shape \(2, 2, 16, 4\), expected \(2, 16, 2, 4\)",
+        {"kernel": lambda query, key, value: query.swapaxes(1, 2)},
+        r"kernel returned shape \(2, 2, 16, 4\), expected \(2, 16, 2, 4\)",
     ),
 }
 
 
 @pytest.mark.parametrize(("arrays", "options", "message"), CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("compile", (True, False), ids=("jit", "eager"))
-def test_the_front_door(arrays, options, message, compile):
-    call = partial(dot_product_attention, **({"mesh": MESH} | options))
+def test_the_public_function(arrays, options, message, compile):
+
+    def call(query, key, value):
+        return dot_product_attention(query, key, value, **nouns(**{"layout": LAYOUT} | options))
+
     with pytest.raises(ValueError, match=f"(?s){message}"):
         (jax.jit(call) if compile else call)(*arrays)
 
@@ -290,7 +304,7 @@ def test_a_bias_of_exact_attention_that_jax_would_round():
 @pytest.mark.parametrize("name", ("query_chunk", "key_chunk"))
 def test_chunks_of_exact_attention(name, chunk):
     with pytest.raises(ValueError, match=f"{name} must be a positive integer or None, got {chunk}"):
-        exact_attention(*qkv(), **{name: chunk})
+        Exact(**{name: chunk})
 
 
 @pytest.mark.parametrize(("tokens", "heads"), ((1 << 21, 1), (1 << 18, 8)))
@@ -307,36 +321,40 @@ def test_an_axis_that_the_layout_forgets():
     q, k, v = (jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data"))) for x in qkv())
     message = r"query is sharded over mesh axis 'data', .*MeshLayout\(..., batch='data'\)"
     with pytest.raises(ValueError, match=message):
-        jax.jit(partial(dot_product_attention, mesh=mesh))(q, k, v)
-    dot_product_attention(q, k, v, layout=MeshLayout(batch=("data",)), mesh=mesh)
+        jax.jit(partial(dot_product_attention, layout=MeshLayout(mesh=mesh)))(q, k, v)
+    dot_product_attention(q, k, v, layout=MeshLayout(batch=("data",), mesh=mesh))
 
 
 def test_no_mesh():
-    with pytest.raises(ValueError, match=r"no mesh: .*Pass mesh=, or .*jax.set_mesh"):
+    with pytest.raises(
+        ValueError, match=r"no mesh: .*Write MeshLayout\(mesh=mesh\), or .*jax.set_mesh"
+    ):
         dot_product_attention(*qkv())
 
 
 def test_inside_a_shard_map():
     spec = PartitionSpec(None, "seq")
-    call = partial(dot_product_attention, mesh=MESH)
-    with pytest.raises(ValueError, match=r"(?s)axis 'seq' is already manual.*ulysses_attention"):
+    call = partial(dot_product_attention, layout=MeshLayout(batch="data"))
+    with pytest.raises(ValueError, match=r"names axes of batch or heads inside a jax.shard_map"):
         jax.shard_map(call, mesh=MESH, in_specs=spec, out_specs=spec)(*qkv())
 
 
-@pytest.mark.parametrize("name", ("causal", "softcap", "dropout", "implementation"))
+@pytest.mark.parametrize(
+    "name", ("causal", "softcap", "dropout_rate", "implementation", "attention", "mesh")
+)
 def test_unknown_keywords(name):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-        partial(dot_product_attention, *qkv(), mesh=MESH, **{name: 1})()
+        partial(dot_product_attention, *qkv(), layout=LAYOUT, **{name: 1})()
 
 
 PER_DEVICE = {
-    "output": (qkv(), r"attention returned shape \(2, 16, 2, 3\), expected \(2, 16, 2, 4\)"),
+    "output": (qkv(), r"kernel returned shape \(2, 16, 2, 3\), expected \(2, 16, 2, 4\)"),
 }
 
 
 @pytest.mark.parametrize(("arrays", "message"), PER_DEVICE.values(), ids=PER_DEVICE)
 def test_the_per_device_function(arrays, message):
-    call = partial(ulysses_attention, axis_name="seq", attention=lambda q, k, v: q[..., :3])
+    call = partial(dot_product_attention, kernel=lambda q, k, v: q[..., :3])
     spec = PartitionSpec(None, "seq")
     with pytest.raises(ValueError, match=message):
         jax.jit(jax.shard_map(call, mesh=MESH, in_specs=spec, out_specs=spec))(*arrays)
@@ -373,7 +391,7 @@ def test_a_reshard(reshard, shape, message):
     (
         lambda x: sequence_to_heads(x, "seq"),
         lambda x: heads_to_sequence(x, "seq"),
-        lambda x: ulysses_attention(x, x, x, axis_name="seq", attention=identity),
+        lambda x: Ulysses()(dense_attention, x, x, x, Spec(), axis_name="seq"),
     ),
 )
 def test_outside_a_shard_map(call):
@@ -384,7 +402,7 @@ def test_outside_a_shard_map(call):
 def test_nothing_communicates_before_a_refusal():
     """The refusal comes while tracing: there is no program yet."""
     with pytest.raises(ValueError, match="not divisible"):
-        jax.make_jaxpr(partial(dot_product_attention, mesh=MESH))(*qkv(tokens=18))
+        jax.make_jaxpr(partial(dot_product_attention, layout=LAYOUT))(*qkv(tokens=18))
 
 
 def test_shapes_are_checked_under_test():
@@ -400,7 +418,7 @@ def test_a_query_without_a_key_is_zero_and_its_gradient_finite():
     """Not a refusal, but the case that others leave undefined."""
     q, k, v = (jnp.asarray(np.random.default_rng(0).standard_normal(x.shape)) for x in qkv())
     mask = jnp.zeros((1, 1, 16, 16), bool).at[:, :, 3:].set(True)
-    call = jax.jit(partial(dot_product_attention, mask=mask, mesh=MESH))
+    call = jax.jit(partial(dot_product_attention, mask=mask, layout=LAYOUT))
     out, pull = jax.vjp(call, q, k, v)
     assert not np.any(np.asarray(out)[:, :3])
     assert np.any(np.asarray(out)[:, 3:])
@@ -408,7 +426,7 @@ def test_a_query_without_a_key_is_zero_and_its_gradient_finite():
 
 
 def data_parallel(query, key, value, **options):
-    """The front door, nested in a shard_map over the batch."""
+    """The public function, nested in a shard_map over the batch."""
     spec = PartitionSpec("data")
     call = partial(dot_product_attention, **options)
     with jax.set_mesh(MESH):
@@ -417,64 +435,68 @@ def data_parallel(query, key, value, **options):
         )
 
 
-def per_device(attention, **options):
+def per_device(kernel, **options):
     spec = PartitionSpec(None, "seq")
-    call = partial(ulysses_attention, axis_name="seq", attention=attention, **options)
+    call = partial(dot_product_attention, kernel=kernel, **options)
     return jax.shard_map(call, mesh=MESH, in_specs=spec, out_specs=spec)
 
 
 KEY = jax.random.key(0)
-DROPPED = {"dropout_rate": 0.5, "dropout_rng": KEY}
+DROPPED = Dropout(0.5, KEY)
 OTHER_CALLS = {
     "dropout counted on each device": (
-        lambda: per_device(partial(dense_attention, **DROPPED))(*qkv()),
-        r"dropout_rng is one key here.*each device would drop the same.*jax_seqpar.head_keys",
+        lambda: per_device(dense_attention, dropout=DROPPED)(*qkv()),
+        r"Dropout has one key here.*each device would drop the same.*jax_seqpar.head_keys",
     ),
     "dropout counted on each shard of the batch": (
-        lambda: data_parallel(*qkv(), **DROPPED),
-        r"dropout_rng is one key here.*jax_seqpar.head_keys",
+        lambda: data_parallel(*qkv(), dropout=DROPPED),
+        r"Dropout has one key here.*jax_seqpar.head_keys",
     ),
-    "one key per head": (
-        lambda: per_device(dense_attention, per_head={"dropout_rng": KEY})(*qkv()),
-        r"per_head dropout_rng must have a head axis, got shape \(\).*head_keys\(key, B, N\)",
-    ),
-    "a list per head": (
-        lambda: per_device(dense_attention, per_head={"sinks": [0.0] * 8})(*qkv()),
+    "sinks that are a list": (
+        lambda: per_device(dense_attention, logits=Logits(sinks=[0.0] * 8))(*qkv()),  # pyright: ignore
         r"sinks must be an array of JAX or NumPy, got list",
     ),
-    "per head what the kernel lacks": (
-        lambda: per_device(identity, per_head={"sinks": jnp.ones(8)})(*qkv()),
-        r"attention=identity does not name the parameter 'sinks'",
+    "a noun that a function is not given": (
+        lambda: per_device(identity, logits=Logits(sinks=jnp.ones(8)))(*qkv()),
+        r"kernel=identity: a function is given the keywords of jax.nn only, and sinks is none",
     ),
     "a kernel of two results": (
-        lambda: per_device(partial(blockwise_attention, return_lse=True))(*qkv()),
-        r"attention returned tuple, expected one array.*return_lse=True",
+        lambda: per_device(lambda q, k, v: (q, q))(*qkv()),
+        r"kernel returned tuple, expected one array",
+    ),
+    "a residual of a function": (
+        lambda: per_device(identity, return_residual=True)(*qkv()),
+        r"return_residual=True: FunctionKernel.* does not return .*kernel=jax_seqpar.Blockwise",
+    ),
+    "a mask said twice": (
+        lambda: dense_attention(*qkv(), mask=Mask(is_causal=True), is_causal=True),
+        r"is_causal= and Mask\(is_causal=\) say the same thing twice",
+    ),
+    "logits that are a number": (
+        lambda: dense_attention(*qkv(), logits=3.0),  # pyright: ignore
+        r"logits must be a jax_seqpar.Logits, got 3.0",
     ),
     "overlap that is a string": (
         lambda: Ulysses(overlap="no"),  # pyright: ignore
         r"overlap must be one of \[True, False\], got 'no'",
     ),
-    "check_vma that is a string": (
-        lambda: dot_product_attention(*qkv(), mesh=MESH, check_vma="no"),  # pyright: ignore
-        r"check_vma must be one of \[None, True, False\], got 'no'",
-    ),
     "overlap without a reshard": (
         lambda: dot_product_attention(
-            *qkv(), mesh=MESH, layout=MeshLayout(tokens=None), strategy=Ulysses(overlap=False)
+            *qkv(), layout=MeshLayout(tokens=None, mesh=MESH), strategy=Ulysses(overlap=False)
         ),
         r"overlap=False.* has no reshard to work on",
     ),
     "a mesh that is a string": (
-        lambda: dot_product_attention(*qkv(), mesh="seq"),  # pyright: ignore
+        lambda: dot_product_attention(*qkv(), layout=MeshLayout(mesh="seq")),  # pyright: ignore
         r"mesh must be a jax.sharding.Mesh, got 'seq'",
     ),
     "another mesh inside a shard_map": (
-        lambda: data_parallel(*qkv(), mesh=TENSOR_MESH),
+        lambda: data_parallel(*qkv(), layout=MeshLayout(mesh=TENSOR_MESH)),
         r"mesh has the axes \{'seq': 2, 'tensor': 4\}, but this is inside .*Leave mesh= out",
     ),
     "an attention that is a string": (
-        lambda: dot_product_attention(*qkv(), mesh=MESH, attention="dense"),  # pyright: ignore
-        r"attention must be .*got 'dense'. Write attention=jax_seqpar.dense_attention,",
+        lambda: dot_product_attention(*qkv(), layout=LAYOUT, kernel="dense"),  # pyright: ignore
+        r"kernel must be .*got 'dense'. Write kernel=jax_seqpar.Dense\(\),",
     ),
     "no channels": (
         lambda: dense_attention(*qkv(head_dim=0)),
@@ -485,37 +507,37 @@ OTHER_CALLS = {
         r"at least one head and one channel, got N = 0",
     ),
     "a list of segments": (
-        lambda: dense_attention(*qkv(), segment_ids=[0, 1]),  # pyright: ignore
+        lambda: dense_attention(*qkv(), mask=Mask(segment_ids=[0, 1])),  # pyright: ignore
         r"segment_ids must be an array, or a tuple of two, got list",
     ),
     "a number as key": (
-        lambda: dense_attention(*qkv(), dropout_rate=0.5, dropout_rng=3),
-        r"dropout_rng must be a key, got 3. Write jax.random.key\(seed, impl=",
+        lambda: dense_attention(*qkv(), dropout=Dropout(0.5, 3)),
+        r"rng must be a key, got 3. Write jax.random.key\(seed, impl=",
     ),
     "no key": (
-        lambda: dense_attention(*qkv(), dropout_rate=0.5),
-        r"dropout_rate = 0.5 needs a key. Write dropout_rng=jax.random.key",
+        lambda: dense_attention(*qkv(), dropout=Dropout(0.5)),
+        r"Dropout\(rate=0.5\) needs a key. Write Dropout\(0.5, jax.random.key",
     ),
     "a key of another kind": (
-        lambda: dense_attention(
-            *qkv(), dropout_rate=0.5, dropout_rng=jax.random.key(0, impl="rbg")
-        ),
-        r"dropout_rng must be a threefry key, got one of rbg",
+        lambda: dense_attention(*qkv(), dropout=Dropout(0.5, jax.random.key(0, impl="rbg"))),
+        r"rng must be a threefry key, got one of rbg",
     ),
     "everything dropped": (
-        lambda: dense_attention(*qkv(), dropout_rate=1.0, dropout_rng=KEY),
-        r"dropout_rate must be a Python number, at least 0 and below 1, got 1.0",
+        lambda: dense_attention(*qkv(), dropout=Dropout(1.0, KEY)),
+        r"rate must be a Python number, at least 0 and below 1, got 1.0",
     ),
     "slopes of other heads": (
-        lambda: dense_attention(*qkv(), alibi_slopes=jnp.ones(4)),
-        r"alibi_slopes must be floating of shape \(N,\) = \(8,\).*per_head=",
+        lambda: dense_attention(*qkv(), logits=Logits(alibi_slopes=jnp.ones(4))),
+        r"alibi_slopes must be floating of shape \(N,\) = \(8,\), one for each",
     ),
     "positions and an offset": (
-        lambda: dense_attention(*qkv(), positions=jnp.zeros((2, 16), jnp.int32), query_offset=1),
+        lambda: dense_attention(
+            *qkv(), mask=Mask(positions=jnp.zeros((2, 16), jnp.int32), query_offset=1)
+        ),
         r"positions and query_offset = 1 both say where the queries are",
     ),
     "an offset that leaves int32": (
-        lambda: dense_attention(*qkv(), query_offset=1 << 29),
+        lambda: dense_attention(*qkv(), mask=Mask(query_offset=1 << 29)),
         r"query_offset must be a Python integer below 2\^29",
     ),
     "a window that is no integer": (
@@ -532,7 +554,9 @@ def test_other_calls(call, message):
 
 
 @pytest.mark.parametrize(
-    "kernel", (blockwise_attention, dense_attention, exact_attention), ids=lambda f: f.__name__
+    "kernel",
+    (blockwise_attention, dense_attention, exact_attention),
+    ids=lambda f: type(f).__name__,
 )
 @pytest.mark.parametrize("heads", ((8, 8), (6, 3)), ids=str)
 @pytest.mark.parametrize("sizes", ((0, 16, 16), (2, 0, 16), (2, 16, 0)), ids=str)
@@ -543,7 +567,10 @@ def test_nothing_is_no_misfit(sizes, heads, kernel, kind):
     query, key = array(B, T, N, 4) + 1, array(B, S, K, 4) + 1
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
     call = partial(
-        dot_product_attention, attention=kernel, mesh=mesh, strategy=Ulysses(1 + (N == 8))
+        dot_product_attention,
+        kernel=kernel,
+        layout=MeshLayout(mesh=mesh),
+        strategy=Ulysses(1 + (N == 8)),
     )
 
     def run(*operands):
@@ -574,8 +601,8 @@ def test_static_numbers_of_numpy_and_open_windows(request, given, plain):
     name = request.node.callspec.id
     name = "local_window_size" if name.startswith("a window") else name
     q, k, v = (jnp.asarray(np.random.default_rng(0).standard_normal(x.shape)) for x in qkv())
-    expected = dense_attention(q, k, v, **{name: plain})
-    np.testing.assert_array_equal(dense_attention(q, k, v, **{name: given}), expected)
+    expected = dense_attention(q, k, v, **nouns(**{name: plain}))
+    np.testing.assert_array_equal(dense_attention(q, k, v, **nouns(**{name: given})), expected)
     if name == "local_window_size":
         torch_mask = attends(16, 16, local_window_size=given)
         expected = attends(16, 16, local_window_size=plain)
@@ -602,40 +629,48 @@ def shard_maps(jaxpr):
             yield from shard_maps(inner)
 
 
-OWN, FUSED = "blockwise", "splash"
-
-
 @pytest.mark.parametrize(
-    ("options", "name", "checked"),
+    ("kernel", "checked"),
     (
-        ({}, OWN, True),
-        ({}, FUSED, False),
-        ({"check_vma": False}, OWN, False),
-        ({"check_vma": True}, FUSED, True),
-        ({"attention": dense_attention}, None, True),
+        (Blockwise(), True),
+        (Fused(platform="tpu"), False),
+        (Fused(platform="gpu"), True),
+        (FunctionKernel(dense_attention, check_vma=False), False),
+        (dense_attention, True),
+        (identity, True),
     ),
 )
+def test_jax_checks_how_values_vary_unless_the_kernel_does_not_say(monkeypatch, kernel, checked):
+    monkeypatch.setattr(Fused, "attend", lambda self, q, k, v, spec: (q, None))
+    mesh = jax.sharding.AbstractMesh((4,), ("seq",))
+    call = partial(dot_product_attention, kernel=kernel, layout=MeshLayout(mesh=mesh))
+    program = jax.make_jaxpr(call)(*qkv())
+    assert [found["check_vma"] for found in shard_maps(program.jaxpr)] == [checked]
+
+
 @pytest.mark.parametrize("platform", ("cpu", "tpu"))
-def test_the_kernel_is_chosen_for_the_mesh(monkeypatch, platform, options, name, checked):
-    """By the platform of its devices; JAX checks how values vary but for the fused kernel."""
+def test_the_kernel_is_chosen_for_the_mesh(monkeypatch, platform):
+    """By the platform of its devices, and not of the default backend."""
     device = jax.sharding.AbstractDevice("some", 1, platform)
     mesh = jax.sharding.AbstractMesh((4,), ("seq",), abstract_device=device)
     asked = []
 
-    def choose(*_, platform, **__):
+    def choose(query, key, value, spec, platform):
         asked.append(platform)
-        return KernelChoice(dense_attention, name, "")
+        return KernelChoice(dense_attention, "dense", "")
 
-    monkeypatch.setattr("jax_seqpar.attention.choose_kernel", choose)
-    call = partial(dot_product_attention, **({"mesh": mesh} | options))
-    program = jax.make_jaxpr(call)(*qkv())
-    assert asked == ([] if "attention" in options else [platform])
-    assert [found["check_vma"] for found in shard_maps(program.jaxpr)] == [checked]
+    monkeypatch.setattr("jax_seqpar.attention.choose", choose)
+    call = partial(dot_product_attention, layout=MeshLayout(mesh=mesh))
+    jax.make_jaxpr(call)(*qkv())
+    assert asked == [platform]
+    jax.make_jaxpr(partial(call, kernel=dense_attention))(*qkv())
+    assert asked == [platform], "a kernel that is given is not chosen"
 
 
 GOOD: Any = np.ones((2, 8, 4, 8), np.float32)
 FOUR = jax.devices()[:4]
 SEQ = jax.make_mesh((4,), ("seq",), devices=FOUR, axis_types=(AxisType.Auto,))
+ON_SEQ = MeshLayout(mesh=SEQ)
 ELSEWHERE = jax.make_mesh((4,), ("seq",), devices=jax.devices()[4:], axis_types=(AxisType.Auto,))
 
 
@@ -686,37 +721,27 @@ def sharded_call(function):
 DOORS = {
     "dot_product_attention": (
         "value",
-        lambda x: dot_product_attention(GOOD, GOOD, x, mesh=SEQ),
+        lambda x: dot_product_attention(GOOD, GOOD, x, layout=ON_SEQ),
     ),
-    "bias": ("bias", lambda x: dot_product_attention(*(GOOD,) * 3, bias=x, mesh=SEQ)),
+    "bias": ("bias", lambda x: dot_product_attention(*(GOOD,) * 3, bias=x, layout=ON_SEQ)),
     "lengths": (
         "query_seq_lengths",
-        lambda x: dot_product_attention(*(GOOD,) * 3, query_seq_lengths=x, mesh=SEQ),
+        lambda x: dot_product_attention(*(GOOD,) * 3, query_seq_lengths=x, layout=ON_SEQ),
     ),
     "segments": (
         "segment_ids",
-        lambda x: dot_product_attention(*(GOOD,) * 3, segment_ids=(x, x), mesh=SEQ),
+        lambda x: dot_product_attention(*(GOOD,) * 3, mask=Mask(segment_ids=(x, x)), layout=ON_SEQ),
     ),
-    "sinks": ("sinks", lambda x: blockwise_attention(*(GOOD,) * 3, sinks=x)),
+    "sinks": ("sinks", lambda x: blockwise_attention(*(GOOD,) * 3, logits=Logits(sinks=x))),
     "dense": ("query", lambda x: dense_attention(x, x, x)),
     "blockwise": ("key", lambda x: blockwise_attention(GOOD, x, x)),
     "exact": ("query", lambda x: exact_attention(x, x, x)),
     "choose_kernel": ("query", lambda x: choose_kernel(x, x, x)),
     "pad_to_degree": ("key", lambda x: pad_to_degree(GOOD, x, x, degree=3)),
-    "head_keys": ("dropout_rng", lambda x: head_keys(x, 2, 4)),
-    "ulysses_attention": (
+    "head_keys": ("rng", lambda x: head_keys(x, 2, 4)),
+    "on a device": (
         "query",
-        lambda x: sharded_call(
-            lambda: ulysses_attention(x, x, x, axis_name="seq", attention=dense_attention)
-        ),
-    ),
-    "per_head": (
-        "sinks",
-        lambda x: sharded_call(
-            lambda: ulysses_attention(
-                *(GOOD,) * 3, axis_name="seq", attention=dense_attention, per_head={"sinks": x}
-            )
-        ),
+        lambda x: sharded_call(lambda: dot_product_attention(x, x, x)),
     ),
     "sequence_to_heads": ("x", lambda x: sharded_call(lambda: sequence_to_heads(x, "seq"))),
     "heads_to_sequence": ("x", lambda x: sharded_call(lambda: heads_to_sequence(x, "seq"))),
@@ -740,9 +765,9 @@ def test_the_wrong_kind_of_array_is_refused_at_every_door(door, kind):
 def test_a_constant_of_a_jitted_function_may_lie_anywhere():
     """JAX moves it to the devices of the program."""
     slopes = jax.device_put(jnp.ones(GOOD.shape[2]), FOUR[1])
-    attend = partial(dot_product_attention, alibi_slopes=slopes, mesh=SEQ)
+    attend = partial(dot_product_attention, logits=Logits(alibi_slopes=slopes), layout=ON_SEQ)
     got = jax.jit(lambda x: attend(x, x, x))(GOOD)
-    expected = dense_attention(*(GOOD,) * 3, alibi_slopes=jnp.ones(GOOD.shape[2]))
+    expected = dense_attention(*(GOOD,) * 3, logits=Logits(alibi_slopes=jnp.ones(GOOD.shape[2])))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
@@ -754,8 +779,8 @@ def test_arrays_on_other_devices_than_the_mesh_are_refused(name, given, where):
     x = GOOD if name in ("query", "value") else x
     x = jax.device_put(x, NamedSharding(where, PartitionSpec()) if where is ELSEWHERE else where)
     options: Any = {"query": GOOD, "key": GOOD, "value": GOOD, name: x}
-    options |= {"mesh": SEQ} if given else {}
+    options |= {"layout": ON_SEQ} if given else {}
     on = "devices 4, 5, 6, 7" if where is ELSEWHERE else "device 1"
     message = rf"{name} is on cpu {on}, the mesh has cpu devices 0, 1, 2, 3\. .*device_put\({name}"
     with nullcontext() if given else jax.set_mesh(SEQ), pytest.raises(ValueError, match=message):
-        dot_product_attention(**options)
+        dot_product_attention(**nouns(**options))

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from questions import QUICK, attend, error, oracle, output_and_gradients, right_values
 
-from jax_seqpar import MeshLayout, blockwise_attention, dense_attention, dot_product_attention
+from jax_seqpar import (
+    Blockwise,
+    FunctionKernel,
+    MeshLayout,
+    dense_attention,
+    dot_product_attention,
+)
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.compare.arrays import numpy_to_torch
 from jax_seqpar.parity.cases import Case
@@ -196,7 +202,7 @@ def transformed_on_one_device():
 def test_under_every_transformation(kind):
     """jit of vmap, jvp, remat, scan and second derivatives, against one device in float32."""
     sharded = attend(TRANSFORMED, MESHES[2], kind)
-    either_mode = partial(sharded, attention=partial(blockwise_attention, forward_mode=True))
+    either_mode = partial(sharded, kernel=Blockwise(forward_mode=True))
     for name, transformed in transformations().items():
         ours = partial(transformed, either_mode if name == "jvp" else sharded)
         got = jax.jit(ours, compiler_options=QUICK)()
@@ -211,10 +217,8 @@ def test_the_mesh_is_found(kind):
     """Given, from `jax.set_mesh`, or from the sharding of the query: the same bits."""
     case, where = Case(2, 16, 8, 4, 6), ONE_AXIS[4]
     mesh = where.mesh(kind)
-    # One program in eager mode, too, where each operation is otherwise one.
-    attention = jax.jit(dense_attention, static_argnames="is_causal")
-    given = attend(case, where, kind, attention=attention)
-    found = partial(dot_product_attention, is_causal=True, attention=attention)
+    given = attend(case, where, kind, kernel=dense_attention)
+    found = partial(dot_product_attention, is_causal=True, kernel=dense_attention)
     query, key, value, _ = map(jnp.asarray, case.inputs().values())
     sharding = jax.sharding.NamedSharding(mesh, where.layout.spec)
     placed = [jax.device_put(x, sharding) for x in (query, key, value)]
@@ -249,7 +253,8 @@ def test_the_local_attention_is_a_function():
     """Any attention of one device: JAX's own, or one that needs `check_vma=False`."""
     case, where = Case(2, 16, 8, 4, 6), ONE_AXIS[4]
     for check_vma in (True, False):
-        function = attend(case, where, attention=jax.nn.dot_product_attention, check_vma=check_vma)
+        kernel = FunctionKernel(jax.nn.dot_product_attention, check_vma)
+        function = attend(case, where, kernel=kernel)
         assert_near(
             output_and_gradients(function, QUICK)(**case.inputs()), oracle(case, case.inputs())
         )
@@ -259,7 +264,7 @@ def test_arrays_without_a_sequence_axis():
     layout = MeshLayout(tokens=None)
     assert str(layout) == "[B, S, N, H]"
     case, where = Case(2, 15, 7, 7, 6), MESHES[2]
-    function = partial(dot_product_attention, is_causal=True, layout=layout, mesh=where.mesh())
+    function = partial(dot_product_attention, is_causal=True, layout=layout.on(where.mesh()))
     assert_near(output_and_gradients(function, QUICK)(**case.inputs()), oracle(case, case.inputs()))
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from cases import KINDS, ONE_AXIS, MeshCase
 from jax.sharding import NamedSharding, PartitionSpec
-from questions import collectives, compiled, temporaries_of
+from questions import compiled
 
 from jax_seqpar import MeshLayout
+from jax_seqpar.plan import collectives, temporaries
 from jax_seqpar.training import IGNORE, TokenLayout, cross_entropy, map_tiles, tiled_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
@@ -87,7 +88,7 @@ def operands(place, labels=LABELS):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_loss_and_gradient_are_those_of_one_device(place, options):
     hidden, kernel, labels = operands(place)
-    tiled = partial(tiled_cross_entropy, tiles=3, layout=place.layout, mesh=place.mesh, **options)
+    tiled = partial(tiled_cross_entropy, tiles=3, layout=place.layout.on(place.mesh), **options)
     for loss in (partial(plain, **options), tiled):
         value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel, labels)
         assert_close((value, *grads), truth(**options))
@@ -97,7 +98,7 @@ def test_loss_and_gradient_are_those_of_one_device(place, options):
 def test_any_number_of_tiles(tiles):
     place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
     hidden, kernel, labels = operands(place)
-    loss = partial(tiled_cross_entropy, tiles=tiles, layout=place.layout, mesh=place.mesh)
+    loss = partial(tiled_cross_entropy, tiles=tiles, layout=place.layout.on(place.mesh))
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel, labels)
     assert_close((value, *grads), truth())
 
@@ -112,20 +113,21 @@ def test_the_tiled_loss_never_holds_the_logits():
     y = jax.ShapeDtypeStruct((2, tokens), jnp.int32, sharding=place.sharding)
     logits = 4 * tokens // 4 * vocabulary  # bytes of a device
 
-    def temporaries(loss):
-        return temporaries_of(jax.value_and_grad(loss, (0, 1)), x, w, y)
+    def bytes_held(loss):
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, w, y).compile()
+        return temporaries(program)
 
-    tiled = partial(tiled_cross_entropy, tiles=16, layout=place.layout, mesh=place.mesh)
-    assert temporaries(plain) >= logits
+    tiled = partial(tiled_cross_entropy, tiles=16, layout=place.layout.on(place.mesh))
+    assert bytes_held(plain) >= logits
     # Logits of a tile and their like, three at most, and the gradient of the kernel.
-    assert temporaries(tiled) <= 3 * logits / 16 + 4 * 4 * width * vocabulary
+    assert bytes_held(tiled) <= 3 * logits / 16 + 4 * 4 * width * vocabulary
 
 
 @pytest.mark.usefixtures("optimised")
 def test_what_is_sent():
     """Of the tiled loss: the gradient of the kernel once, and the sums; nothing for a tile."""
     place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
-    loss = partial(tiled_cross_entropy, tiles=3, layout=place.layout, mesh=place.mesh)
+    loss = partial(tiled_cross_entropy, tiles=3, layout=place.layout.on(place.mesh))
     program = compiled(jax.value_and_grad(loss, (0, 1)), *operands(place))
     assert set(collectives(program)) == {"all-reduce"}
     sent = re.findall(r"= (\w+\[[\d,]*\])\S* all-reduce\(", program)
@@ -139,7 +141,7 @@ def test_no_label_counts(tiles):
     hidden, kernel, labels = operands(place, np.full_like(LABELS, IGNORE))
     loss = plain
     if tiles:
-        loss = partial(tiled_cross_entropy, tiles=tiles, layout=place.layout, mesh=place.mesh)
+        loss = partial(tiled_cross_entropy, tiles=tiles, layout=place.layout.on(place.mesh))
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel, labels)
     assert value == 0
     assert not any(np.asarray(g).any() for g in grads)
@@ -207,7 +209,7 @@ def test_large_logits_of_tiles_in_sixteen_bits():
     place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
     hidden, kernel, labels = operands(place)
     hidden, kernel = (100 * hidden).astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
-    got = tiled_cross_entropy(hidden, kernel, labels, tiles=2, layout=place.layout, mesh=place.mesh)
+    got = tiled_cross_entropy(hidden, kernel, labels, tiles=2, layout=place.layout.on(place.mesh))
     x, y = (torch.tensor(np.asarray(z, np.float64)) for z in (hidden, kernel))
     expected = torch.nn.functional.cross_entropy(
         (x @ y).reshape(-1, V), torch.tensor(LABELS).reshape(-1), ignore_index=IGNORE
@@ -219,7 +221,7 @@ def test_the_soft_cap_of_the_logits():
     place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
     hidden, kernel, labels = operands(place)
     got = tiled_cross_entropy(
-        hidden, kernel, labels, tiles=2, layout=place.layout, mesh=place.mesh, logits_soft_cap=2.0
+        hidden, kernel, labels, tiles=2, layout=place.layout.on(place.mesh), logits_soft_cap=2.0
     )
     logits = torch.tensor(HIDDEN, dtype=torch.float64) @ torch.tensor(KERNEL, dtype=torch.float64)
     capped = 2 * torch.tanh(logits / 2).reshape(-1, V)
@@ -321,7 +323,7 @@ def test_a_tiled_mlp(place, tiles):
     def loss(f, w, x):
         return (f(w, x) ** 2).sum()
 
-    tiled = partial(map_tiles, mlp, tiles=tiles, layout=place.layout, mesh=place.mesh)
+    tiled = partial(map_tiles, mlp, tiles=tiles, layout=place.layout.on(place.mesh))
     got = jax.jit(jax.grad(partial(loss, tiled), (0, 1)))(w, x)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), (w, x))
@@ -337,7 +339,11 @@ def test_no_tile_is_wrong_for_being_made_up():
     def norm(scale, x):
         return scale * x / jnp.sqrt((x**2).sum(-1, keepdims=True))
 
-    grad = jax.jit(jax.grad(lambda s, x: map_tiles(norm, s, x, tiles=2, mesh=mesh).sum(), (0, 1)))
+    grad = jax.jit(
+        jax.grad(
+            lambda s, x: map_tiles(norm, s, x, tiles=2, layout=MeshLayout(mesh=mesh)).sum(), (0, 1)
+        )
+    )
     assert all(np.isfinite(np.asarray(g)).all() for g in grad(jnp.float32(2), x))
 
 
@@ -352,11 +358,17 @@ def test_gradients_of_tiles_add_up_in_float32(tiled):
         def product(kernel, x):
             return x * kernel.astype(x.dtype)[None, None]
 
-        return map_tiles(product, kernel[0, :1], x, tiles=512, mesh=mesh).astype(jnp.float32).sum()
+        return (
+            map_tiles(product, kernel[0, :1], x, tiles=512, layout=MeshLayout(mesh=mesh))
+            .astype(jnp.float32)
+            .sum()
+        )
 
     def by_loss(kernel):
         labels = jnp.zeros((1, tokens), jnp.int32)
-        return tiled_cross_entropy(x, kernel, labels, tiles=512, normaliser=jnp.int32(1), mesh=mesh)
+        return tiled_cross_entropy(
+            x, kernel, labels, tiles=512, normaliser=jnp.int32(1), layout=MeshLayout(mesh=mesh)
+        )
 
     kernel = jnp.zeros((1, 2), jnp.float32)
     gradient = jax.jit(jax.grad(by_map if tiled == "map_tiles" else by_loss))(kernel)
@@ -373,7 +385,7 @@ def test_gradients_of_tiles_add_up_in_float32(tiled):
         (lambda: cross_entropy(jnp.ones((2, 3, V)), jnp.ones((2, 3))), "not probabilities"),
         (
             lambda: cross_entropy(jnp.ones((2, V)), jnp.ones(2, jnp.int32), normaliser=HALF),
-            "normaliser must be an integer",
+            "normaliser must be one integer",
         ),
         (
             lambda: cross_entropy(jnp.ones((2, V)), jnp.ones(2, jnp.int32), label_smoothing=2.0),
@@ -401,12 +413,12 @@ def test_gradients_of_tiles_add_up_in_float32(tiled):
             "of the same tokens",
         ),
         (
-            lambda: map_tiles(mlp, {}, jnp.ones((2, 9)), tiles=2, mesh=MESHES[0].mesh()),
+            lambda: map_tiles(mlp, {}, jnp.ones((2, 9)), tiles=2, layout=MESHES[0].on()),
             "S = 9 is not divisible by the 8 devices",
         ),
         (
             lambda: map_tiles(
-                mlp, {}, jnp.ones((2, 8)), tiles=2, mesh=MESHES[0].mesh(), layout=MeshLayout("x")
+                mlp, {}, jnp.ones((2, 8)), tiles=2, layout=MeshLayout("x").on(MESHES[0].mesh())
             ),
             "names axis 'x'",
         ),

@@ -35,14 +35,16 @@ def main(process: int, processes: int, devices: int, address: str, folder: str) 
 
         def run(query, key, value, grad, mesh=mesh, kernel=kernel):
             def attend(*qkv):
-                return dot_product_attention(*qkv, is_causal=True, attention=kernel, mesh=mesh)
+                return dot_product_attention(
+                    *qkv, is_causal=True, kernel=kernel, layout=MeshLayout(mesh=mesh)
+                )
 
             out, pull = jax.vjp(attend, query, key, value)
             return (out, *pull(grad))
 
         for name, x in zip(("out", "dq", "dk", "dv"), jax.jit(run)(*inputs), strict=True):
             for shard in x.addressable_shards:
-                where = f"{kind.name}-{kernel.__name__}-{name}-{shard.index[1].start or 0:03}"
+                where = f"{kind.name}-{type(kernel).__name__}-{name}-{shard.index[1].start or 0:03}"
                 np.save(f"{folder}/{where}.npy", np.asarray(shard.data))
 
 

@@ -1,6 +1,6 @@
 """Attention whose bits do not depend on how it is computed: the reference in PyTorch.
 
-Written from the page `jax_seqpar.exact`, beside which it is to be read: its names, its order, and
+Written from `jax_seqpar/exact/SPEC.md`, beside which it is to be read: its names, its order, and
 nothing of its code. One KV head at a time; its weights are `[R, S]`, where the rows R = G * T are
 the queries of the G query heads that read it. The backward pass holds them all at once.
 
@@ -537,15 +537,24 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cap: float | None) -> None
             )
     if not query.ndim == key.ndim == value.ndim == 4 or key.shape[:3] != value.shape[:3]:
         raise ValueError(
-            f"query must be [B, T, N, H], key [B, S, K, H] and value [B, S, K, V]. {got}"
+            f"query must be [B, T, N, H], key [B, S, K, H] and value [B, S, K, V]. {got} Reshape "
+            f"or transpose them to these axes."
         )
     (B, _, N, H), K = query.shape, key.shape[2]
     if (key.shape[0], key.shape[3]) != (B, H):
-        raise ValueError(f"query and key must agree in B and H. {got}")
+        raise ValueError(
+            f"query and key must agree in B and H. {got} Project or slice one of them."
+        )
     if H == 0 and value.shape[3] != 0:
-        raise ValueError(f"Values need queries and keys of at least one channel. {got}")
+        raise ValueError(
+            f"Values need queries and keys of at least one channel. {got} Pad them with one of "
+            f"zeros."
+        )
     if K == 0 or N % K:
-        raise ValueError(f"KV heads K = {K} must divide the query heads N = {N}. {got}")
+        raise ValueError(
+            f"KV heads K = {K} must divide the query heads N = {N}. {got} Give a number of KV "
+            f"heads that does."
+        )
     if cap is not None and not 0 < nearest32(cap) < math.inf:
         raise ValueError(
             f"logits_soft_cap must be a positive finite float32, got {cap!r}. Write None for none."
@@ -562,7 +571,8 @@ def _check_constant(name: str, x: Tensor | None, shape: tuple[int, ...] | None =
         )
     if shape is not None and x.shape != shape:
         raise ValueError(
-            f"{name} must be [N], one for each of {shape[0]} query heads. Got {tuple(x.shape)}."
+            f"{name} must be [N], one for each of {shape[0]} query heads. Got {tuple(x.shape)}. "
+            f"Write {name}.expand({shape[0]}) for one value."
         )
     if x.requires_grad:
         raise ValueError(f"{name} has no gradient here, but requires one. Write {name}.detach().")
@@ -575,5 +585,6 @@ def _check_length(query: Tensor, key: Tensor, shared_by: Any) -> None:
     if max(S, rows) >= TOO_MANY_TOKENS:
         raise ValueError(
             f"Exact sums have room for fewer than {TOO_MANY_TOKENS} tokens. Got {S} keys and, of "
-            f"one KV head, {rows} rows: {T} queries * {N // K} query heads * {ranks} ranks."
+            f"one KV head, {rows} rows: {T} queries * {N // K} query heads * {ranks} ranks. Split "
+            f"the sequence."
         )

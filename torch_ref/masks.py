@@ -129,5 +129,7 @@ def _pair(x: Any) -> tuple[Any, Any]:
 
 def _by_sequence(name: str, lengths: Tensor) -> Tensor:
     if lengths.ndim != 1:
-        raise ValueError(f"{name} must be [B], got {tuple(lengths.shape)}.")
+        raise ValueError(
+            f"{name} must be [B], got {tuple(lengths.shape)}. Give one length for each sequence."
+        )
     return lengths.long()[:, None, None, None]

@@ -64,18 +64,25 @@ def single_all_to_all(
     _check_axes(scatter_idx, gather_idx, batch_dim_idx)
     size = input.shape[scatter_idx]
     if heads is not None and len(heads) != world_size:
-        raise ValueError(f"heads must be one number for each of {world_size} ranks, got {heads}.")
+        raise ValueError(
+            f"heads must be one number for each of {world_size} ranks, got {heads}. Leave heads "
+            f"out to share them evenly."
+        )
     if scatter_idx == 2:
         _check_head_count(size, world_size, f"Got input {tuple(input.shape)}.")
         sent = _shared(size, world_size) if heads is None else list(heads)
         if sum(sent) != size:
-            raise ValueError(f"heads {heads} must add up to the {size} of {tuple(input.shape)}.")
+            raise ValueError(
+                f"heads {heads} must add up to the {size} of {tuple(input.shape)}. Leave heads out "
+                f"to share them evenly."
+            )
         gathered = [input.shape[gather_idx]] * world_size
     else:
         if size % world_size:
             raise ValueError(
                 f"axis {scatter_idx} of size {size} is not divisible by the {world_size} ranks of "
-                f"the group. Got input {tuple(input.shape)}."
+                f"the group. Got input {tuple(input.shape)}. Pad it to "
+                f"{-(-size // world_size) * world_size}."
             )
         sent = [size // world_size] * world_size
         if heads is None:
@@ -87,7 +94,8 @@ def single_all_to_all(
         gathered = list(heads)
         if gathered[rank] != input.shape[gather_idx]:
             raise ValueError(
-                f"heads says {gathered[rank]} for rank {rank}, which has {tuple(input.shape)}."
+                f"heads says {gathered[rank]} for rank {rank}, which has {tuple(input.shape)}. "
+                f"Give how many heads each rank has, in rank order."
             )
     chunks = [_bytes(x) for x in input.split(sent, dim=scatter_idx)]
     shapes = []
@@ -186,8 +194,8 @@ class DistributedAttention(torch.nn.Module):
         super().__init__()
         if sp_stream is not None:
             raise ValueError(
-                "sp_stream is not supported: communication and computation do not overlap here. "
-                "Leave it out; the result is the same."
+                f"sp_stream is not supported: communication and computation do not overlap here. "
+                f"Got {sp_stream!r}. Leave it out; the result is the same."
             )
         self.local_attn = local_attention
         self.spg = sequence_process_group
@@ -247,8 +255,9 @@ class DistributedAttention(torch.nn.Module):
         expected = (*q.shape[:3], v.shape[3])
         if out.shape != expected:
             raise ValueError(
-                f"local_attention returned shape {tuple(out.shape)}, expected that of the query "
-                f"it was given, with the channels of the value, {expected}."
+                f"local_attention returned shape {tuple(out.shape)}, expected that of the query it "
+                f"was given, with the channels of the value, {expected}. Return the output alone, "
+                f"its axes in the order of the query's."
             )
         return reshard(out, gather_idx, self.scatter_idx, heads)
 
@@ -269,7 +278,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, tokens_idx: int) -> Tensor:
 
 def _check_axes(scatter_idx: int, gather_idx: int, batch_dim_idx: int) -> None:
     if batch_dim_idx not in (0, 1):
-        raise ValueError(f"batch_dim_idx must be 0 or 1, got {batch_dim_idx}.")
+        raise ValueError(
+            f"batch_dim_idx must be 0 or 1, got {batch_dim_idx}. Write 0 for [B, S, N, H], 1 for "
+            f"[S, B, N, H]."
+        )
     tokens_idx = 1 - batch_dim_idx
     if {scatter_idx, gather_idx} != {2, tokens_idx}:
         raise ValueError(
@@ -282,13 +294,22 @@ def _check_axes(scatter_idx: int, gather_idx: int, batch_dim_idx: int) -> None:
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, world_size: int) -> None:
     got = f"Got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}."
     if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(f"query, key and value must have 4 axes, the heads being axis 2. {got}")
+        raise ValueError(
+            f"query, key and value must have 4 axes, the heads being axis 2. {got} Reshape them to "
+            f"[B, S, N, H] or [S, B, N, H]."
+        )
     if key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"key and value must have the same shape but for their channels. {got}")
+        raise ValueError(
+            f"key and value must have the same shape but for their channels. {got} Repeat or "
+            f"project the smaller one."
+        )
     N, K = query.shape[2], key.shape[2]
     _check_head_count(N, world_size, got)
     if K == 0 or N % K:
-        raise ValueError(f"KV heads K = {K} must divide the query heads N = {N}. {got}")
+        raise ValueError(
+            f"KV heads K = {K} must divide the query heads N = {N}. {got} Give a number of KV "
+            f"heads that does."
+        )
 
 
 def _check_head_count(heads: int, world_size: int, got: str) -> None:

@@ -12,18 +12,14 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
-from .. import refusals
+from .._checks import check_arrays
 from .._extras import require_torch
+from ..kernels.kernel import check_local_output
 from ..strategies.heads import plan_heads
 from ..strategies.reshard import heads_to_sequence, sequence_to_heads
-from ..strategies.ulysses import LocalAttention
 from .convert import to_jax, to_torch
 
-_TRACED = (
-    "staged_attention runs PyTorch between compiled programs, so it cannot be traced. "
-    "Call it outside jax.jit, vmap and scan; jax.grad and jax.vjp are fine."
-)
-
+LocalAttention = Callable[..., Array]
 TorchAttention = Callable[[Any, Any, Any], Any]
 
 
@@ -52,7 +48,7 @@ def staged_attention(
       ValueError: under `jax.jit`, or for sizes that do not fit.
     """
     tokens, heads = PartitionSpec(None, axis_name), PartitionSpec(None, None, axis_name)
-    refusals.check_arrays(query, key, value)
+    check_arrays(query, key, value)
     plan = plan_heads(query.shape[2], key.shape[2], mesh.shape[axis_name])
     shard_map = partial(jax.shard_map, mesh=mesh)
 
@@ -70,7 +66,7 @@ def staged_attention(
     sharded = (jax.device_put(x, NamedSharding(mesh, tokens)) for x in (query, key, value))
     q, k, v = gather(*sharded)
     out = _on_shards(attention)(q, k, v)
-    refusals.check_local_output(out, q, v)
+    check_local_output(out, q, v)
     return scatter(out)
 
 
@@ -106,7 +102,7 @@ def as_torch_attention(attention: LocalAttention) -> TorchAttention:
         def backward(ctx, *grads):
             raise RuntimeError(
                 "as_torch_attention can be differentiated once, not twice. For second derivatives "
-                "stay in one framework: jax.hessian of the attention itself."
+                "stay in one framework: write jax.hessian of the attention itself."
             )
 
     return JaxAttention.apply
@@ -147,7 +143,11 @@ def _on_shards(attention: TorchAttention) -> LocalAttention:
 def _map_shards(fn: Callable[..., tuple[Any, ...]], *arrays: Array) -> tuple[Array, ...]:
     """`fn` of torch tensors on every addressable shard; each result sharded like the operands."""
     if any(isinstance(x, Tracer) for x in arrays):
-        raise ValueError(_TRACED)
+        raise ValueError(
+            f"staged_attention runs PyTorch between compiled programs, so it cannot be traced. Got "
+            f"tracers of {', '.join(str(jax.typeof(x)) for x in arrays)}. Call it outside jax.jit, "
+            f"vmap and scan; jax.grad and jax.vjp are fine."
+        )
     pieces = []
     for shards in zip(*(x.addressable_shards for x in arrays), strict=True):
         results = to_jax(fn(*to_torch(tuple(shard.data for shard in shards))))

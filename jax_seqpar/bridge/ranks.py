@@ -23,10 +23,6 @@ from .._extras import require_torch
 
 # Signals that end a program: they reach its whole process group, and are the parent's to handle.
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-_SENDABLE = (
-    "Define functions and classes at the top of a module in a file: not in a notebook, "
-    "`python -c` or another function. Pass and return arrays, tensors and what else pickle copies."
-)
 
 
 class RankError(RuntimeError):
@@ -124,14 +120,20 @@ def _check(world_size: Any, timeout: Any, threads: Any) -> None:
     """Raises unless the ranks can be started with these numbers, from this process."""
     for name, count in (("world_size", world_size), ("threads", threads)):
         if type(count) is not int or count < 1:
-            raise ValueError(f"{name} must be a positive Python integer, got {count!r}.")
+            raise ValueError(
+                f"{name} must be a positive Python integer, got {count!r}. Write {name}=1 or more."
+            )
     # Below a billion: PyTorch counts a timeout in nanoseconds, in 64 bits.
     if isinstance(timeout, bool) or not isinstance(timeout, float | int) or not 0 < timeout < 1e9:
-        raise ValueError(f"timeout must be a number of seconds, like 120.0, got {timeout!r}.")
-    if multiprocessing.current_process().daemon:
+        raise ValueError(
+            f"timeout must be a number of seconds, like 120.0, got {timeout!r}. Give seconds above "
+            f"0 and below 1e9."
+        )
+    process = multiprocessing.current_process()
+    if process.daemon:
         raise RuntimeError(
-            "a daemonic process, such as a rank, may not start ranks. Call run_ranks in the "
-            "program that started it."
+            f"a daemonic process, such as a rank, may not start ranks. This one is "
+            f"{process.name!r}. Call run_ranks in the program that started it."
         )
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
@@ -202,7 +204,11 @@ def _pickling(what: str) -> Iterator[None]:
     except (OSError, MemoryError):  # no space
         raise
     except Exception as error:
-        raise TypeError(f"{what}: {type(error).__name__}: {error}. {_SENDABLE}") from error
+        raise TypeError(
+            f"{what}: {type(error).__name__}: {error}. Define functions and classes at the top of "
+            f"a module in a file: not in a notebook, `python -c` or another function. Pass and "
+            f"return arrays, tensors and what else pickle copies."
+        ) from error
 
 
 def _collect(processes: list[Any], folder: Path, deadline: float, timeout: float) -> list[Any]:

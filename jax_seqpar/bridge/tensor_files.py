@@ -44,7 +44,9 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
         try:
             found = load_file(file)
         except errors as error:
-            raise ValueError(f"{file} is not a file of safetensors: {error}.") from error
+            raise ValueError(
+                f"{file} is not a file of safetensors: {error}. Download or save it again."
+            ) from error
         if twice := sorted(tensors.keys() & found.keys()):
             raise ValueError(
                 f"{count(twice, 'name')} in {file} and in a file before: {listed(twice)}. "
@@ -81,7 +83,7 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is no index of safetensors files: it needs a weight_map of names to file "
-                f"names ({type(error).__name__}: {error})."
+                f"names ({type(error).__name__}: {error}). Download or save it again."
             ) from error
         if outside:
             raise ValueError(

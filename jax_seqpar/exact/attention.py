@@ -1,7 +1,7 @@
-"""Exact attention of one device: the specification in `jax_seqpar.exact`, as a JAX function."""
+"""Exact attention of one device: the specification in `SPEC.md`, as a JAX function."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-from .. import refusals
-from ..mask import Logits, Spec, keyword_form
+from .._checks import check_chunk_sizes
+from ..kernels.kernel import Kernel
+from ..layout import AxisName
+from ..mask import Logits, Spec
 from ..mask.nouns import arrays_of
 from . import arithmetic
 from .backward import key_value_gradients, query_gradient
@@ -21,65 +23,74 @@ from .kv_replicas import SharedHeads
 from .problem import INNER, Options, Problem, without_unread_keys
 
 
-@keyword_form
-def exact_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    spec: Spec,
-    *,
-    shared_heads: SharedHeads | None = None,
-    query_chunk: int | None = None,
-    key_chunk: int | None = None,
-) -> Float[Array, "B T N V"]:
+@dataclass(frozen=True)
+class Exact(Kernel):
     """`softmax(query . key * scale + bias) . value` with the same bits however it is computed.
 
-    Output and gradients are the function that `jax_seqpar.exact` specifies: equal in every bit to
-    `torch_ref.exact.exact_attention`, compiled or not, on any number of devices, on every backend
-    that `jax_seqpar.exact.certify` passes. Not equal to a stock kernel, and nearer to float64 than
-    float32 kernels are, but for a row whose heavy keys have no value. Memory grows linearly with
-    the tokens. Float64 inside, whatever `jax_enable_x64` says. Reverse-mode derivatives, once.
+    Output and gradients are the function that `jax_seqpar/exact/SPEC.md` specifies: equal in every
+    bit to `torch_ref.exact.exact_attention`, compiled or not, on any number of devices, on every
+    backend that `jax_seqpar.exact.certify` passes. Not equal to a stock kernel, and nearer to
+    float64 than float32 kernels are, but for a row whose heavy keys have no value. Memory grows
+    linearly with the tokens. Float64 inside, whatever `jax_enable_x64` says. Reverse-mode
+    derivatives, once; of query, key and value alone. JAX raises TypeError for one in forward mode.
+
+    Operands, bias, slopes and sinks are float32, bfloat16 or float16; scale and soft cap are
+    rounded to float32. Other dtypes, and sequences of 2^21 tokens and more, are refused.
 
     Args:
-      query, key, value: float32, bfloat16 or float16, all the same; K divides N.
-      bias, mask, ...: as in `jax_seqpar.mask.Attention`. Bias, slopes and sinks are of the same
-        three dtypes and have no gradient; scale and soft cap are rounded to float32.
-      shared_heads: other devices with the same KV heads and query heads of their own. Their parts
-        of the gradients of key and value are added without rounding, and one of the devices returns
-        the sum, the others 0. `ulysses_attention` passes it where it is needed.
       query_chunk, key_chunk: queries, and keys, whose whole rows, and columns, are held at a time;
         None chooses. No bit depends on them.
-
-    Returns:
-      The attention output, of the query's dtype; 0 for a query that may attend to no key.
-
-    Raises:
-      ValueError: another dtype, sizes that do not fit, a derivative with respect to bias, slopes or
-        sinks, or a second derivative.
-      TypeError: of JAX, for a forward-mode derivative.
+      shared_heads: other devices with the same KV heads and query heads of their own. Their parts
+        of the gradients of key and value are added without rounding, and one of the devices returns
+        the sum, the others -0. A strategy sets it where it is needed.
     """
-    devices = 1 if shared_heads is None else shared_heads.devices
-    added = dict(arrays_of(spec.logits))
-    refusals.check_exact(query, key, added, devices, query_chunk=query_chunk, key_chunk=key_chunk)
 
-    once = {
-        name: _undifferentiated(partial(refusals.no_exact_gradient, name), x)
-        for name, x in added.items()
-    }
-    (_, T, N, H), (_, S, K, _) = query.shape, key.shape
-    if 0 in (*query.shape, *value.shape):
-        return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
-    limit = arithmetic.CONTRACT_TOKENS
-    options = Options(
-        shared_heads=shared_heads,
-        query_chunk=min(T, query_chunk or max(256 * K // N, 16), max(limit * K // N // INNER, 1)),
-        key_chunk=min(S, key_chunk or 256, max(limit // INNER, 1)),
-        sum_limit=limit,
-    )
-    scale, cap = spec.logits.scale, spec.logits.soft_cap
-    cap = None if cap is None else _float32(cap)
-    rounded = Logits(_float32(H**-0.5 if scale is None else scale), cap, **once)
-    return _attention(options, query, key, value, replace(spec, logits=rounded))
+    query_chunk: int | None = None
+    key_chunk: int | None = None
+    shared_heads: SharedHeads | None = None
+
+    sums_exactly = True
+
+    def __post_init__(self) -> None:
+        check_chunk_sizes(query_chunk=self.query_chunk, key_chunk=self.key_chunk)
+
+    def sharing(self, axes: tuple[tuple[AxisName, int], ...]) -> "Exact":
+        axes = tuple((axis_name, count) for axis_name, count in axes if count > 1)
+        if self.shared_heads is not None or not axes:
+            return self
+        return replace(self, shared_heads=SharedHeads(axes))
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> tuple[Array, None]:
+        devices = 1 if self.shared_heads is None else self.shared_heads.devices
+        added = dict(arrays_of(spec.logits))
+        _check(query, key, added, devices)
+        once = {
+            name: _undifferentiated(partial(_no_gradient, name), x) for name, x in added.items()
+        }
+        (_, T, N, H), (_, S, K, _) = query.shape, key.shape
+        if 0 in (*query.shape, *value.shape):
+            return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype), None
+        limit = arithmetic.CONTRACT_TOKENS
+        rows = self.query_chunk or max(256 * K // N, 16)
+        options = Options(
+            shared_heads=self.shared_heads,
+            query_chunk=min(T, rows, max(limit * K // N // INNER, 1)),
+            key_chunk=min(S, self.key_chunk or 256, max(limit // INNER, 1)),
+            sum_limit=limit,
+        )
+        scale, cap = spec.logits.scale, spec.logits.soft_cap
+        cap = None if cap is None else _float32(cap)
+        rounded = Logits(_float32(H**-0.5 if scale is None else scale), cap, **once)
+        return _attention(options, query, key, value, replace(spec, logits=rounded)), None
+
+
+exact_attention = Exact()
 
 
 def _float32(x: float) -> float:
@@ -217,6 +228,52 @@ def _refuse(refusal: Callable[[], ValueError], primals: Any, tangents: Any):
     raise refusal()
 
 
+def _check(
+    query: Any,
+    key: Any,
+    added: Mapping[str, Any],
+    devices: int,
+) -> None:
+    """Raises ValueError for dtypes and sizes that exact attention is not defined for.
+
+    Args:
+      added: bias, slopes and sinks by name, where there are any.
+    """
+    for name, x in added.items():
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ValueError(
+                f"{name} of exact attention is float32, bfloat16 or float16, got {x.dtype}. "
+                f"Write {name}.astype(jnp.float32)."
+            )
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"exact attention takes float32, bfloat16 and float16, got {query.dtype}. "
+            f"Write query.astype(jnp.float32), and key and value alike."
+        )
+    S, rows = key.shape[1], query.shape[1] * (query.shape[2] // key.shape[2]) * devices
+    if max(S, rows) >= 1 << 21:
+        raise ValueError(
+            f"exact attention has room for fewer than 2^21 keys, and queries of one KV head, got "
+            f"{S} and {rows}. Got query {query.shape}, key {key.shape}. Split the sequence."
+        )
+
+
+def _no_gradient(name: str) -> ValueError:
+    """Error for a derivative that exact attention does not define."""
+    return ValueError(
+        f"exact attention has no gradient for {name}. Write jax.lax.stop_gradient({name}), or use "
+        f"another attention."
+    )
+
+
+def _no_second_derivative() -> ValueError:
+    """Error for the derivative of a gradient of exact attention."""
+    return ValueError(
+        "exact attention can be differentiated once, not twice, as its gradients are rounded like "
+        "its output. Use jax_seqpar.dense_attention for second derivatives."
+    )
+
+
 # Second derivatives are undefined: the rule of the first one raises if its operands are
 # differentiated again.
-_once = partial(_undifferentiated, refusals.no_second_derivative)
+_once = partial(_undifferentiated, _no_second_derivative)

@@ -1,10 +1,7 @@
 """Reductions over the devices that hold a replica of the same KV head."""
 
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -56,33 +53,6 @@ class SharedHeads:
         for axis_name, count in self.axes:
             first = first & (jax.lax.axis_index(axis_name) % count == 0)
         return first
-
-
-def tell_shared_heads(
-    attention: Callable[..., Array], axes: tuple[tuple[AxisName, int], ...]
-) -> Callable[..., Array]:
-    """A local attention that knows which devices share its KV heads, if it asks.
-
-    It asks by a parameter `shared_heads`, unless that is bound already. Others compute as if alone,
-    and the gradients of a shared head are added up outside.
-    """
-    axes = tuple((axis_name, count) for axis_name, count in axes if count > 1)
-    parameter = _parameter(attention)
-    if parameter is None or parameter.default is not None or not axes:
-        return attention
-    return partial(attention, shared_heads=SharedHeads(axes))
-
-
-def adds_without_rounding(attention: Callable[..., Array]) -> bool:
-    """Whether a local attention has the parameter `shared_heads`, bound or not."""
-    return _parameter(attention) is not None
-
-
-def _parameter(attention: Callable[..., Array]) -> inspect.Parameter | None:
-    try:
-        return inspect.signature(attention).parameters.get("shared_heads")
-    except (TypeError, ValueError):  # builtins have no signature
-        return None
 
 
 def _groups(axis_name: AxisName, count: int) -> list[list[int]] | None:

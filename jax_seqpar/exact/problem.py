@@ -25,7 +25,7 @@ INNER = 4
 
 @dataclass(frozen=True)
 class Options:
-    """Tiling options, static; they change no bit of the result."""
+    """Static options: tiling, which changes no bit of the result, and who shares the KV head."""
 
     shared_heads: SharedHeads | None
     query_chunk: int

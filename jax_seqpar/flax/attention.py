@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from ..attention import dot_product_attention
+from ..kernels import Kernel
 from ..layout import MeshLayout, axes_size, names
-from ..mask import Window
+from ..mask import Dropout, Logits, Mask, Window
 from ..mesh import AnyMesh, find_mesh, place
 from ..strategies import Strategy, Ulysses
 from . import refusals
@@ -39,7 +40,7 @@ class Attention(nnx.Module):
       sinks: a learned logit for each query head, without a value (as in gpt-oss).
       use_bias: in query, key and value; `use_out_bias` in the output.
       dropout_rate, deterministic: of the weights; `deterministic` may be said at the call.
-      layout, mesh, attention, strategy, check_vma: as for `dot_product_attention`.
+      kernel, strategy, layout: as for `dot_product_attention`.
       sharding, kernel_init, dtype, param_dtype: as for `Projection`.
       precision: of all products, the kernel's included, forward and backward: one
         `jax.lax.Precision` or its name. None leaves it to `jax.default_matmul_precision`.
@@ -73,11 +74,9 @@ class Attention(nnx.Module):
         use_out_bias: bool = False,
         dropout_rate: float = 0.0,
         deterministic: bool | None = None,
-        attention: Callable[..., Array] | None = None,
-        layout: MeshLayout = MeshLayout(),
-        mesh: AnyMesh | None = None,
+        kernel: Kernel | Callable[..., Array] | None = None,
         strategy: Strategy = Ulysses(),
-        check_vma: bool | None = None,
+        layout: MeshLayout = MeshLayout(),
         sharding: ParameterSharding | None = None,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
         dtype: Any = None,
@@ -93,17 +92,15 @@ class Attention(nnx.Module):
         refusals.check_layer(features, num_heads, num_kv_heads, head_dim)
         self.features, self.rotary = features, rotary
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.layout, self.mesh = layout, mesh
+        self.layout = layout
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.norm_epsilon, self.precision = norm_epsilon, precision
         self.options = {
             "is_causal": is_causal,
-            "scale": scale,
             "local_window_size": local_window_size,
-            "logits_soft_cap": logits_soft_cap,
-            "attention": attention,
-            "check_vma": check_vma,
+            "kernel": kernel,
         }
+        self.logits = Logits(scale, logits_soft_cap)
         self.strategy = strategy
 
         sizes = {"D": features, "N": num_heads, "K": num_kv_heads, "H": head_dim}
@@ -114,7 +111,6 @@ class Attention(nnx.Module):
                 sizes,
                 sharding=sharding,
                 layout=layout,
-                mesh=mesh,
                 kernel_init=kernel_init,
                 use_bias=use_bias,
                 dtype=dtype,
@@ -129,13 +125,13 @@ class Attention(nnx.Module):
         self.out = projection("BSNH,NHD->BSD", use_out_bias)
 
         def ones() -> nnx.Param[Array]:
-            return parameter(jnp.ones(head_dim, param_dtype), "H", sharding, mesh)
+            return parameter(jnp.ones(head_dim, param_dtype), "H", sharding, layout.mesh)
 
         self.query_scale = ones() if qk_norm else nnx.data(None)
         self.key_scale = ones() if qk_norm else nnx.data(None)
         self.sinks: nnx.Param[Array] | None = nnx.data(None)
         if sinks:
-            self.sinks = parameter(jnp.zeros(num_heads, param_dtype), "N", sharding, mesh)
+            self.sinks = parameter(jnp.zeros(num_heads, param_dtype), "N", sharding, layout.mesh)
         self.cached_key: nnx.Cache[Array] | None = nnx.data(None)
         self.cached_value: nnx.Cache[Array] | None = nnx.data(None)
         self.cache_index: nnx.Cache[Array] | None = nnx.data(None)
@@ -174,9 +170,12 @@ class Attention(nnx.Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         drops = self.dropout_rate > 0 and not deterministic
         if decode:
-            mesh = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
+            mesh = (
+                jax.sharding.get_abstract_mesh() if self.layout.mesh is None else self.layout.mesh
+            )
+            rate = self.dropout_rate if drops else 0.0
             refusals.check_decode(
-                self.cached_key, self.cache_index, x, mesh.shape, segment_ids, drops
+                self.cached_key, self.cache_index, x, mesh.shape, segment_ids, rate
             )
         refusals.check_dropout(self.dropout_rate, deterministic, rngs)
         start = self.cache_index[...] if decode and self.cache_index is not None else 0
@@ -185,16 +184,16 @@ class Attention(nnx.Module):
         record = record or (lambda name, x: None)
         for name, projected in (("query", query), ("key", key), ("value", value)):
             record(name, projected)
-        options = dict(self.options)
+        options: dict[str, Any] = self.options | {"logits": self.logits}
         if self.sinks is not None:
-            options["sinks"] = self.sinks[...].astype(jnp.float32)
+            options["logits"] = replace(self.logits, sinks=self.sinks[...].astype(jnp.float32))
         if drops and rngs is not None:
-            options |= {"dropout_rate": self.dropout_rate, "dropout_rng": rngs.dropout()}
+            options["dropout"] = Dropout(self.dropout_rate, rngs.dropout())
         with kernel_precision("Attention", self.precision):
             if decode:
                 out = self._decode(query, key, value, order, options)
             else:
-                options |= {"segment_ids": segment_ids, "layout": self.layout, "mesh": self.mesh}
+                options |= {"mask": Mask(segment_ids=segment_ids), "layout": self.layout}
                 out = dot_product_attention(query, key, value, **options, strategy=self.strategy)
         record("context", out)
         return self.out(out)
@@ -212,11 +211,12 @@ class Attention(nnx.Module):
         """An empty cache for decoding, `[B, S, K@(heads, tokens), H]`; whole if K does not divide.
 
         Raises:
-          ValueError: if the devices cannot share the heads, and for sizes or a dtype that make no
-            cache.
+          ValueError: if the devices cannot share batch or heads, and for sizes or a dtype that
+            make no cache.
         """
         refusals.check_cache_sizes(batch, tokens, dtype)
         layout, mesh = self._decode_layout(None)
+        refusals.check_cache_batch(batch, axes_size(layout.batch, mesh.shape), layout.batch)
         devices = axes_size(layout.heads, mesh.shape)
         refusals.check_cache_heads(self.num_heads, self.num_kv_heads, devices, layout.heads)
         empty = jnp.zeros((batch, tokens, self.num_kv_heads, self.head_dim), dtype)
@@ -251,9 +251,8 @@ class Attention(nnx.Module):
         out = dot_product_attention(
             self._place(query, layout, mesh),
             *whole,
-            positions=positions,
+            mask=Mask(positions=positions),
             layout=layout,
-            mesh=self.mesh,
             **options,
         )
         fits = start + query.shape[1] <= S  # beyond, other tokens were written over
@@ -262,7 +261,7 @@ class Attention(nnx.Module):
     def _decode_layout(self, query: Array | None) -> tuple[MeshLayout, AnyMesh]:
         """Heads over all the axes of heads and tokens: each device keeps its own part of each."""
         heads = (*names(self.layout.heads), *names(self.layout.tokens))
-        return replace(self.layout, tokens=None, heads=heads), find_mesh(self.mesh, query)
+        return replace(self.layout, tokens=None, heads=heads), find_mesh(self.layout.mesh, query)
 
     def _place(self, x: Array, layout: MeshLayout, mesh: AnyMesh) -> Array:
         shared = x.shape[2] % axes_size(layout.heads, mesh.shape) == 0

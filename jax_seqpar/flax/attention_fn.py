@@ -1,5 +1,6 @@
 """The `attention_fn` of Flax's own attention layers, for tokens sharded over a mesh."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,14 +10,15 @@ import numpy as np
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from jaxtyping import Array, Float, Shaped
 
-from .. import refusals
+from .._checks import check_flag
 from ..attention import dot_product_attention
-from ..layout import MeshLayout, axes_size
-from ..mask import Window, head_keys
+from ..kernels import Kernel
+from ..layout import MeshLayout, axes_size, check_mesh
+from ..mask import Dropout, Logits, Window, head_keys
 from ..mask.padding import pad_to_degree
-from ..mesh import AnyMesh, find_mesh
+from ..mesh import find_mesh
 from ..strategies import Strategy, Ulysses
-from . import refusals as flax_refusals
+from . import refusals
 from .precision import kernel_precision
 
 
@@ -24,7 +26,7 @@ class _Instances:
     """Raises TypeError where Flax calls the class itself as its attention function."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
-        flax_refusals.check_makes_instance(arguments, options)
+        refusals.check_makes_instance(arguments, options)
         return super().__new__(cls)
 
 
@@ -38,8 +40,7 @@ class SequenceParallel(_Instances):
     value, so a module that holds it is compiled once.
 
     Args:
-      layout, mesh, attention, strategy, check_vma: as for
-        `jax_seqpar.dot_product_attention`.
+      kernel, strategy, layout: as for `jax_seqpar.dot_product_attention`.
       is_causal: in addition to what Flax asks for. Linen has no other way to say it but a mask of
         T x S; with nnx it is the same as `is_causal=True` at the call.
       local_window_size, logits_soft_cap: as there; Flax has no word for them.
@@ -54,13 +55,11 @@ class SequenceParallel(_Instances):
     """
 
     layout: MeshLayout = MeshLayout()
-    mesh: AnyMesh | None = None
-    attention: Callable[..., Array] | None = None
+    kernel: Kernel | Callable[..., Array] | None = None
     is_causal: bool = False
     local_window_size: Window | None = None
     logits_soft_cap: float | None = None
     strategy: Strategy = Ulysses()
-    check_vma: bool | None = None
 
     def __call__(
         self,
@@ -108,15 +107,15 @@ class SequenceParallel(_Instances):
         Raises:
           ValueError: for what is refused, and for sizes that do not fit.
         """
-        flax_refusals.check_flax(
+        refusals.check_flax(
             module=module,
             einsum_dot_general=einsum_dot_general,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
-        refusals.check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
-        flax_refusals.check_batch_axes(query, key, value)
-        flax_refusals.check_query_positions(
+        check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
+        refusals.check_batch_axes(query, key, value)
+        refusals.check_query_positions(
             query.shape[-3],
             key.shape[-3],
             own_rules=self.is_causal or self.local_window_size is not None,
@@ -124,22 +123,25 @@ class SequenceParallel(_Instances):
         )
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         *batch, T, N, _ = query.shape
-        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        B = math.prod(batch)
+        q, k, v = (x.reshape(B, *x.shape[-3:]) for x in (query, key, value))
+        refusals.check_axes(batch, mask=mask, bias=bias)
         mask = None if mask is None else _one_batch_axis(jnp.asarray(mask), batch).astype(bool)
         bias = None if bias is None else _one_batch_axis(jnp.asarray(bias), batch)
         options: dict[str, Any] = {}
         if dropout_rate > 0 and not deterministic:
-            options["dropout_rate"] = dropout_rate
-            options["dropout_rng"] = dropout_rng
-            if broadcast_dropout and dropout_rng is not None:
-                one = head_keys(dropout_rng, 1, 1)
-                options["dropout_rng"] = jnp.broadcast_to(one, (q.shape[0], N, 2))
+            rng = dropout_rng
+            if broadcast_dropout and rng is not None:
+                rng = jnp.broadcast_to(head_keys(rng, 1, 1), (q.shape[0], N, 2))
+            options["dropout"] = Dropout(dropout_rate, rng)
 
-        mesh = find_mesh(self.mesh, query)
-        refusals.check_mesh(self.layout, mesh.shape, ())
+        mesh = find_mesh(self.layout.mesh, query)
+        check_mesh(self.layout, mesh.shape, ())
         layout = replace(self.layout, batch=None) if q.shape[0] == 1 else self.layout
         degree = axes_size(layout.tokens, mesh.shape)
-        padded = pad_to_degree(q, k, v, degree=degree, bias=bias, mask=mask)
+        padded = pad_to_degree(
+            q, k, v, degree=degree, bias=bias, mask=mask, logits=Logits(None, self.logits_soft_cap)
+        )
         with kernel_precision("SequenceParallel", precision):
             out = dot_product_attention(
                 padded.query,
@@ -149,14 +151,11 @@ class SequenceParallel(_Instances):
                 **options,
                 is_causal=self.is_causal or is_causal,
                 local_window_size=self.local_window_size,
-                logits_soft_cap=self.logits_soft_cap,
-                attention=self.attention,
-                layout=layout,
-                mesh=self.mesh,
+                kernel=self.kernel,
                 strategy=self.strategy,
-                check_vma=self.check_vma,
+                layout=layout,
             )
-        return padded.unpad(out).reshape(*batch, T, N, -1)
+        return padded.unpad(out).reshape(*batch, T, N, v.shape[-1])
 
 
 def _one_batch_axis(x: Array, batch: list[int]) -> Array:
@@ -164,4 +163,4 @@ def _one_batch_axis(x: Array, batch: list[int]) -> Array:
     x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
     if len(batch) > 1 and any(n > 1 for n in x.shape[:-3]):
         x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
-    return x.reshape(-1, *x.shape[-3:])
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])

@@ -33,7 +33,7 @@ class Projection(nnx.Module):
         Layers that `nnx.vmap` stacks have one axis more, which Flax names only if it is told to:
         `transform_metadata={nnx.PARTITION_NAME: None}`. Without it every name is one axis off, and
         an `nnx.Optimizer` shards its moments so.
-      layout, mesh: of the input. A kernel sharded over mesh axes of the batch or the tokens, as in
+      layout: of the input. A kernel sharded over mesh axes of the batch or the tokens, as in
         FSDP (ZeRO 3), is gathered for its use, and its gradient scattered.
       kernel_init: called with the shape `(summed, other)`.
       use_bias, bias_init: over the kernel's letters that remain.
@@ -53,7 +53,6 @@ class Projection(nnx.Module):
         *,
         sharding: ParameterSharding | None = None,
         layout: MeshLayout = MeshLayout(),
-        mesh: AnyMesh | None = None,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
         use_bias: bool = False,
         bias_init: Initializer = nnx.initializers.zeros_init(),
@@ -71,15 +70,18 @@ class Projection(nnx.Module):
         flat = tuple(math.prod(sizes[c] for c in part) for part in (summed, kept))
         self.letters, self.dtype, self.precision = letters, dtype, precision
         rules = dict(get_logical_axis_rules()) if sharding is None else sharding
-        self.gather = partial(gather, sharding=rules, layout=layout, mesh=mesh)
+        self.gather = partial(gather, sharding=rules, layout=layout)
         self.kernel_letters, self.bias_letters = kernel, "".join(kept)
         self.kernel = parameter(
-            kernel_init(rngs.params(), flat, param_dtype).reshape(shape), kernel, sharding, mesh
+            kernel_init(rngs.params(), flat, param_dtype).reshape(shape),
+            kernel,
+            sharding,
+            layout.mesh,
         )
         self.bias: nnx.Param[Array] | None = nnx.data(None)
         if use_bias:
             bias = bias_init(rngs.params(), shape[len(summed) :], param_dtype)
-            self.bias = parameter(bias, self.bias_letters, sharding, mesh)
+            self.bias = parameter(bias, self.bias_letters, sharding, layout.mesh)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The projection of x.
@@ -125,7 +127,6 @@ def gather(
     letters: str,
     sharding: ParameterSharding | None,
     layout: MeshLayout,
-    mesh: AnyMesh | None = None,
 ) -> Array:
     """All-gathers an FSDP-sharded parameter over the batch and sequence axes (ZeRO-3)."""
     of_input = {*names(layout.batch), *names(layout.tokens)}
@@ -133,7 +134,7 @@ def gather(
     if not any(of_input.intersection(a) for a in axes):
         return x
     spec = PartitionSpec(*(tuple(n for n in a if n not in of_input) or None for a in axes))
-    return place(x, spec, mesh=find_mesh(mesh, x))
+    return place(x, spec, mesh=find_mesh(layout.mesh, x))
 
 
 def _out_sharding(letters: str, x: Array, kernel: Array) -> NamedSharding | None:

@@ -9,28 +9,30 @@ import numpy as np
 from jax.core import Tracer
 from jax.lax import Precision
 
-from ..refusals import check_has_numbers, check_is_array
+from .._checks import check_has_numbers, check_is_array
 
-_NEVER = {
-    "module": (
-        "sow_weights needs the T x S weights, which are never in memory. Look at them with "
-        "Flax's own dot_product_attention, on a short sequence"
-    ),
-    "einsum_dot_general": "the kernels make their own products. Leave it out",
-    "qk_attn_weights_einsum": (
-        "the kernels make their own products. Leave qk_attn_weights_einsum_cls out"
-    ),
-    "attn_weights_value_einsum": (
-        "the kernels make their own products. Leave attn_weights_value_einsum_cls out"
-    ),
+# The arguments of Flax's layers that Flax passes on under other names.
+_GIVEN_AS = {
+    "qk_attn_weights_einsum": "qk_attn_weights_einsum_cls",
+    "attn_weights_value_einsum": "attn_weights_value_einsum_cls",
 }
 
 
 def check_flax(**arguments: Any) -> None:
     """Raises ValueError for arguments of Flax that this attention function does not support."""
     for name, x in arguments.items():
-        if x is not None:
-            raise ValueError(f"SequenceParallel does not support {name}: {_NEVER[name]}.")
+        if x is None:
+            continue
+        if name == "module":
+            raise ValueError(
+                f"SequenceParallel does not support {name}: sow_weights needs the T x S weights, "
+                f"which are never in memory. Use Flax's own dot_product_attention to look at them, "
+                f"on a short sequence."
+            )
+        raise ValueError(
+            f"SequenceParallel does not support {name}: the kernels make their own products. "
+            f"Leave {_GIVEN_AS.get(name, name)} out."
+        )
 
 
 def check_makes_instance(arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
@@ -125,6 +127,20 @@ def check_batch_axes(query: Any, key: Any, value: Any) -> None:
         )
 
 
+def check_axes(batch: Sequence[int], **arrays: Any) -> None:
+    """Raises ValueError for a mask or bias that does not broadcast to `[*batch, N, T, S]`."""
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        shape = np.shape(x)
+        pairs = zip(reversed(batch), reversed(shape[:-3]), strict=False)
+        if len(shape) > len(batch) + 3 or any(n not in (1, size) for size, n in pairs):
+            raise ValueError(
+                f"{name} must broadcast to [*batch, N, T, S] with the batch axes {tuple(batch)} of "
+                f"the query, got shape {shape}. Take its other axes away, {name}[0] say."
+            )
+
+
 def check_query_positions(
     queries: int, keys: int, *, own_rules: bool, is_causal_at_call: bool
 ) -> None:
@@ -159,11 +175,15 @@ def check_letters(letters: str, sizes: Mapping[str, int]) -> None:
     if not fits or not set(output) <= set(x + kernel):
         raise ValueError(
             f"letters must be an einsum of an input and a kernel whose summed axes come first and "
-            f"whose others end the output, such as 'BSD,DNH->BSNH', got {letters!r}."
+            f"whose others end the output, such as 'BSD,DNH->BSNH', got {letters!r}. Name the axes "
+            f"of the kernel in that order."
         )
     without = [c for c in kernel if c not in sizes]
     if without:
-        raise ValueError(f"axis {without[0]!r} of {letters!r} has no size, got sizes={sizes}.")
+        raise ValueError(
+            f"axis {without[0]!r} of {letters!r} has no size, got sizes={sizes}. Add "
+            f"{without[0]!r} to the sizes."
+        )
 
 
 def check_rotary(
@@ -178,11 +198,13 @@ def check_rotary(
     if frequencies is not None and len(frequencies) != turning // 2:
         raise ValueError(
             f"Rotary needs a frequency for each of the {turning // 2} pairs of channels, got "
-            f"{len(frequencies)}."
+            f"{len(frequencies)}. Give {turning // 2} frequencies, or another fraction than "
+            f"{fraction}."
         )
     if frequencies is not None and not all(math.isfinite(f) for f in frequencies):
         raise ValueError(
-            f"Rotary needs finite frequencies, in radians per token, got {frequencies}."
+            f"Rotary needs finite frequencies, in radians per token, got {frequencies}. Write 0.0 "
+            f"for a pair that does not turn."
         )
 
 
@@ -209,7 +231,8 @@ def check_layer(features: int, num_heads: int, num_kv_heads: int, head_dim: int)
     if min(features, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}, and all "
-            f"sizes at least 1, got features = {features}, head_dim = {head_dim}."
+            f"sizes at least 1, got features = {features}, head_dim = {head_dim}. Give positive "
+            f"sizes, and a num_kv_heads that divides num_heads."
         )
 
 
@@ -251,7 +274,20 @@ def check_dropout(rate: float, deterministic: bool | None, rngs: Any) -> None:
             f"construction or at the call."
         )
     if rngs is None:
-        raise ValueError(f"dropout_rate = {rate} needs rngs=nnx.Rngs(dropout=...) at the call.")
+        raise ValueError(
+            f"dropout_rate = {rate} needs rngs=nnx.Rngs(dropout=...) at the call. Give it, or "
+            f"write deterministic=True."
+        )
+
+
+def check_cache_batch(batch: int, devices: int, axes: object) -> None:
+    """Raises ValueError unless the devices divide the sequences of the cache."""
+    if batch % devices:
+        raise ValueError(
+            f"init_cache of batch = {batch} sequences, which the {devices} devices of mesh axes "
+            f"{axes!r} do not divide. Decode a batch that they divide, or with "
+            f"MeshLayout(batch=None)."
+        )
 
 
 def check_cache_heads(num_heads: int, num_kv_heads: int, devices: int, axes: object) -> None:
@@ -265,17 +301,18 @@ def check_cache_heads(num_heads: int, num_kv_heads: int, devices: int, axes: obj
 
 
 def check_decode(
-    cache: Any, index: Any, x: Any, mesh_shape: Any, segment_ids: Any, drops: bool
+    cache: Any, index: Any, x: Any, mesh_shape: Any, segment_ids: Any, dropout_rate: float
 ) -> None:
     """Raises ValueError for decoding without a cache, or with what a cache does not keep.
 
     Args:
       index: how many tokens the cache holds; under `jit` that is not known.
       mesh_shape: of the mesh of this call, by axis; empty if that of the arrays is taken.
+      dropout_rate: of this call, 0 if it is deterministic.
     """
-    if cache is None:
-        raise ValueError("decode=True needs a cache: call init_cache(batch, tokens) first.")
     batch, tokens = x.shape[:2]
+    if cache is None:
+        raise ValueError(f"decode=True needs a cache: call init_cache({batch}, tokens) first.")
     held = 0 if isinstance(index[...], Tracer) else int(index[...])
     if cache.shape[0] != batch:
         raise ValueError(
@@ -291,9 +328,15 @@ def check_decode(
     if held + tokens > cache.shape[1]:
         raise ValueError(
             f"{tokens} tokens after {held} do not fit the cache of {cache.shape[1]}: "
-            f"init_cache(batch, tokens) with more."
+            f"call init_cache({batch}, {held + tokens}), or with more tokens."
         )
     if segment_ids is not None:
-        raise ValueError("decode=True keeps one document per sequence: leave segment_ids out.")
-    if drops:
-        raise ValueError("decode=True has no dropout: write deterministic=True.")
+        raise ValueError(
+            f"decode=True keeps one document per sequence, got segment_ids of shape "
+            f"{segment_ids.shape}: leave segment_ids out."
+        )
+    if dropout_rate > 0:
+        raise ValueError(
+            f"decode=True has no dropout, got dropout_rate = {dropout_rate}: write "
+            f"deterministic=True."
+        )

@@ -1,6 +1,7 @@
 """Attention block by block, in plain XLA: memory linear in the tokens, nothing done where nobody
 attends."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -8,61 +9,63 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import refusals
-from ..mask import Spec, Tokens, accumulated, keyword_form
+from .._checks import check_chunk_sizes, check_flag
+from ..mask import Spec, Tokens, accumulated
 from ..mask.nouns import arrays_of
 from ..mask.tokens import match_varying_axes
-from . import flash
+from .blockwise_backward import backward
+from .blockwise_forward import forward
+from .blockwise_head import Plan
 from .dense import dense_rows
-from .flash import Plan
-from .normaliser import Normaliser
+from .kernel import Kernel
+from .residual import Residual
 
 
-@keyword_form
-def blockwise_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    spec: Spec,
-    *,
-    return_lse: bool = False,
-    forward_mode: bool = False,
-    query_chunk: int | None = None,
-    key_chunk: int | None = None,
-) -> Any:
-    """`softmax(query . key * scale + bias) . value`, on one device, in memory linear in the tokens.
+@dataclass(frozen=True)
+class Blockwise(Kernel):
+    """`softmax(query . key * scale + bias) . value`, in memory linear in the tokens.
 
     Logits and sums are float32 for 16-bit inputs, the weights are rounded to the values' dtype; all
     is float64 for float64 inputs. Blocks that causality, window, segments, positions or lengths
-    rule out are not computed; those of `mask` and `bias` are. Reverse-mode derivatives of any
-    order, with respect to query, key, value, bias, slopes and sinks; the first recomputes the
+    rule out are not computed; those of a mask array and of `bias` are. Reverse-mode derivatives of
+    any order, with respect to query, key, value, bias, slopes and sinks; the first recomputes the
     weights, later ones are slower.
 
+    The residual that `return_residual` gives is one float32 number, which does not hold the sum
+    beside a large logit: near a maximum of 1e5 it is a multiple of 1/128, near -1e9 (a row of
+    padding by a large negative bias) one of 64, and so are the shares of the parts merged by it.
+    Output and gradients go by the maximum and the sum, kept apart.
+
     Args:
-      query, key, value: of one floating dtype; K divides N.
-      bias, mask, ...: as in `jax_seqpar.mask.Attention`.
-      return_lse: also return the log of the sum of exp of the logits, which merges parts of an
-        attention over keys; it may be differentiated, too. One float32 number does not hold the
-        sum beside a large logit: near a maximum of 1e5 it is a multiple of 1/128, near -1e9 (a row
-        of padding by a large negative bias) one of 64, and so are the shares of the parts merged by
-        it. Output and gradients do not go by this number.
-      forward_mode: derivatives of any order in either mode, with a slower first one.
       query_chunk, key_chunk: queries and keys of a block. If None up to 1024, or up to 512 where
         windows, segments or positions leave blocks out.
-
-    Returns:
-      The attention output `[B, T, N, V]`, of the query's dtype, 0 for a query that may attend to no
-      key; with `return_lse` a pair of it and `[B, T, N]`, float32 (or float64), there -inf.
-
-    Raises:
-      ValueError: for what does not fit together.
-      TypeError: of JAX, for a forward-mode derivative without `forward_mode=True`.
+      forward_mode: derivatives of any order in either mode, with a slower first one. Without, JAX
+        raises TypeError for a derivative in forward mode.
     """
-    refusals.check_chunk_sizes(query_chunk=query_chunk, key_chunk=key_chunk)
-    plan = _plan(query.shape[1], key.shape[1], spec, query_chunk, key_chunk)
-    query, key, value, spec = match_varying_axes((query, key, value, spec))
-    out, normaliser = _attend(forward_mode, plan, query, key, value, spec)
-    return (out, normaliser.lse) if return_lse else out
+
+    query_chunk: int | None = None
+    key_chunk: int | None = None
+    forward_mode: bool = False
+
+    gives_residual = True
+
+    def __post_init__(self) -> None:
+        check_chunk_sizes(query_chunk=self.query_chunk, key_chunk=self.key_chunk)
+        check_flag("forward_mode", self.forward_mode)
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> tuple[Array, Residual]:
+        plan = _plan(query.shape[1], key.shape[1], spec, self.query_chunk, self.key_chunk)
+        query, key, value, spec = match_varying_axes((query, key, value, spec))
+        return _attend(self.forward_mode, plan, query, key, value, spec)
+
+
+blockwise_attention = Blockwise()
 
 
 def _plan(
@@ -106,9 +109,9 @@ def _attention_fwd(plan: Plan, *operands: Any) -> Any:
     return results, (*operands, *results)
 
 
-def _attention_bwd(plan: Plan, residuals: Any, gradients: Any) -> Any:
-    spec = residuals[3]
-    dq, dk, dv, added = _backward(plan, *residuals, *gradients)
+def _attention_bwd(plan: Plan, saved: Any, gradients: Any) -> Any:
+    spec = saved[3]
+    dq, dk, dv, added = _backward(plan, *saved, *gradients)
     absent = spec.map(lambda x, axes: None)
     return dq, dk, dv, absent.with_logits(**added)
 
@@ -118,7 +121,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _forward(plan: Plan, *operands: Any) -> Any:
-    return flash.forward(plan, *operands)
+    return forward(plan, *operands)
 
 
 @_forward.defjvp
@@ -129,13 +132,13 @@ def _forward_jvp(plan: Plan, operands: Any, tangents: Any) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _backward(plan: Plan, *operands: Any) -> Any:
     with jax.default_matmul_precision(plan.precision):
-        return flash.backward(plan, *operands)
+        return backward(plan, *operands)
 
 
 @_backward.defjvp
 def _backward_jvp(plan: Plan, operands: Any, tangents: Any) -> Any:
     def gradient(query: Any, key: Any, value: Any, spec: Any, *rest: Any) -> Any:
-        _, _, *gradients = rest  # output and normaliser are functions of the others
+        _, _, *gradients = rest  # output and residual are functions of the others
 
         def attend(query: Any, key: Any, value: Any, added: Any) -> Any:
             return _row_after_row(plan, query, key, value, spec.with_logits(**added))
@@ -148,7 +151,7 @@ def _backward_jvp(plan: Plan, operands: Any, tangents: Any) -> Any:
 
 def _row_after_row(
     plan: Plan, query: Array, key: Array, value: Array, spec: Spec
-) -> tuple[Array, Normaliser]:
+) -> tuple[Array, Residual]:
     """The same in operations that JAX differentiates, whole rows of some queries at a time."""
     (B, T, N, _), K = query.shape, key.shape[2]
     if 0 in (B, T, N, *value.shape[1:]):
@@ -163,7 +166,7 @@ def _row_after_row(
 
     @jax.checkpoint
     @jax.default_matmul_precision(plan.precision)
-    def rows(index: Array) -> tuple[Array, Normaliser]:
+    def rows(index: Array) -> tuple[Array, Residual]:
         head, i = index // blocks, index % blocks
         b, n = head // N, head % N
         queries = Tokens(jnp.minimum(i * plan.queries, T - plan.queries), plan.queries)

@@ -1,30 +1,32 @@
 """Which kernel to take, and why."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
-from .. import refusals
-from ..mask.keywords import FIELDS, checked_spec, spec_of
-from .blockwise import blockwise_attention
-from .fused import KERNELS, fused_attention, why_not
+from .._checks import check_arrays, check_platform
+from ..mask import Attention, Spec
+from ..mask.checks import check_spec
+from ..mask.keywords import spec_of_keywords
+from .blockwise import Blockwise
+from .fused import KERNELS, Fused
+from .kernel import Kernel
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """A kernel, for `jax_seqpar.dot_product_attention(..., attention=choice.attention)`.
+    """A kernel, for `jax_seqpar.dot_product_attention(..., kernel=choice.kernel)`.
 
     Attributes:
-      attention: `fused_attention` or `blockwise_attention`.
+      kernel: a `Fused` or a `Blockwise`.
       name: "splash", "cuDNN" or "blockwise".
       reason: why, in one clause.
     """
 
-    attention: Callable[..., Array]
+    kernel: Kernel
     name: str
     reason: str
 
@@ -41,35 +43,46 @@ def choose_kernel(
     Args:
       query, key, value: arrays, or `jax.ShapeDtypeStruct`s.
       platform: "tpu", "gpu" or "cpu"; if None, that of JAX's default backend.
-      keywords: those that the attention will be called with; arrays or `jax.ShapeDtypeStruct`s.
+      keywords: those that the attention will be called with; of arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
       TypeError: for a keyword that the kernels do not have.
       ValueError: for what does not fit together.
 
     Example:
-      choice = choose_kernel(query, key, value, is_causal=True, sinks=sinks)
+      choice = choose_kernel(query, key, value, is_causal=True, logits=Logits(sinks=sinks))
       print(choice.name, choice.reason)
-      out = choice.attention(query, key, value, is_causal=True, sinks=sinks)
+      out = choice.kernel(query, key, value, is_causal=True, logits=Logits(sinks=sinks))
     """
-    unknown = keywords.keys() - FIELDS.keys()
+    known = inspect.signature(Attention.__call__).parameters
+    taken = [name for name in known if name not in ("self", "options", "return_residual")]
+    unknown = keywords.keys() - set(taken)
     if unknown:
-        raise TypeError(f"choose_kernel() got an unexpected keyword argument {min(unknown)!r}")
-    refusals.check_arrays(query, key, value)
-    rng = keywords.get("dropout_rng")
+        raise TypeError(
+            f"choose_kernel() got an unexpected keyword argument {min(unknown)!r}. Use "
+            f"{', '.join(taken)}."
+        )
+    check_arrays(query, key, value)
+    spec = spec_of_keywords(**keywords)
+    rng = spec.dropout.rng
 
     def check(rng: Any) -> None:
-        checked_spec(query.shape, key.shape, **keywords | {"dropout_rng": rng})
+        dropout = replace(spec.dropout, rng=rng)
+        check_spec(query.shape, key.shape, replace(spec, dropout=dropout))
 
     # Only a traced key of no value tells its implementation.
     (partial(jax.eval_shape, check) if isinstance(rng, jax.ShapeDtypeStruct) else check)(rng)
-    spec = spec_of(**keywords)
     if platform is not None:
-        refusals.check_platform(platform, ("tpu", "gpu", "cpu"))
+        check_platform(platform, ("tpu", "gpu", "cpu"))
+    return choose(query, key, value, spec, platform)
+
+
+def choose(query: Any, key: Any, value: Any, spec: Spec, platform: str | None) -> KernelChoice:
+    """`choose_kernel` of a Spec that has been checked."""
     on = platform or jax.default_backend()
-    reason = why_not(query, key, value, spec, on)
+    fused = Fused(platform)
+    reason = fused.why_not(query, key, value, spec)
     if reason is not None:
-        return KernelChoice(blockwise_attention, "blockwise", reason)
-    attention = fused_attention if platform is None else partial(fused_attention, platform=platform)
+        return KernelChoice(Blockwise(), "blockwise", reason)
     name, _ = KERNELS[on]
-    return KernelChoice(attention, name, f"{on}: {name} supports all that is asked")
+    return KernelChoice(fused, name, f"{on}: {name} supports all that is asked")

@@ -1,6 +1,8 @@
 """cuDNN's flash attention on NVIDIA GPUs, as `jax.nn.dot_product_attention` calls it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..mask import Mask, Spec
-from ..mask.keywords import keywords_of
+from ..mask.keywords import flat
 
 _WITHOUT = {
     "bias": "it holds one as a whole T x S array of 16 bits",
@@ -23,6 +25,9 @@ _WITHOUT = {
     "dropout_rate": "it would drop other weights than all the other kernels",
 }
 
+# Of an absent GPU that a program is compiled for.
+_ASSUMED: ContextVar[tuple[int, ...] | None] = ContextVar("compute capability", default=None)
+
 
 def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
     """Why the kernel cannot do what is asked, None if it can.
@@ -33,7 +38,7 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
     """
     if spec.queries is not None or spec.keys is not None:
         return "a part of the tokens is not supported by cuDNN: it counts them from 0"
-    asked = keywords_of(spec).keys()
+    asked = flat(spec).keys()
     for name, reason in _WITHOUT.items():
         if name in asked:
             return f"{name} is not supported by cuDNN: {reason}"
@@ -80,11 +85,26 @@ def _why_not_device(head_dim: int) -> str | None:
 
 def compute_capability() -> tuple[int, ...] | None:
     """Of the first NVIDIA GPU that JAX sees; None if there is none."""
+    if (assumed := _ASSUMED.get()) is not None:
+        return assumed
     try:
         device, *_ = jax.local_devices(backend="cuda")
     except RuntimeError:
         return None
     return tuple(map(int, device.compute_capability.split(".")))
+
+
+@contextmanager
+def assume_compute_capability(capability: tuple[int, ...]) -> Iterator[None]:
+    """As if JAX saw a GPU of this compute capability, while a program is traced for an absent one.
+
+    Which kernels there are depends on it, and it can be asked of a GPU only.
+    """
+    token = _ASSUMED.set(capability)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
 
 
 def cudnn_attention(

@@ -1,52 +1,52 @@
 """Attention in its plainest form: all the weights at once."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..mask import Spec, Tokens, accumulated, keyword_form
-from .normaliser import Normaliser, finite
+from ..mask import Spec, Tokens, accumulated
+from .kernel import Kernel
+from .residual import Residual, finite
 
 
-@keyword_form
-def dense_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    spec: Spec,
-) -> Float[Array, "B T N V"]:
-    """`softmax(query . key * scale + bias) . value`, on one device.
+@dataclass(frozen=True)
+class Dense(Kernel):
+    """`softmax(query . key * scale + bias) . value`, all the weights at once.
 
     Query head n reads KV head `n // (N / K)`. Logits and sums are float32 for 16-bit inputs, the
     weights are rounded to the values' dtype; all is float64 for float64 inputs. Holds the
     `[B, N, T, S]` weights in memory. A query that may attend to no key gives 0, where
     `jax.nn.dot_product_attention` gives the mean of the values. Every derivative of any order.
-
-    Args:
-      query, key, value: of one floating dtype; K divides N.
-      bias, mask, ...: as in `jax_seqpar.mask.Attention`, for all kernels alike.
-
-    Returns:
-      The attention output, of the query's dtype.
-
-    Raises:
-      ValueError: for what does not fit together.
     """
-    return _attend(query, key, value, spec)
+
+    gives_residual = True
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> tuple[Array, Residual]:
+        return _attend(query, key, value, spec)
+
+
+dense_attention = Dense()
 
 
 # One program in an eager call, too, so that the -inf of masked logits, which exp makes 0, is no
 # result of an operation that `jax.debug_infs` would object to.
 @jax.jit
-def _attend(query: Array, key: Array, value: Array, spec: Spec) -> Array:
-    out, _ = dense_rows(query, key, value, spec, Tokens(0, query.shape[1]))
-    return out
+def _attend(query: Array, key: Array, value: Array, spec: Spec) -> tuple[Array, Residual]:
+    return dense_rows(query, key, value, spec, Tokens(0, query.shape[1]))
 
 
 def dense_rows(
     query: Array, key: Array, value: Array, spec: Spec, queries: Tokens
-) -> tuple[Array, Normaliser]:
-    """The output `[B, t, N, V]` and the normaliser `[B, t, N]` of a block of queries.
+) -> tuple[Array, Residual]:
+    """The output `[B, t, N, V]` and the residual `[B, t, N]` of a block of queries.
 
     Args:
       query: `[B, t, N, H]`, the queries of the block.
@@ -59,16 +59,16 @@ def dense_rows(
     grouped = query.reshape(B, T, K, N // K, H)
     dots = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=dtype)
     z = spec.to_logits(dots.reshape(B, N, T, S), spec.terms(queries, keys), H)
-    weights, normaliser = softmax(z, spec.logits.sinks)
+    weights, residual = softmax(z, spec.logits.sinks)
     weights = spec.dropout.apply(weights, spec.keep(queries, keys))
 
     weights = weights.reshape(B, K, N // K, T, S).astype(value.dtype)
     out = jnp.einsum("BKGTS,BSKV->BTKGV", weights, value, preferred_element_type=dtype)
     out = out.reshape(B, T, N, value.shape[3]).astype(query.dtype)
-    return out, Normaliser(*(x[..., 0].swapaxes(1, 2) for x in normaliser))
+    return out, Residual(*(x[..., 0].swapaxes(1, 2) for x in residual))
 
 
-def softmax(logits: Array, sinks: Array | None) -> tuple[Array, Normaliser]:
+def softmax(logits: Array, sinks: Array | None) -> tuple[Array, Residual]:
     """The weights, 0 in a row of -inf, and what they were divided by, `[B, N, t, 1]`.
 
     Args:
@@ -84,5 +84,5 @@ def softmax(logits: Array, sinks: Array | None) -> tuple[Array, Normaliser]:
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
         total = total + jnp.exp(sinks - top)
-    normaliser = Normaliser(top, total)
-    return weights / normaliser.divisor, normaliser
+    residual = Residual(top, total)
+    return weights / residual.divisor, residual

@@ -1,29 +1,23 @@
 """The platform's own kernels: splash attention on TPUs, cuDNN on NVIDIA GPUs."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from .. import refusals
-from ..mask import Spec, keyword_form
+from .._checks import check_flag, check_platform, got
+from ..mask import Spec
 from ..mask.tokens import varying_axes
 from . import cudnn, splash
+from .kernel import Kernel
 
 KERNELS = {"tpu": ("splash", splash.why_not), "gpu": ("cuDNN", cudnn.why_not)}
 
 
-@keyword_form
-def fused_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    spec: Spec,
-    *,
-    platform: str | None = None,
-    interpret: bool = False,
-) -> Float[Array, "B T N V"]:
-    """`softmax(query . key * scale) . value`, on one device, by the platform's fastest kernel.
+@dataclass(frozen=True)
+class Fused(Kernel):
+    """`softmax(query . key * scale) . value`, by the platform's fastest kernel.
 
     Memory linear in the tokens; the first reverse-mode derivative only. What the kernel lacks is
     refused: `choose_kernel` says beforehand, and takes another attention instead.
@@ -45,41 +39,63 @@ def fused_attention(
     steps are 1/128, and weights are off by up to 0.4 %. Those of `blockwise_attention` are not.
 
     Args:
-      query, key, value: of one floating dtype; K divides N.
-      bias, mask, ...: as in `jax_seqpar.mask.Attention`.
       platform: "tpu", "gpu" or "cpu", which has no such kernel; if None, that of JAX's default
         backend.
       interpret: run the TPU's kernel on any platform, slowly, for tests.
-
-    Returns:
-      The attention output, of the query's dtype, 0 for a query that may attend to no key.
-
-    Raises:
-      ValueError: for what does not fit together, and what the platform's kernel does not support.
     """
-    refusals.check_interpret(platform, interpret)
-    if platform is not None:
-        refusals.check_platform(platform, ("tpu", "gpu", "cpu"))
-    platform = "tpu" if interpret else platform or jax.default_backend()
-    reason = why_not(query, key, value, spec, platform)
-    if reason is not None:
-        raise refusals.no_fused(reason, query.shape, key.shape, value.shape)
-    if platform == "gpu":
-        return cudnn.cudnn_attention(query, key, value, spec)
-    if varying_axes((query, key, value, spec)):
-        raise refusals.varies_under_pallas()
-    return splash.splash_attention(query, key, value, spec, interpret=interpret)
+
+    platform: str | None = None
+    interpret: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("interpret", self.interpret)
+        if self.platform is not None:
+            check_platform(self.platform, ("tpu", "gpu", "cpu"))
+        if self.interpret and self.platform not in (None, "tpu"):
+            raise ValueError(
+                f"interpret=True runs the TPU's kernel on any platform, got "
+                f"platform={self.platform!r}, too. Leave one of them out."
+            )
+
+    @property
+    def check_vma(self) -> bool:
+        return self._platform != "tpu"
+
+    @property
+    def _platform(self) -> str:
+        return "tpu" if self.interpret else self.platform or jax.default_backend()
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> tuple[Array, None]:
+        reason = self.why_not(query, key, value, spec)
+        if reason is not None:
+            raise ValueError(
+                f"Fused cannot do this: {reason}. {got(query.shape, key.shape, value.shape)} "
+                f"Write kernel=jax_seqpar.Blockwise(), which supports it, or take that of "
+                f"jax_seqpar.choose_kernel(query, key, value, ...)."
+            )
+        if self._platform == "gpu":
+            return cudnn.cudnn_attention(query, key, value, spec), None
+        if axes := varying_axes((query, key, value, spec)):
+            raise ValueError(
+                f"Fused on platform 'tpu' is a Pallas kernel, which does not state how its output "
+                f"varies over the mesh axes {sorted(axes)}. Write check_vma=False in the "
+                f"jax.shard_map."
+            )
+        out = splash.splash_attention(query, key, value, spec, interpret=self.interpret)
+        return out, None
+
+    def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
+        if self._platform not in KERNELS:
+            return f"{self._platform} has no fused kernel"
+        _, reason_of = KERNELS[self._platform]
+        reason = reason_of(query, key, value, spec)
+        return None if reason is None else f"{self._platform}: {reason}"
 
 
-def why_not(query: Any, key: Any, value: Any, spec: Spec, platform: str) -> str | None:
-    """Why a platform's kernel cannot do what is asked, None if it can; one clause, no full stop.
-
-    Args:
-      query, key, value: anything with a shape and a dtype.
-      spec: of such arrays, too.
-    """
-    if platform not in KERNELS:
-        return f"{platform} has no fused kernel"
-    _, reason_of = KERNELS[platform]
-    reason = reason_of(query, key, value, spec)
-    return None if reason is None else f"{platform}: {reason}"
+fused_attention = Fused()

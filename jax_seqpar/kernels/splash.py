@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..mask import Mask, Spec
-from ..mask.keywords import keywords_of
+from ..mask.keywords import flat
 from ..mask.segments import unused_id
 
 LANES = 128
@@ -101,7 +101,7 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
     """
     if spec.queries is not None or spec.keys is not None:
         return "a part of the tokens is not supported by splash: it counts them from 0"
-    asked = keywords_of(spec).keys()
+    asked = flat(spec).keys()
     for name, reason in _WITHOUT.items():
         if name in asked:
             return f"{name} is not supported by splash: {reason}"

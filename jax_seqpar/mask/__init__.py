@@ -6,7 +6,6 @@ Everything is in the coordinates of the whole sequence. Nothing here knows a ker
 from .dropout import Dropout as Dropout
 from .keyword_form import Attention as Attention
 from .keyword_form import keyword_form as keyword_form
-from .keywords import describe as describe
 from .logits import Logits as Logits
 from .logits import accumulated as accumulated
 from .mask import Mask as Mask

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import threefry
-from .nouns import array_field, is_number, python_number, register
+from .nouns import array_field, is_number, python_number, register, written
 from .tokens import Tokens
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dropout:
     """Weights dropped at a rate, the others scaled up so that their mean stays.
 
@@ -27,12 +27,15 @@ class Dropout:
     rate: float = 0.0
     rng: Any = array_field("batch", "heads", None)
 
+    def __repr__(self) -> str:
+        return written(self)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "rate", python_number(self.rate))
         if not (is_number(self.rate) and 0 <= self.rate < 1 - 2**-32):
             raise ValueError(
-                f"dropout_rate must be a Python number, at least 0 and below 1, got {self.rate!r}. "
-                f"It is the part of the weights that is dropped."
+                f"rate must be a Python number, at least 0 and below 1, got {self.rate!r}. "
+                f"It is the part of the weights that is dropped: write 0.1 for a tenth."
             )
 
     @property

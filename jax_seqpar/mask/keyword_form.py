@@ -1,106 +1,114 @@
 """The keyword form of an attention: one list of keywords for every kernel and for the mesh."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Integer
 
-from .keywords import describe
-from .mask import PerToken, Window
+from .dropout import Dropout
+from .keywords import FLAT, SHORT, spec_of_keywords
+from .logits import Logits
+from .mask import Mask, Window
 
 
 @runtime_checkable
 class Attention(Protocol):
-    """The keywords of every attention of this library.
+    """The keywords of every attention of this library: those of `jax.nn`, and three nouns.
 
-    Names shared with `jax.nn.dot_product_attention` mean the same. A query attends to the keys that
-    all of `mask`, `is_causal`, lengths, window and segments allow; one that may attend to no key
-    gives 0. Everything is in the coordinates of the whole sequence.
+    Names shared with `jax.nn.dot_product_attention` mean the same, and are short for a field of a
+    noun. A query attends to the keys that all of mask, causality, lengths and window allow; one
+    that may attend to no key gives 0. Everything is in the coordinates of the whole sequence.
 
     Args:
       query: `[B, T, N, H]`.
       key: `[B, S, K, H]`; K divides N, and query head n reads KV head `n // (N / K)`.
       value: `[B, S, K, V]`; all three of one floating dtype.
       bias: added to the logits; floating, each axis that of `[B, N, T, S]` or 1.
-      mask: True attends; each axis that of `[B, N, T, S]` or 1.
+      mask: a `jax_seqpar.Mask`, which has positions, segments and offsets, too; or an array, where
+        True attends, each axis that of `[B, N, T, S]` or 1.
       scale: of the logits; `1 / sqrt(H)` if None.
-      is_causal: keys at or before the query's position. A query has the position
-        `query_offset + t`, a key the position s: without an offset the causal diagonal starts in
-        the top left corner, as in `jax.nn` and PyTorch; with `query_offset=S - T` it ends in the
-        bottom right one, as in FlashAttention.
-      query_offset: the position of the first query.
-      positions: `[B, S]`, or a pair `[B, T]`, `[B, S]`, in place of the positions above, below 2^30
-        in size; causality, window and ALiBi go by them.
+      is_causal: keys at or before the query's position. Query t has the position t and key s the
+        position s, so the diagonal starts in the top left corner, as in PyTorch;
+        `Mask(query_offset=S - T)` lets it end in the bottom right one, as in FlashAttention.
       query_seq_lengths: `[B]`; queries `t < length`.
       key_value_seq_lengths: `[B]`; keys `s < length`.
       local_window_size: positions from `left` before the query's to `right` after it; one integer
         stands for both sides, None or -1 opens a side.
-      segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to the keys of its own
-        segment. Padding is a segment of its own.
-      alibi_slopes: `[N]`; logits lose slope times the distance of the positions, which counts as
-        2^29 beyond that.
-      logits_soft_cap: logits become `cap * tanh(logits / cap)`, before bias and slopes.
-      sinks: `[N]`, one more logit of each query head, without a value.
-      dropout_rate: the part of the weights that is dropped, the others scaled up.
-      dropout_rng: a threefry key of `jax.random.key`, or `[B, N, 2]` of `jax_seqpar.head_keys`.
-        Which weights are dropped is a function of it and of (batch, head, query, key), counted from
-        0 in the whole attention.
-      options: those of the kernel.
+      logits: a `jax_seqpar.Logits`: soft cap, ALiBi slopes, sinks.
+      dropout: a `jax_seqpar.Dropout` of the weights.
+      return_residual: also return the log of the sum of exp of the logits, `[B, T, N]` in float32
+        (float64 for float64 inputs), -inf for a query that may attend to no key. It merges parts of
+        an attention over keys, and may be differentiated.
+      options: what one attention alone takes, such as `kernel=` of `dot_product_attention`.
+
+    Returns:
+      The output `[B, T, N, V]`, of the query's dtype; with `return_residual` a pair.
 
     Raises:
       ValueError: for arrays and options that do not fit together, naming the array and its sizes.
       TypeError: for a keyword that the attention does not have.
     """
 
-    __name__: str
-
     def __call__(
         self,
         query: Float[Array, "B T N H"],
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K V"],
-        *,
         bias: Float[Array, "..."] | None = None,
-        mask: Bool[Array, "..."] | None = None,
+        mask: Bool[Array, "..."] | Mask | None = None,
+        *,
         scale: float | None = None,
         is_causal: bool = False,
-        query_offset: int = 0,
-        positions: PerToken | None = None,
         query_seq_lengths: Integer[Array, "B"] | None = None,
         key_value_seq_lengths: Integer[Array, "B"] | None = None,
         local_window_size: Window | None = None,
-        segment_ids: PerToken | None = None,
-        alibi_slopes: Float[Array, "N"] | None = None,
-        logits_soft_cap: float | None = None,
-        sinks: Float[Array, "N"] | None = None,
-        dropout_rate: float = 0.0,
-        dropout_rng: Any = None,
+        logits: Logits | None = None,
+        dropout: Dropout | None = None,
+        return_residual: bool = False,
         **options: Any,
     ) -> Any: ...
 
 
 def keyword_form(attend: Callable[..., Any]) -> Attention:
-    """`attend(query, key, value, spec, **options)` as a function of the keywords of `Attention`.
+    """`attend(query, key, value, spec, *, return_residual, **options)` with `Attention`'s keywords.
 
-    The function itself is the attribute `of_spec` of the result.
+    Parameters before the query, such as `self`, stay where they are.
     """
+    parameters = list(inspect.signature(attend).parameters.values())
+    start = [parameter.name for parameter in parameters].index("query")
+    before, own = parameters[:start], parameters[start + 4 :]
     _, *common, _ = inspect.signature(Attention.__call__).parameters.values()
-    _, _, _, _, *own = inspect.signature(attend).parameters.values()
-    signature = inspect.Signature([*common, *own])
-    names = [parameter.name for parameter in own]
+    shared = {parameter.name for parameter in common}
+    added = [parameter for parameter in own if parameter.name not in shared]
+    signature = inspect.Signature([*before, *common, *added])
+    options = [parameter.name for parameter in own]
+    arrays = [parameter.name for parameter in before] + ["query", "key", "value"]
 
     @wraps(attend)
     def attention(*args: Any, **keywords: Any) -> Any:
         try:
             given = dict(signature.bind(*args, **keywords).arguments)
         except TypeError as error:
-            raise TypeError(f"{attend.__name__}(): {error}") from None
-        query, key, value = (given.pop(name) for name in ("query", "key", "value"))
-        options = {name: given.pop(name) for name in names if name in given}
-        return attend(query, key, value, describe(query, key, value, **given), **options)
+            instead = _instead(keywords)
+            taken = ", ".join([*signature.parameters][start:])
+            raise TypeError(
+                f"{attend.__name__}(): {error}. Use the arguments {taken}.{instead}"
+            ) from None
+        operands = [given.pop(name) for name in arrays]
+        rest = {name: given.pop(name) for name in options if name in given}
+        return attend(*operands, spec_of_keywords(**given), **rest)
 
     attention.__signature__ = signature  # pyright: ignore
-    attention.of_spec = attend  # pyright: ignore
     return attention
+
+
+def _instead(keywords: Mapping[str, Any]) -> str:
+    """Where to write what is a field of a noun, and no keyword."""
+    names = {Mask: "mask", Logits: "logits", Dropout: "dropout"}
+    for name in keywords:
+        if name in FLAT and name not in SHORT:
+            noun, field = FLAT[name]
+            return f" Write {names[noun]}={noun.__name__}({field}=...)."
+    return ""

@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from .nouns import AnyArray, array_field, is_number, python_number, register
+from .nouns import AnyArray, array_field, is_number, python_number, register, written
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Logits:
     """`logits = cap(query . key * scale) + bias - slope * distance`, and the sinks beside them.
 
@@ -29,10 +29,13 @@ class Logits:
     alibi_slopes: Float[AnyArray, "N"] | None = array_field("heads")
     sinks: Float[AnyArray, "N"] | None = array_field("heads")
 
+    def __repr__(self) -> str:
+        return written(self)
+
     def __post_init__(self) -> None:
         for name in ("scale", "soft_cap"):
             object.__setattr__(self, name, python_number(getattr(self, name)))
-        check_soft_cap(self.soft_cap)
+        check_soft_cap("soft_cap", self.soft_cap)
         if not (self.scale is None or is_number(self.scale)):
             raise ValueError(
                 f"scale must be a Python number, got {type(self.scale).__name__}. "
@@ -40,16 +43,17 @@ class Logits:
             )
         if self.scale is not None and not abs(self.scale) < 1e30:
             raise ValueError(
-                f"scale must be finite and below 1e30, got {self.scale!r}. None is 1 / sqrt(H)."
+                f"scale must be finite and below 1e30, got {self.scale!r}. Write None for "
+                f"1 / sqrt(H)."
             )
 
 
-def check_soft_cap(cap: Any) -> None:
+def check_soft_cap(name: str, cap: Any) -> None:
     """Raises ValueError unless the cap is None or a Python number that float32 holds."""
     if cap is not None and not (is_number(cap) and 1e-30 < cap < 1e30):
         raise ValueError(
-            f"logits_soft_cap must be a Python number between 1e-30 and 1e30, got {cap!r}. "
-            f"None, and not 0, leaves the logits as they are."
+            f"{name} must be a Python number between 1e-30 and 1e30, got {cap!r}. "
+            f"None, and not 0, leaves the logits as they are: write {name}=None."
         )
 
 

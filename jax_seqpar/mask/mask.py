@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Integer, Shaped
 
-from .nouns import AnyArray, array_field, pair_field, python_number, register
+from .nouns import AnyArray, array_field, pair_field, python_number, register, written
 from .tokens import Tokens
 
 # (left, right); None and -1 are an open side, one integer stands for both sides.
@@ -22,7 +22,7 @@ OPEN = 1 << 30
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mask:
     """Who attends to whom: the conjunction of everything given.
 
@@ -53,6 +53,9 @@ class Mask:
     positions: Any = pair_field(("batch", "queries"), ("batch", "keys"))
     segment_ids: Any = pair_field(("batch", "queries"), ("batch", "keys"))
 
+    def __repr__(self) -> str:
+        return written(self)
+
     def __post_init__(self) -> None:
         for f in fields(self):
             if "axes" not in f.metadata:
@@ -61,6 +64,37 @@ class Mask:
         for name in ("positions", "segment_ids"):
             object.__setattr__(self, name, _pair(getattr(self, name)))
         self._check_options()
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """What both allow.
+
+        Raises:
+          ValueError: for two offsets, two positions or two segment ids, of which an attention has
+            one.
+        """
+        if not isinstance(other, Mask):
+            return NotImplemented
+        both: dict[str, Any] = {"is_causal": self.is_causal or other.is_causal}
+        for name in ("query_offset", "positions", "segment_ids"):
+            mine, others = getattr(self, name), getattr(other, name)
+            nothing = 0 if name == "query_offset" else None
+            if mine is not nothing and others is not nothing and mine is not others:
+                raise ValueError(
+                    f"{self} & {other} have two {name}. Write one Mask with the {name} of both, "
+                    f"segments as numbers of their own for every pair of documents."
+                )
+            both[name] = others if mine is nothing else mine
+        for name, join in (
+            ("array", jnp.logical_and),
+            ("query_seq_lengths", jnp.minimum),
+            ("key_value_seq_lengths", jnp.minimum),
+        ):
+            given = [x for x in (getattr(self, name), getattr(other, name)) if x is not None]
+            both[name] = join(*given) if len(given) == 2 else given[0] if given else None
+        windows = [mask.window for mask in (self, other) if mask.window is not None]
+        if windows:
+            both["local_window_size"] = tuple(map(min, zip(*windows, strict=True)))
+        return Mask(**both)
 
     @property
     def window(self) -> tuple[int, int] | None:
@@ -74,8 +108,9 @@ class Mask:
     @property
     def reach(self) -> tuple[int | None, int | None]:
         """How far a query sees before and after its position; None without limit."""
-        before, after = self.window or (None, None)
-        return before, 0 if self.is_causal else after
+        before, after = self.window or (OPEN, OPEN)
+        after = 0 if self.is_causal else after
+        return None if before == OPEN else before, None if after == OPEN else after
 
     def attends(self, queries: Tokens, keys: Tokens) -> Bool[Array, "..."] | None:
         """True where a query may attend to a key; None where all may.
@@ -90,7 +125,11 @@ class Mask:
             conditions.append(s <= t)
         if self.window is not None:
             left, right = self.window
-            conditions.append((t - left <= s) & (s <= t + right))
+            # No number is large enough for an open side: positions may be 2^31 apart.
+            if left < OPEN:
+                conditions.append(t - left <= s)
+            if right < OPEN:
+                conditions.append(s <= t + right)
         if self.query_seq_lengths is not None:
             numbers = queries.numbers[None, None, :, None]
             conditions.append(numbers < _per_sequence(self.query_seq_lengths))
@@ -147,8 +186,8 @@ class Mask:
         if len(sizes) != 2 or not all(type(n) is int and n >= 0 for n in sizes):
             raise ValueError(
                 f"local_window_size must be one Python integer or a tuple (left, right), none "
-                f"negative, got {window!r}. (255, 0) is a query and the 255 keys before it; None "
-                f"or -1 leaves a side open."
+                f"negative, got {window!r}. (255, 0) is a query and the 255 keys before it; write "
+                f"None or -1 to leave a side open."
             )
 
     def _positions(self, queries: Tokens, keys: Tokens) -> tuple[Array, Array]:
@@ -203,8 +242,8 @@ class Mask:
 
 
 def _pair(x: Any) -> Any:
-    """Arrays of queries and keys, where one array stands for both."""
-    return x if x is None or isinstance(x, tuple) else (x, x)
+    """Arrays of queries and keys, where one array stands for both. Lists are refused later."""
+    return x if x is None or isinstance(x, tuple | list) else (x, x)
 
 
 def _sides(window: Any) -> Any:

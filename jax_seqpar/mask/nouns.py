@@ -77,6 +77,20 @@ def given(noun: Any) -> Iterator[tuple[str, Any]]:
             yield f.name, getattr(noun, f.name)
 
 
+def written(noun: Any) -> str:
+    """A noun as it would be written, of what is given; arrays by dtype and shape."""
+
+    def of(x: Any) -> str:
+        parts: Any = x if isinstance(x, tuple) else ()
+        if parts and all(hasattr(part, "dtype") for part in parts):
+            return f"({', '.join(map(of, parts))})"
+        dtype, shape = getattr(x, "dtype", None), getattr(x, "shape", ())
+        return repr(x) if dtype is None else f"{dtype}{list(shape)}"
+
+    fields = {**dict(given(noun)), **dict(arrays_of(noun))}
+    return f"{type(noun).__name__}({', '.join(f'{name}={of(x)}' for name, x in fields.items())})"
+
+
 def python_number(x: Any) -> Any:
     """The Python number of a NumPy one; anything else as it is."""
     scalar = isinstance(x, np.generic) or (isinstance(x, np.ndarray) and x.ndim == 0)

@@ -1,6 +1,6 @@
 """Sequences that the devices do not divide, made longer by tokens that nothing attends to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Shaped
 
-from .. import refusals
-from . import PerToken, describe
-from .keywords import keywords_of
+from .keywords import checked, spec_of_keywords
+from .logits import Logits
+from .mask import Mask
+from .nouns import Axes
 from .segments import unused_id
 
 
@@ -26,8 +27,8 @@ class Padded:
 
     Attributes:
       query, key, value: as given, then zeros.
-      keywords: of the attention: the segments, in which the added queries have one of their own and
-        the added keys another, and what else of a token axis was given.
+      keywords: of the attention: the mask, in whose segments the added queries have one of their
+        own and the added keys another, and the logits.
       tokens: T, the queries that were given.
     """
 
@@ -56,9 +57,8 @@ def pad_to_degree(
     *,
     degree: int,
     bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
-    positions: PerToken | None = None,
-    segment_ids: PerToken | None = None,
+    mask: Bool[Array, "..."] | Mask | None = None,
+    logits: Logits | None = None,
 ) -> Padded:
     """Adds tokens at the end, in segments of their own, until the degree divides T and S.
 
@@ -68,7 +68,7 @@ def pad_to_degree(
     Args:
       query, key, value: as for `dot_product_attention`.
       degree: P, the devices that share the tokens.
-      bias, mask, positions, segment_ids: as `jax_seqpar.mask` says.
+      bias, mask, logits: as for `dot_product_attention`; they come back in `keywords`.
 
     Raises:
       ValueError: for what does not fit together.
@@ -78,23 +78,22 @@ def pad_to_degree(
       out = dot_product_attention(padded.query, padded.key, padded.value, **padded.keywords)
       out = padded.unpad(out)
     """
-    refusals.check_degree(degree)
-    given = {"bias": bias, "mask": mask, "positions": positions, "segment_ids": segment_ids}
-    arrays = keywords_of(describe(query, key, value, **given))
+    _check_degree(degree)
+    spec = checked(spec_of_keywords(bias=bias, mask=mask, logits=logits), query, key, value)
     T, S = query.shape[1], key.shape[1]
     more = (-T % degree, -S % degree)
     if more == (0, 0):
-        return Padded(query, key, value, arrays, T)
+        return Padded(query, key, value, {"mask": spec.mask, "logits": spec.logits}, T)
 
-    keywords: dict[str, Any] = {
-        name: _pad(_pad(x, 2, more[0]), 3, more[1])
-        for name, x in arrays.items()
-        if name in ("bias", "mask")
-    }
-    if "positions" in arrays:
-        both = zip(arrays["positions"], more, strict=True)
-        keywords["positions"] = tuple(_pad(x, 1, n) for x, n in both)
-    keywords["segment_ids"] = _segments(arrays.get("segment_ids"), (query, key), more)
+    def longer(x: Array, axes: Axes) -> Array:
+        for axis, name in enumerate(axes):
+            if name in ("queries", "keys"):
+                x = _pad(x, axis, more[name == "keys"])
+        return x
+
+    wider = spec.map(longer)
+    segments = _segments(spec.mask.segment_ids, (query, key), more)
+    keywords = {"mask": replace(wider.mask, segment_ids=segments), "logits": wider.logits}
     key, value = (_pad(x, 1, more[1]) for x in (key, value))
     return Padded(_pad(query, 1, more[0]), key, value, keywords, T)
 
@@ -120,3 +119,12 @@ def _pad(x: Array, axis: int, more: int, value: Any = 0) -> Array:
         return x
     widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=value)
+
+
+def _check_degree(degree: Any) -> None:
+    """Raises ValueError unless the degree is a positive Python integer."""
+    if type(degree) is not int or degree < 1:
+        raise ValueError(
+            f"degree must be a positive Python integer, got {degree!r}. It is the size of the "
+            f'mesh axis of the tokens: write mesh.shape["seq"].'
+        )

@@ -57,6 +57,11 @@ class Spec:
             for name, x in arrays_of(noun)
         }
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The nouns as the keywords of an attention."""
+        return {"mask": self.mask, "logits": self.logits, "dropout": self.dropout}
+
     def map(self, function: Callable[[Any, Axes], Any]) -> "Spec":
         """A Spec with `function(array, axes)` in place of each array."""
         return Spec(

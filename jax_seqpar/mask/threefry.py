@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt32
 
-from .. import refusals
+from .._checks import check_has_numbers
 
 # As in Random123: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -23,8 +23,10 @@ def head_keys(rng: Any, batch: int, heads: int) -> UInt32[Array, "B N 2"]:
     Raises:
       ValueError: another kind of key, or head keys of another shape.
     """
-    refusals.check_has_numbers({"dropout_rng": rng})
-    refusals.check_key(rng, batch, heads)
+    from .checks import check_key  # which needs the nouns, and they need this module
+
+    check_has_numbers({"rng": rng})
+    check_key(rng, batch, heads)
     words = key_words(rng)
     if words.ndim == 3:
         return words

@@ -106,18 +106,20 @@ def load_inputs(path: Path, seed: int = 0) -> Arrays:
     found = {name: _as_taken(path, name, x) for name, x in _read(path).items()}
     for name, needed_by in [*((n, None) for n in NAMES[:3]), *OF_QUERIES.items()]:
         if name not in found and (needed_by is None or needed_by in found):
-            raise ValueError(f"{path} has no {name!r}; it has {sorted(found)}.")
+            raise ValueError(f"{path} has no {name!r}; it has {sorted(found)}. Add {name!r} to it.")
     query = found["query"]
     if "grad" not in found:
         rng = np.random.default_rng(seed)
         found["grad"] = rng.standard_normal(query.shape).astype(query.dtype)
     if found["grad"].shape != query.shape:
         raise ValueError(
-            f"{path}: grad has shape {found['grad'].shape}, expected the query's {query.shape}."
+            f"{path}: grad has shape {found['grad'].shape}, expected the query's {query.shape}. "
+            f"Leave it out for one that is drawn from a seed."
         )
     if found["grad"].dtype != query.dtype:
         raise ValueError(
-            f"{path}: grad has dtype {found['grad'].dtype}, expected the query's {query.dtype}."
+            f"{path}: grad has dtype {found['grad'].dtype}, expected the query's {query.dtype}. "
+            f"Write grad.astype(query.dtype)."
         )
     return {name: found[name] for name in (*NAMES, *OPTIONAL) if name in found}
 
@@ -179,7 +181,9 @@ def _read(path: Path) -> Arrays:
     except _UnknownNameError as error:
         raise ValueError(str(error)) from None
     except AttributeError as error:  # a dtype that NumPy has no name for
-        raise ValueError(f"{path} has an array that NumPy cannot hold: {error}.") from None
+        raise ValueError(
+            f"{path} has an array that NumPy cannot hold: {error}. Use {', '.join(DTYPES)}."
+        ) from None
     except (MemoryError, RecursionError) as error:
         raise ValueError(
             f"{path} needs more memory than there is ({type(error).__name__}: {error}). "
@@ -190,5 +194,8 @@ def _read(path: Path) -> Arrays:
         *(SafetensorError, zipfile.BadZipFile, zlib.error, EOFError),
         *(RuntimeError, TypeError, ValueError),
     ) as error:
-        raise ValueError(f"{path} is not what its name says: {error}.") from None
-    raise ValueError(f"{path} must end in .npz or .safetensors.")
+        raise ValueError(
+            f"{path} is not what its name says: {error}. Write it again, with np.savez or "
+            f"safetensors."
+        ) from None
+    raise ValueError(f"{path} must end in .npz or .safetensors. Write such a file.")

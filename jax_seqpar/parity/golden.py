@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..mask import Spec
-from ..mask.keywords import keywords_of
+from ..mask.keywords import flat
 from .cases import Arrays
 
 FILE = Path(__file__).parent / "golden.json"
@@ -32,5 +32,5 @@ def expected_digest(inputs: Arrays, rules: Spec) -> str | None:
 
 def _words(rules: Spec) -> str:
     """Causality, and the other rules that differ from their defaults."""
-    others = (f" {name} {x}" for name, x in keywords_of(rules).items() if name != "is_causal")
+    others = (f" {name} {x}" for name, x in flat(rules).items() if name != "is_causal")
     return "".join((f"causal {rules.mask.is_causal}", *others))

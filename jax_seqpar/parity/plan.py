@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from .. import refusals
-from ..layout import MeshLayout
-from ..mask import Mask, Spec, describe
-from ..mask.keywords import keywords_of
+from .._checks import Shape, check_arrays
+from ..layout import MeshLayout, check_division
+from ..mask import Mask, Spec
+from ..mask.keywords import checked, flat, spec_of_flat
 from .cases import (
     DTYPES,
     NAMES,
@@ -60,7 +60,8 @@ def _labels(files: list[Path]) -> list[str]:
     for labels in ([path.stem for path in files], list(map(str, files))):
         if len(set(labels)) == len(files):
             return labels
-    raise ValueError("--input names one file twice. Write each once.")
+    twice = next(path for path in files if files.count(path) > 1)
+    raise ValueError(f"--input names one file twice, {twice}. Write each once.")
 
 
 def plan(
@@ -119,7 +120,7 @@ def understood(label: str, inputs: Arrays, rules: Spec, kernels: Kernels) -> lis
     tokens = f"{T} tokens" if T == S else f"{T} query and {S} key tokens"
     heads = f"{N} heads" if N == K else f"{N} query and {K} KV heads"
     beside = [f"{name} {list(inputs[name].shape)}" for name in OPTIONAL if name in inputs]
-    given = keywords_of(rules).items()
+    given = flat(rules).items()
     options = [f"{name.replace('_', ' ')} {x}" for name, x in given if name != "is_causal"]
     sizes = f"batch {B}, {tokens}, {heads} of dimension {H}, {inputs['query'].dtype}"
     causal = "causal" if rules.mask.is_causal else "not causal"
@@ -146,8 +147,8 @@ def understood(label: str, inputs: Arrays, rules: Spec, kernels: Kernels) -> lis
 
 
 def _refuse_misfits(degree: int, inputs: Arrays, rules: Spec, kernels: Kernels) -> None:
-    query, key, value, grad = (inputs[name] for name in NAMES)
-    refusals.check_arrays(query, key, value)
+    query, key, value = (inputs[name] for name in NAMES[:3])
+    check_arrays(query, key, value)
     _refuse_dtype(str(query.dtype))
     if value.shape != key.shape:
         raise ValueError(
@@ -159,15 +160,15 @@ def _refuse_misfits(degree: int, inputs: Arrays, rules: Spec, kernels: Kernels) 
             f"nothing to compare: query {query.shape}, key {key.shape}. "
             f"Write at least one sequence of one token."
         )
-    refusals.check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
+    check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
     exact = kernels == Kernels.EXACT
-    refusals.check_ranks(query.shape, key.shape, degree, adds_exactly=exact)
-    describe(query, key, value, **keywords(inputs), **keywords_of(rules))
-    finite = all(np.isfinite(x.astype(np.float32)).all() for x in (query, key, value, grad))
-    if not finite and kernels != Kernels.EXACT:
+    check_ranks(query.shape, key.shape, degree, adds_exactly=exact)
+    checked(spec_of_flat(keywords(inputs) | flat(rules)), query, key, value)
+    odd = [n for n in NAMES if not np.isfinite(inputs[n].astype(np.float32)).all()]
+    if odd and kernels != Kernels.EXACT:
         raise ValueError(
             f"NaN or infinities: what other kernels make of them depends on the order of their "
-            f"sums. Write --kernel {Kernels.EXACT}."
+            f"sums. Got them in {', '.join(odd)}. Write --kernel {Kernels.EXACT}."
         )
 
 
@@ -176,4 +177,39 @@ def _refuse_dtype(dtype: str) -> None:
         raise ValueError(
             f"dtype must be one that both frameworks' kernels take, {', '.join(DTYPES)}; "
             f"got {dtype}. Write x.astype(np.float32)."
+        )
+
+
+def check_ranks(query: Shape, key: Shape, ranks: int, *, adds_exactly: bool) -> None:
+    """Raises ValueError unless the ranks of the PyTorch reference share the heads as JAX does.
+
+    Args:
+      query, key: shapes `[B, T, N, H]` and `[B, S, K, H]`.
+      ranks: how many.
+      adds_exactly: whether the kernel adds up a KV head's gradients without rounding. If not, the
+        bits depend on which rank has which query heads of a group, and where the ranks do not
+        divide the heads the two frameworks differ in that.
+
+    Raises:
+      ValueError: fewer heads than ranks, or KV heads that several ranks would share unevenly.
+    """
+    N, K = query[2], key[2]
+    got = f"Got query {query}, key {key}. jax_seqpar itself takes such heads."
+    if ranks > N:
+        raise ValueError(
+            f"query heads N = {N} are fewer than the {ranks} ranks, and a rank of PyTorch has one "
+            f"at least. {got} Use at most {N} ranks."
+        )
+    if ranks > K and ranks % K and N != K:
+        raise ValueError(
+            f"KV heads K = {K} are fewer than the {ranks} ranks and do not divide their number: "
+            f"ranks of PyTorch would share the query heads of a KV head unevenly. {got} "
+            f"Use at most {K} ranks, or a multiple of {K}."
+        )
+    if not adds_exactly and N != K and (N % ranks or (K % ranks and ranks % K)):
+        raise ValueError(
+            f"with kernels that round sums, the gradients of KV heads depend on which rank has "
+            f"which query heads, so of query heads N = {N} and KV heads K = {K} each must be "
+            f"divisible by the {ranks} ranks, or K divide their number. {got} Use a degree that "
+            f"fits, or write --kernel {Kernels.EXACT}."
         )

@@ -5,4 +5,3 @@ from .reshard import heads_to_sequence as heads_to_sequence
 from .reshard import sequence_to_heads as sequence_to_heads
 from .strategy import Strategy as Strategy
 from .ulysses import Ulysses as Ulysses
-from .ulysses import ulysses_attention as ulysses_attention

@@ -1,17 +1,15 @@
 """AllGatherKV: every device gathers all keys and values, and keeps its own queries."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 from jaxtyping import Array
 
-from .. import refusals
-from ..exact.kv_replicas import adds_without_rounding, tell_shared_heads
-from ..layout import AxisName
+from .._checks import axis_size
+from ..kernels import Kernel, Residual
+from ..layout import AxisName, MeshAxes
 from ..mask import Spec, Tokens
 from .strategy import Shape
 
@@ -28,34 +26,36 @@ class AllGatherKV:
     The kernel has to be one of this library: it is told which queries it has.
     """
 
-    def heads_axes(self, tokens: Any) -> tuple[str, ...]:
+    def heads_axes(self, tokens: MeshAxes) -> tuple[str, ...]:
         return ()
 
-    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, degree: int, kernel: Any) -> Spec:
+    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, degree: int, kernel: Kernel) -> Spec:
         return spec
 
-    def kv_replicas(self, heads: int, kv_heads: int, degree: int, kernel: Any) -> int:
+    def kv_replicas(self, heads: int, kv_heads: int, degree: int, kernel: Kernel) -> int:
         return degree
 
     def __call__(
         self,
-        kernel: Callable[..., Array],
+        kernel: Kernel,
         query: Array,
         key: Array,
         value: Array,
         spec: Spec,
         *,
         axis_name: AxisName,
-    ) -> Array:
-        attend = refusals.form_of_spec(kernel)
-        degree, T = refusals.axis_size(axis_name), query.shape[1]
+        return_residual: bool = False,
+    ) -> tuple[Array, Residual | None]:
+        degree, T = axis_size(axis_name), query.shape[1]
+        part = replace(spec, queries=Tokens(jax.lax.axis_index(axis_name) * T, T))
+        if reason := kernel.why_not(query, key, value, part):
+            raise ValueError(
+                f"kernel={kernel!r} cannot work with a part of the queries: {reason}. Write "
+                f"kernel=jax_seqpar.Blockwise(), or strategy=jax_seqpar.Ulysses()."
+            )
         gather = partial(jax.lax.all_gather, axis_name=axis_name, axis=1, tiled=True)
-        queries = Tokens(jax.lax.axis_index(axis_name) * T, T)
-        if adds_without_rounding(kernel):
-            attend = tell_shared_heads(attend, ((axis_name, degree),))
-        out = attend(query, gather(key), gather(value), replace(spec, queries=queries))
-        refusals.check_local_output(out, query, value)
-        return out
+        local = kernel.sharing(((axis_name, degree),))
+        return local.attend(query, gather(key), gather(value), part)
 
     def traffic(self, query: Shape, key: Shape, value: Shape, *, degree: int, itemsize: int) -> int:
         return sum(math.prod(shape) for shape in (key, value)) * itemsize * (degree - 1) // degree

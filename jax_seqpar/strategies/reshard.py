@@ -11,12 +11,13 @@ has to carry as floats.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from .. import refusals
+from .._checks import axis_size, check_has_numbers, check_is_array, divisors
 from ..layout import AxisName
 
 
@@ -52,7 +53,7 @@ def heads_to_sequence(
 
 
 def _all_to_all(x: Array, axis_name: AxisName, *, split_axis: int, concat_axis: int) -> Array:
-    refusals.check_reshard(x, split_axis, axis_name)
+    _check_reshard(x, split_axis, axis_name)
     narrow_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     exchange = _exchange_bits if narrow_float else _exchange
     return exchange(x, axis_name, split_axis, concat_axis)
@@ -79,3 +80,23 @@ def _exchange_bits_jvp(axis_name, split_axis, concat_axis, primals, tangents):
         _exchange_bits(x, axis_name, split_axis, concat_axis),
         _exchange(tangent, axis_name, split_axis, concat_axis),
     )
+
+
+def _check_reshard(x: Any, split_axis: int, axis_name: Any) -> None:
+    """Raises ValueError unless x is `[B, S, N, H]` and the devices divide the axis to split."""
+    degree = axis_size(axis_name)
+    check_is_array("x", x)
+    check_has_numbers({"x": x})
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 4:
+        raise ValueError(
+            f"a reshard takes 4 axes [B, S, N, H], got shape {shape}. Write x[None] or reshape."
+        )
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 8:
+        raise ValueError(f"a reshard cannot carry {dtype}. Write x.astype(jnp.float8_e4m3fn).")
+    if shape[split_axis] % degree:
+        what = {1: "tokens S", 2: "heads N"}[split_axis]
+        raise ValueError(
+            f"{what} = {shape[split_axis]} is not divisible by the {degree} devices of mesh axis "
+            f"{axis_name!r}. Got shape {shape}. Use one of {divisors(shape[split_axis])} devices."
+        )

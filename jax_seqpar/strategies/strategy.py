@@ -1,11 +1,11 @@
 """Strategy: how the devices of one mesh axis share the tokens of an attention."""
 
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array
 
-from ..layout import AxisName
+from ..kernels import Kernel, Residual
+from ..layout import AxisName, MeshAxes
 from ..mask import Spec
 
 Shape = tuple[int, ...]
@@ -18,38 +18,45 @@ class Strategy(Protocol):
     Values: frozen, hashable, equal by their options, so that they are part of a compiled program.
     """
 
-    def heads_axes(self, tokens: Any) -> tuple[str, ...]:
+    def heads_axes(self, tokens: MeshAxes) -> tuple[str, ...]:
         """Mesh axes of the tokens that shard arrays with a head axis, such as a bias, as well."""
         ...
 
-    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, degree: int, kernel: Any) -> Spec:
-        """The Spec with as many heads as are sharded, N of each tensor-parallel shard given."""
+    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, degree: int, kernel: Kernel) -> Spec:
+        """The Spec with the heads that are added so that the devices divide them.
+
+        Args:
+          heads, kv_heads: N and K of one tensor-parallel shard.
+        """
         ...
 
-    def kv_replicas(self, heads: int, kv_heads: int, degree: int, kernel: Any) -> int:
+    def kv_replicas(self, heads: int, kv_heads: int, degree: int, kernel: Kernel) -> int:
         """How many consecutive devices of the token axis have the same KV head."""
         ...
 
     def __call__(
         self,
-        kernel: Callable[..., Array],
+        kernel: Kernel,
         query: Array,
         key: Array,
         value: Array,
         spec: Spec,
         *,
         axis_name: AxisName,
-    ) -> Array:
+        return_residual: bool = False,
+    ) -> tuple[Array, Residual | None]:
         """Attention over tokens that are sharded along a mesh axis.
 
         Args:
           kernel: the attention of one device.
           query, key, value: this device's tokens with all heads.
-          spec: of the whole sequence; arrays with a head axis as `pad_heads` and `heads_axes` say.
+          spec: of the whole sequence; arrays with a head axis have all heads, or those of this
+            device as `pad_heads` and `heads_axes` say.
           axis_name: the mesh axis (or axes) of the tokens.
+          return_residual: whether the residual of each row is wanted, which may have to travel.
 
         Returns:
-          This device's tokens of the output, all heads.
+          This device's tokens of the output, all heads; and their residual.
         """
         ...
 
@@ -62,3 +69,12 @@ class Strategy(Protocol):
           itemsize: bytes of one number.
         """
         ...
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raises ValueError unless the strategy is one."""
+    if not isinstance(strategy, Strategy) or isinstance(strategy, type):
+        raise ValueError(
+            f"strategy must be Ulysses(...) or AllGatherKV(), got {strategy!r}. Write "
+            f"strategy=jax_seqpar.Ulysses()."
+        )

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from ..layout import MeshAxes, MeshLayout, names
 from ..mask.logits import check_soft_cap
-from ..mesh import AnyMesh
 from . import refusals
 from .tiles import map_tiles
 
@@ -19,7 +19,7 @@ def cross_entropy(
     logits: Float[Array, "*tokens V"],
     labels: Integer[Array, "*tokens"],
     *,
-    normaliser: Integer[Array, ""] | int | None = None,
+    normaliser: Integer[Array | np.ndarray, ""] | np.integer | int | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = IGNORE,
@@ -50,6 +50,7 @@ def cross_entropy(
     """
     refusals.check_loss(logits, labels, z_loss, label_smoothing)
     refusals.check_normaliser(normaliser)
+    refusals.check_ignore_index(ignore_index)
     labels = _int32(labels)
     losses = _token_losses(logits, labels, z_loss, label_smoothing, ignore_index)
     return _mean(losses, labels, normaliser, ignore_index, names(axis_name))
@@ -62,8 +63,7 @@ def tiled_cross_entropy(
     *,
     tiles: int,
     layout: MeshLayout = MeshLayout(),
-    mesh: AnyMesh | None = None,
-    normaliser: Integer[Array, ""] | int | None = None,
+    normaliser: Integer[Array | np.ndarray, ""] | np.integer | int | None = None,
     logits_soft_cap: float | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
@@ -80,7 +80,7 @@ def tiled_cross_entropy(
         a tied embedding. Rounded to the dtype of hidden. Its gradient is added up over the tiles in
         its dtype, and over the mesh once.
       tiles: how many; need not divide the tokens.
-      layout, mesh: as for `dot_product_attention`.
+      layout: as for `dot_product_attention`.
       logits_soft_cap: logits become `cap * tanh(logits / cap)`.
       normaliser, z_loss, label_smoothing, ignore_index: as for `cross_entropy`.
 
@@ -90,7 +90,8 @@ def tiled_cross_entropy(
     refusals.check_projection(hidden, kernel, labels)
     refusals.check_loss(None, labels, z_loss, label_smoothing)
     refusals.check_normaliser(normaliser)
-    check_soft_cap(logits_soft_cap)
+    refusals.check_ignore_index(ignore_index)
+    check_soft_cap("logits_soft_cap", logits_soft_cap)
     labels = _int32(labels)
 
     def losses(kernel: Array, hidden: Array, labels: Array) -> Array:
@@ -107,7 +108,6 @@ def tiled_cross_entropy(
         labels,
         tiles=tiles,
         layout=layout,
-        mesh=mesh,
     )
     return _mean(each, labels, normaliser, ignore_index, ())
 
@@ -147,5 +147,8 @@ def _mean(
     total, count = losses.sum(), (labels != ignore_index).sum()
     if axes:
         total, count = jax.lax.psum((total, count), axes)
-    number = count if normaliser is None else jnp.asarray(normaliser)
+    if isinstance(normaliser, int | np.integer | np.ndarray):
+        # A count of a whole run may be no number of 32 bits.
+        return total / np.float32(max(int(normaliser), 1))
+    number = count if normaliser is None else normaliser
     return total / jnp.maximum(number, 1).astype(jnp.float32)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from ..layout import MeshLayout
@@ -15,7 +16,7 @@ Shape = tuple[int, ...]
 def check_count(name: str, n: Any) -> None:
     """Raises ValueError unless the number is a positive integer."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"{name} must be a positive integer, got {n!r}.")
+        raise ValueError(f"{name} must be a positive integer, got {n!r}. Write {name}=1 or more.")
 
 
 def check_has_devices(mesh: Any) -> None:
@@ -44,7 +45,9 @@ def check_batch(tokens: np.ndarray, parts: int, layout: MeshLayout) -> None:
             f"sequence write tokens[None]."
         )
     if 0 in tokens.shape:
-        raise ValueError(f"tokens [B, S] must not be empty, got {list(tokens.shape)}.")
+        raise ValueError(
+            f"tokens [B, S] must not be empty, got {list(tokens.shape)}. Give at least one token."
+        )
     if tokens.shape[0] % parts:
         raise ValueError(
             f"batch B = {tokens.shape[0]} is not divisible by the {parts} devices of mesh axis "
@@ -64,8 +67,8 @@ def check_segments(segments: np.ndarray, shape: Shape, lengths: Any) -> None:
         )
     if (segments < 0).any():
         raise ValueError(
-            f"segment_ids must not be negative, got {segments.min()}. Padding is segment 0, "
-            f"documents are numbered from 1."
+            f"segment_ids must not be negative, got {segments.min()}. Padding is segment 0: "
+            f"number documents from 1."
         )
     starts = np.ones(shape, bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -79,13 +82,34 @@ def check_segments(segments: np.ndarray, shape: Shape, lengths: Any) -> None:
             )
 
 
+def check_not_masked(name: str, x: Any) -> None:
+    """Raises ValueError for a masked array, whose mask would be lost."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} is a masked array, and its mask would be lost. Write {name}.filled(0), and "
+            f"give what is masked as segment 0."
+        )
+
+
+def check_no_token_is(ignore: int, tokens: np.ndarray, segments: np.ndarray) -> None:
+    """Raises ValueError for a token that would be taken for the label that nobody predicts."""
+    hits = np.argwhere((tokens == ignore) & (segments != 0))
+    if hits.size:
+        b, s = hits[0]
+        raise ValueError(
+            f"the token at [{b}, {s}] is {ignore}, which as a label means that nobody has to "
+            f"predict it. Give tokens from 0 to V - 1, padding as segment 0."
+        )
+
+
 def check_lengths(lengths: np.ndarray, shape: Shape) -> None:
     """Raises ValueError unless lengths fit the rows."""
     fits = lengths.shape == shape[:1] and lengths.dtype.kind in "iu"
     if not fits or (lengths < 0).any() or (lengths > shape[1]).any():
         raise ValueError(
             f"lengths must be {shape[0]} integers from 0 to S = {shape[1]}, one for each row of "
-            f"tokens, got {lengths.dtype}{list(lengths.shape)} {lengths.tolist()}."
+            f"tokens, got {lengths.dtype}{list(lengths.shape)} {lengths.tolist()}. Give how many "
+            f"tokens of each row are before its padding."
         )
 
 
@@ -96,7 +120,8 @@ def check_targets(targets: np.ndarray, shape: Shape, labels: Any) -> None:
     if targets.shape != shape or targets.dtype.kind not in "iu":
         raise ValueError(
             f"targets must be integers [B, S] = {list(shape)} like tokens, got "
-            f"{targets.dtype}{list(targets.shape)}."
+            f"{targets.dtype}{list(targets.shape)}. Give what each token is to predict, or leave "
+            f"targets out for the token that follows."
         )
 
 
@@ -116,13 +141,14 @@ def check_labels(labels: np.ndarray, tokens: np.ndarray, ignore: int) -> None:
     own = (labels == ignore) | (labels == tokens)
     if own.all():
         return
+    b, s = np.argwhere(~own)[0]
     following = (labels[:, :-1] == ignore) | (labels[:, :-1] == tokens[:, 1:])
     if following.size and following.all():
         raise ValueError(
-            "labels are shifted already: each is the token that follows. They are shifted here, "
-            "before the tokens are sharded. Give labels=tokens, or what you have as targets=."
+            f"labels are shifted already: each is the token that follows. Got {labels[b, s]} at "
+            f"[{b}, {s}], where the token is {tokens[b, s]}. They are shifted here, before the "
+            f"tokens are sharded. Give labels=tokens, or what you have as targets=."
         )
-    b, s = np.argwhere(~own)[0]
     raise ValueError(
         f"labels must be the tokens themselves, or {ignore} for those that nobody has to predict; "
         f"at [{b}, {s}] the label is {labels[b, s]} and the token {tokens[b, s]}. Give what each "
@@ -142,7 +168,10 @@ def check_of_batch(shape: Shape, padded: Shape) -> None:
 def check_loss(logits: Any, labels: Any, z_loss: float, label_smoothing: float) -> None:
     """Raises ValueError unless logits, labels and options fit together."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers, got {labels.dtype}: not probabilities.")
+        raise ValueError(
+            f"labels must be integers, got {labels.dtype}: not probabilities. Give the id of one "
+            f"token for each."
+        )
     if logits is not None and logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits must be [*tokens, V] of labels [*tokens], got {logits.shape} and "
@@ -151,16 +180,32 @@ def check_loss(logits: Any, labels: Any, z_loss: float, label_smoothing: float) 
     if z_loss < 0 or not 0 <= label_smoothing <= 1:
         raise ValueError(
             f"z_loss must be at least 0 and label_smoothing from 0 to 1, got {z_loss} and "
-            f"{label_smoothing}."
+            f"{label_smoothing}. Write 0 for none."
         )
 
 
 def check_normaliser(normaliser: Any) -> None:
-    """Raises ValueError unless the normaliser is one integer."""
-    if normaliser is not None and not jnp.issubdtype(jnp.result_type(normaliser), jnp.integer):
+    """Raises ValueError unless the normaliser is one integer, not negative."""
+    if normaliser is None:
+        return
+    is_integer = type(normaliser) is int or (
+        hasattr(normaliser, "dtype")
+        and normaliser.shape == ()
+        and jnp.issubdtype(normaliser.dtype, jnp.integer)
+    )
+    if not is_integer or (not isinstance(normaliser, Tracer) and int(normaliser) < 0):
         raise ValueError(
-            f"normaliser must be an integer, how many labels count, got {normaliser!r}. Weigh the "
+            f"normaliser must be one integer, how many labels count, got {normaliser!r}. Weigh the "
             f"loss after it is returned."
+        )
+
+
+def check_ignore_index(index: Any) -> None:
+    """Raises ValueError unless the label that does not count is an integer of 32 bits."""
+    if isinstance(index, bool) or not isinstance(index, int | np.integer) or abs(index) >= 1 << 31:
+        raise ValueError(
+            f"ignore_index must be a Python integer of 32 bits, got {index!r}. Write -100, which "
+            f"no token is."
         )
 
 
@@ -202,5 +247,5 @@ def check_division(shape: Shape, data: int, degree: int, layout: MeshLayout) -> 
         if n % parts:
             raise ValueError(
                 f"{name} = {n} is not divisible by the {parts} devices of mesh axis {axes!r}. "
-                f"TokenLayout(mesh, layout).shard pads the tokens of a batch."
+                f"Use TokenLayout(mesh, layout).shard, which pads the tokens of a batch."
             )

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
-from .. import refusals as attention_refusals
-from ..layout import MeshLayout, axes_size, names
-from ..mesh import AnyMesh, find_mesh, reshard
+from ..layout import MeshLayout, axes_size, check_mesh, names
+from ..mesh import find_mesh, reshard
 from . import refusals
 
 
@@ -21,7 +20,6 @@ def map_tiles(
     *arrays: Shaped[Array, "B S ..."],
     tiles: int,
     layout: MeshLayout = MeshLayout(),
-    mesh: AnyMesh | None = None,
 ) -> Any:
     """`fn(params, *arrays)`, tile after tile of each device's tokens.
 
@@ -35,7 +33,7 @@ def map_tiles(
       params: a pytree of arrays, whole on each device while they are used.
       arrays: sharded as the layout says.
       tiles: how many for each device; need not divide its tokens.
-      layout, mesh: as for `dot_product_attention`.
+      layout: as for `dot_product_attention`.
 
     Returns:
       what fn returns, of all the tokens.
@@ -51,8 +49,8 @@ def map_tiles(
     """
     refusals.check_count("tiles", tiles)
     refusals.check_token_arrays(arrays)
-    mesh = find_mesh(mesh, arrays[0])
-    attention_refusals.check_mesh(layout, mesh.shape, ())
+    mesh = find_mesh(layout.mesh, arrays[0])
+    check_mesh(layout, mesh.shape, ())
     data, degree = (axes_size(x, mesh.shape) for x in (layout.batch, layout.tokens))
     refusals.check_division(arrays[0].shape, data, degree, layout)
     spec = layout.token_spec

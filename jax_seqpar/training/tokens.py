@@ -11,8 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Integer
 
-from .. import refusals as attention_refusals
-from ..layout import MeshLayout, axes_size, names
+from ..layout import MeshLayout, axes_size, check_mesh, names
 from . import refusals
 from .loss import IGNORE
 
@@ -71,7 +70,7 @@ class TokenLayout:
 
     def __post_init__(self) -> None:
         refusals.check_has_devices(self.mesh)
-        attention_refusals.check_mesh(self.layout, self.mesh.shape, ())
+        check_mesh(self.layout, self.mesh.shape, ())
 
     @property
     def degree(self) -> int:
@@ -109,6 +108,14 @@ class TokenLayout:
           ValueError: for what does not fit together, labels that are shifted already, and a batch
             that the mesh does not divide.
         """
+        for name, x in (
+            ("tokens", tokens),
+            ("segment_ids", segment_ids),
+            ("lengths", lengths),
+            ("labels", labels),
+            ("targets", targets),
+        ):
+            refusals.check_not_masked(name, x)
         tokens = np.asarray(tokens)
         refusals.check_batch(tokens, axes_size(self.layout.batch, self.mesh.shape), self.layout)
         segments = _segments(tokens, segment_ids, lengths)
@@ -177,6 +184,7 @@ def _targets(tokens: np.ndarray, segments: np.ndarray, labels: Any, targets: Any
         # IGNORE is no number of an unsigned dtype: bytes would make it 156.
         return np.where(segments != 0, targets.astype(np.int64), IGNORE)
     if labels is None:
+        refusals.check_no_token_is(IGNORE, tokens, segments)
         labels = tokens
     labels = np.asarray(labels)
     refusals.check_labels(labels, tokens, IGNORE)

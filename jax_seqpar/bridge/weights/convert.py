@@ -259,7 +259,7 @@ def _checked(mapping: Sequence[AnyLine], sizes: Mapping[str, int]) -> list[Line]
     if unused := sorted(sizes.keys() - named):
         raise ValueError(
             f"{count(unused, 'size')} of no axis in the patterns: {listed(unused)}. "
-            f"The patterns have {listed(sorted(named)) or 'no axes'}."
+            f"The patterns have {listed(sorted(named)) or 'no axes'}. Leave the other sizes out."
         )
     parts = {part for line in mapping if isinstance(line, Fused) for part in line.parts}
     if unknown := sorted(parts - sizes.keys() - {"1"}):

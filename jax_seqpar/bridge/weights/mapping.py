@@ -126,7 +126,10 @@ class Fused:
         for field in ("flax", "parts"):
             texts = getattr(self, field)
             if not isinstance(texts, tuple) or not all(isinstance(x, str) for x in texts):
-                raise ValueError(f"{field} must be a tuple of strings, got {texts!r} in {self}.")
+                raise ValueError(
+                    f"{field} must be a tuple of strings, got {texts!r} in {self}. "
+                    f'Write {field}=("...", "...").'
+                )
         if len(self.flax) != len(self.parts) or not self.parts:
             raise ValueError(
                 f"{self} has {len(self.flax)} paths and {len(self.parts)} parts. Write as many."
@@ -272,11 +275,13 @@ def _unclear(hits: dict[str, list[tuple[Line, Numbers]]], side: Side) -> list[st
     problems = []
     if none := [name for name, found in hits.items() if not found]:
         instead = {
-            "torch": "Add Map(name, path, pattern) for a parameter, Tied(name, to=...) for another "
+            "torch": "Map(name, path, pattern) for a parameter, Tied(name, to=...) for another "
             "name of one, Ignored(name, reason) for what is none",
-            "flax": "Add Map(name, path, pattern), or take them out of the tree",
+            "flax": "Map(name, path, pattern), or take them out of the tree",
         }
-        problems.append(f"{count(none, 'name')} without a line: {listed(none)}. {instead[side]}.")
+        problems.append(
+            f"{count(none, 'name')} without a line: {listed(none)}. Add {instead[side]}."
+        )
     if several := [
         f"{name} ({' and '.join(str(line) for line, _ in found)})"
         for name, found in hits.items()
@@ -302,7 +307,9 @@ def _twice(entries: Sequence[Entry], side: Side) -> list[str]:
 def _check_placeholders(line: Line, a: str, b: str) -> None:
     for field, text in vars(line).items():
         if not isinstance(text, str) and not (field == "pattern" and text is None):
-            raise ValueError(f"{field} must be a string, got {text!r} in {line}.")
+            raise ValueError(
+                f'{field} must be a string, got {text!r} in {line}. Write {field}="...".'
+            )
     if any(brace in re.sub(PLACEHOLDER, "", name) for name in (a, b) for brace in "{}"):
         raise ValueError(f"{line} has braces around no name. Write a placeholder like {{i}}.")
     if _placeholders(a) != _placeholders(b):

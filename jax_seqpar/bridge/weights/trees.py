@@ -11,9 +11,14 @@ from jax.sharding import AbstractMesh, NamedSharding
 def leaves_by_path(tree: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by dotted path, and the structure."""
     found, structure = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = {_dotted(path): leaf for path, leaf in found}
-    if len(leaves) < len(found):
-        raise ValueError("The tree has two leaves of one path. Write keys without dots.")
+    leaves: dict[str, Any] = {}
+    for keys, leaf in found:
+        path = _dotted(keys)
+        if path in leaves:
+            raise ValueError(
+                f"The tree has two leaves of one path, {path}. Write keys without dots."
+            )
+        leaves[path] = leaf
     return leaves, structure
 
 

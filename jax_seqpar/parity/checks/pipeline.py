@@ -14,8 +14,9 @@ from ...bridge.kernels import as_torch_attention, staged_attention
 from ...compare.arrays import numpy_to_torch, torch_to_numpy
 from ...exact import exact_attention
 from ...kernels import dense_attention
+from ...layout import MeshLayout
 from ...mask import Mask, Spec
-from ...mask.keywords import keywords_of, spec_of
+from ...mask.keywords import flat, spec_of_flat
 from ...mask.nouns import Axes
 from ..cases import NAMES, Arrays, case_of, keywords
 from .sides import SPECS, TOKENS, Outputs, join, local_part
@@ -120,10 +121,11 @@ class PipelineCheck:
         N, K = (self.inputs[name].shape[2] for name in ("query", "key"))
         heads, _ = heads_of_ranks(N, K, self.degree)
         part = partial(_part_of_rank, heads=heads, rank=rank)
-        own = keywords_of(spec_of(**arrays).map(part))
+        own = flat(spec_of_flat(arrays).map(part))
         if self.kernel == "dense":
-            return as_torch_attention(partial(dense_attention, **keywords_of(self.rules), **own))
-        options = keywords_of(self.rules) | jax.tree.map(numpy_to_torch, own)
+            whole = spec_of_flat(flat(self.rules) | own)
+            return as_torch_attention(partial(dense_attention, **whole.keywords))
+        options = flat(self.rules) | jax.tree.map(numpy_to_torch, own)
         if self.kernel == "exact":
             from torch_ref.exact import exact_attention
 
@@ -167,11 +169,12 @@ def _jax_program(kernel: Kernel, rules: Spec, mesh: Mesh) -> Callable[..., Outpu
         attend = partial(staged_attention, attention=partial(_sdpa, rules), mesh=mesh)
     else:
         local = {"identity": _identity, "exact": exact_attention}.get(kernel, dense_attention)
-        options = {} if kernel == "identity" else keywords_of(rules)
-        attend = partial(dot_product_attention, attention=local, mesh=mesh, **options)
+        attend = partial(dot_product_attention, kernel=local, layout=MeshLayout(mesh=mesh))
+    options = {} if kernel in ("identity", "sdpa") else flat(rules)
 
     def run(query: Any, key: Any, value: Any, grad: Any, arrays: dict[str, Any]) -> Outputs:
-        out, pull = jax.vjp(partial(attend, **arrays), query, key, value)
+        nouns = spec_of_flat(options | arrays).keywords if options or arrays else {}
+        out, pull = jax.vjp(partial(attend, **nouns), query, key, value)
         return dict(zip(("forward", "dq", "dk", "dv"), (out, *pull(grad)), strict=True))
 
     return run if kernel == "sdpa" else jax.jit(run)
@@ -183,7 +186,7 @@ def _identity(query: Any, key: Any, value: Any) -> Any:
 
 def sdpa_lacks(rules: Spec, arrays: dict[str, Any]) -> list[str]:
     """Names of what is asked for beyond causality and scale, all that PyTorch's kernel is given."""
-    asked = [name for name in keywords_of(rules) if name not in ("is_causal", "scale")]
+    asked = [name for name in flat(rules) if name not in ("is_causal", "scale")]
     return asked + list(arrays)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 
-class Normaliser(NamedTuple):
+class Residual(NamedTuple):
     """Sum of exp of the logits of each row, `total * exp(top)`.
 
     Both numbers are kept, as the weight `exp(z - top) / total` cannot be had from the log of the

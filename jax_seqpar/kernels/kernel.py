@@ -1,0 +1,123 @@
+"""Kernel: the attention of one device, as a value that holds the options of its implementation."""
+
+from typing import Any, ClassVar
+
+from jaxtyping import Array, Float
+
+from .._checks import check_flag
+from ..layout import AxisName
+from ..mask import Spec, keyword_form
+from ..mask.keywords import checked
+from .residual import Residual
+
+
+class Kernel:
+    """One device's attention: `attend` computes it, and the rest says what it can do.
+
+    A subclass is a frozen dataclass of options, equal by value, so that it is part of a compiled
+    program. It knows neither strategies nor meshes. Called by itself it has the keywords of
+    `jax_seqpar.mask.Attention`.
+
+    Attributes:
+      sums_exactly: whether the devices that share a KV head add up its gradients inside the kernel,
+        without rounding (`sharing` tells it which these are). Otherwise they are added outside.
+      gives_residual: whether `attend` returns one.
+      check_vma: whether JAX can check how its arrays vary over the mesh, as `jax.shard_map` does.
+        A Pallas kernel does not state how its output varies.
+    """
+
+    sums_exactly: ClassVar[bool] = False
+    gives_residual: ClassVar[bool] = False
+
+    @property
+    def check_vma(self) -> bool:
+        return True
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> tuple[Array, Residual | None]:
+        """The output `[B, T, N, V]`, of the query's dtype, and the residual of each row.
+
+        Args:
+          spec: checked. `spec.queries` and `spec.keys` say which tokens the arrays hold.
+        """
+        raise NotImplementedError
+
+    def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
+        """Why the kernel cannot do what is asked, None if it can; one clause, no full stop.
+
+        Args:
+          query, key, value: anything with a shape and a dtype.
+          spec: of such arrays, too.
+        """
+        return None
+
+    def sharing(self, axes: tuple[tuple[AxisName, int], ...]) -> "Kernel":
+        """The kernel, told which devices have the same KV heads as this one.
+
+        A strategy calls it before `attend`. A kernel whose sums round returns itself: the gradients
+        of a shared head are added up outside.
+
+        Args:
+          axes: a mesh axis (or axes), and how many consecutive devices along it share a KV head:
+            `(("seq", 2),)` where pairs of neighbours along "seq" do.
+        """
+        return self
+
+    @keyword_form
+    def __call__(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+        *,
+        return_residual: bool = False,
+    ) -> Any:
+        """Attention of arrays on one device; see `jax_seqpar.mask.Attention`."""
+        check_residual(self, value, return_residual)
+        spec = checked(spec, query, key, value)
+        out, residual = self.attend(query, key, value, spec)
+        if not return_residual:
+            return out
+        assert residual is not None
+        return out, residual.lse
+
+
+def check_residual(kernel: Kernel, value: Any, return_residual: Any) -> None:
+    """Raises ValueError for a residual of a kernel that gives none, or of values of no channel."""
+    check_flag("return_residual", return_residual)
+    if return_residual and not kernel.gives_residual:
+        raise ValueError(
+            f"return_residual=True: {kernel!r} does not return the log of its sums. Write "
+            f"kernel=jax_seqpar.Blockwise()."
+        )
+    if return_residual and value.shape[3] == 0:
+        raise ValueError(
+            f"return_residual=True of a value without channels, {value.shape}. Give it one channel."
+        )
+
+
+def check_local_output(out: Any, query: Any, value: Any) -> None:
+    """Raises ValueError unless the kernel's output is `[B, T, N, V]`, which the reshard needs."""
+    expected = (*query.shape[:3], value.shape[3])
+    if not hasattr(out, "shape"):
+        raise ValueError(
+            f"kernel returned {type(out).__name__}, expected one array [B, T, N, V]. Return the "
+            f"output alone."
+        )
+    if out.shape != expected:
+        raise ValueError(
+            f"kernel returned shape {out.shape}, expected {expected} = [B, T, N, V], the axes "
+            f"of query and value it was given. Transpose the output of a kernel that puts heads "
+            f"first."
+        )
+    if out.dtype != query.dtype:
+        raise ValueError(
+            f"kernel returned dtype {out.dtype}, expected the query's {query.dtype}. "
+            f"Write .astype(query.dtype) at its end."
+        )
