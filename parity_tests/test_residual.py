@@ -1,6 +1,7 @@
 """`return_residual`: the log of the sum of exp, as in `jax.nn`, on a mesh as on one device."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ SINKS = jnp.asarray(RNG.standard_normal(N), jnp.float32)
 LENGTHS = jnp.array([0, 9], jnp.int32)  # the first sequence has no key
 
 
-def truth(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+def truth(q: Any, k: Any) -> np.ndarray:
     """`[B, T, N]` in float64, causal, of keys within their lengths, with sinks."""
     q, k = (np.asarray(x, np.float64) for x in (q, k))
     z = np.einsum("btnh,bsnh->btns", q, np.repeat(k, N // K, axis=2)) / np.sqrt(H)
