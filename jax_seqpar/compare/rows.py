@@ -38,6 +38,11 @@ class Row:
 def rows_of(
     a: Mapping[str, Any], b: Mapping[str, Any], rtol: float, axes: Sequence[str]
 ) -> Iterator[Row]:
+    """How each tensor of two runs compares, in recorded order.
+
+    Raises:
+      ValueError, TypeError: as `first_divergence`.
+    """
     _check_options(rtol, axes)
     _check_runs(a, b, rtol)
     for name in a:
@@ -155,6 +160,7 @@ def _check_runs(a: Mapping[str, Any], b: Mapping[str, Any], rtol: float) -> None
 
 
 def axis_names(ndim: int, axes: Sequence[str]) -> tuple[str, ...]:
+    """The axes of an array of so many: without "head", without "channel", or by number."""
     names = tuple(axes)
     for lacking in ("head", "channel"):
         if len(names) > ndim:
@@ -172,4 +178,5 @@ def first_index(parts: np.ndarray, names: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def along(index: tuple[int, ...], names: tuple[str, ...], axis: str) -> int | None:
+    """The index along an axis; None where the tensor has no such axis."""
     return index[names.index(axis)] if axis in names else None

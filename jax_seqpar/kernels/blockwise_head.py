@@ -83,20 +83,24 @@ def _at(*indices: Any) -> tuple[Array, ...]:
 
 
 def read_head(x: Array, b: Any, n: Any) -> Array:
+    """Head n of sequence b, `[tokens, channels]`, of `[B, tokens, heads, channels]`."""
     part = jax.lax.dynamic_slice(x, _at(b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))
     return part.reshape(x.shape[1], x.shape[3])
 
 
 def read_rows(x: Array, b: Any, tokens: Tokens, n: Any) -> Array:
+    """A block of tokens of that head, `[t, channels]`."""
     size = (1, tokens.size, 1, x.shape[3])
     return jax.lax.dynamic_slice(x, _at(b, tokens.start, n, 0), size)[0, :, 0]
 
 
 def write_rows(x: Array, part: Array, b: Any, tokens: Tokens, n: Any) -> Array:
+    """x with a block of tokens of a head replaced by `part [t, channels]`, cast to its dtype."""
     part = part.astype(x.dtype)[None, :, None]
     return jax.lax.dynamic_update_slice(x, part, _at(b, tokens.start, n, 0))
 
 
 def add_slice(x: Array, part: Array, start: tuple[Any, ...]) -> Array:
+    """x with `part` added to the slice of its shape that begins at `start`."""
     old = jax.lax.dynamic_slice(x, _at(*start), part.shape)
     return jax.lax.dynamic_update_slice(x, old + part, _at(*start))
