@@ -11,22 +11,24 @@ TPU := TPU_LIBRARY_PATH=$(CURDIR)/$(VENV)/tpu/libtpu/libtpu.so
 # What a newer Python than 3.11 changes is JAX and Flax (.ci/constraints.txt): the tests that ask most
 # of those two, in an environment beside the other.
 NEWEST := .venv-newest
-NEWEST_CORE := $(addprefix parity_tests/test_, $(addsuffix .py, import flax_attention \
-    flax_attention_fn train heads right_communication right_bits exact_flags peer_cases))
+NEWEST_CORE := $(addprefix parity_tests/test_, $(addsuffix .py, project_imports \
+    flax_attention flax_attention_fn examples_train strategies_heads attention_communication \
+    attention_bits exact_flags attention_peer_cases))
 
-# At least one test of every room, and a planted bug that has to be caught.
-CHECK := $(addprefix parity_tests/test_, import.py dense.py right_element.py bits.py convert.py \
-    training_tokens.py history.py exact_arithmetic.py \
-    blockwise.py::test_the_blocks_that_are_left_out \
-    right_values.py::test_lengths_are_padding flax_attention.py::test_output \
-    cli.py::test_plain_kernels_differ mutations.py::test_a_causal_mask_that_is_dropped_is_caught)
+# At least one test of every folder, and a planted bug that has to be caught.
+CHECK := $(addprefix parity_tests/test_, project_imports.py kernels_dense.py compare_bits.py \
+    strategies_reshard.py bridge_convert.py training_batch.py torch_history.py exact_arithmetic.py \
+    kernels_blockwise.py::test_the_blocks_that_are_left_out \
+    attention_values.py::test_lengths_are_padding flax_attention.py::test_output \
+    parity_command.py::test_plain_kernels_differ \
+    attention_mutations.py::test_a_causal_mask_that_is_dropped_is_caught)
 
-.PHONY: check parity test test-slow test-newest test-gpu lint format benchmark clean
+.PHONY: check parity test test-slow test-newest test-gpu lint format reference benchmark clean
 
 parity: $(VENV)/.parity  ## JAX against PyTorch, bit for bit
 	$(BIN)/seqpar parity
 
-check: $(VENV)/.test  ## a part of the tests, one of every room at least
+check: $(VENV)/.test  ## a part of the tests, one of every folder at least
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(CHECK)
 
 # File by file in their order: by the number of their tests the longest would come last, alone.
@@ -45,8 +47,8 @@ test-newest:  ## a core of the tests on the newest JAX and Flax: PYTHON=python3.
 
 test-gpu: $(VENV)/.gpu  ## on an NVIDIA GPU; one is enough
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \
-	    $(BIN)/python -m pytest -n 8 -m "gpu or gpu_aot" parity_tests/test_gpu*.py \
-	    parity_tests/test_fused.py
+	    $(BIN)/python -m pytest -n 8 -m "gpu or gpu_aot" parity_tests/test_kernels_gpu.py \
+	    parity_tests/test_plan_gpu.py parity_tests/test_kernels_fused.py
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff format --check .
@@ -56,6 +58,9 @@ lint: $(VENV)/.test  ## style and types
 format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+reference: $(VENV)/.test  ## every public name, from the docstrings: .reference/index.html
+	$(BIN)/python .ci/reference.py .reference
 
 benchmark: $(VENV)/.parity  ## seconds and memory by degree, in both frameworks
 	$(BIN)/python examples/benchmark_ulysses.py

@@ -18,14 +18,15 @@ The inputs, all causal:
     heavy tails       Student's t of 2 degrees of freedom
     long rows         standard normal, 16 384 tokens, one head
     outlier channels  standard normal; 2 channels of query, key and value 100 times as large
+    far channels      the same, 10 000 times: the weakness of exact attention
     outlier tokens    standard normal; 4 tokens of query, key and value 300 times as large
     peak              every logit is about 21 below that of key 0, with a value like the others'
     empty peak        the same, but the value of key 0 is 0: the output is what the tail holds
     sink              every logit is about 10 below that of key 0, whose value is 0
 
-A weight of `exact_attention` has 32 bits below the largest of its row, so the weights of a tail 21
-below its peak, e^-21 = 2^-30.3, are rounded to a few units. The gradients dq and dk of `peak`
-are differences that almost vanish: every float32 kernel is far off there.
+A token of `exact_attention` has 32 bits below its largest channel, so beside a channel 10 000 times
+as large the others have 19, where float32 keeps 24 of each. The gradients dq and dk of `peak` are
+differences that almost vanish: every float32 kernel is far off there.
 """
 
 import json
@@ -75,9 +76,18 @@ def heavy_tails(rng: np.random.Generator, case: Case) -> Arrays:
 
 def outlier_channels(rng: np.random.Generator, case: Case) -> Arrays:
     """Two channels of query, key and value, each its own, 100 times as large."""
+    return _with_large_channels(rng, case, 100)
+
+
+def far_channels(rng: np.random.Generator, case: Case) -> Arrays:
+    """Two channels of query, key and value, each its own, 10 000 times as large."""
+    return _with_large_channels(rng, case, 10_000)
+
+
+def _with_large_channels(rng: np.random.Generator, case: Case, times: float) -> Arrays:
     inputs = _normal(rng, case)
     for name in NAMES[:3]:
-        inputs[name][..., rng.choice(case.head_dim, 2, replace=False)] *= 100
+        inputs[name][..., rng.choice(case.head_dim, 2, replace=False)] *= times
     return inputs
 
 
@@ -95,14 +105,14 @@ def peak(rng: np.random.Generator, case: Case) -> Arrays:
 
 
 def empty_peak(rng: np.random.Generator, case: Case) -> Arrays:
-    """The same, with a value of 0: the output is what the others hold."""
+    """Key 0 far above the others, with a value of 0: the output is what the others hold."""
     inputs = peak(rng, case)
     inputs["value"][:, 0] = 0
     return inputs
 
 
 def sink(rng: np.random.Generator, case: Case) -> Arrays:
-    """Key 0 above the others by less, with a value of 0."""
+    """Key 0 above the others by 10, with a value of 0, as an attention sink is."""
     inputs = _first_key_above(rng, case, 10.0)
     inputs["value"][:, 0] = 0
     return inputs
@@ -130,6 +140,7 @@ DISTRIBUTIONS: dict[str, Draw] = {
     "heavy tails": heavy_tails,
     "long rows": gaussian,
     "outlier channels": outlier_channels,
+    "far channels": far_channels,
     "outlier tokens": outlier_tokens,
     "peak": peak,
     "empty peak": empty_peak,
@@ -138,7 +149,7 @@ DISTRIBUTIONS: dict[str, Draw] = {
 
 
 def oracle(inputs: Arrays, block: int = 512) -> Arrays:
-    """Output and gradients in float64, a block of queries at a time against the keys before it."""
+    """Returns output and gradients in float64, a block of queries at a time."""
     query, key, value, grad = (numpy_to_torch(inputs[name]).double() for name in NAMES)
     leaves = [key.requires_grad_(), value.requires_grad_()]
     dk, dv = (torch.zeros_like(x) for x in leaves)
@@ -159,7 +170,7 @@ def oracle(inputs: Arrays, block: int = 512) -> Arrays:
 
 
 def with_jax(attention: Callable[..., jax.Array], inputs: Arrays) -> Arrays:
-    """Output and gradients of a causal attention, compiled."""
+    """Returns output and gradients of a causal attention, compiled."""
     results = map(np.asarray, _run_jax(attention, *(inputs[name] for name in NAMES)))
     return dict(zip(RESULTS, results, strict=True))
 
@@ -171,7 +182,7 @@ def _run_jax(attention: Callable[..., jax.Array], query: Any, key: Any, value: A
 
 
 def with_torch(inputs: Arrays) -> Arrays:
-    """Output and gradients of PyTorch's kernel: on a CPU it is fused, and adds in float32."""
+    """Returns those of PyTorch's kernel: on a CPU it is fused, and adds in float32."""
     leaves = [numpy_to_torch(inputs[name]).requires_grad_() for name in NAMES[:3]]
     q, k, v = (x.transpose(1, 2) for x in leaves)
     gqa = q.shape[1] != k.shape[1]
@@ -181,18 +192,18 @@ def with_torch(inputs: Arrays) -> Arrays:
 
 
 def exact(inputs: Arrays) -> Arrays:
-    """Output and gradients of `exact_attention`."""
+    """Returns output and gradients of `exact_attention`."""
     return with_jax(exact_attention, inputs)
 
 
 def jax_nn(inputs: Arrays) -> Arrays:
-    """Output and gradients of `jax.nn.dot_product_attention`."""
+    """Returns output and gradients of `jax.nn.dot_product_attention`."""
     return with_jax(jax.nn.dot_product_attention, inputs)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a distribution."""
+    """Errors of one method on one distribution: a row of the table."""
 
     run: Callable[[Arrays], Arrays]
     dtype: str
@@ -209,7 +220,7 @@ STOCK = ("jax float32", "torch float32")
 
 
 def errors(got: Arrays, expected: Arrays) -> Errors:
-    """By measure and result, relative to the largest magnitude that is expected."""
+    """Returns errors by measure and result, relative to the largest magnitude that is expected."""
     found: Errors = {measure: {} for measure in MEASURES}
     for name in RESULTS:
         difference = np.abs(got[name].astype(np.float64) - expected[name])
@@ -235,7 +246,7 @@ def measure(draw: Draw, case: Case, seed: int, step: Step = lambda _: None) -> d
 
 
 def ratios(rows: dict[str, Errors]) -> dict[str, Errors]:
-    """Of `exact` to the better and to the worse float32 kernel, and in bfloat16."""
+    """Ratios of the errors of exact attention to those of the better and worse float32 kernel."""
 
     def against(ours: str, theirs: tuple[str, ...], choose: Callable[..., float]) -> Errors:
         return {

@@ -1,4 +1,4 @@
-"""The default attention beside those of PyTorch, `jax.nn` and DeepSpeed, in seconds and in memory.
+"""Time and memory of the default attention, beside those of PyTorch, `jax.nn` and DeepSpeed.
 
     python examples/benchmark_attention.py kernels    # one device's kernel, by tokens
     python examples/benchmark_attention.py skipping   # what windows, documents and lengths save
@@ -71,7 +71,7 @@ from jax_seqpar.parity.cases import Case
 
 OURS, TORCH, JAX_NN = "blockwise", "torch flash", "jax.nn"
 KERNELS = {OURS: blockwise_attention, JAX_NN: jax.nn.dot_product_attention}
-BLOCK = 1024  # what the kernel takes if not told
+BLOCK = 512  # what the kernel takes if not told
 
 Heads = Annotated[int, typer.Option(min=1, help="Of query, key and value.")]
 HeadDim = Annotated[int, typer.Option(min=1, help="Channels of a head.")]
@@ -82,7 +82,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def peaks(what: str, case: Case) -> list[int | None]:
-    """By how much one call of either pass makes the resident memory grow; in a fresh process."""
+    """Bytes by which one call of either pass makes the resident memory of a fresh process grow."""
 
     def runs(case: Case) -> list[Run]:
         return flash_runs(case) if what == TORCH else runs_of(programs(KERNELS[what], case), case)
@@ -100,7 +100,7 @@ def kernels(
     repeats: Repeats = 5,
     json_file: Json = None,
 ) -> None:
-    """One device's kernel; aims: PyTorch's takes 1.0 times its time or more, `jax.nn`'s 4."""
+    """Times one device's kernel; aims: PyTorch's takes 1.0 times its time or more, `jax.nn`'s 4."""
     cases = [Case(1, n, heads, heads, head_dim) for n in tokens or [1024 << i for i in range(5)]]
     found, skipped = [], []
     names = (OURS, TORCH, JAX_NN)
@@ -149,7 +149,7 @@ def skipping(
     repeats: Repeats = 3,
     json_file: Json = None,
 ) -> None:
-    """What is not computed, against full causal attention; aim: a window of 1024 5 times faster."""
+    """Times masks that skip blocks; aim: a window of 1024 is 5 times faster than causal."""
     case = Case(1, tokens, heads, heads, head_dim)
     index = np.arange(tokens)
     even = index * documents // tokens
@@ -197,7 +197,7 @@ def pipeline(
     repeats: Repeats = 5,
     json_file: Json = None,
 ) -> None:
-    """The whole pipeline against DeepSpeed's on gloo; aim: that takes 1.3 times as long or more."""
+    """Times the whole pipeline and DeepSpeed's on gloo; aim: it takes 1.3 times ours or more."""
     jax.config.update("jax_num_cpu_devices", degree)
     ours, peer = f"jax_seqpar, {degree} devices", f"{PEER}, {degree} ranks"
     cases = [Case(batch, n, heads, heads, head_dim) for n in tokens or (4096, 8192)]
@@ -240,7 +240,7 @@ def memory_command(
     head_dim: HeadDim = 64,
     json_file: Json = None,
 ) -> None:
-    """Temporaries of the compiled programs, against a formula; aim: within 1.2 times."""
+    """Compares temporaries of the compiled programs with a formula; aim: within 1.2 times."""
     degrees, slices = degree or [1, 2, 4, 8], chunks or [1, 2, 4]
     jax.config.update("jax_num_cpu_devices", max(degrees))
     case = Case(batch, tokens, heads, heads, head_dim)
@@ -280,7 +280,7 @@ def memory_command(
 
 
 def kernel_bytes(case: Case, heads: int) -> list[float]:
-    """Forward and with gradients, of the kernel with some heads; see the top of this file."""
+    """Bytes of the kernel with some heads, forward and with gradients, by the formula above."""
     head = 4 * case.tokens * case.head_dim
     block = 4 * min(case.tokens, BLOCK) ** 2
     rows = 2 * 4 * case.batch * case.tokens * heads
@@ -289,7 +289,7 @@ def kernel_bytes(case: Case, heads: int) -> list[float]:
 
 
 def pipeline_bytes(case: Case, degree: int, chunks: int) -> list[float]:
-    """Forward and with gradients, of one of several devices; see the top of this file."""
+    """Bytes of one of several devices, forward and with gradients, by the formula above."""
     A = 4 * case.batch * case.tokens * case.heads * case.head_dim / degree
     heads = case.heads // degree // chunks
     forward, gradients = kernel_bytes(case, heads)
@@ -301,7 +301,7 @@ def pipeline_bytes(case: Case, degree: int, chunks: int) -> list[float]:
 
 
 def memory() -> int:
-    """Bytes that this machine has."""
+    """Bytes of memory that this machine has."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -44,7 +44,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def jax_runs(attention: Callable[..., Any], inputs: Arrays, dtype: Any = jnp.float32) -> list[Run]:
-    """Forward, and forward with gradients; compiled on the first call."""
+    """Returns forward, and forward with gradients, which are compiled on the first call."""
     *operands, grad = (jnp.asarray(x, dtype) for x in inputs.values())
     attend = partial(attention, is_causal=True)
 
@@ -61,7 +61,7 @@ def jax_runs(attention: Callable[..., Any], inputs: Arrays, dtype: Any = jnp.flo
 
 
 def torch_runs(attention: Callable[..., Any], inputs: Arrays, heads_first: bool) -> list[Run]:
-    """Forward without and with gradients, batch-first or heads first."""
+    """Returns PyTorch's forward without and with gradients, batch-first or heads first."""
     *leaves, grad = (numpy_to_torch(x) for x in inputs.values())
     if heads_first:
         *leaves, grad = (x.transpose(1, 2).contiguous() for x in (*leaves, grad))
@@ -76,7 +76,7 @@ def torch_runs(attention: Callable[..., Any], inputs: Arrays, heads_first: bool)
 
 
 def runs_of(tokens: int, heads: int, head_dim: int) -> dict[str, list[Run]]:
-    """By row of the table."""
+    """Returns what each row of the table runs, by its name."""
     case = Case(batch=1, tokens=tokens, heads=heads, kv_heads=heads, head_dim=head_dim)
     inputs = case.inputs()
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -94,7 +94,7 @@ def runs_of(tokens: int, heads: int, head_dim: int) -> dict[str, list[Run]]:
 
 
 def seconds(runs: dict[str, list[Run]], repeats: int) -> dict[str, list[float]]:
-    """Medians of forward and of forward with gradients; the rows take turns."""
+    """Median seconds of forward and of forward with gradients; the rows take turns."""
     times: dict[str, list[list[float]]] = {row: [[], []] for row in runs}
     for repeat in range(repeats + 1):
         for row, pair in runs.items():

@@ -1,4 +1,4 @@
-"""The kernels on one NVIDIA GPU, beside cuDNN as `jax.nn` calls it and PyTorch's flash attention.
+"""Times of the kernels on one NVIDIA GPU, beside `jax.nn`'s cuDNN and PyTorch's flash attention.
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false python examples/benchmark_gpu.py
     ... python examples/benchmark_gpu.py --tokens 8192 --json results.json
@@ -6,7 +6,8 @@
 Causal attention of one sequence, bfloat16 but where the row says otherwise, forward alone and
 forward with gradients. Medians of repeats that take turns, each of several calls; TFLOP/s counts
 the pairs that attend: 2 S^2 N H forward, 7 S^2 N H in all. `fused` is the kernel that
-`dot_product_attention` chooses; it should cost what cuDNN costs. Float32 products of a GPU have 10
+`dot_product_attention` chooses; it should cost what cuDNN costs. `triton` is what it chooses where
+cuDNN lacks what is asked. Float32 products of a GPU have 10
 bits unless `jax.default_matmul_precision` says otherwise; exact attention takes float64.
 """
 
@@ -22,13 +23,15 @@ import typer
 from benchmark_tools import PASSES, Run, planned, progress, save, show, take_turns, timer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jax_seqpar import blockwise_attention, exact_attention, fused_attention
+from jax_seqpar import Triton, blockwise_attention, exact_attention, fused_attention
 
 CUDNN = "jax.nn, cuDNN"
 # With the tokens beyond which a row takes seconds, and is left out.
 KERNELS: dict[str, tuple[Any, Any, float]] = {
     CUDNN: (partial(jax.nn.dot_product_attention, implementation="cudnn"), jnp.bfloat16, math.inf),
     "fused": (fused_attention, jnp.bfloat16, math.inf),
+    "triton": (Triton(), jnp.bfloat16, math.inf),
+    "triton, float32": (Triton(), jnp.float32, math.inf),
     "blockwise": (blockwise_attention, jnp.bfloat16, 1 << 14),
     "blockwise, float32": (blockwise_attention, jnp.float32, 1 << 14),
     "exact, float32": (exact_attention, jnp.float32, 1 << 12),
@@ -39,7 +42,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def jax_runs(attention: Any, dtype: Any, shape: tuple[int, ...], calls: int) -> Any:
-    """Forward, forward with gradients, and the bytes that each program plans."""
+    """Returns forward, forward with gradients, and the bytes that each program plans."""
     inputs = [
         jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 4)
     ]

@@ -60,7 +60,7 @@ class Ranks:
         self.executor.shutdown()
 
     def seconds(self, what: str) -> float:
-        """Of the slowest rank, for "forward" or "both"."""
+        """Seconds of the slowest rank, for "forward" or "both"."""
         self.store.set(f"ask {self.asked}", what)
         keys = [f"answer {self.asked} {rank}" for rank in range(self.degree)]
         self.asked += 1
@@ -71,13 +71,13 @@ class Ranks:
         return max(float(self.store.get(key)) for key in keys)
 
     def output(self) -> np.ndarray:
-        """The output that they computed, whole; it is the last that they are asked for."""
+        """The whole output that the ranks computed; nothing can be asked of them afterwards."""
         self.store.set(f"ask {self.asked}", "stop")
         return np.concatenate(self.answers.result(), axis=1)
 
 
 def rank_main(rank: int, case: Case, degree: int, port: int) -> np.ndarray:
-    """One rank: measures when asked, and returns its part of the output."""
+    """Measures one rank when asked, and returns its part of the output."""
     patience = datetime.timedelta(seconds=TIMEOUT)
     store = TCPStore("localhost", port, is_master=False, timeout=patience)
     attention = deepspeed_attention() if HAS_DEEPSPEED else DistributedAttention(sdpa)

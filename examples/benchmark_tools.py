@@ -32,7 +32,7 @@ console = Console()
 
 
 def programs(attention: Any, case: Case, sharding: Sharding | None = None) -> list[Any]:
-    """Forward, and forward with gradients, compiled."""
+    """Compiles forward, and forward with gradients."""
     sharding = sharding or SingleDeviceSharding(jax.devices("cpu")[0])
     shape = (case.batch, case.tokens, case.heads, case.head_dim)
     one = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
@@ -46,7 +46,7 @@ def programs(attention: Any, case: Case, sharding: Sharding | None = None) -> li
 
 
 def runs_of(compiled: list[Any], case: Case, sharding: Sharding | None = None) -> list[Run]:
-    """Of compiled programs, on inputs that are there already."""
+    """Returns calls of compiled programs on inputs that are on their devices already."""
     sharding = sharding or SingleDeviceSharding(jax.devices("cpu")[0])
     inputs = [jax.device_put(x, sharding) for x in case.inputs().values()]
     forward, both = compiled
@@ -63,7 +63,7 @@ def planned(program: Any) -> int:
 
 
 def timer(run: Run) -> Timer:
-    """A function that runs once, and returns its seconds."""
+    """Returns a function that runs once, and returns its seconds."""
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -109,7 +109,7 @@ def show(title: str, columns: dict[str, str], rows: list[Any], section: str | No
 
 
 def cell(row: Any, path: str) -> str:
-    """What lies at a path into a row, as text; bytes in MB."""
+    """Text of the number at a path into a row; bytes in MB."""
     for name in path.split("."):
         row = row[int(name)] if name.isdigit() else row[name]
     if row is None or isinstance(row, str):
@@ -131,6 +131,6 @@ def progress(total: int) -> Iterator[Step]:
 
 
 def save(path: Path | None, found: dict[str, Any]) -> None:
-    """As JSON, if there is a path."""
+    """Writes rows as JSON, if there is a path."""
     if path is not None:
         path.write_text(json.dumps(found, indent=2) + "\n")

@@ -93,7 +93,7 @@ def measure_jax(degrees: list[int], case: Case, repeats: int, step: Step) -> lis
 
 
 def _warm_jax_row(row: Row, case: Case) -> tuple[Any, Any, list[jax.Array]]:
-    """Its compiled forward and forward+backward programs and their inputs; fills in the memory."""
+    """Compiles a row's forward and backward, with their inputs, and fills in its memory."""
     devices = jax.devices("cpu")[: row.degree]
     if row.what in ONE_DEVICE:
         sharding = SingleDeviceSharding(devices[0])

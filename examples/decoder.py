@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jax_seqpar import MeshLayout
-from jax_seqpar.flax import Attention, Projection, Rotary, gather, parameter
+from jax_seqpar import Mask, MeshLayout, Ulysses
+from jax_seqpar.flax import Attention, ParameterOptions, Projection, Rotary, gather, parameter
 from jax_seqpar.layout import MeshAxes
+from jax_seqpar.strategies import Strategy
 from jax_seqpar.training import Batch, cross_entropy, map_tiles, tiled_cross_entropy
 
 Sharding = Mapping[str, MeshAxes]
@@ -51,7 +52,7 @@ class Placement:
     """Where a decoder runs: how tokens and parameters lie on a mesh, and which attention.
 
     Args:
-      layout, kernel: as for `jax_seqpar.dot_product_attention`; the mesh is that of
+      layout, kernel, strategy: as for `jax_seqpar.dot_product_attention`; the mesh is that of
         `jax.set_mesh`.
       sharding: of the parameters, mesh axes by letter; None leaves them whole.
       tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole.
@@ -61,10 +62,16 @@ class Placement:
 
     layout: MeshLayout = MeshLayout()
     kernel: Callable[..., Array] | None = None
+    strategy: Strategy = Ulysses()
     sharding: Sharding | None = None
     tiles: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
+
+    @property
+    def parameters(self) -> ParameterOptions:
+        """The sharding of the parameters of attention and MLP, and the dtype to compute in."""
+        return ParameterOptions(sharding=self.sharding, dtype=self.dtype)
 
 
 class MLP(nnx.Module):
@@ -72,7 +79,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Config, place: Placement, rngs: nnx.Rngs) -> None:
         sizes = {"D": config.features, "F": config.hidden}
-        options = {"sharding": place.sharding, "layout": place.layout, "dtype": place.dtype}
+        options: dict[str, Any] = {"layout": place.layout, "parameters": place.parameters}
         self.gate = Projection("BSD,DF->BSF", sizes, **options, rngs=rngs)
         self.up = Projection("BSD,DF->BSF", sizes, **options, rngs=rngs)
         self.down = Projection("BSF,FD->BSD", sizes, **options, rngs=rngs)
@@ -92,7 +99,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each on the normed sum of all that came before."""
+    """One layer: attention and MLP, each on the normed sum of all that came before."""
 
     def __init__(self, config: Config, place: Placement, rngs: nnx.Rngs) -> None:
         self.attention_norm = _norm(config, place, rngs)
@@ -102,12 +109,12 @@ class Block(nnx.Module):
             num_kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             rotary=Rotary(config.theta),
-            qk_norm=config.qk_norm,
-            local_window_size=config.local_window_size,
+            qk_norm=1e-6 if config.qk_norm else None,
+            mask=Mask(is_causal=True, local_window_size=config.local_window_size),
             kernel=place.kernel,
+            strategy=place.strategy,
             layout=place.layout,
-            sharding=place.sharding,
-            dtype=place.dtype,
+            parameters=place.parameters,
             rngs=rngs,
         )
         self.mlp_norm = _norm(config, place, rngs)
@@ -125,7 +132,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens to logits."""
+    """A decoder: tokens to logits."""
 
     def __init__(self, config: Config, place: Placement = Placement(), *, rngs: nnx.Rngs) -> None:
         def table() -> nnx.Param[Array]:

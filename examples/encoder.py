@@ -65,7 +65,7 @@ MAPPING = (
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each added to what came before, and normed after."""
+    """One layer: attention and MLP, each added to what came before, and normed after."""
 
     def __init__(self, config: Config, attention_fn: Callable[..., Array], rngs: nnx.Rngs) -> None:
         self.attention = nnx.MultiHeadAttention(
@@ -91,7 +91,7 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Tokens to hidden states."""
+    """An encoder: tokens to hidden states."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ def _norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def _recording(attention: nnx.MultiHeadAttention, record: Record) -> nnx.MultiHeadAttention:
-    """The same layer; what it attends with only its attention_fn sees."""
+    """A copy of the layer that records what goes into and comes out of its `attention_fn`."""
     attend = attention.attention_fn
 
     def recorded(query: Array, key: Array, value: Array, **options: Any) -> Array:

@@ -1,4 +1,4 @@
-"""Two models, each in PyTorch and in Flax: how they are run, and which parameter is which.
+"""Two models, each in PyTorch and in Flax: how to run them, and which parameter is which.
 
 A decoder with grouped queries, Llama with random weights, and a pretrained encoder on real text
 with padding. PyTorch's models are those of `transformers`; Flax's are sequence-parallel.
@@ -223,7 +223,7 @@ def with_bug(port: Port, bug: Bug) -> Port:
             if isinstance(module, Attention) and module.rotary and bug is Bug.ROTARY:
                 module.rotary = replace(module.rotary, interleaved=True)
             elif isinstance(module, Attention):
-                module.options = module.options | {"is_causal": False}
+                module.mask = replace(module.mask, is_causal=False)
             elif isinstance(module, nnx.MultiHeadAttention):
                 module.attention_fn = partial(_without_mask, module.attention_fn)
         return model
@@ -232,7 +232,7 @@ def with_bug(port: Port, bug: Bug) -> Port:
 
 
 def _misread(line: Line) -> Line:
-    """`[N, H]` of query, key and value read as `[H, N]`."""
+    """Maps `[N, H]` of query, key and value as if it were `[H, N]`."""
     if not isinstance(line, Map) or line.pattern is None:
         return line
     return replace(line, pattern=re.sub(r"^\(([NK]) H\)", r"(H \1)", line.pattern))

@@ -9,7 +9,6 @@ devices; on GPUs and TPUs it is the same command. On several processes start it 
 `--coordinator HOST:PORT --processes N --process I`. Needs the extra "training".
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -17,8 +16,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -28,18 +27,29 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import typer
+from checkpoints import checkpoints_in, record_of, resumed
 from decoder import FSDP, Config, Decoder, Placement
 from flax import nnx
 from jax._src import distributed
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jax_seqpar import MeshLayout, blockwise_attention, exact_attention
-from jax_seqpar.training import TokenLayout, digest_arrays, pack_documents
+from jax_seqpar import (
+    AllGatherKV,
+    Contiguous,
+    MeshLayout,
+    Ring,
+    Striped,
+    Ulysses,
+    Zigzag,
+    blockwise_attention,
+    exact_attention,
+)
+from jax_seqpar.training import TokenLayout, pack_documents
 
 ATTENTION = {"auto": None, "blockwise": blockwise_attention, "exact": exact_attention}
-LAYOUT = MeshLayout(batch="data", tokens="seq")
+STRATEGY = {"ulysses": Ulysses(), "ring": Ring(), "all-gather": AllGatherKV()}
+ORDER = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped()}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 OnStep = Callable[[int, float], None]
@@ -56,6 +66,8 @@ class Run:
     steps: int = 100
     learning_rate: float = 1e-3
     attention: str = "auto"
+    strategy: str = "ulysses"
+    order: str = "contiguous"
     fsdp: bool = False
     tiles: int = 1
     seed: int = 0
@@ -95,7 +107,7 @@ def read(files: Sequence[Path], tokens: int, limit: int = 8 << 20) -> Text:
 def train(
     run: Run, text: Text, config: Config, folder: Path | None = None, on_step: OnStep | None = None
 ) -> list[float]:
-    """The loss of each step.
+    """Trains, and returns the loss of each step.
 
     Args:
       folder: of checkpoints, absolute; what is there is resumed, at whatever degree it was written.
@@ -104,7 +116,14 @@ def train(
     devices = jax.devices()[: run.degree * run.data]
     mesh = jax.make_mesh((run.data, run.degree), ("data", "seq"), devices=devices)
     sharding = FSDP if run.fsdp else {}  # letters without an axis stay whole
-    place = Placement(LAYOUT, ATTENTION[run.attention], sharding=sharding, tiles=run.tiles)
+    layout = MeshLayout(batch="data", tokens="seq", order=ORDER[run.order])
+    place = Placement(
+        layout,
+        ATTENTION[run.attention],
+        strategy=STRATEGY[run.strategy],
+        sharding=sharding,
+        tiles=run.tiles,
+    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.linear_schedule(run.learning_rate / 10, run.learning_rate, 10)),
@@ -112,7 +131,7 @@ def train(
     with jax.set_mesh(mesh):
         graph, state = _initial(config, place, optimizer, mesh, run.seed)
         decides = _decides(run, text, config)
-        state, losses = _resumed(folder, state, decides)
+        state, losses = resumed(folder, state, decides)
         if len(losses) > run.steps:
             raise ValueError(
                 f"{folder} holds a training of {len(losses)} steps, and {run.steps} were asked "
@@ -126,11 +145,11 @@ def train(
             updates, moments = optimizer.update(grads, moments, params)
             return (optax.apply_updates(params, updates), moments), loss
 
-        layout = TokenLayout(mesh, LAYOUT)
-        with _checkpoints(folder, run.save_every) as checkpoints:
+        on_mesh = TokenLayout(layout.on(mesh))
+        with checkpoints_in(folder, run.save_every) as checkpoints:
             for step in range(len(losses), run.steps):
                 rows, segments = text.batch(run, step)
-                state, loss = update(state, layout.shard(rows, segment_ids=segments))
+                state, loss = update(state, on_mesh.shard(rows, segment_ids=segments))
                 losses.append(float(loss))
                 if on_step:
                     on_step(step, losses[-1])
@@ -138,117 +157,14 @@ def train(
                 if checkpoints is not None and (last or checkpoints.should_save(step)):
                     items = {
                         "state": ocp.args.StandardSave(state),
-                        "losses": ocp.args.JsonSave(_record(losses, decides, state)),
+                        "losses": ocp.args.JsonSave(record_of(losses, decides, state)),
                     }
                     checkpoints.save(step, args=ocp.args.Composite(**items), force=last)
     return losses
 
 
-def _resumed(folder: Path | None, state: Any, of: dict[str, Any]) -> tuple[Any, list[float]]:
-    """State and losses of the newest whole checkpoint, sharded as `state`; `state` without one.
-
-    Newer checkpoints that are damaged are moved aside, so that their steps can be saved again.
-
-    Raises:
-      ValueError: checkpoints of another training, or of which none is whole.
-    """
-    if folder is None or not folder.exists():
-        return state, []
-    damaged: dict[int, str] = {}
-    with _reader(folder) as reader:
-        for step in sorted(reader.all_steps(), reverse=True):
-            try:
-                found = _restored(reader, step, state, of)
-            except DamagedError as error:
-                damaged[step] = str(error)
-                continue
-            _move_aside(folder, damaged, f"Resuming after step {step}")
-            return found
-    if damaged:
-        raise ValueError(
-            f"No checkpoint in {folder} is whole: "
-            + "; ".join(f"step {step} is damaged ({cause})" for step, cause in damaged.items())
-            + ". Give another folder to start anew."
-        )
-    return state, []
-
-
-class DamagedError(Exception):
-    """A checkpoint that cannot be read, or that differs from what was saved."""
-
-
-def _restored(
-    reader: ocp.CheckpointManager, step: int, state: Any, of: dict[str, Any]
-) -> tuple[Any, list[float]]:
-    # Before the state, whose shapes another model does not have.
-    record = _read(reader, step, losses=ocp.args.JsonRestore())
-    _agree(_record_problem(record, step))
-    if record["of"] != of:
-        raise ValueError(
-            f"{reader.directory} holds a training of {record['of']}, not of {of}. "
-            f"Give another folder."
-        )
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    state = _read(reader, step, state=ocp.args.StandardRestore(shapes))
-    digests = digest_arrays(state)
-    if differing := [path for path, x in record["digests"].items() if digests.get(path) != x]:
-        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        raise DamagedError(f"other bits than were saved in array {differing[0]}{more}")
-    return state, record["losses"]
-
-
-def _read(reader: ocp.CheckpointManager, step: int, **item: Any) -> Any:
-    """One item of a checkpoint."""
-    (name,) = item
-    found, problem = None, None
-    # Files that are damaged raise whatever they meet in Orbax, TensorStore and JSON.
-    try:
-        found = reader.restore(step, args=ocp.args.Composite(**item))[name]
-    except Exception as error:
-        reason = (str(error).strip() or "no reason").splitlines()[0]
-        problem = f"{name} cannot be read, {type(error).__name__}: {reason[:200]}"
-    _agree(problem)
-    return found
-
-
-def _agree(problem: str | None) -> None:
-    """Raises DamagedError on every process if any of them has a problem."""
-    if multihost_utils.process_allgather(np.array(problem is not None)).any():
-        raise DamagedError(problem or "another process could not read it")
-
-
-def _record(losses: list[float], of: dict[str, Any], state: Any) -> dict[str, Any]:
-    """What stands beside the state, with digests of the state and of itself."""
-    record = {"losses": losses[:], "of": of, "digests": digest_arrays(state)}
-    return record | {"digest": _digest(record)}
-
-
-def _record_problem(record: Any, step: int) -> str | None:
-    if not isinstance(record, dict) or "digest" not in record:
-        return "its losses have no digest"
-    if record["digest"] != _digest({k: x for k, x in record.items() if k != "digest"}):
-        return "losses other than were saved"
-    if len(record["losses"]) != step + 1:
-        return f"it holds {len(record['losses'])} losses, so it is of another step"
-    return None
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _move_aside(folder: Path, damaged: dict[int, str], then: str) -> None:
-    if jax.process_index() == 0:
-        for step, cause in damaged.items():
-            aside = folder / f"damaged-{step}-{time.time_ns()}"
-            (folder / str(step)).rename(aside)
-            print(f"Step {step} is damaged ({cause}), moved to {aside}. {then}.", file=sys.stderr)
-    # Before any process lists the folder again.
-    multihost_utils.sync_global_devices("damaged checkpoints are moved aside")
-
-
 def _decides(run: Run, text: Text, config: Config) -> dict[str, Any]:
-    """What the losses depend on, so that a resumed run has one curve; not how it is spread."""
+    """The options that the losses depend on, which a resumed run must share; not its mesh."""
     names = ("tokens", "batch", "learning_rate", "seed")
     crc = zlib.crc32(text.segments.tobytes(), zlib.crc32(text.rows.tobytes()))
     return {name: getattr(run, name) for name in names} | {"config": str(config), "text": crc}
@@ -276,28 +192,8 @@ def _initial(
     return graph, (params, jax.jit(optimizer.init)(params))
 
 
-def _reader(folder: Path) -> ocp.CheckpointManager:
-    """Reads without waiting for other processes, as a file may be damaged for one of them only."""
-    process = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=process, active_processes={process}, barrier_sync_key_prefix=str(process)
-    )
-    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
-    return ocp.CheckpointManager(folder, options=options)
-
-
-@contextmanager
-def _checkpoints(folder: Path | None, every: int) -> Iterator[Any]:
-    if folder is None:
-        yield None
-        return
-    options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=2)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        yield manager
-
-
 def plot(curves: dict[str, list[float]], file: Path) -> None:
-    """Losses by step, as a PNG."""
+    """Draws losses by step, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -377,6 +273,8 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 100,
     learning_rate: float = 1e-3,
     attention: Annotated[str, typer.Option(help=", ".join(ATTENTION))] = "auto",
+    strategy: Annotated[str, typer.Option(help=", ".join(STRATEGY))] = "ulysses",
+    order: Annotated[str, typer.Option(help="Of the tokens: " + ", ".join(ORDER))] = "contiguous",
     fsdp: Annotated[bool, typer.Option(help="Share the parameters, too.")] = False,
     tiles: Annotated[int, typer.Option(min=1, help="In MLP and loss, to save memory.")] = 1,
     layers: Annotated[int, typer.Option(min=1)] = 4,
@@ -387,8 +285,17 @@ def main(
     process: int = 0,
 ) -> None:
     """Trains a decoder on bytes; resumes what the folder holds."""
-    if attention not in ATTENTION:
-        raise typer.BadParameter(f"attention must be one of {', '.join(ATTENTION)}.")
+    for name, chosen, known in (
+        ("attention", attention, ATTENTION),
+        ("strategy", strategy, STRATEGY),
+        ("order", order, ORDER),
+    ):
+        if chosen not in known:
+            raise typer.BadParameter(f"{name} must be one of {', '.join(known)}, got {chosen!r}.")
+    if (processes > 1 or process) and coordinator is None:
+        raise typer.BadParameter("several processes need --coordinator HOST:PORT of process 0.")
+    if not 0 <= process < processes:
+        raise typer.BadParameter(f"--process is from 0 to {processes - 1}, got {process}.")
     with suppress(RuntimeError):  # JAX runs already, with the devices it has
         # Of the CPU only, if that is all there is.
         jax.config.update("jax_num_cpu_devices", -(-degree * data // processes))
@@ -401,7 +308,19 @@ def main(
             f"degree {degree} x data {data} needs {degree * data} devices, here are "
             f"{len(jax.devices())}."
         )
-    run = Run(degree, data, tokens, batch, steps, learning_rate, attention, fsdp, tiles)
+    run = Run(
+        degree,
+        data,
+        tokens,
+        batch,
+        steps,
+        learning_rate,
+        attention=attention,
+        strategy=strategy,
+        order=order,
+        fsdp=fsdp,
+        tiles=tiles,
+    )
     config = Config(features=features, hidden=4 * features, layers=layers)
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
     fields = (TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),)

@@ -41,7 +41,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Model(StrEnum):
-    """What is ported."""
+    """The model that is ported."""
 
     LLAMA = "llama"
     ENCODER = "encoder"
@@ -83,7 +83,7 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options:
 
 
 def run_torch(port: Port, kernel: Kernel = sdpa, *, dtype: torch.dtype = torch.float32) -> Run:
-    """PyTorch's model, with an attention of `[B, S, N, H]`."""
+    """Runs PyTorch's model, with an attention of `[B, S, N, H]`."""
     seen: dict[str, torch.Tensor] = {}
 
     def record(name: str, x: torch.Tensor) -> None:
@@ -108,7 +108,7 @@ def run_torch(port: Port, kernel: Kernel = sdpa, *, dtype: torch.dtype = torch.f
 
 
 def _numbers(x: torch.Tensor) -> np.ndarray:
-    """NumPy has no bfloat16: 16 bits as float32."""
+    """Turns a tensor into a NumPy array; 16 bits as float32, as NumPy has no bfloat16."""
     return (x.float() if x.dtype.itemsize == 2 else x).detach().numpy()
 
 
@@ -145,7 +145,7 @@ def _record_attention(model: Any, kernel: Kernel, record: Callable[..., None]) -
 
 
 def run_flax(port: Port, mesh: Mesh) -> Run:
-    """Flax's model with PyTorch's parameters, in one program."""
+    """Runs Flax's model with PyTorch's parameters, in one program."""
     graph, empty = nnx.split(nnx.eval_shape(port.flax_model), nnx.Param)
     with jax.set_mesh(mesh):
         params = bridge.from_torch(
@@ -174,7 +174,7 @@ def run_flax(port: Port, mesh: Mesh) -> Run:
 
 
 def exact_layers(port: Port, run: Run, mesh: Mesh) -> compare.BitsReport:
-    """The bits of every attention and of its gradients, each framework with its own exact kernel.
+    """Compares every attention and its gradients, each framework with its own exact kernel.
 
     Args:
       port: what ran.
@@ -241,10 +241,13 @@ def main(
 
 
 def _compare(console: Console, kind: str, truth: Arrays, expected: Arrays, got: Arrays) -> Any:
-    """Prints how far the two are apart; what parts first, None if nothing does."""
+    """Prints how far the two are apart, and returns what parts first, None if nothing does."""
     errors = {name: relative_error(expected[name], truth[name]) for name in truth}
     # A gradient that is 0 is nothing but rounding: a key's bias moves all logits of a query alike.
     told = [name for name, error in errors.items() if error < 1]
+    if rest := [name for name in errors if name not in told]:
+        names = ", ".join(rest)
+        console.print(f"Nothing but rounding, so not compared: {names}", markup=False)
     # A right port errs no more than twice as much as PyTorch, so they are three errors apart.
     rtol = 3 * max(errors[name] for name in told)
     a, b = ({name: run[name] for name in told} for run in (expected, got))

@@ -9,7 +9,7 @@ prints it.
 import types as _types
 
 from .attention import dot_product_attention as dot_product_attention
-from .compiler import compiler_options as compiler_options
+from .compiler_options import compiler_options as compiler_options
 from .exact import Exact as Exact
 from .exact import exact_attention as exact_attention
 from .kernels import Blockwise as Blockwise
@@ -17,6 +17,7 @@ from .kernels import Dense as Dense
 from .kernels import FunctionKernel as FunctionKernel
 from .kernels import Fused as Fused
 from .kernels import KernelChoice as KernelChoice
+from .kernels import Triton as Triton
 from .kernels import blockwise_attention as blockwise_attention
 from .kernels import choose_kernel as choose_kernel
 from .kernels import dense_attention as dense_attention
@@ -28,7 +29,13 @@ from .mask import Mask as Mask
 from .mask import head_keys as head_keys
 from .mask.padding import Padded as Padded
 from .mask.padding import pad_to_degree as pad_to_degree
+from .order import Contiguous as Contiguous
+from .order import Striped as Striped
+from .order import TokenOrder as TokenOrder
+from .order import Zigzag as Zigzag
 from .strategies import AllGatherKV as AllGatherKV
+from .strategies import Hybrid as Hybrid
+from .strategies import Ring as Ring
 from .strategies import Ulysses as Ulysses
 from .strategies import heads_to_sequence as heads_to_sequence
 from .strategies import sequence_to_heads as sequence_to_heads
@@ -38,6 +45,6 @@ __version__ = "0.1.0"
 
 
 def __dir__() -> list[str]:
-    """The public names; the rooms, such as `jax_seqpar.training`, are imported by their own."""
+    """The public names; packages such as `jax_seqpar.training` are imported by their own."""
     names = [name for name, x in globals().items() if not isinstance(x, _types.ModuleType)]
     return ["__version__", *(name for name in names if not name.startswith("_"))]

@@ -1,4 +1,4 @@
-"""Checks that several rooms share: arrays, axes, flags.
+"""Checks that several folders share: arrays, axes, flags.
 
 An error names the array, the size, the axis, and what to write instead.
 """
@@ -155,3 +155,43 @@ def got(query: Shape, key: Shape, value: Shape) -> str:
 def divisors(n: int) -> list[int]:
     """Every number that divides n."""
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def check_count(name: str, n: Any) -> None:
+    """Raises ValueError unless the number is a positive integer."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"{name} must be a positive integer, got {n!r}. Write {name}=1 or more.")
+
+
+def check_int32(name: str, x: np.ndarray) -> None:
+    """Raises ValueError unless every number fits into 32 bits."""
+    if x.size and (x.max() > 2**31 - 1 or x.min() < -(2**31)):
+        raise ValueError(
+            f"{name} must be integers of 32 bits, got {x.min()} to {x.max()}. Number them "
+            f"anew, for example by np.unique(..., return_inverse=True)."
+        )
+
+
+def check_not_masked(name: str, x: Any) -> None:
+    """Raises ValueError for a masked array, whose mask would be lost."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} is a masked array, and its mask would be lost. Write {name}.filled(0), and "
+            f"give what is masked as segment 0."
+        )
+
+
+def as_numbers(name: str, x: Any) -> np.ndarray:
+    """NumPy's array of x.
+
+    Raises:
+      ValueError: for a masked array, whose mask would be lost, and rows of different lengths.
+    """
+    check_not_masked(name, x)
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is no array: {error}. Give rows of one length, such as those that "
+            f"jax_seqpar.training.pack_documents makes."
+        ) from None

@@ -6,29 +6,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from ._checks import axis_size
-from .compiled import compiled_with
-from .kernels import Blockwise, Kernel, as_kernel
-from .kernels.choice import choose
+from .kernels import Kernel
+from .kernels.choice import kernel_of_call
 from .kernels.kernel import check_residual
 from .layout import (
     MeshLayout,
     axes_size,
-    check_division,
     check_is_layout,
-    check_mesh,
-    check_sharding,
     names,
 )
 from .mask import Spec, accumulated, keyword_form
-from .mask.keywords import checked, flat
-from .mask.nouns import Axes
-from .mesh import AnyMesh, check_devices, check_is_mesh, devices_of, find_mesh, reshard
+from .mask.array_fields import Axes
+from .mask.keywords import canonical, to_flat
+from .mesh import (
+    AnyMesh,
+    check_is_mesh,
+    mesh_of_operands,
+    platform_of,
+    set_explicit_sharding,
+)
+from .order import Contiguous, TokenOrder
+from .program_cache import compiled_with
 from .strategies import Strategy, Ulysses
 from .strategies.strategy import check_strategy
+from .varying_axes import varying_axes
 
 
 @keyword_form
@@ -56,29 +61,30 @@ def dot_product_attention(
     dropout needs `head_keys`. Inside a `jax.shard_map` over other axes only, it runs forward: JAX
     cannot differentiate nested ones.
 
+    Of the arrays in mask, logits and dropout, those with a head axis are sharded like the heads, so
+    each device gets its part; those of tokens, and what is small, every device gets whole.
+
     Args:
       query, key, value: of one floating dtype; K divides N. Sharded as `layout` says; on a mesh
         with Explicit axes they are resharded where their type says otherwise. The degree divides T
         and S (`pad_to_degree` sees to it), the heads need not be divisible.
-      bias, mask, ... dropout: as in `jax_seqpar.mask.Attention`. Arrays with a head axis are
-        sharded like the heads, so each device gets its part; those of tokens, and what is small,
-        every device gets whole.
-      kernel: the attention of one device: `Blockwise()`, `Fused()`, `Exact()`, `Dense()` with their
-        options, or a function of query, key and value, which is given the keywords of `jax.nn`
-        above that differ from their defaults. If None, that of `choose_kernel` for the platform of
-        the mesh: the platform's own where it supports what is asked, else blockwise. A function is
-        traced under `jax.jit`, also in an eager call, whose program is kept as long as the function
-        and is used again for equal `functools.partial`s; so it must be pure.
-      strategy: how the devices of the token axis share the work: `Ulysses(head_chunks=, overlap=)`
-        or `AllGatherKV()`.
-      layout: the mesh axes of tokens, batch and heads, and the mesh where it is not that of
+      kernel: of one device: `Blockwise()`, `Fused()`, `Triton()`, `Exact()`, `Dense()` with their
+        options, or a function of query, key and value, which is given the keywords of
+        `jax.nn` above that differ from their defaults. If None, that of `choose_kernel` for the
+        platform of the mesh: the platform's own where it supports what is asked, else blockwise. A
+        function is traced under `jax.jit`, also in an eager call, whose program is kept as long as
+        the function and is used again for equal `functools.partial`s; so it must be pure.
+      strategy: how the devices of the token axis share the work: `Ulysses(head_chunks=, overlap=)`,
+        `AllGatherKV()`, `Ring()`, or `Hybrid(outer, inner)` over two mesh axes.
+      layout: the mesh axes of tokens, batch and heads, the order of the tokens, in which every
+        array with a token axis lies, and the mesh where it is not that of
         `jax.set_mesh` or of the query.
         With Explicit axes the cotangent of an eager `jax.vjp` may be sharded or not; one made under
         `jax.set_mesh` has a sharding in its type, which must be that of the output. The eager
         gradient of a loss such as `out.sum()` needs `jax.set_mesh`, as that of any sharded array's
         sum does in JAX 0.10.2.
       return_residual: also return the log of the sum of exp of the logits, `[B, T, N]`, sharded as
-        the output; of `Dense` and `Blockwise`.
+        the output; of `Dense`, `Blockwise` and `Triton`.
 
     Returns:
       The attention output, of the query's dtype, sharded as `layout` says; with `return_residual` a
@@ -93,58 +99,47 @@ def dot_product_attention(
       out = dot_product_attention(q, k, v, is_causal=True, layout=layout)
     """
     check_strategy(strategy)
-    context = jax.sharding.get_abstract_mesh()
-    manual = context.manual_axes
     check_is_layout(layout)
-    is_here = bool(set(names(layout.tokens)) & set(manual))
-    degree = axis_size(layout.tokens) if is_here else 1
-    spec = checked(spec, query, key, value, degree=degree)
-    check_is_mesh(layout.mesh, context if manual else None)
-    mesh = context if manual else find_mesh(layout.mesh, query)
-    if is_here:
-        return _attend_here(query, key, value, spec, kernel, strategy, layout, return_residual)
-    check_mesh(layout, mesh.shape, manual)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if set(names(layout.tokens)) & set(manual):
+        return _attend_per_device(
+            query, key, value, spec, kernel, strategy, layout, return_residual
+        )
+    spec = canonical(spec, query, key, value)
+    mesh = mesh_of_operands(layout, {"query": query, "key": key, "value": value}, to_flat(spec))
     if layout.tokens is None and strategy != type(strategy)():
         raise ValueError(
             f"{strategy!r} has no reshard to work on: {layout!r} shards no tokens. Leave it out, "
             f"or name the mesh axis in MeshLayout(tokens=)."
         )
-    operands = {"query": query, "key": key, "value": value}
-    for name, x in operands.items():
-        check_sharding(name, jax.typeof(x).sharding.spec, layout)
-    check_devices(operands | flat(spec), devices_of(mesh))
-    check_division(query.shape, key.shape, layout, mesh.shape)
-    kernel = _kernel_of(kernel, query, key, value, spec, strategy, layout, mesh)
-    check_residual(kernel, value, return_residual)
-    arrange = _Arrangement(
-        layout,
-        mesh,
-        # None given means all; to name them all forbids a vmap over one more sharded axis.
-        frozenset(mesh.axis_names) - set(manual) if manual else frozenset(),
-        strategy,
-        return_residual,
+    whole = layout.tokens is None or strategy.sees_all_tokens
+    whole = whole and not return_residual  # which no kernel of a platform gives
+    kernel = kernel_of_call(
+        kernel,
+        query,
+        key,
+        value,
+        spec,
+        platform=platform_of(mesh),
+        whole=whole,
+        runs=layout.tokens is None or _gives_runs(strategy, layout),
+        # Inside a jax.shard_map over other axes types say what varies over those.
+        check_vma=bool(manual) and bool(varying_axes((query, key, value, spec))),
     )
-    return compiled_with(kernel, _attend, arrange)(query, key, value, spec)
+    check_residual(kernel, value, return_residual)
+    # None given means all; to name them all forbids a vmap over one more sharded axis.
+    axis_names = frozenset(mesh.axis_names) - set(manual) if manual else frozenset()
+    division = _Division(layout, mesh, axis_names, strategy, return_residual)
+    return compiled_with(kernel, _attend, division)(query, key, value, spec)
 
 
-def _kernel_of(
-    kernel: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    spec: Spec,
-    strategy: Strategy,
-    layout: MeshLayout,
-    mesh: AnyMesh,
-) -> Kernel:
-    if kernel is not None:
-        return as_kernel(kernel)
-    # Fused kernels count their queries from 0, so they cannot be given a part of them.
-    is_whole = layout.tokens is None or strategy.heads_axes(layout.tokens) != ()
-    return choose(query, key, value, spec, _platform(mesh)).kernel if is_whole else Blockwise()
+def _gives_runs(strategy: Strategy, layout: MeshLayout) -> bool:
+    """Whether a kernel is given all keys in their order, and a run of queries."""
+    in_order = strategy.sees_all_tokens or layout.order == Contiguous()
+    return strategy.sees_all_keys and in_order
 
 
-def _attend_here(
+def _attend_per_device(
     query: Array,
     key: Array,
     value: Array,
@@ -156,28 +151,45 @@ def _attend_here(
 ) -> Any:
     """Attention inside the caller's `jax.shard_map`, of the arrays of one device."""
     assert layout.tokens is not None
+    mesh = jax.sharding.get_abstract_mesh()
+    degree = axis_size(layout.tokens)
+    spec = canonical(spec, query, key, value, degree=degree)
+    check_is_mesh(layout.mesh, mesh)
     if layout.batch is not None or layout.heads is not None:
         raise ValueError(
             f"{layout!r} names axes of batch or heads inside a jax.shard_map, where arrays are "
             f"per-device. Write MeshLayout(tokens={layout.tokens!r}) here."
         )
-    degree = axis_size(layout.tokens)
+    for name, x in (("query", query), ("key", key)):
+        layout.order.check(name, x.shape[1] * degree, degree)
     q, k, v = (
         jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * degree, *x.shape[2:]), x.dtype)
         for x in (query, key, value)
     )
-    mesh = jax.sharding.get_abstract_mesh()
-    kernel = _kernel_of(kernel, q, k, v, spec, strategy, layout, mesh)
+    whole = strategy.sees_all_tokens and not return_residual
+    kernel = kernel_of_call(
+        kernel,
+        q,
+        k,
+        v,
+        spec,
+        platform=platform_of(mesh),
+        whole=whole,
+        runs=_gives_runs(strategy, layout),
+        check_vma=bool(varying_axes((query, key, value, spec))),
+    )
     check_residual(kernel, value, return_residual)
+    spec = spec.map(partial(_in_sequence, order=layout.order, degree=degree))
+    asked = {"axis_name": layout.tokens, "order": layout.order}
     out, residual = strategy(
-        kernel, query, key, value, spec, axis_name=layout.tokens, return_residual=return_residual
+        kernel, query, key, value, spec, **asked, return_residual=return_residual
     )
     return (out, residual.lse) if return_residual and residual is not None else out
 
 
 @dataclass(frozen=True)
-class _Arrangement:
-    """How the work is divided: hashable, part of the compiled program."""
+class _Division:
+    """How the work of one call is divided: hashable, part of the compiled program."""
 
     layout: MeshLayout
     mesh: AnyMesh
@@ -185,99 +197,102 @@ class _Arrangement:
     strategy: Strategy
     return_residual: bool
 
+    @property
+    def degree(self) -> int:
+        return axes_size(self.layout.tokens, self.mesh.shape)
+
+    @property
+    def tensor_parallel(self) -> int:
+        return axes_size(self.layout.heads, self.mesh.shape)
+
+    @property
+    def out_specs(self) -> Any:
+        """PartitionSpec of the output, and of the log of the sums where they are returned."""
+        spec = self.layout.spec
+        return (spec, PartitionSpec(*spec[:3])) if self.return_residual else spec
+
+    def shard_map(self, per_device: Any, in_specs: Any, *, check_vma: bool) -> Any:
+        return jax.shard_map(
+            per_device,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=self.out_specs,
+            axis_names=set(self.axis_names),
+            check_vma=check_vma and self.layout.check_vma,
+        )
+
 
 def _attend(
-    kernel: Kernel,
-    arrange: _Arrangement,
-    query: Array,
-    key: Array,
-    value: Array,
-    spec: Spec,
+    kernel: Kernel, division: _Division, query: Array, key: Array, value: Array, spec: Spec
 ) -> Any:
     """The attention that all checks have passed."""
-    layout, mesh = arrange.layout, arrange.mesh
+    layout, mesh, strategy = division.layout, division.mesh, division.strategy
     shape = (*query.shape[:3], value.shape[3])
-    out_specs: Any = layout.spec
-    if arrange.return_residual:
-        out_specs = (layout.spec, PartitionSpec(*layout.spec[:3]))
-    if 0 in shape:  # JAX 0.10.2 cannot compile the gradient of some kernels without elements
-        sizes = (axes_size(axes, mesh.shape) for axes in layout.spec)
-        local = tuple(n // size for n, size in zip(shape, sizes, strict=True))
-
-        def nothing() -> Any:
-            out = jnp.zeros(local, query.dtype)
-            lse = jnp.full(local[:3], -jnp.inf, accumulated(query.dtype))
-            return (out, lse) if arrange.return_residual else out
-
-        # In a shard_map, as under jax.jit an array made outside of one has no mesh.
-        return jax.shard_map(
-            nothing,
-            mesh=mesh,
-            in_specs=(),
-            out_specs=out_specs,
-            axis_names=set(arrange.axis_names),
-        )()
-    degree, tensor_parallel = (axes_size(x, mesh.shape) for x in (layout.tokens, layout.heads))
-    N, K = query.shape[2] // tensor_parallel, max(key.shape[2] // tensor_parallel, 1)
-    strategy = arrange.strategy
+    if 0 in shape:
+        return _attend_to_nothing(division, shape, query.dtype)
+    N = query.shape[2] // division.tensor_parallel
+    K = max(key.shape[2] // division.tensor_parallel, 1)
     if layout.tokens is not None:
-        spec = strategy.pad_heads(spec, N, K, degree, kernel)
+        axes = {name: mesh.shape[name] for name in names(layout.tokens)}
+        spec = strategy.pad_heads(spec, N, K, axes, kernel)
     # Fewer KV heads than tensor-parallel shards: they stay whole, and each shard takes its one.
-    whole_kv = key.shape[2] % tensor_parallel != 0
-    kv_partition = replace(layout, heads=None).spec if whole_kv else layout.spec
+    whole_kv = key.shape[2] % division.tensor_parallel != 0
+    local = kernel
+    if whole_kv:
+        local = kernel.sharing(((names(layout.heads), division.tensor_parallel // key.shape[2]),))
 
     def per_device(query: Array, key: Array, value: Array, spec: Spec) -> Any:
-        local = kernel
+        # Here, where every device has all the tokens of these arrays: outside, on Explicit axes,
+        # JAX does not permute what is sharded by its type.
+        if layout.tokens is not None:
+            spec = spec.map(partial(_in_sequence, order=layout.order, degree=division.degree))
         if whole_kv:
-            shared = ((names(layout.heads), tensor_parallel // key.shape[2]),)
-            if layout.tokens is not None:
-                shared += ((layout.tokens, strategy.kv_replicas(N, K, degree, kernel)),)
-            local = local.sharing(shared)
-            key, value = (_own_head(x, layout, tensor_parallel) for x in (key, value))
+            key, value = (_own_head(x, layout, division.tensor_parallel) for x in (key, value))
         if layout.tokens is None:
             out, residual = local.attend(query, key, value, spec)
         else:
-            out, residual = strategy(
-                local,
-                query,
-                key,
-                value,
-                spec,
-                axis_name=layout.tokens,
-                return_residual=arrange.return_residual,
-            )
-        return (out, residual.lse) if arrange.return_residual and residual else out
+            asked = {"axis_name": layout.tokens, "order": layout.order}
+            rows = division.return_residual
+            out, residual = strategy(local, query, key, value, spec, **asked, return_residual=rows)
+        return (out, residual.lse) if division.return_residual and residual else out
 
-    partitions = (
-        layout.spec,
-        kv_partition,
-        kv_partition,
-        spec.map(partial(_partition_of, layout=layout, strategy=strategy)),
-    )
+    of_kv = replace(layout, heads=None).spec if whole_kv else layout.spec
+    of_spec = spec.map(partial(_partition_of, layout=layout, strategy=strategy))
+    in_specs = (layout.spec, of_kv, of_kv, of_spec)
     operands = (query, key, value, spec)
-    operands = jax.tree.map(partial(reshard, mesh=mesh), operands, partitions)
-    return jax.shard_map(
-        per_device,
-        mesh=mesh,
-        in_specs=partitions,
-        out_specs=out_specs,
-        axis_names=set(arrange.axis_names),
-        check_vma=kernel.check_vma and layout.check_vma,
-    )(*operands)
+    operands = jax.tree.map(partial(set_explicit_sharding, mesh=mesh), operands, in_specs)
+    return division.shard_map(per_device, in_specs, check_vma=kernel.check_vma)(*operands)
 
 
-def _platform(mesh: AnyMesh) -> str | None:
-    """Platform of the mesh's devices; None where an abstract mesh does not tell, or another one."""
-    # Under jax.set_mesh the mesh is abstract, and has one device that stands for all.
-    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
-    platform = getattr(device, "platform", None)
-    return platform if platform in ("tpu", "gpu", "cpu") else None
+def _attend_to_nothing(division: _Division, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The output of an attention of which some axis is empty.
+
+    No kernel is called: JAX 0.10.2 cannot compile the gradient of some of them without elements.
+    """
+    sizes = (axes_size(axes, division.mesh.shape) for axes in division.layout.spec)
+    local = tuple(n // size for n, size in zip(shape, sizes, strict=True))
+
+    def per_device() -> Any:
+        out = jnp.zeros(local, dtype)
+        lse = jnp.full(local[:3], -jnp.inf, accumulated(dtype))
+        return (out, lse) if division.return_residual else out
+
+    # In a shard_map, as under jax.jit an array made outside of one has no mesh.
+    return division.shard_map(per_device, (), check_vma=True)()
 
 
 def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:
     """The one KV head that this tensor-parallel shard's query heads read."""
     head = jax.lax.axis_index(names(layout.heads)) * x.shape[2] // tensor_parallel
     return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
+
+
+def _in_sequence(x: Array, axes: Axes, *, order: TokenOrder, degree: int) -> Array:
+    """An array whose tokens lie in the layout's order, with its tokens in that of the sequence."""
+    for axis, name in enumerate(axes):
+        if name in ("queries", "keys"):
+            x = order.unshuffle(x, axis, degree)
+    return x
 
 
 def _partition_of(x: Array, axes: Axes, *, layout: MeshLayout, strategy: Strategy) -> PartitionSpec:

@@ -1,6 +1,7 @@
 """The `seqpar` command."""
 
 import json
+import math
 import os
 import platform
 import signal
@@ -24,7 +25,7 @@ except ImportError as error:
 from . import __version__
 from ._extras import require_torch
 from .bridge.ranks import RankError
-from .mask.keywords import spec_of_flat
+from .mask.keywords import from_flat
 from .parity.cases import DTYPES, OPTIONAL, Case
 from .parity.certify import certificate_table, certificates
 from .parity.plan import Kernels, inputs_by_label, plan, understood
@@ -90,7 +91,7 @@ def parity(
         float | None, typer.Option(help="Logits become cap * tanh(logits / cap).")
     ] = None,
     query_offset: Annotated[int, typer.Option(help="Position of the first query.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the generated inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the generated inputs.")] = 0,
     input: Annotated[
         list[Path] | None,
         typer.Option(
@@ -113,6 +114,12 @@ def parity(
     """
     require_torch()
     asked = {name: x for name, x in locals().items() if x is not None}
+    about = {
+        "seed": seed,
+        "options": json.loads(json.dumps(asked, default=str)),
+        "versions": _versions(),
+        "platform": platform.platform(),
+    }
     sizes: dict[str, Any] = dict(
         batch=batch, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim
     )
@@ -123,8 +130,12 @@ def parity(
         if input and given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"--input has its own sizes and dtype. Leave out {options}.")
+        if not 0 < timeout < math.inf:
+            raise ValueError(
+                f"--timeout must be a positive number of seconds, got {timeout}. Write 300."
+            )
         _refuse_places(json_file, save_failing)
-        rules = spec_of_flat(
+        spec = from_flat(
             {
                 "scale": scale,
                 "is_causal": causal,
@@ -134,16 +145,17 @@ def parity(
             }
         )
         named = inputs_by_label(Case(**given), input or [], seed, kernel)
-        plans = {
-            d: plan(d, named, rules, kernel, seed) for d in sorted(set(degree or (1, 2, 4, 8)))
-        }
+        plans = {d: plan(d, named, spec, kernel, seed) for d in sorted(set(degree or (1, 2, 4, 8)))}
         jax.config.update("jax_num_cpu_devices", max(plans))
+        if json_file is not None:
+            # Of a run before, or of one that does not get to its end, nobody is to read "passed".
+            _write_json(json_file, {"passed": False, "error": "the run did not end", **about})
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
 
     console, errors = _stdout(), Console(stderr=True)
     for label, inputs in (named if input else {"generated": named["grouped"]}).items():
-        for line in understood(label, inputs, rules, kernel):
+        for line in understood(label, inputs, spec, kernel):
             style = "bold yellow" if line.startswith("WARNING") else None
             _say(console, line, style=style)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -174,15 +186,8 @@ def parity(
         _say(console, f"Inputs and outputs of what failed are in {save_failing}")
     _say(console, summary(results), style="bold green" if passed else "bold red")
     if json_file is not None:
-        payload = {
-            "passed": passed,
-            "seed": seed,
-            "options": json.loads(json.dumps(asked, default=str)),
-            "versions": _versions(),
-            "platform": platform.platform(),
-            "results": [result.to_json() for result in results],
-        }
-        json_file.write_text(json.dumps(payload, indent=2) + "\n")
+        found = [result.to_json() for result in results]
+        _write_json(json_file, {"passed": passed, **about, "results": found})
     if not passed:
         raise typer.Exit(1)
 
@@ -289,6 +294,10 @@ def _refuse_places(json_file: Path | None, save_failing: Path | None) -> None:
                 f"--save-failing {save_failing}: {place} is a file, not a folder. Write the name "
                 f"of a folder."
             )
+
+
+def _write_json(file: Path, payload: dict[str, Any]) -> None:
+    file.write_text(json.dumps(payload, indent=2) + "\n")
 
 
 def _versions() -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ._checks import Shape
+from .order import Contiguous, TokenOrder, check_order
 
 AxisName = str | tuple[str, ...]
 MeshAxes = AxisName | None
@@ -29,15 +30,17 @@ class MeshLayout:
       tokens: axis or axes of the sequence-parallel group; its size is the degree.
       batch: axis or axes of data parallelism.
       heads: axis or axes of tensor parallelism.
+      order: which tokens each device of that group holds; the arrays lie in this order.
       mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one that the arrays are
         sharded over.
       check_vma: of `jax.shard_map`: whether JAX checks how arrays vary over the mesh. It cannot
-        under `jax.vmap(spmd_axis_name=)` (JAX 0.10.2).
+        under `jax.vmap(spmd_axis_name=)`, for which the axes should be Auto (JAX 0.10.2).
     """
 
     tokens: MeshAxes = "seq"
     batch: MeshAxes = None
     heads: MeshAxes = None
+    order: TokenOrder = Contiguous()
     mesh: Mesh | AbstractMesh | None = None
     check_vma: bool = True
 
@@ -47,6 +50,7 @@ class MeshLayout:
             if not (mesh_axes is None or isinstance(mesh_axes, str)):
                 # A list would make the layout unhashable.
                 object.__setattr__(self, field, tuple(mesh_axes))
+        check_order(self.order)
 
     @property
     def spec(self) -> PartitionSpec:
@@ -70,6 +74,8 @@ class MeshLayout:
     def __repr__(self) -> str:
         axes = {"tokens": self.tokens, "batch": self.batch, "heads": self.heads}
         given = [f"{name}={x!r}" for name, x in axes.items() if name == "tokens" or x is not None]
+        if self.order != Contiguous():
+            given.append(f"order={self.order!r}")
         return f"MeshLayout({', '.join(given)})"
 
     def __str__(self) -> str:
@@ -145,6 +151,9 @@ def check_division(
     divide("query", "batch B", B, "batch", layout.batch, "Pad to {} and cut the output.")
     divide("query", "tokens T", T, "tokens", layout.tokens, pad)
     divide("key", "tokens S", S, "tokens", layout.tokens, pad)
+    for name, tokens in (("query", T), ("key", S)):
+        if layout.tokens is not None:
+            layout.order.check(name, tokens, degree)
     divide("query", "heads N", N, "heads", layout.heads, "Use a mesh axis whose size divides it.")
     tensor_parallel = axes_size(layout.heads, mesh_shape)
     if K % tensor_parallel and tensor_parallel % K:

@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from .layout import names
+from .layout import MeshLayout, check_division, check_mesh, check_sharding, names
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -35,6 +35,38 @@ def find_mesh(mesh: AnyMesh | None, x: Any = None) -> AnyMesh:
     )
 
 
+def mesh_of_operands(
+    layout: MeshLayout, operands: Mapping[str, Any], arrays: Mapping[str, Any]
+) -> AnyMesh:
+    """The mesh that global arrays are attended on, as `find_mesh` finds it.
+
+    Args:
+      operands: query, key and value by name.
+      arrays: the other arrays of the attention.
+
+    Raises:
+      ValueError: for a layout or arrays that do not fit the mesh, or one another.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    manual = context.manual_axes
+    check_is_mesh(layout.mesh, context if manual else None)
+    mesh = context if manual else find_mesh(layout.mesh, operands["query"])
+    check_devices({**operands, **arrays}, devices_of(mesh))
+    check_mesh(layout, mesh.shape, manual)
+    for name, x in operands.items():
+        check_sharding(name, jax.typeof(x).sharding.spec, layout)
+    check_division(operands["query"].shape, operands["key"].shape, layout, mesh.shape)
+    return mesh
+
+
+def platform_of(mesh: AnyMesh) -> str | None:
+    """Platform of the mesh's devices; None where an abstract mesh does not tell, or another one."""
+    # Under jax.set_mesh the mesh is abstract, and has one device that stands for all.
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    platform = getattr(device, "platform", None)
+    return platform if platform in ("tpu", "gpu", "cpu") else None
+
+
 def devices_of(mesh: AnyMesh) -> set[Any] | None:
     """The devices of a mesh; None under `jax.jit`, where the devices of an array do not matter."""
     try:
@@ -46,7 +78,7 @@ def devices_of(mesh: AnyMesh) -> set[Any] | None:
     return set(concrete.devices.flat) if concrete.abstract_mesh == mesh else None
 
 
-def reshard(x: Array, spec: PartitionSpec, *, mesh: AnyMesh) -> Array:
+def set_explicit_sharding(x: Array, spec: PartitionSpec, *, mesh: AnyMesh) -> Array:
     """Gives x its sharding in the Explicit axes; `jax.shard_map` does so for Auto ones."""
     kept = _of_kind(spec, mesh, AxisType.Explicit)
     return x if kept is None else jax.sharding.reshard(x, kept)
@@ -57,7 +89,7 @@ def place(x: Array, spec: PartitionSpec, *, mesh: AnyMesh) -> Array:
     if not isinstance(x, Tracer):
         return jax.device_put(x, NamedSharding(mesh, spec) if isinstance(mesh, Mesh) else spec)
     kept = _of_kind(spec, mesh, AxisType.Auto)
-    x = reshard(x, spec, mesh=mesh)
+    x = set_explicit_sharding(x, spec, mesh=mesh)
     return x if kept is None else jax.lax.with_sharding_constraint(x, kept)
 
 

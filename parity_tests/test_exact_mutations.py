@@ -1,11 +1,15 @@
 """The comparisons of exact attention see what they are for: each mutation is caught."""
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from cases import ONE_AXIS, is_array
 from exact_cases import (
     CROSS,
@@ -14,56 +18,153 @@ from exact_cases import (
     NAMES,
     Cross,
     jax_exact,
+    many_keys,
     torch_exact,
 )
-from flat import nouns
+from flat_names import keywords_of
+from one_exponent import digits_of_one_exponent, token_of_one_exponent
 from questions import output_and_gradients
 
 import torch_ref.exact
-from jax_seqpar import dot_product_attention, exact_attention
+from jax_seqpar import AllGatherKV, Exact, Ulysses, dot_product_attention, exact_attention
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.exact import arithmetic, backward, forward, problem
+from jax_seqpar.exact import arithmetic, attention, backward, blocks, forward, problem
 from jax_seqpar.exact.kv_replicas import SharedHeads
 from jax_seqpar.mask import Dropout, threefry
-from jax_seqpar.parity.cases import Case, adversarial
+from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
+from jax_seqpar.parity.cases import Arrays, Case, adversarial
 from jax_seqpar.strategies import ulysses
+from torch_ref import exact_arithmetic, exact_head
 from torch_ref.dropout import gain, is_kept
 from torch_ref.masks import places
 
-pytestmark = pytest.mark.usefixtures("less_optimised")
+pytestmark = pytest.mark.usefixtures("less_optimised", "one_torch_thread")
 
 CASE = Case(batch=1, tokens=29, heads=4, kv_heads=2, head_dim=16)
 SHARED = Case(batch=1, tokens=16, heads=8, kv_heads=2, head_dim=6)
 FEW = {"dropout_rate": 0.3, "dropout_rng": KEY, "sinks": CROSS.sinks()}
+# Blocks of the gradients: several, and the last one smaller.
+BLOCK = 8
+
+
+@contextmanager
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (arithmetic, exact_arithmetic):
+            patch.setattr(module, "BLOCK", BLOCK)
+        yield
+
+
+def check_equal(ours, expected):
+    report = compare_bits(ours, expected)
+    assert report.equal, str(report)
+
+
+def cancelling():
+    """Two keys that outweigh the others, with opposite values: what is left shows every bit.
+
+    Of a weight, that is: rounded far below the largest weights, here not so far below the sum.
+    """
+    inputs = CASE.inputs()
+    query, key, value, _ = inputs.values()
+    query[:] = np.abs(query)
+    key[:, 3] = key[:, 2] = 5
+    value[:, 3] = -value[:, 2]
+    return inputs
+
+
+def nearly_orthogonal():
+    """Queries and keys whose products nearly cancel, and norms just below a power of two."""
+    rng = np.random.default_rng(0)
+    inputs = CASE.inputs()
+    for name, large in (("query", (4095, 90)), ("key", (90, -4095))):
+        inputs[name] = (rng.standard_normal(inputs[name].shape) * 2.0**-3).astype(np.float32)
+        inputs[name][..., :2] = large
+    return inputs
+
+
+def in_bfloat16():
+    return {name: x.astype(jnp.bfloat16) for name, x in CASE.inputs().items()}
 
 
 def alone():
-    """One device, blocks that overlap, numbers of every magnitude."""
-    for inputs in (CASE.inputs(), adversarial(CASE.inputs())):
-        ours = jax_exact(inputs, is_causal=True, query_chunk=3, key_chunk=5)
-        report = compare_bits(ours, torch_exact(inputs, is_causal=True))
-        assert report.equal, str(report)
+    """One device, chunks and blocks that overlap, numbers of every magnitude."""
+    with small_blocks():
+        for inputs in (CASE.inputs(), adversarial(CASE.inputs()), cancelling()):
+            ours = jax_exact(inputs, is_causal=True, query_chunk=3, key_chunk=5)
+            check_equal(ours, torch_exact(inputs, is_causal=True))
 
 
-def on_devices_that_share_heads():
+def output(inputs: Arrays, attend: Callable[..., Any] = exact_attention) -> Arrays:
+    """By JAX, without gradients, which take longer to compile."""
+    operands = [jnp.asarray(inputs[name]) for name in INPUT_NAMES[:3]]
+    return {"forward": np.asarray(jax.jit(attend)(*operands))}
+
+
+def of_output(results):
+    return {"forward": results["forward"]}
+
+
+def output_alone():
+    """As `alone`."""
+    attend = jax.jit(partial(Exact(query_chunk=3, key_chunk=5), is_causal=True))
+    for inputs in (CASE.inputs(), adversarial(CASE.inputs()), cancelling()):
+        expected = torch_exact(inputs, is_causal=True)
+        check_equal(output(inputs, attend), of_output(expected))
+
+
+def output_of_nearly_orthogonal_rows():
+    inputs = nearly_orthogonal()
+    ours = output(inputs, partial(exact_attention, **keywords_of(scale=1.0)))
+    check_equal(ours, of_output(torch_exact(inputs, scale=1.0)))
+
+
+def output_of_many_keys():
+    check_equal(output(many_keys()), of_output(torch_exact(many_keys())))
+
+
+def all_in_bfloat16():
+    check_equal(jax_exact(in_bfloat16()), torch_exact(in_bfloat16()))
+
+
+def subnormal_keys():
+    inputs = CASE.inputs()
+    inputs["query"] *= np.float32(2.0**124)
+    inputs["key"] *= np.float32(2.0**-130)
+    check_equal(output(inputs), of_output(torch_exact(inputs)))
+
+
+def on_devices(strategy, where):
     inputs = SHARED.inputs()
     attend = partial(
         dot_product_attention,
         kernel=exact_attention,
-        layout=ONE_AXIS[8].on(),
+        layout=where.on(),
+        strategy=strategy,
         is_causal=True,
     )
-    ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
-    report = compare_bits(ours, torch_exact(inputs, is_causal=True))
-    assert report.equal, str(report)
+    with small_blocks():
+        ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
+        check_equal(ours, torch_exact(inputs, is_causal=True))
+
+
+def on_devices_that_share_heads():
+    on_devices(Ulysses(), ONE_AXIS[8])
+
+
+def on_devices_that_share_blocks():
+    """Each holds some of the queries of a block."""
+    on_devices(AllGatherKV(), ONE_AXIS[4])
 
 
 def with_dropout_and_sinks():
-    """Blocks that overlap."""
+    """Chunks that overlap."""
     inputs = CROSS.inputs()
-    ours = jax_exact(inputs, **FEW, query_chunk=3, key_chunk=5)
-    report = compare_bits(ours, torch_exact(inputs, **FEW))
-    assert report.equal, str(report)
+    attend = partial(
+        Exact(query_chunk=3, key_chunk=5),
+        **keywords_of(**{n: jnp.asarray(x) if is_array(x) else x for n, x in FEW.items()}),
+    )
+    check_equal(output(inputs, attend), of_output(torch_exact(inputs, **FEW)))
 
 
 def with_dropout_and_sinks_on_devices():
@@ -75,30 +176,45 @@ def with_dropout_and_sinks_on_devices():
         dot_product_attention,
         kernel=exact_attention,
         layout=ONE_AXIS[4].on(),
-        **nouns(**arrays),
+        **keywords_of(**arrays),
     )
     inputs = case.inputs()
-    ours = dict(zip(NAMES, output_and_gradients(attend)(**inputs), strict=True))
-    report = compare_bits(ours, torch_exact(inputs, **options))
-    assert report.equal, str(report)
+    check_equal(output(inputs, attend), of_output(torch_exact(inputs, **options)))
 
 
-def float32_product(equation, a, b):
-    """The same product of float64 integers, added in float32."""
-    product = jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))
-    return product.astype(jnp.float64)
+def float32_dots(keys, queries):
+    """The same products of float64 integers, added in float32."""
+    product = jnp.einsum("sh,hdt->dst", keys.astype(jnp.float32), queries.astype(jnp.float32))
+    return product.astype(jnp.float64).sum(0)
 
 
-def subnormal_keys():
-    inputs = CASE.inputs()
-    inputs["query"] *= np.float32(2.0**124)
-    inputs["key"] *= np.float32(2.0**-130)
-    report = compare_bits(jax_exact(inputs), torch_exact(inputs))
-    assert report.equal, str(report)
+def float32_halves(sums):
+    return arithmetic.halves(sums.astype(jnp.float32).astype(jnp.float64))
 
 
 def single_exp(x):
     return jnp.where(x < -80, jnp.float32(0), jnp.exp(x))
+
+
+def norm_without_reserve(x):
+    e = arithmetic.exponent(x, -1)
+    magnitudes = jnp.ceil(jnp.abs(x) * arithmetic.power_of_two(12 - e))
+    squares = jnp.sum(magnitudes * magnitudes, axis=-1, keepdims=True)
+    return e - 12 + (arithmetic.exponent(squares, -1) + 1) // 2
+
+
+def count_of_one_block(low, high, step, carry):
+    """t of the last block of keys, and all else of every block."""
+    return problem.for_range(high - 1 if step.__name__ == "count" else low, high, step, carry)
+
+
+def gradients_of_rounded_output(*operands, true=backward.gradients):
+    *others, out, rows, grad = operands
+    return true(*others, out.astype(jnp.bfloat16).astype(jnp.float32), rows, grad)
+
+
+def without_sinks(problem, top, true=forward._with_sink):
+    return true(problem, top)[0], jnp.zeros_like(top, jnp.float64)
 
 
 def keys_of_the_first_device(x, axes, *, axis_name, true=ulysses._own_heads, **plan):
@@ -106,60 +222,78 @@ def keys_of_the_first_device(x, axes, *, axis_name, true=ulysses._own_heads, **p
     return jax.lax.all_gather(own, axis_name)[0] if x.dtype == jnp.uint32 else own
 
 
+# A question, and what to put in place of what.
 MUTATIONS = {
-    "dot products in float32": (
-        alone,
-        problem,
-        "dots",
-        lambda q, k: float32_product("DGTH,SH->DGTS", q, k).sum(0),
-    ),
-    "sums over tokens in float32": (
-        alone,
+    "dot products in float32": (output_alone, problem, "dots", float32_dots),
+    "sums over tokens in float32": (output_alone, forward, "halves", float32_halves),
+    "sums above 2^53 in one float64": (
+        output_of_many_keys,
         forward,
-        "token_sums",
-        lambda equation, a, b, dtype: float32_product(equation, a, b).astype(dtype),
+        "halves",
+        lambda x: jnp.stack([x * 2.0**-20, jnp.zeros_like(x)]),
     ),
-    "sums for the keys in float32": (
-        alone,
-        backward,
-        "token_sums",
-        lambda equation, a, b, dtype: float32_product(equation, a, b).astype(dtype),
+    "exp in float32": (output_alone, forward, "exp", single_exp),
+    "a norm without its reserve": (
+        output_of_nearly_orthogonal_rows,
+        arithmetic,
+        "norm",
+        norm_without_reserve,
     ),
-    "exp in float32": (alone, problem, "exp", single_exp),
-    # In PyTorch: XLA:CPU itself reads a subnormal as 0.
-    "subnormals kept": (subnormal_keys, torch_ref.exact, "flush", lambda x: x.double()),
-    "tokens of two blocks counted twice": (
-        alone,
+    "one exponent for all values": (
+        output_alone,
         forward,
-        "mask_overlap",
-        lambda x, fresh, axis: x,
+        "token_digits",
+        digits_of_one_exponent,
     ),
-    "queries of two blocks counted twice": (
-        alone,
-        backward,
-        "mask_overlap",
-        lambda x, fresh, axis: x,
-    ),
-    "weights not normalised": (
-        alone,
-        backward,
-        "normalised",
-        lambda p, normaliser: p.astype(jnp.float64),
-    ),
+    "weights of 29 bits": (output_alone, arithmetic, "ROW_BITS", 0),
+    "weights of one more bit": (output_alone, arithmetic, "ROW_BITS", 50),
+    "t of one block of keys": (output_alone, forward, "for_range", count_of_one_block),
     "a last bit of the logits": (
-        alone,
+        output_alone,
         problem,
         "round32",
         lambda x: (arithmetic.flush(x) * (1 + 2.0**-25)).astype(jnp.float32),
     ),
-    "one more bit in a grid": (alone, forward, "TOKEN_BITS", 31),
+    "a value of NaN that leaves the logits": (
+        output_alone,
+        attention,
+        "key_operand",
+        lambda key, value: arithmetic.right_on_grid(arithmetic.flush(key)),
+    ),
+    # In PyTorch: XLA:CPU itself reads a subnormal as 0.
+    "subnormals kept": (subnormal_keys, exact_head, "flush", lambda x: x.double()),
+    "slices in float32": (
+        alone,
+        backward,
+        "slices",
+        lambda *x, axis: arithmetic.slices(*x, axis=axis).astype(jnp.float32).astype(jnp.float64),
+    ),
+    "one slice": (
+        alone,
+        backward,
+        "slices",
+        lambda *x, axis: arithmetic.slices(*x, axis=axis) * jnp.array([1.0, 0]).reshape(2, 1, 1),
+    ),
+    "one exponent for all tokens of the gradients": (
+        alone,
+        blocks,
+        "token_digits",
+        digits_of_one_exponent,
+    ),
+    "tokens of two blocks counted twice": (alone, backward, "in_both", lambda keys, queries: None),
+    "D of the rounded output": (
+        all_in_bfloat16,
+        attention,
+        "gradients",
+        gradients_of_rounded_output,
+    ),
     "heads that do not know of one another": (
         on_devices_that_share_heads,
         SharedHeads,
         "sum",
         lambda self, x: x,
     ),
-    "exponents of each device's own": (
+    "anchors of each device's own": (
         on_devices_that_share_heads,
         SharedHeads,
         "max",
@@ -171,12 +305,13 @@ MUTATIONS = {
         "is_first",
         lambda self: jnp.bool_(True),
     ),
-    "sinks left out of the gradients": (
-        with_dropout_and_sinks,
-        backward,
-        "sink_weight",
-        lambda problem, top: 0.0,
+    "units of each device's own": (
+        on_devices_that_share_blocks,
+        Exact,
+        "sharing",
+        lambda self, axes, queries_over=None, true=Exact.sharing: true(self, axes),
     ),
+    "sinks left out of L": (with_dropout_and_sinks, forward, "_with_sink", without_sinks),
     "dropout by the tokens of a block": (
         with_dropout_and_sinks,
         Dropout,
@@ -195,49 +330,12 @@ MUTATIONS = {
         with_dropout_and_sinks_on_devices,
         ulysses,
         "_with_added_heads",
-        lambda x, axes, *, plan, heads: jnp.pad(
+        lambda x, axes, *, plan, heads, **_: jnp.pad(
             x, [(0, plan.query_heads - heads if n == heads else 0) for n in x.shape]
         ),
     ),
 }
-
-
-def without(**changes):
-    """PyTorch's backward pass for a head of other rows or options."""
-    true = torch_ref.exact._weights_of_sums
-
-    def mutant(head, do, o, options):
-        rows = {name: x for name, x in changes.items() if name in head.rows._fields}
-        rest = {name: x for name, x in changes.items() if name not in rows}
-        head = head._replace(rows=head.rows._replace(**rows))
-        return true(head, do, o, options._replace(**rest))
-
-    return mutant
-
-
-# An entry of CROSS_OPTIONS, and what to put in place of what in `torch_ref.exact`.
-TORCH_MUTATIONS = {
-    "sinks left out of the gradients": ("sinks", "_weights_of_sums", without(sink=None)),
-    "dropout left out of the gradients": ("dropout", "_weights_of_sums", without(rng=None)),
-    "gradients of dropout not scaled": ("dropout", "_weights_of_sums", without(rate=0.0)),
-    "dropout scaled twice": ("dropout", "gain", lambda rate: gain(rate) ** 2),
-    "dropout of keys by queries": (
-        "dropout",
-        "is_kept",
-        lambda keys, rate, t, s: is_kept(keys, rate, s, t),
-    ),
-    "slopes on both sides": ("slopes", "distance", lambda t, s: t - s),
-    "slopes for any distance": (
-        "slopes, positions far apart",
-        "distance",
-        lambda t, s: (t - s).abs(),
-    ),
-    "slopes by number": (
-        "slopes, positions",
-        "places",
-        lambda T, S, offset, positions, device: places(T, S, 0, None, device),
-    ),
-}
+QUESTIONS = dict.fromkeys(question for question, *_ in MUTATIONS.values())
 
 
 @pytest.fixture
@@ -255,26 +353,139 @@ def test_a_mutation_is_caught(monkeypatch, question, owner, name, mutant):
         question()
 
 
-@pytest.mark.parametrize(
-    ("options", "name", "mutant"), TORCH_MUTATIONS.values(), ids=TORCH_MUTATIONS
-)
-def test_a_mutation_of_pytorch_is_caught(monkeypatch, options, name, mutant):
-    """In the bits that `test_exact_oracle` compares with those of JAX and of the integers."""
-    expected = torch_exact(CROSS.inputs(), **CROSS_OPTIONS[options])
-    monkeypatch.setattr(torch_ref.exact, name, mutant)
-    assert not compare_bits(torch_exact(CROSS.inputs(), **CROSS_OPTIONS[options]), expected).equal
-
-
-QUESTIONS = (
-    alone,
-    subnormal_keys,
-    on_devices_that_share_heads,
-    with_dropout_and_sinks,
-    with_dropout_and_sinks_on_devices,
-)
-
-
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_nothing_is_caught_without_one(question):
     question()
     assert np.unique(CASE.inputs()["query"]).size > 1000
+
+
+def without(**changes):
+    """The backward pass for a head of other rows or options."""
+    true = exact_head._weights_of_sums
+
+    def mutant(head, do, o, options):
+        rows = {name: x for name, x in changes.items() if name in head.rows._fields}
+        rest = {name: x for name, x in changes.items() if name not in rows}
+        head = head._replace(rows=head.rows._replace(**rows))
+        return true(head, do, o, options._replace(**rest))
+
+    return mutant
+
+
+def torch_norm_without_reserve(x):
+    e = exact_arithmetic.exponent(x, dim=-1)
+    t = torch.ceil(x.abs() * exact_arithmetic.power(12 - e)).square().sum(dim=-1, keepdim=True)
+    return e - 12 + torch.ceil(exact_arithmetic.exponent(t, dim=-1) / 2)
+
+
+def weights_without_dropped(head, options, true=exact_head._weights):
+    weights = true(head, options)
+    total = exact_head._sum_of_weights(exact_head._where_kept(weights.kept, weights.p))
+    return weights._replace(r=torch.where(total == 0, 0.0, 2.0**41 / total.double()))
+
+
+def blocks_over_heads(head):
+    for start in range(0, len(head.rows.q), exact_arithmetic.BLOCK):
+        yield slice(start, start + exact_arithmetic.BLOCK)
+
+
+def slices_in_float32(R, anchor, true=exact_arithmetic._slices):
+    return tuple(x.float().double() for x in true(R, anchor))
+
+
+def one_slice(R, anchor, true=exact_arithmetic._slices):
+    first, second = true(R, anchor)
+    return first, torch.zeros_like(second)
+
+
+def sum_in_one_float64(a, b):
+    total = torch.zeros(len(a), b.shape[1], dtype=torch.float64)
+    for x, y in zip(a.split(256, dim=1), b.split(256, dim=0), strict=True):
+        total += x @ y
+    return total
+
+
+def cross(name):
+    return CROSS.inputs, CROSS_OPTIONS[name]
+
+
+PLAIN = (CASE.inputs, {"is_causal": True})
+# Inputs with options, and what to put in place of what in PyTorch's.
+TORCH_MUTATIONS = {
+    "one exponent for all tokens": (*PLAIN, exact_arithmetic, "token", token_of_one_exponent),
+    "a norm without its reserve": (
+        *(nearly_orthogonal, {"scale": 1.0}),
+        *(exact_arithmetic, "norm", torch_norm_without_reserve),
+    ),
+    "weights of 29 bits": (cancelling, {}, exact_arithmetic, "ROW_BITS", 0),
+    "weights of one more bit": (cancelling, {}, exact_arithmetic, "ROW_BITS", 38),
+    "sums over tokens in float32": (
+        *PLAIN,
+        *(exact_arithmetic, "_integer_product"),
+        lambda a, b: (a.float() @ b.float()).double(),
+    ),
+    "sums above 2^53 in one float64": (
+        *(many_keys, {}),
+        *(exact_arithmetic, "_integer_product", sum_in_one_float64),
+    ),
+    "exp in float32": (
+        *PLAIN,
+        *(exact_head, "exp"),
+        lambda x: torch.where(x < -80, 0.0, torch.exp(x.float()).double()),
+    ),
+    "slices in float32": (*PLAIN, exact_arithmetic, "_slices", slices_in_float32),
+    "one slice": (*PLAIN, exact_arithmetic, "_slices", one_slice),
+    "blocks that straddle heads": (*PLAIN, exact_head, "_blocks_of_queries", blocks_over_heads),
+    "one block": (*PLAIN, exact_arithmetic, "BLOCK", 256),
+    "D of the rounded output": (
+        *(in_bfloat16, {}),
+        *(torch_ref.exact, "backward"),
+        lambda head, do, o, options: exact_head.backward(head, do, o.bfloat16().float(), options),
+    ),
+    "dropped weights left out of L": (
+        *cross("dropout"),
+        *(exact_head, "_weights", weights_without_dropped),
+    ),
+    "sinks left out of the gradients": (
+        *cross("sinks"),
+        *(exact_head, "_weights_of_sums", without(sink=None)),
+    ),
+    "dropout left out of the gradients": (
+        *cross("dropout"),
+        *(exact_head, "_weights_of_sums", without(rng=None)),
+    ),
+    "gradients of dropout not scaled": (
+        *cross("dropout"),
+        *(exact_head, "_weights_of_sums", without(rate=0.0)),
+    ),
+    "dropout scaled twice": (
+        *cross("dropout"),
+        *(exact_head, "gain", lambda rate: gain(rate) ** 2),
+    ),
+    "dropout of keys by queries": (
+        *cross("dropout"),
+        *(exact_head, "is_kept", lambda keys, rate, t, s: is_kept(keys, rate, s, t)),
+    ),
+    "slopes on both sides": (*cross("slopes"), exact_head, "distance", lambda t, s: t - s),
+    "slopes for any distance": (
+        *cross("slopes, positions far apart"),
+        *(exact_head, "distance", lambda t, s: (t - s).abs()),
+    ),
+    "slopes by number": (
+        *cross("slopes, positions"),
+        *(torch_ref.exact, "places"),
+        lambda T, S, offset, positions, device: places(T, S, 0, None, device),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "owner", "name", "mutant"), TORCH_MUTATIONS.values(), ids=TORCH_MUTATIONS
+)
+def test_a_mutation_of_pytorch_is_caught(inputs, options, owner, name, mutant):
+    """In the bits that `test_exact_oracle` compares with those of JAX and of the integers."""
+    with small_blocks(), pytest.MonkeyPatch.context() as patch:
+        expected = torch_exact(inputs(), **options)
+        patch.setattr(owner, name, mutant)
+        assert not compare_bits(torch_exact(inputs(), **options), expected).equal

@@ -13,16 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_seqpar.compare import compare_bits
+from jax_seqpar.exact import arithmetic
 from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
 from jax_seqpar.parity.cases import Case
+from torch_ref import exact_arithmetic
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
 
 def of_integers(inputs, *, mask=True, **options):
+    """The integers, with blocks of as many tokens as the JAX implementation has now."""
     query, key, value, grad = inputs.values()
     allowed = np.ones((1, 1, query.shape[1], key.shape[1]), bool) & mask
+    options = {"block": arithmetic.BLOCK, **options}
     return integer_oracle.attention(query, key, value, grad=grad, allowed=allowed, **options)
 
 
@@ -81,17 +85,39 @@ def test_all_at_once(dtype, by_positions):
     assert all(np.count_nonzero(x) > x.size / 5 for x in expected.values())
 
 
+@pytest.fixture
+def blocks_of_four(monkeypatch):
+    """Several blocks of queries and keys in few tokens, and programs compiled for them alone."""
+    jax.clear_caches()
+    for module in (arithmetic, exact_arithmetic):
+        monkeypatch.setattr(module, "BLOCK", 4)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("blocks_of_four")
+@pytest.mark.parametrize("case", (CROSS, replace(CROSS, T=7, S=13)), ids=("whole", "with a rest"))
+def test_several_blocks(case):
+    """Each block has one unit for its sums, so one block for all tokens gives other gradients."""
+    inputs, options = case.inputs(), case.all_at_once(False)
+    several = check_equal(inputs, options)
+    one = of_integers(inputs, block=256, **options)
+    assert compare_bits(several["forward"], one["forward"]).equal
+    assert not any(compare_bits(several[name], one[name]).equal for name in NAMES[1:])
+
+
 JUNK = (1e9, 1e12, 3e38, np.nan, np.inf)
 
 
 def test_tokens_that_nothing_attends_to_change_no_bit():
-    """Beyond the lengths, in segments without a partner, and queries that a mask leaves no key."""
+    """Beyond the lengths, in segments without a partner, and what a mask leaves none."""
     inputs, (T, S) = CROSS.inputs(), (CROSS.T, CROSS.S)
     of_query, of_key = np.zeros((2, T), np.int32), np.zeros((2, S), np.int32)
     of_query[:, 1], of_key[:, 2] = 5, 7  # each without a partner
     of_query[0, T - 1] = of_key[0, 3] = 9  # partners, but for the length of the queries
-    mask = np.ones((2, CROSS.N, T, 1), bool)
+    mask = np.ones((2, CROSS.N, T, S), bool)
     mask[1, 2, 4] = False
+    mask[..., 6] = False
     options = {
         "mask": mask,
         "segment_ids": (of_query, of_key),
@@ -103,7 +129,7 @@ def test_tokens_that_nothing_attends_to_change_no_bit():
     queries = np.zeros(inputs["query"].shape[:3], bool)
     queries[:, 1] = queries[0, T - 1] = queries[1, 4, 2] = True
     keys = np.zeros(inputs["key"].shape[:3], bool)
-    keys[:, 2] = keys[0, 3] = keys[1, S - 4 :] = True
+    keys[:, 2] = keys[:, 6] = keys[0, 3] = keys[1, S - 4 :] = True
     clean = check_equal(inputs, options)
 
     leaves = [torch.from_numpy(inputs[name]).double().requires_grad_() for name in INPUT_NAMES[:3]]

@@ -1,5 +1,6 @@
 """The attention layer of decoders: against a layer written out in float64."""
 
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -11,16 +12,15 @@ import optax
 import pytest
 import torch
 from cases import KINDS
-from flat import nouns
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from jax_seqpar import MeshLayout, Ulysses, dense_attention
+from jax_seqpar import Logits, Mask, MeshLayout, Ulysses, Zigzag, dense_attention
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.flax import Attention, Projection, Rotary, SequenceParallel
+from jax_seqpar.flax import Attention, ParameterOptions, Projection, Rotary, SequenceParallel
 from jax_seqpar.plan import collectives
 from torch_ref.dense import dense_attention as torch_dense_attention
 
@@ -37,30 +37,31 @@ POSITIONS = np.stack([np.r_[0:8, 0:8, 0:8], np.r_[0:16, 0:8]]).astype(np.int32)
 FEATURES = {
     "plain": {},
     "everything": {
-        "qk_norm": True,
-        "norm_epsilon": 0.3,
+        "qk_norm": 0.3,
         "sinks": True,
-        "local_window_size": (5, 0),
-        "logits_soft_cap": 3.0,
+        "mask": Mask(is_causal=True, local_window_size=(5, 0)),
+        "logits": Logits(scale=0.3, soft_cap=3.0),
         "use_bias": True,
-        "use_out_bias": True,
-        "scale": 0.3,
     },
+    "all biases but the key's": {"use_bias": ("query", "value", "out")},
     "bidirectional, interleaved, half of the channels": {
-        "is_causal": False,
+        "mask": Mask(),
         "rotary": Rotary(theta=100.0, interleaved=True, fraction=0.67),
     },
     "no rotary": {"rotary": None, "num_kv_heads": None},
 }
 
 
-def make(kind=KINDS[0], sharding=None, shape=(2, 4), **options: Any) -> tuple[Any, Any]:
+def make(
+    kind=KINDS[0], sharding=None, shape=(2, 4), parameters=ParameterOptions(), **options: Any
+) -> tuple[Any, Any]:
     """A layer whose parameters are random, none of them 0 or 1, and its mesh."""
     devices = jax.devices()[: shape[0] * shape[1]]
     mesh = jax.make_mesh(shape, ("data", "seq"), axis_types=(kind,) * 2, devices=devices)
     options = {"num_heads": N, "num_kv_heads": K, "head_dim": H} | options
     with jax.set_mesh(mesh):
-        layer = Attention(D, **options, layout=LAYOUT, sharding=sharding, rngs=nnx.Rngs(0))
+        parameters = replace(parameters, sharding=sharding)
+        layer = Attention(D, **options, layout=LAYOUT, parameters=parameters, rngs=nnx.Rngs(0))
         numbers = np.random.default_rng(0)
         for path, x in sorted(nnx.to_flat_state(nnx.state(layer, nnx.Param)), key=str):
             random = numbers.standard_normal(x.shape).astype(np.float32) / np.sqrt(x.shape[0])
@@ -90,38 +91,30 @@ def truth(layer, options, segment_ids=None, positions=None):
     q, k, v = (
         np.einsum("bsd,dnh->bsnh", x, wide(p.kernel)) for p in (layer.query, layer.key, layer.value)
     )
-    if options.get("use_bias"):
-        q, k, v = (
-            y + wide(p.bias) for y, p in ((q, layer.query), (k, layer.key), (v, layer.value))
-        )
+    biased = options.get("use_bias") or ()
+    biased = ("query", "key", "value", "out") if biased is True else biased
+    q = q + wide(layer.query.bias) if "query" in biased else q
+    k = k + wide(layer.key.bias) if "key" in biased else k
+    v = v + wide(layer.value.bias) if "value" in biased else v
     if options.get("qk_norm"):
         q, k = (
-            y / np.sqrt((y**2).mean(-1, keepdims=True) + options["norm_epsilon"]) * wide(scale)
+            y / np.sqrt((y**2).mean(-1, keepdims=True) + options["qk_norm"]) * wide(scale)
             for y, scale in ((q, layer.query_scale), (k, layer.key_scale))
         )
     rotary = options.get("rotary", Rotary())
     if rotary is not None:
         at = np.broadcast_to(np.arange(S), (B, S)) if positions is None else positions
         q, k = rotate(q, rotary, at), rotate(k, rotary, at)
-    names = ("is_causal", "local_window_size", "logits_soft_cap", "scale", "mask")
-    given: dict[str, Any] = {"is_causal": True} | {n: options[n] for n in names if n in options}
-    if options.get("sinks"):
-        given["sinks"] = wide(layer.sinks)
+    mask, logits = options.get("mask", Mask(is_causal=True)), options.get("logits", Logits())
     with jax.enable_x64(True):
         q, k, v = (jnp.asarray(y, jnp.float64) for y in (q, k, v))
-        given = {n: jnp.asarray(y) if isinstance(y, np.ndarray) else y for n, y in given.items()}
-        out = np.asarray(
-            dense_attention(
-                q,
-                k,
-                v,
-                **nouns(
-                    **given, segment_ids=None if segment_ids is None else jnp.asarray(segment_ids)
-                ),
-            )
-        )
+        if options.get("sinks"):
+            logits = replace(logits, sinks=jnp.asarray(wide(layer.sinks)))
+        if segment_ids is not None:
+            mask = replace(mask, segment_ids=jnp.asarray(segment_ids))
+        out = np.asarray(dense_attention(q, k, v, mask=mask, logits=logits))
     y = np.einsum("bsnh,nhd->bsd", out, wide(layer.out.kernel))
-    return y + wide(layer.out.bias) if options.get("use_out_bias") else y
+    return y + wide(layer.out.bias) if "out" in biased else y
 
 
 def assert_close(got, expected, roundings=16):
@@ -148,7 +141,7 @@ def test_output(features, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_that_of_one_device(kind):
     """Of every parameter, with all of its sharding."""
-    options = {**FEATURES["everything"], "kernel": dense_attention}
+    options: Any = {**FEATURES["everything"], "kernel": dense_attention}
     grads = []
     for shape, sharding in (((1, 1), None), ((2, 4), None), ((2, 4), {"D": "data"})):
         layer, mesh = make(kind, sharding, shape, **options)
@@ -167,7 +160,7 @@ def test_gradient_is_that_of_one_device(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding(features, kind):
     """A prompt of 8 tokens at once, then token by token: what the whole sequence gives."""
-    options = {"bidirectional": {"is_causal": False}}.get(features) or FEATURES.get(features, {})
+    options: Any = {"bidirectional": {"mask": Mask()}}.get(features) or FEATURES.get(features, {})
     layer, mesh = make(kind, **options)
     with jax.set_mesh(mesh):
         layer.init_cache(B, 12)
@@ -203,9 +196,6 @@ def test_the_cache_is_shared_by_heads():
 
 
 PASSED_ON: dict[str, Any] = {
-    "is_causal": True,
-    "local_window_size": (5, 0),
-    "logits_soft_cap": 3.0,
     "kernel": dense_attention,
     "strategy": Ulysses(2, overlap=False),
 }
@@ -224,19 +214,20 @@ def test_options_are_passed_on(where, monkeypatch):
     layout = MeshLayout(mesh=jax.make_mesh((4,), ("seq",)))
     options: dict[str, Any] = PASSED_ON | {"layout": layout}
     if where == "attention":
-        layer = Attention(D, num_heads=N, head_dim=H, scale=0.3, **options, rngs=nnx.Rngs(0))
-        layer(jnp.asarray(X))
-        assert given["logits"].scale == 0.3
+        options |= {"mask": Mask(is_causal=True, local_window_size=(5, 0))}
+        options |= {"logits": Logits(scale=0.3, soft_cap=3.0)}
+        Attention(D, num_heads=N, head_dim=H, **options, rngs=nnx.Rngs(0))(jnp.asarray(X))
     else:
-        SequenceParallel(**options)(*jnp.ones((3, B, S, N, H)))
-    assert given["logits"].soft_cap == options.pop("logits_soft_cap")
+        rules = {"is_causal": True, "local_window_size": (5, 0)}
+        SequenceParallel(**options, **rules, logits_soft_cap=3.0)(*jnp.ones((3, B, S, N, H)))
+        options |= rules | {"logits": Logits(soft_cap=3.0)}
     assert {name: given[name] for name in options} == options
 
 
 def test_parameters_have_names():
     """The letters of the einsums, without any mesh, and a sharding where there are rules."""
     layer = Attention(
-        D, num_heads=N, num_kv_heads=K, head_dim=H, qk_norm=True, sinks=True, rngs=nnx.Rngs(0)
+        D, num_heads=N, num_kv_heads=K, head_dim=H, qk_norm=1e-6, sinks=True, rngs=nnx.Rngs(0)
     )
     names = {
         "/".join(map(str, path)): x.get_metadata("out_sharding")
@@ -269,10 +260,26 @@ def test_a_mesh_that_is_given(kind):
     """Without `jax.set_mesh`: parameters are created on it, used on it and gathered on it."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
     options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": LAYOUT.on(mesh)}
-    layer = Attention(D, **options, sharding={"D": "data"}, rngs=nnx.Rngs(0))
+    parameters = ParameterOptions(sharding={"D": "data"})
+    layer = Attention(D, **options, parameters=parameters, rngs=nnx.Rngs(0))
     assert layer.query.kernel[...].sharding.shard_shape((D, N, H)) == (D // 2, N, H)
     x = jax.device_put(X, NamedSharding(mesh, LAYOUT.token_spec))
     assert_close(nnx.jit(lambda layer, x: layer(x))(layer, x), truth(layer, {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_follow_the_order_of_the_tokens(kind):
+    """Of a zigzag, whether they are given or not."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
+    layout = replace(LAYOUT.on(mesh), order=Zigzag())
+    options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": layout}
+    layer = Attention(D, **options, rngs=nnx.Rngs(0))
+    x = jax.device_put(layout.order.shuffle(X, 1, 4), NamedSharding(mesh, LAYOUT.token_spec))
+    numbers = jnp.asarray(layout.order.permutation(S, 4), jnp.int32)[None]
+    for positions in (None, numbers):
+        out = nnx.jit(lambda layer, x, positions=positions: layer(x, positions=positions))(layer, x)
+        out = layout.order.unshuffle(np.asarray(out), 1, 4)
+        assert_close(out, truth(layer, {}))
 
 
 def test_dropout():
@@ -289,7 +296,7 @@ def test_dropout():
 
 def test_sixteen_bits():
     """Parameters stay float32."""
-    layer, mesh = make(dtype=jnp.bfloat16)
+    layer, mesh = make(parameters=ParameterOptions(dtype=jnp.bfloat16))
     out = run(layer, mesh)
     assert out.dtype == jnp.bfloat16
     assert layer.query.kernel[...].dtype == jnp.float32
@@ -299,7 +306,8 @@ def test_sixteen_bits():
 
 def test_the_gradient_of_16_bit_sinks_is_rounded_once():
     """Though two devices of the batch axis have a part of its sum each."""
-    layer, mesh = make(sinks=True, param_dtype=jnp.bfloat16, dtype=jnp.float32, rotary=None)
+    parameters = ParameterOptions(param_dtype=jnp.bfloat16, dtype=jnp.float32)
+    layer, mesh = make(parameters=parameters, sinks=True, rotary=None)
     grad = np.random.default_rng(7).standard_normal((B, S, D)).astype(np.float32)
 
     def loss(layer, x):
@@ -327,10 +335,28 @@ def test_the_gradient_of_16_bit_sinks_is_rounded_once():
     assert np.all(off <= half_a_unit + 64 * EPS * np.max(np.abs(expected)))
 
 
+def test_a_layer_in_float64_is_one():
+    """QK norm and sinks, too: what validates a port in float64 rounds nowhere to 32 bits."""
+    with jax.enable_x64(True):
+        layer, mesh = make(
+            shape=(1, 1),
+            parameters=ParameterOptions(param_dtype=jnp.float64),
+            **(FEATURES["everything"] | {"rotary": None}),
+            kernel=dense_attention,
+        )
+        with jax.set_mesh(mesh):
+            out = np.asarray(layer(jnp.asarray(X, jnp.float64)))
+    expected = truth(layer, FEATURES["everything"] | {"rotary": None})
+    assert out.dtype == np.float64
+    assert np.abs(out - expected).max() < 1e-13 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_the_norm_of_sixteen_bits_is_computed_in_float32(dtype):
     """One rounding of query and key, also where their squares overflow float16."""
-    layer, mesh = make(shape=(1, 1), dtype=dtype, qk_norm=True, rotary=None)
+    layer, mesh = make(
+        shape=(1, 1), parameters=ParameterOptions(dtype=dtype), qk_norm=1e-6, rotary=None
+    )
     seen = {}
     with jax.set_mesh(mesh):
         # Eagerly: a program may leave out the rounding of the projections.
@@ -526,7 +552,8 @@ def test_layers_stacked_by_vmap_train_as_they_do_apart():
     options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": LAYOUT}
 
     def make_layer(rngs):
-        return Attention(D, **options, sharding={"D": "seq"}, rngs=rngs)
+        parameters = ParameterOptions(sharding={"D": "seq"})
+        return Attention(D, **options, parameters=parameters, rngs=rngs)
 
     def one_layer(layer, x):
         return x + layer(x)
@@ -567,6 +594,24 @@ def _at(tree, path):
 @pytest.mark.parametrize(
     ("call", "message"),
     (
+        (
+            lambda: attention(parameters=ParameterOptions(sharding={"features": "data"})),
+            "sharding has the key 'features', .*Write 'D'",
+        ),
+        (
+            lambda: attention(parameters=ParameterOptions(sharding={"d": "data"})),
+            r"key 'd', and the axes of the kernel are {'D': 20.*Write 'D'",
+        ),
+        (lambda: attention(dropout_rate=-0.1), "rate must be a Python number.*got -0.1"),
+        (lambda: attention(mask=wrong(True)), r"must be a jax_seqpar.Mask, got True"),
+        (
+            lambda: attention(mask=Mask(segment_ids=jnp.ones((B, S), int))),
+            r"segment_ids=\(int32\[2, 24\], int32\[2, 24\]\)\) has arrays.*at the call",
+        ),
+        (lambda: attention(logits=Logits(sinks=jnp.ones(N))), "sinks=True for learned sinks"),
+        (lambda: attention(qk_norm=wrong(True)), "epsilon of the norm.*got True.*1e-6"),
+        (lambda: attention(use_bias="query"), "use_bias must be True, False, or some of"),
+        (lambda: attention(use_bias=("out", "norm")), r"got \('out', 'norm'\)"),
         (lambda: attention(num_kv_heads=3), "must be a multiple of num_kv_heads = 3"),
         (lambda: attention(head_dim=None, num_heads=3, num_kv_heads=3), "give head_dim"),
         (lambda: attention()(jnp.ones((S, D))), r"write x\[None\]"),
@@ -587,7 +632,10 @@ def _at(tree, path):
             lambda: Rotary()(jnp.ones((B, S, N, H)), jnp.zeros((B, S))),
             "positions must be integers",
         ),
-        (lambda: attention(dropout_rate=0.1)(jnp.ones((B, S, D))), "say deterministic"),
+        (
+            lambda: attention(dropout_rate=0.1)(jnp.ones((B, S, D))),
+            r"say deterministic=.*model.eval\(\) or model.train",
+        ),
         (
             lambda: attention(dropout_rate=0.1)(jnp.ones((B, S, D)), deterministic=False),
             "needs rngs",

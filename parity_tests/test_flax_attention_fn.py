@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import KINDS, slow
-from flat import nouns
+from flat_names import keywords_of
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_seqpar import MeshLayout, blockwise_attention, exact_attention
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.flax import Attention, SequenceParallel
+from jax_seqpar.flax import Attention, ParameterOptions, SequenceParallel
 from jax_seqpar.plan import collectives
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
@@ -73,7 +73,8 @@ def linen_layer(attention_fn=linen.dot_product_attention, **options):
 
 
 def own_layer(_, **options):
-    return Attention(D, num_heads=8, num_kv_heads=2, rngs=nnx.Rngs(0), **options)
+    parameters = ParameterOptions(**options)
+    return Attention(D, num_heads=8, num_kv_heads=2, parameters=parameters, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(("mask", "mesh"), BY_KIND, indirect=["mesh"], ids=str)
@@ -254,7 +255,7 @@ def test_options_of_its_own():
     options = {"is_causal": True, "local_window_size": (5, 0), "logits_soft_cap": 2.0}
     mesh = jax.make_mesh((4,), ("seq",))
     got = jax.jit(SequenceParallel(layout=MeshLayout(mesh=mesh), **options))(query, key, value)
-    assert_close(got, blockwise_attention(query, key, value, **nouns(**options)))
+    assert_close(got, blockwise_attention(query, key, value, **keywords_of(**options)))
     full = jax.jit(SequenceParallel(layout=MeshLayout(mesh=mesh), is_causal=True))(
         query, key, value
     )

@@ -1,5 +1,7 @@
 """A mask is a value: it prints, joins with another, says which blocks exist, and draws itself."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,18 +46,72 @@ def test_both(a, b):
     assert np.array_equal(pairs(one & other), pairs(one) & pairs(other))
 
 
+@pytest.mark.parametrize("unbounded", (np.iinfo(np.int64).max, 2**40, 2**32 - 1))
+@pytest.mark.parametrize("dtype", (np.int64, np.uint64))
+def test_lengths_that_32_bits_do_not_hold(unbounded, dtype):
+    """They are longer than any sequence, and jnp.minimum alone would cut them to 32 bits."""
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        lengths: Any = [np.full(2, n, dtype) for n in (unbounded, 5)]
+        whole, part = (Mask(**{name: x}) for x in lengths)
+        for both in (whole & part, part & whole):
+            assert getattr(both, name).tolist() == [5, 5]
+
+
 def test_what_an_attention_has_once():
     segments = PARTS["segments"]
     assert pairs(segments & segments).sum() == pairs(segments).sum(), "the same arrays"
+    ids, offset = jnp.ones((2, T), jnp.int32), int("1000")  # of small integers there is one each
+    assert (Mask(segment_ids=ids) & Mask(segment_ids=ids)).segment_ids[0] is ids
+    assert (Mask(query_offset=offset) & Mask(query_offset=int("1000"))).query_offset == 1000
     moved = Mask(segment_ids=jnp.zeros((2, T), jnp.int32))
     for name, one, other in (
         ("segment_ids", segments, moved),
         ("query_offset", Mask(query_offset=1), Mask(query_offset=2)),
+        ("query_offset", Mask(is_causal=True), Mask(local_window_size=(9, 0), query_offset=4)),
+        ("positions", Mask(is_causal=True), Mask(local_window_size=1, positions=ids)),
     ):
         with pytest.raises(ValueError, match=f"have two {name}. Write one Mask"):
             _ = one & other
     with pytest.raises(TypeError, match="unsupported operand"):
         _ = segments & True  # pyright: ignore
+    late = Mask(is_causal=True, query_offset=4) & segments
+    assert np.array_equal(
+        pairs(late), pairs(Mask(is_causal=True, query_offset=4)) & pairs(segments)
+    )
+
+
+ARRAYS_OF_NO_ATTENTION = {
+    "added to the logits": (
+        lambda: Mask(array=jnp.zeros((1, 1, T, S))),
+        r"not boolean .*Logits\(bias=\)",
+    ),
+    "of two axes": (lambda: Mask(array=jnp.ones((T, S), bool)), r"bool\[12, 12\]\) has an array"),
+    "lengths of floats": (
+        lambda: Mask(key_value_seq_lengths=jnp.array([2.9])),
+        r"not integers \[B\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), ARRAYS_OF_NO_ATTENTION.values(), ids=ARRAYS_OF_NO_ATTENTION
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_arrays_that_no_attention_takes(make, message):
+    """Joined or drawn they would be another mask: every number but 0 is True."""
+    wrong = make()
+    right = Mask(array=jnp.ones((1, 1, T, S), bool), key_value_seq_lengths=jnp.array([5]))
+    for ask in (lambda: wrong & right, lambda: right & wrong, lambda: draw(wrong, T, S)):
+        with pytest.raises(ValueError, match=message):
+            ask()
+
+
+def test_a_sequence_that_is_not_there_is_not_drawn():
+    mask = Mask(array=jnp.ones((2, 3, 4, 4), bool))
+    for options, message in (({"batch": 7}, "batch = 7 of .*0 to 1"), ({"head": -1}, "head = -1")):
+        with pytest.raises(ValueError, match=message):
+            draw(mask, 4, 4, **options)
+    assert draw(mask, 4, 4, batch=1, head=2) == draw(Mask(), 4, 4)
 
 
 def test_it_is_one_value_for_all_layers():

@@ -5,6 +5,7 @@
 
 import pickle
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -174,6 +175,12 @@ REFUSED = {
         r"query tokens T = 18 is not divisible by the 4 devices",
     ),
     "shapes that do not fit": ({"key": (2, 16, 3, 5)}, r"N = 8 must be a multiple of .* K = 3"),
+    "a shape of three axes": (
+        {"value": (2, 16, 5)},
+        r"value must be a shape of four.*\(2, 16, 5\)",
+    ),
+    "no query": ({"query": (2, 0, 8, 5)}, r"query must be a shape of four positive sizes"),
+    "a mask that is True": ({"mask": True}, r"mask must be a jax_seqpar.Mask, got True"),
     "a strategy by name": ({"strategy": "ring"}, r"strategy must be Ulysses"),
     "a kernel that lacks what is asked": (
         {"strategy": AllGatherKV(), "kernel": lambda query, key, value: query},
@@ -200,7 +207,27 @@ def test_a_missing_compiler(name, message, monkeypatch):
         replace(PROGRAM, topology=name, kernel=Blockwise()).compile()
 
 
-def test_a_program_that_is_not_scheduled():
-    lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(2))
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_program_that_is_not_compiled():
+    """Its text has no collectives, so that every budget of bytes would hold."""
+    lowered: Any = jax.jit(lambda x: x + 1).lower(jnp.ones(2))
+    for program in (lowered, lowered.as_text()):
+        for ask in (collectives, all_to_all_bytes, kernel_calls, partial(received_bytes, degree=2)):
+            with pytest.raises(ValueError, match=r"is not compiled.*Write lowered.compile\(\)"):
+                ask(program)
     with pytest.raises(ValueError, match=r"not scheduled.*Write lowered.compile\(\)"):
-        kernels_under_transfers(lowered.as_text())
+        kernels_under_transfers(lowered.as_text(dialect="hlo"))
+    with pytest.raises(ValueError, match="degree must be a positive integer, got 0"):
+        received_bytes(lowered.compile(), 0)
+
+
+@pytest.mark.parametrize("strategy", (Ulysses(), AllGatherKV()))
+def test_traffic_of_tokens_that_the_devices_do_not_divide(strategy):
+    shapes = [(1, 12, 4, 4), (1, 10, 4, 4), (1, 10, 4, 4)]
+    with pytest.raises(ValueError, match=r"key has 10 tokens, which degree = 3 does not .*Give 12"):
+        strategy.traffic(*shapes, degree=3, itemsize=4)
+
+
+def test_a_ragged_exchange_is_another_collective():
+    text = "HloModule a\n  %a = f32[4] ragged-all-to-all(%b)\n  %c = f32[4] all-to-all(%d)\n"
+    assert collectives(text) == {"all-to-all": 1}

@@ -76,7 +76,7 @@ def plain(hidden, kernel, labels, **options):
 @pytest.fixture(params=[(w, k) for w in MESHES for k in KINDS], ids=lambda p: f"{p[0]} {p[1].name}")
 def place(request):
     where, kind = request.param
-    return TokenLayout(where.mesh(kind), where.layout)
+    return TokenLayout(where.on(kind))
 
 
 def operands(place, labels=LABELS):
@@ -96,7 +96,7 @@ def test_loss_and_gradient_are_those_of_one_device(place, options):
 
 @pytest.mark.parametrize("tiles", (1, 2, 3, 4, 5, 6, 7, 100))
 def test_any_number_of_tiles(tiles):
-    place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
+    place = TokenLayout(MESHES[1].on())
     hidden, kernel, labels = operands(place)
     loss = partial(tiled_cross_entropy, tiles=tiles, layout=place.layout.on(place.mesh))
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel, labels)
@@ -106,7 +106,7 @@ def test_any_number_of_tiles(tiles):
 @pytest.mark.usefixtures("optimised")
 def test_the_tiled_loss_never_holds_the_logits():
     """Memory by the compiler, and no array of all tokens and the vocabulary in the program."""
-    place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
+    place = TokenLayout(MESHES[1].on())
     tokens, vocabulary, width = 4 * 512, 1024, 16
     x = jax.ShapeDtypeStruct((2, tokens, width), jnp.float32, sharding=place.sharding)
     w = jax.ShapeDtypeStruct((width, vocabulary), jnp.float32)
@@ -126,7 +126,7 @@ def test_the_tiled_loss_never_holds_the_logits():
 @pytest.mark.usefixtures("optimised")
 def test_what_is_sent():
     """Of the tiled loss: the gradient of the kernel once, and the sums; nothing for a tile."""
-    place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
+    place = TokenLayout(MESHES[1].on())
     loss = partial(tiled_cross_entropy, tiles=3, layout=place.layout.on(place.mesh))
     program = compiled(jax.value_and_grad(loss, (0, 1)), *operands(place))
     assert set(collectives(program)) == {"all-reduce"}
@@ -137,7 +137,7 @@ def test_what_is_sent():
 @pytest.mark.parametrize("tiles", (None, 2))
 def test_no_label_counts(tiles):
     """The loss is 0 and its gradient too, where a mean would be 0 / 0."""
-    place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
+    place = TokenLayout(MESHES[1].on())
     hidden, kernel, labels = operands(place, np.full_like(LABELS, IGNORE))
     loss = plain
     if tiles:
@@ -158,7 +158,13 @@ def test_what_does_not_count_may_be_anything():
 def test_a_label_outside_the_vocabulary_is_loud(label):
     labels = LABELS.astype(np.int32)
     labels[1, 3] = label
-    assert np.isnan(cross_entropy(jnp.asarray(HIDDEN @ KERNEL), jnp.asarray(labels)))
+    logits, labels = jnp.asarray(HIDDEN @ KERNEL), jnp.asarray(labels)
+    loss, gradient = jax.value_and_grad(cross_entropy)(logits, labels)
+    assert np.isnan(loss)
+    # An optimiser that looks at the gradient alone must see it, too: in that token's row.
+    rows = np.isnan(gradient).all(-1)
+    assert rows.sum() == 1
+    assert rows[1, 3]
 
 
 def test_a_label_of_more_bits_is_loud():
@@ -206,7 +212,7 @@ def test_large_logits_in_sixteen_bits():
 
 def test_large_logits_of_tiles_in_sixteen_bits():
     """Products of 16-bit operands are not rounded to 16 bits."""
-    place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
+    place = TokenLayout(MESHES[1].on())
     hidden, kernel, labels = operands(place)
     hidden, kernel = (100 * hidden).astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
     got = tiled_cross_entropy(hidden, kernel, labels, tiles=2, layout=place.layout.on(place.mesh))
@@ -218,7 +224,7 @@ def test_large_logits_of_tiles_in_sixteen_bits():
 
 
 def test_the_soft_cap_of_the_logits():
-    place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
+    place = TokenLayout(MESHES[1].on())
     hidden, kernel, labels = operands(place)
     got = tiled_cross_entropy(
         hidden, kernel, labels, tiles=2, layout=place.layout.on(place.mesh), logits_soft_cap=2.0
@@ -253,7 +259,7 @@ def mapped(place, loss):
 def test_gradients_are_scaled_by_the_degree():
     """DeepSpeed 5248: the gradient is that of one device, also inside one's own shard_map."""
     for where in MESHES[:3]:
-        place = TokenLayout(where.mesh(), where.layout)
+        place = TokenLayout(where.on())
         axes = tuple(where.axes)
         value, grads = mapped(place, partial(plain, axis_name=axes))
         assert_close((value, *grads), truth())
@@ -261,7 +267,7 @@ def test_gradients_are_scaled_by_the_degree():
 
 def test_the_loss_is_a_mean_of_means():
     """DeepSpeed 5419: with labels masked unevenly that is another number, and NaN here."""
-    place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
+    place = TokenLayout(MESHES[1].on())
 
     def mean_of_means(hidden, kernel, labels):
         logits = jnp.einsum("bsd,dv->bsv", hidden, kernel)
@@ -278,7 +284,7 @@ def test_the_loss_is_a_mean_of_means():
 
 def test_labels_shifted_after_sharding():
     """DeepSpeed 6841: the last token of each shard then predicts nothing, or the wrong token."""
-    place = TokenLayout(MESHES[1].mesh(), MESHES[1].layout)
+    place = TokenLayout(MESHES[1].on())
     tokens = rng.integers(0, V, (B, S))
     labels = np.asarray(place.shard(tokens).labels)
     assert np.array_equal(labels[:, :-1], tokens[:, 1:])
@@ -407,6 +413,8 @@ def test_gradients_of_tiles_add_up_in_float32(tiled):
             ),
             "logits_soft_cap must be a Python number.*None, and not 0",
         ),
+        (lambda: cross_entropy(jnp.ones((1, V)), [0]), r"labels must be an array of JAX or"),  # pyright: ignore
+        (lambda: cross_entropy([[0.0]], jnp.zeros(1, int)), r"logits must be an array of JAX"),  # pyright: ignore
         (lambda: map_tiles(mlp, {}, jnp.ones((2, 8)), tiles=0), "tiles must be a positive integer"),
         (
             lambda: map_tiles(mlp, {}, jnp.ones((2, 8)), jnp.ones((2, 4)), tiles=2),
@@ -428,3 +436,28 @@ def test_gradients_of_tiles_add_up_in_float32(tiled):
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_axis_whose_devices_have_the_same_tokens():
+    """Named, it would count each token once for every device, and so double loss and gradient."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec(None, "seq")
+
+    @jax.shard_map(mesh=mesh, in_specs=(spec, spec), out_specs=jax.sharding.PartitionSpec())
+    def loss(logits, labels):
+        return cross_entropy(logits, labels, normaliser=16, axis_name=("data", "seq"))
+
+    with pytest.raises(ValueError, match=r"axis_name has 'data', .* over \['seq'\]. Name the"):
+        loss(jnp.zeros((2, 8, V)), jnp.zeros((2, 8), jnp.int32))
+
+
+def test_axes_whose_devices_all_have_the_same_tokens():
+    mesh = jax.make_mesh((4,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.sharding.PartitionSpec()
+
+    @jax.shard_map(mesh=mesh, in_specs=(whole, whole), out_specs=whole)
+    def loss(logits, labels):
+        return cross_entropy(logits, labels, normaliser=16, axis_name="seq")
+
+    with pytest.raises(ValueError, match=r"axis_name has 'seq', .* over no axis. Name the"):
+        loss(jnp.zeros((2, 8, V)), jnp.zeros((2, 8), jnp.int32))

@@ -1,36 +1,27 @@
 """Attention whose bits do not depend on how it is computed: the reference in PyTorch.
 
 Written from `jax_seqpar/exact/SPEC.md`, beside which it is to be read: its names, its order, and
-nothing of its code. One KV head at a time; its weights are `[R, S]`, where the rows R = G * T are
-the queries of the G query heads that read it. The backward pass holds them all at once.
-
-Arithmetic is float64. Integers are float64 too, and a float32 is a float64 of that value.
+nothing of its code.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dropout import gain, given_keys, is_kept
-from .masks import Positions, Window, attends, distance, places
+from .dropout import given_keys
+from .exact_arithmetic import flush, narrow, nearest32
+from .exact_head import Beside, Options, backward, by_kv_head, by_token, forward, heads
+from .masks import Positions, Window, attends, places
 
-CHANNEL_BITS = 31
-WEIGHT_BITS = 32
-TOKEN_BITS = 32
-DIGIT_BITS = 11
-# Up to here the sums of `contract` are at most 2^53: 32 + 10 + 11 bits.
-EXACT_TOKENS = 2048
-# Below here they are below 2^63, and the sum of P, with a sink, is at most 2^53.
+# Below here the sum of the weights, up to 2^41 each, is below 2^63, with a sink.
 TOO_MANY_TOKENS = 2**21
-# Rows of `[R, S]` at a time. No bit depends on it; that they stay in the cache makes it 3 times
-# as fast.
-BLOCK = 256
-
+# Where the table of the specification ends: a dot product, and the blocks of a sum of gradients.
+MOST_CHANNELS = 512
+MOST_HEADS = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,6 +49,11 @@ def exact_attention(
 ) -> Tensor:
     """`softmax(query . key * scale + bias) . value`, to the bit; 0 for a query without a key.
 
+    The output is causal to the last bit: a row is a function of its query and of the set of tokens
+    that the query may attend to. No other token can change a bit of it, even one of NaN, nor can
+    the order of the tokens. Gradients of queries are causal too, but know where in the array the
+    keys lie, for these are summed in blocks of 256.
+
     Args:
       query: `[B, T, N, H]`, float32, bfloat16 or float16.
       key: `[B, S, K, H]`; K divides N and query head n reads KV head `n // (N / K)`.
@@ -82,8 +78,9 @@ def exact_attention(
       dropout_rate: the share of the weights that is dropped, after the softmax.
       dropout_rng: `(2,)`, the words of a threefry key, or keys of heads; see `dropout.head_keys`.
       shared_by: a process group whose ranks hold the same KV heads, each with query heads of its
-        own. In the backward pass their sums meet before any rounding; its first rank returns the
-        gradients of key and value and the others 0, for the caller adds those of the copies up.
+        own. In the backward pass their anchors meet, and their sums before any rounding; its first
+        rank returns the gradients of key and value and the others 0, for the caller adds those of
+        the copies up.
 
     Returns:
       `[B, T, N, V]` of the query's dtype. Differentiable once, in query, key and value.
@@ -112,17 +109,6 @@ def exact_attention(
         key_value_seq_lengths=key_value_seq_lengths,
         device=query.device,
     )
-    is_read = attends(
-        T,
-        S,
-        segment_ids=segment_ids,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        device=query.device,
-    )
-    if is_read is not None:
-        by_any = is_read.any(dim=2)[:, 0, :, None, None]
-        key, value = (torch.where(by_any, x, 0) for x in (key, value))
     p_query, p_key = places(T, S, query_offset, positions, query.device)
     rng = given_keys(dropout_rate, dropout_rng, B, N)
     options = Options(
@@ -143,29 +129,8 @@ def exact_attention(
     return _ExactAttention.apply(query, key, value, options, *beside)
 
 
-class Options(NamedTuple):
-    """Numbers, the same for every head."""
-
-    scale: float
-    cap: float | None
-    rate: float
-    shared_by: Any
-
-
-class Beside(NamedTuple):
-    """Tensors without a gradient, broadcastable to `[B, N, T, S]`; the last axis of rng is 2."""
-
-    bias: Tensor | None
-    allowed: Tensor | None
-    alibi: Tensor | None
-    sink: Tensor | None
-    rng: Tensor | None
-    p_query: Tensor
-    p_key: Tensor
-
-
 class _ExactAttention(torch.autograd.Function):
-    """Head by KV head: `_forward` and `_backward` between two changes of layout."""
+    """Head by KV head: `forward` and `backward` between two changes of layout."""
 
     @staticmethod
     def forward(ctx, query, key, value, options, *beside):
@@ -173,7 +138,7 @@ class _ExactAttention(torch.autograd.Function):
         if _is_empty(query, key, value):
             ctx.save_for_backward(query, key, value)
             return query.new_zeros(*query.shape[:3], value.shape[3])
-        rows = [_forward(head, options) for head in _heads(query, key, value, Beside(*beside))]
+        rows = [forward(head, options) for head in heads(query, key, value, Beside(*beside))]
         # Saved before its rounding to 16 bits: D_i is of this.
         out32 = by_token(torch.stack(rows), query)
         ctx.save_for_backward(query, key, value, out32, *beside)
@@ -189,333 +154,16 @@ class _ExactAttention(torch.autograd.Function):
             return *(torch.zeros_like(x) for x in (query, key, value)), *others
         out32, *beside = saved
         do, o = (by_kv_head(x, key) for x in (*grad_outputs, out32))
-        heads = _heads(query, key, value, Beside(*beside))
-        grads = [_backward(*x, options) for x in zip(heads, do, o, strict=True)]
+        each = zip(heads(query, key, value, Beside(*beside)), do, o, strict=True)
+        grads = [backward(*x, options) for x in each]
         dq, dk, dv = (
             narrow(by_token(torch.stack(x), like), like.dtype)
             for x, like in zip(zip(*grads, strict=True), (query, key, value), strict=True)
         )
         shared_by = options.shared_by
         if shared_by is not None and dist.get_rank(shared_by) != 0:
-            # -0 is what adds nothing: 0 would turn a float16 gradient of -0 into 0.
-            dk, dv = (torch.full_like(x, -0.0) for x in (dk, dv))
+            dk, dv = map(torch.zeros_like, (dk, dv))
         return dq, dk, dv, *others
-
-
-class Rows(NamedTuple):
-    """The queries that read a KV head: q `[R, H]`, bias and allowed `[R, S]`, the others `[R, 1]`.
-
-    t is which query it is, p its position; rng is `[R, 2]`.
-    """
-
-    q: Tensor
-    t: Tensor
-    p: Tensor
-    bias: Tensor | None
-    allowed: Tensor | None
-    alibi: Tensor | None
-    sink: Tensor | None
-    rng: Tensor | None
-
-
-class Head(NamedTuple):
-    """What one KV head takes part in: k `[S, H]`, v `[S, V]`, the positions p of its keys `[S]`."""
-
-    rows: Rows
-    k: Tensor
-    v: Tensor
-    p: Tensor
-
-
-class Weights(NamedTuple):
-    """The softmax of a head before its division: p, slope and kept `[R, S]`, the others `[R, 1]`.
-
-    kept is where no dropout is; None if there is none.
-    """
-
-    p: Tensor
-    r: Tensor
-    slope: Tensor | None
-    has_key: Tensor
-    kept: Tensor | None
-
-
-def _forward(head: Head, options: Options) -> Tensor:
-    """`o`, `[R, V]`, in float32."""
-    E = exponent(head.v, dim=0)
-    v = grid(head.v, E, TOKEN_BITS)
-    blocks = []
-    for _, block in _blocks(head):
-        p, r, _, has_key, kept = _weights(block, options)
-        P = _where_kept(kept, _integers(p))
-        o = out(contract(P, v) * power(E - TOKEN_BITS) * (r * gain(options.rate)))
-        blocks.append(torch.where(has_key, o, 0.0))
-    return torch.cat(blocks)
-
-
-def _backward(head: Head, do: Tensor, o: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """`dq` `[R, H]`, `dk` `[S, H]` and `dv` `[S, V]`, in float32."""
-    scale, shared_by = options.scale, options.shared_by
-    do, o = flush(do), flush(o)
-    blocks = [_weights_of_sums(x, do[rows], o[rows], options) for rows, x in _blocks(head)]
-    w, ds, has_key = (torch.cat(x) for x in zip(*blocks, strict=True))
-    q, do = (torch.where(has_key, x, 0.0) for x in (head.rows.q, do))
-    dq = torch.where(has_key, out(_sum_over_tokens(ds, head.k) * scale), 0.0)
-    dk = out(_sum_over_tokens(ds.mT, q, shared_by) * scale)
-    dv = out(_sum_over_tokens(w.mT, do, shared_by))
-    return dq, dk, dv
-
-
-def _weights_of_sums(
-    head: Head, do: Tensor, o: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`w` of dv and `ds`, `[R, S]`, and where there is a key, `[R, 1]`."""
-    p, r, slope, has_key, kept = _weights(head, options)
-    c = gain(options.rate)
-    dp = _where_kept(kept, dot(do, head.v) * c)
-    D = dot(do[:, None], o[:, None])[:, 0]
-    w = _where_weighed(p, p * (r * 2.0**WEIGHT_BITS))
-    ds = _where_weighed(p, w * (dp - D))
-    if slope is not None:
-        ds = _where_weighed(p, ds * slope)
-    if kept is not None:
-        w = _where_kept(kept, _where_weighed(p, p * (r * c * 2.0**WEIGHT_BITS)))
-    return w, ds, has_key
-
-
-def _blocks(head: Head) -> Iterator[tuple[slice, Head]]:
-    """The head in blocks of rows, each with all the keys."""
-    for start in range(0, len(head.rows.q), BLOCK):
-        rows = slice(start, start + BLOCK)
-        yield rows, head._replace(rows=Rows._make(x if x is None else x[rows] for x in head.rows))
-
-
-def _weights(head: Head, options: Options) -> Weights:
-    """The part of forward and backward that is the same, from s to r."""
-    rows, cap = head.rows, options.cap
-    z = round32(dot(rows.q, head.k)) * options.scale
-    slope = None
-    if cap is not None:
-        tanh, slope = tanh_and_slope(z, cap)
-        z = cap * tanh
-    if rows.bias is not None:
-        z = z + rows.bias
-    if rows.alibi is not None:
-        z = z - rows.alibi * distance(rows.p, head.p)
-    if rows.allowed is not None:
-        z = z.masked_fill(~rows.allowed, -math.inf)
-
-    m = z.amax(dim=-1, keepdim=True)
-    has_key = m != -math.inf
-    # Of a NaN and a number the maximum is NaN.
-    m = m if rows.sink is None else torch.maximum(m, rows.sink)
-    m = torch.where(m == -math.inf, 0.0, m)
-    p = _exp_below(m, z)
-    total = _integers(p).sum(dim=-1, keepdim=True)
-    if rows.sink is not None:
-        total = total + _integers(_exp_below(m, rows.sink))
-    r = torch.where(total == 0, 0.0, 1 / total)
-    kept = None
-    if rows.rng is not None:
-        s = torch.arange(len(head.k), device=rows.rng.device)
-        kept = is_kept(rows.rng[:, None], options.rate, rows.t, s)
-    return Weights(p, r, slope, has_key, kept)
-
-
-def _exp_below(m: Tensor, z: Tensor) -> Tensor:
-    # 0 of -inf where m is NaN or +inf too, which would make it NaN.
-    return torch.where(z == -math.inf, 0.0, exp(round32(z - m)))
-
-
-def _integers(p: Tensor) -> Tensor:
-    """`P`, which is to `p` what `grid` is to numbers of any size."""
-    return torch.round(p * 2.0**WEIGHT_BITS)
-
-
-def _where_weighed(p: Tensor, x: Tensor) -> Tensor:
-    """0 where p is, even if x is NaN there: a gradient of no weight counts for nothing."""
-    return torch.where(p == 0, 0.0, x)
-
-
-def _where_kept(kept: Tensor | None, x: Tensor) -> Tensor:
-    return x if kept is None else torch.where(kept, x, 0.0)
-
-
-def _sum_over_tokens(a: Tensor, b: Tensor, shared_by: Any = None) -> Tensor:
-    """The sum over tokens of weights `[M, tokens]` times vectors `[tokens, H]`, each on its grid.
-
-    With a process group the tokens are those of all its ranks.
-    """
-
-    def meet(e: Tensor) -> Tensor:
-        if shared_by is not None:
-            dist.all_reduce(e, dist.ReduceOp.MAX, shared_by)
-        return e
-
-    eb = meet(exponent(b, dim=0))
-    b = grid(b, eb, TOKEN_BITS)
-    blocks = []
-    for rows in a.split(BLOCK):
-        ea = meet(exponent(rows, dim=1))
-        sums = contract(grid(rows, ea, TOKEN_BITS), b, shared_by=shared_by)
-        blocks.append(sums * power(ea - TOKEN_BITS))
-    return torch.cat(blocks) * power(eb - TOKEN_BITS)
-
-
-def flush(x: Tensor) -> Tensor:
-    """In float64; a zero is +0."""
-    x = x.double()
-    return torch.where(x.abs() < 2.0**-126, 0.0, x)
-
-
-def round32(x: Tensor) -> Tensor:
-    return flush(x).float().double()
-
-
-def out(x: Tensor) -> Tensor:
-    """In float32."""
-    return narrow(flush(x), torch.float32)
-
-
-def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to a dtype, any NaN as the one NaN that `out` allows."""
-    x = x.to(dtype)
-    return x.masked_fill(x.isnan(), math.nan)
-
-
-def nearest32(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float32).item()
-
-
-def exponent(x: Tensor, dim: int) -> Tensor:
-    """`E` along an axis, which stays, with size 1; infinity stands for "not a number".
-
-    It survives a maximum over processes, as a NaN would not, and every shift.
-    """
-    # The maximum of a NaN is one; the exponent field of a NaN or infinity is full.
-    field = x.abs().amax(dim, keepdim=True).view(torch.int64) >> 52 & 0x7FF
-    e = (field - 1022).clamp(min=-400).double()
-    return torch.where(field == 0x7FF, math.inf, e)
-
-
-def power(e: Tensor) -> Tensor:
-    """`2^e` from its bits, for integers in `[-1022, 1023]`; NaN of an infinity."""
-    is_number = e.isfinite()
-    bits = torch.where(is_number, e, 0.0).long() + 1023 << 52
-    return torch.where(is_number, bits.view(torch.float64), math.nan)
-
-
-def grid(x: Tensor, e: Tensor, bits: int) -> Tensor:
-    # Half to even, as rint.
-    return torch.round(x * power(bits - e))
-
-
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Of every row of x with every row of y: `[..., M, H]` and `[..., L, H]` to `[..., M, L]`."""
-    C = min(32, 38 - (x.shape[-1] - 1).bit_length())
-    ex, ey = exponent(x, dim=-1), exponent(y, dim=-1)
-    X, Y = grid(x, ex, CHANNEL_BITS), grid(y, ey, C).mT
-    hi = torch.round(X * 2.0**-16)
-    lo = X - hi * 2.0**16
-    sums = (hi @ Y) * 2.0**16 + lo @ Y
-    return sums * power(ex - CHANNEL_BITS) * power(ey - C).mT
-
-
-def contract(a: Tensor, b: Tensor, *, limit: int | None = None, shared_by: Any = None) -> Tensor:
-    """The sum over tokens of integers, up to 2^32.
-
-    Args:
-      a, b: `[M, tokens]`, `[tokens, H]`.
-      limit: how many tokens are summed as float64, `EXACT_TOKENS` if None.
-      shared_by: a process group; the tokens are those of all its ranks.
-
-    Returns:
-      `[M, H]`.
-    """
-    digit = 2.0**DIGIT_BITS
-    b2 = torch.round(b / digit**2)
-    rest = b - b2 * digit**2
-    b1 = torch.round(rest / digit)
-    b0 = rest - b1 * digit
-    # Side by side: one product of matrices is faster than three.
-    sums = _exact_sum(a, torch.cat((b2, b1, b0), dim=-1), limit or EXACT_TOKENS, shared_by)
-    s2, s1, s0 = sums.chunk(3, dim=-1)
-    return (s2 * digit + s1) * digit + s0
-
-
-def _exact_sum(a: Tensor, b: Tensor, limit: int, shared_by: Any) -> Tensor:
-    """`a @ b`, rounded once if at all: pieces that are exact in float64, added as int64."""
-    pieces = [x @ y for x, y in zip(a.split(limit, dim=1), b.split(limit, dim=0), strict=True)]
-    if len(pieces) == 1 and shared_by is None:
-        return pieces[0]
-    stack = torch.stack(pieces)
-    total = stack.nan_to_num().long().sum(dim=0)
-    if shared_by is not None:
-        dist.all_reduce(total, group=shared_by)
-    # An integer has no NaN. That of another rank is in the exponents, which have met.
-    return torch.where(stack.isnan().any(dim=0), math.nan, total.double())
-
-
-def exp(x: Tensor) -> Tensor:
-    """Correctly rounded: float64 errs by less than any float32 is from a tie of its result."""
-    return torch.where(x < -80, 0.0, torch.exp(x).float().double())
-
-
-def tanh_and_slope(z: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`tanh(z / cap)`, a float32, and its derivative in `z / cap`."""
-    u = round32(z * (1 / cap))
-    size = u.abs()
-    t = exp(-2 * size)
-
-    square = size * size
-    denominator = torch.full_like(u, 11)
-    for odd in (9, 7, 5, 3, 1):
-        denominator = odd + square / denominator
-    f = torch.where(size < 0.5, size / denominator, (1 - t) / (1 + t))
-
-    g = 1 / (1 + t)
-    return torch.copysign(round32(f), u), 4 * t * g * g
-
-
-def by_kv_head(x: Tensor, key: Tensor) -> Tensor:
-    """`[B, T, N, H]` to `[B * K, R, H]`; keys use the same layout, with one head per group."""
-    K = key.shape[2]
-    return x.unflatten(2, (K, x.shape[2] // K)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
-
-
-def by_token(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `by_kv_head`, to the shape of `like`."""
-    B, T, N, _ = like.shape
-    K = x.shape[0] // B
-    return x.unflatten(0, (B, K)).unflatten(2, (N // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _heads(query: Tensor, key: Tensor, value: Tensor, beside: Beside) -> Iterator[Head]:
-    """The heads in the order of `by_kv_head`, one after another: the biases of all are large."""
-    (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
-    q, k, v = (flush(by_kv_head(x, key)) for x in (query, key, value))
-    t = torch.arange(T, device=query.device)[:, None]
-    p_key = beside.p_key.expand(B, 1, 1, S)
-
-    def rows(x: Tensor, head: int, width: int = 1) -> Tensor:
-        return x.expand(B, N, T, width).unflatten(1, (K, N // K))[divmod(head, K)].flatten(0, 1)
-
-    def rows_if(x: Tensor | None, head: int, width: int = 1) -> Tensor | None:
-        return None if x is None else rows(x, head, width)
-
-    for head in range(B * K):
-        bias = rows_if(beside.bias, head, S)
-        of_head = Rows(
-            q[head],
-            t=rows(t, head),
-            p=rows(beside.p_query, head),
-            bias=None if bias is None else flush(bias),
-            allowed=rows_if(beside.allowed, head, S),
-            alibi=rows_if(beside.alibi, head),
-            sink=rows_if(beside.sink, head),
-            rng=rows_if(beside.rng, head, 2),
-        )
-        yield Head(of_head, k[head], v[head], p_key[head // K, 0, 0])
 
 
 def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -555,6 +203,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cap: float | None) -> None
             f"KV heads K = {K} must divide the query heads N = {N}. {got} Give a number of KV "
             f"heads that does."
         )
+    if max(H, value.shape[3]) > MOST_CHANNELS:
+        raise ValueError(
+            f"Exact dot products have room for {MOST_CHANNELS} channels. {got} Split the heads."
+        )
     if cap is not None and not 0 < nearest32(cap) < math.inf:
         raise ValueError(
             f"logits_soft_cap must be a positive finite float32, got {cap!r}. Write None for none."
@@ -581,7 +233,13 @@ def _check_constant(name: str, x: Tensor | None, shape: tuple[int, ...] | None =
 def _check_length(query: Tensor, key: Tensor, shared_by: Any) -> None:
     (_, T, N, _), (S, K) = query.shape, key.shape[1:3]
     ranks = 1 if shared_by is None else dist.get_world_size(shared_by)
-    rows = N // K * T * ranks
+    heads = N // K * ranks
+    if heads > MOST_HEADS:
+        raise ValueError(
+            f"Exact sums have room for {MOST_HEADS} query heads of one KV head. Got {heads} on "
+            f"{ranks} ranks. Split the query heads."
+        )
+    rows = heads * T
     if max(S, rows) >= TOO_MANY_TOKENS:
         raise ValueError(
             f"Exact sums have room for fewer than {TOO_MANY_TOKENS} tokens. Got {S} keys and, of "

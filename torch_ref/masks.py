@@ -11,6 +11,7 @@ FARTHEST = 2**29
 
 Positions = Tensor | tuple[Tensor, Tensor]
 Window = int | Sequence[int | None]
+Numbers = tuple[Tensor, Tensor]
 
 
 def attends(
@@ -26,6 +27,7 @@ def attends(
     query_seq_lengths: Tensor | None = None,
     key_value_seq_lengths: Tensor | None = None,
     device: torch.device | None = None,
+    numbers: Numbers | None = None,
 ) -> Tensor | None:
     """True where a query may attend to a key, for all that is given; None where every one may.
 
@@ -40,6 +42,7 @@ def attends(
       query_seq_lengths: `[B]`; only the first so many queries attend, in the order of the array.
       key_value_seq_lengths: `[B]`; only the first so many keys are attended to.
       device: of the tensors that are made here.
+      numbers: see `places`; the mask is then of these queries and keys alone.
 
     Returns:
       Boolean, broadcastable to `[B, N, T, S]`.
@@ -48,7 +51,7 @@ def attends(
       ValueError: as `places`, or lengths that are not `[B]`.
     """
     allowed = [] if mask is None else [mask]
-    p_query, p_key = places(query_tokens, key_tokens, query_offset, positions, device)
+    p_query, p_key = places(query_tokens, key_tokens, query_offset, positions, device, numbers)
     if is_causal:
         allowed.append(p_key <= p_query)
     if local_window_size is not None:
@@ -58,9 +61,9 @@ def attends(
         if right is not None:
             allowed.append(p_key <= p_query + right)
     if segment_ids is not None:
-        of_query, of_key = _pair(segment_ids)
-        allowed.append(of_query[:, None, :, None] == of_key[:, None, None, :])
-    t, s = places(query_tokens, key_tokens, device=device)
+        of_query, of_key = _across(*_pair(segment_ids), numbers)
+        allowed.append(of_query == of_key)
+    t, s = places(query_tokens, key_tokens, device=device, numbers=numbers)
     if query_seq_lengths is not None:
         allowed.append(t < _by_sequence("query_seq_lengths", query_seq_lengths))
     if key_value_seq_lengths is not None:
@@ -79,6 +82,7 @@ def places(
     query_offset: int = 0,
     positions: Positions | None = None,
     device: torch.device | None = None,
+    numbers: Numbers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The positions of the queries and of the keys, to be compared with one another.
 
@@ -88,6 +92,8 @@ def places(
         (top left, as in `jax.nn`); S - T aligns the last query with the last key.
       positions: integers `[B, S]`, or a pair `[B, T]`, `[B, S]`, in place of those counts.
       device: of the tensors that are made here.
+      numbers: int64, which queries `[t]` and which keys `[s]` of the T and S are asked for, counted
+        from 0; all of them if None.
 
     Returns:
       int64, `[B, 1, T, 1]` and `[B, 1, 1, S]`, B = 1 where all sequences have the same.
@@ -98,7 +104,7 @@ def places(
     if positions is None:
         t = torch.arange(query_offset, query_offset + query_tokens, device=device)
         s = torch.arange(key_tokens, device=device)
-        return t[None, None, :, None], s[None, None, None, :]
+        return _across(t[None], s[None], numbers)
     if query_offset != 0:
         raise ValueError(
             f"positions say where the queries are, and so does query_offset = {query_offset}. "
@@ -111,12 +117,19 @@ def places(
                 f"positions of {tokens} {name} must be integers [B, {tokens}], got {x.dtype} "
                 f"{tuple(x.shape)}. Write a pair where queries and keys have different ones."
             )
-    return of_query.long()[:, None, :, None], of_key.long()[:, None, None, :]
+    return _across(of_query.long(), of_key.long(), numbers)
 
 
 def distance(p_query: Tensor, p_key: Tensor) -> Tensor:
     """Distance of every query from every key, at most 2^29, of positions that broadcast."""
     return (p_query - p_key).abs().clamp(max=FARTHEST)
+
+
+def _across(of_query: Tensor, of_key: Tensor, numbers: Numbers | None) -> tuple[Tensor, Tensor]:
+    """`[B, T]` as `[B, 1, T, 1]` and `[B, S]` as `[B, 1, 1, S]`, or the numbered tokens of each."""
+    if numbers is not None:
+        of_query, of_key = of_query[:, numbers[0]], of_key[:, numbers[1]]
+    return of_query[:, None, :, None], of_key[:, None, None, :]
 
 
 def _window(size: Window) -> Sequence[int | None]:

@@ -45,7 +45,7 @@ def to_jax(tree: Any, *, sharding: Sharding | None = None) -> Any:
 
     The array shares the tensor's memory, so the tensor must not be written in place afterwards. A
     copy is made of a tensor that is not contiguous, or, on CPU, does not start at a multiple of 64
-    bytes, as a slice may not.
+    bytes, as a slice may not; and wherever a sharding is given.
 
     Args:
       tree: a pytree of dense tensors; Python scalars and None pass unchanged.
@@ -146,11 +146,14 @@ def _sharded(path: Any, x: Any, sharding: Sharding | None) -> Any:
     if sharding is None or type(x) in _SCALARS:
         return x
     try:
-        return jax.device_put(x, sharding)
-    except ValueError as error:
+        # A copy first: jax.device_put leaves the first device the tensor's memory, and where
+        # PyTorch writes to it the replicas of one array differ. PyTorch does not wait for it.
+        return jax.device_put(jnp.array(x, copy=True).block_until_ready(), sharding)
+    except (ValueError, AssertionError) as error:  # the latter for more axes than the array has
         raise ValueError(
             f"{x.dtype} array of shape {x.shape} at {_place(path)} cannot have the sharding "
-            f"{sharding}: {error} Write a PartitionSpec whose axes divide its own."
+            f"{sharding}: {str(error).rstrip('.')}. Write a PartitionSpec whose axes divide its "
+            f"own."
         ) from error
 
 

@@ -58,7 +58,8 @@ def run_ranks(
       RankError: a rank raised or died.
       TimeoutError: not done in time; the message names the ranks that had not finished.
 
-    No process and no folder is left when it returns or raises. Should this process be killed, the
+    No process and no folder is left when it returns or raises, but what a rank starts in a session
+    of its own (`start_new_session=True`). Should this process be killed, the
     ranks see it, remove the folder and end.
     """
     with start_ranks(fn, world_size, *args, timeout=timeout, threads=threads) as collect:
@@ -287,7 +288,10 @@ def _rank_main(rank: int, world_size: int, folder: Path, timeout: float, threads
         torch.set_num_threads(threads)
         dist.init_process_group(
             "gloo",
-            init_method=(folder / "store").as_uri(),
+            # Not as a URL: PyTorch does not decode the %20 of a folder's name (2.13, Linux).
+            store=dist.FileStore(  # pyright: ignore[reportPrivateImportUsage]
+                str(folder / "store"), world_size
+            ),
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout),

@@ -85,6 +85,10 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
                 f"{path} is no index of safetensors files: it needs a weight_map of names to file "
                 f"names ({type(error).__name__}: {error}). Download or save it again."
             ) from error
+        if not promised:
+            raise ValueError(
+                f"{path} is an index of no tensor: its weight_map is empty. Download it again."
+            )
         if outside:
             raise ValueError(
                 f"{path}: {count(outside, 'file')} outside its folder: {listed(outside)}. "

@@ -30,7 +30,8 @@ class Divergence:
       meaning: the same index in words, like "batch 1, token 17, head 3, channel 0".
       batch, token, head: of that element; None where the tensor has no such axis.
       value_a, value_b: that element in both runs.
-      max_abs: the largest absolute difference of finite elements.
+      max_abs: the largest absolute difference of finite elements; of complex numbers that of a real
+        or imaginary part.
       relative: the same, divided by the largest finite magnitude in `a`.
       max_ulp: the largest difference in steps from one float to the next; None for other dtypes,
         and where the dtypes differ.

@@ -32,7 +32,7 @@ def divergence_table(
     """
     escape = require("rich.markup").escape
     table = require("rich.table").Table(
-        title=f"Where two runs part, rtol = {rtol:g}", box=require("rich.box").SIMPLE
+        title=f"Where two runs part, rtol = {rtol}", box=require("rich.box").SIMPLE
     )
     table.add_column("tensor", overflow="fold")
     for column in ("shape", "parts", "max abs", "relative", "ULP", "first token"):

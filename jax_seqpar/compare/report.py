@@ -20,7 +20,8 @@ class LeafReport:
       total, differing: counts of elements; the larger array's, where the shapes differ.
       max_ulp: largest distance, over the differing finite elements, in steps from one float to
         the next; -0 and +0 are 0 apart. None for other dtypes.
-      max_abs: largest absolute difference over the same elements, exact for integers. None where
+      max_abs: largest absolute difference over the same elements, exact for integers; of complex
+        numbers that of a real or imaginary part. None where
         nothing is compared.
       first_index: of the first differing element, None if there is none.
       meaning: the same index in words, like "batch 1, token 17, head 3, channel 0".

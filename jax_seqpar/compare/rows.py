@@ -103,9 +103,9 @@ def _form(x: Any) -> tuple[tuple[int, ...], str]:
 
 
 def _check_options(rtol: float, axes: Sequence[str]) -> None:
-    if not 0 <= rtol < math.inf:
+    if isinstance(rtol, str) or not 0 <= rtol < math.inf:
         raise ValueError(
-            f"rtol must be 0 (bits) or a positive number, got {rtol}. Write rtol=1e-5."
+            f"rtol must be 0 (bits) or a positive number, got {rtol!r}. Write rtol=1e-5."
         )
     if sorted(axes) != sorted(AXES):
         raise ValueError(
@@ -122,6 +122,11 @@ def _check_runs(a: Mapping[str, Any], b: Mapping[str, Any], rtol: float) -> None
                 f'Write {{"layers.0/attention": x}}.'
             )
         for name, x in run.items():
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"{side} must have names as its keys, got {name!r}. Write "
+                    f"{{f'layers.{{i}}/attention': x}} of number i."
+                )
             if not tree_util.all_leaves([x]):
                 raise TypeError(
                     f"{side}[{name!r}] must be an array, got {type(x).__name__}. "

@@ -6,7 +6,6 @@ it. `SPEC.md` beside this file is that function. `jax_seqpar.exact`, `torch_ref.
 integer oracle of the tests are written from it, not from one another.
 """
 
-from .arithmetic import contract as contract
 from .arithmetic import exact_dot as exact_dot
 from .attention import Exact as Exact
 from .attention import exact_attention as exact_attention

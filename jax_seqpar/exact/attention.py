@@ -14,13 +14,13 @@ from jaxtyping import Array, Float
 from .._checks import check_chunk_sizes
 from ..kernels.kernel import Kernel
 from ..layout import AxisName
-from ..mask import Logits, Spec
-from ..mask.nouns import arrays_of
+from ..mask import Logits, Spec, TokenList
+from ..mask.array_fields import arrays_of
 from . import arithmetic
-from .backward import key_value_gradients, query_gradient
-from .forward import output
+from .backward import gradients
+from .forward import Rows, output
 from .kv_replicas import SharedHeads
-from .problem import INNER, Options, Problem, without_unread_keys
+from .problem import Options, Problem, key_operand
 
 
 @dataclass(frozen=True)
@@ -29,36 +29,58 @@ class Exact(Kernel):
 
     Output and gradients are the function that `jax_seqpar/exact/SPEC.md` specifies: equal in every
     bit to `torch_ref.exact.exact_attention`, compiled or not, on any number of devices, on every
-    backend that `jax_seqpar.exact.certify` passes. Not equal to a stock kernel, and nearer to
-    float64 than float32 kernels are, but for a row whose heavy keys have no value. Memory grows
-    linearly with the tokens. Float64 inside, whatever `jax_enable_x64` says. Reverse-mode
+    backend that `jax_seqpar.exact.certify` passes. Causal to the last bit: what a query may not
+    attend to changes no bit of its row. Not equal to a stock kernel, and nearer to float64 than
+    float32 kernels are, but for channels far larger than the others. Memory grows linearly with
+    the tokens. Float64 inside, whatever `jax_enable_x64` says. Reverse-mode
     derivatives, once; of query, key and value alone. JAX raises TypeError for one in forward mode.
 
     Operands, bias, slopes and sinks are float32, bfloat16 or float16; scale and soft cap are
     rounded to float32. Other dtypes, and sequences of 2^21 tokens and more, are refused.
 
     Args:
-      query_chunk, key_chunk: queries, and keys, whose whole rows, and columns, are held at a time;
-        None chooses. No bit depends on them.
+      query_chunk: queries whose whole rows of weights the forward pass holds at a time, in float32;
+        None chooses. No bit depends on it.
+      key_chunk: keys that it visits at a time, at most 256 (None). No bit depends on it.
       shared_heads: other devices with the same KV heads and query heads of their own. Their parts
         of the gradients of key and value are added without rounding, and one of the devices returns
-        the sum, the others -0. A strategy sets it where it is needed.
+        the sum, the others 0. A strategy sets it where it is needed.
+      queries_over: the mesh axis (or axes) along which devices hold the queries of one head in
+        parts. A strategy sets it, too.
     """
 
     query_chunk: int | None = None
     key_chunk: int | None = None
     shared_heads: SharedHeads | None = None
+    queries_over: AxisName | None = None
 
     sums_exactly = True
 
     def __post_init__(self) -> None:
         check_chunk_sizes(query_chunk=self.query_chunk, key_chunk=self.key_chunk)
+        if self.key_chunk is not None and self.key_chunk > arithmetic.BLOCK:
+            raise ValueError(
+                f"key_chunk of exact attention is at most {arithmetic.BLOCK}, the keys that one "
+                f"float64 sum has room for, got {self.key_chunk}. Write None."
+            )
 
-    def sharing(self, axes: tuple[tuple[AxisName, int], ...]) -> "Exact":
-        axes = tuple((axis_name, count) for axis_name, count in axes if count > 1)
-        if self.shared_heads is not None or not axes:
-            return self
-        return replace(self, shared_heads=SharedHeads(axes))
+    def sharing(
+        self,
+        axes: tuple[tuple[AxisName, int], ...],
+        queries_over: AxisName | None = None,
+    ) -> "Exact":
+        own = self if queries_over is None else replace(self, queries_over=queries_over)
+        known = () if self.shared_heads is None else self.shared_heads.axes
+        told = {axis_name for axis_name, _ in known}
+        axes = tuple((name, count) for name, count in axes if count > 1 and name not in told)
+        return replace(own, shared_heads=SharedHeads(known + axes)) if axes else own
+
+    def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
+        if spec.held_keys is not None:
+            return "exact attention takes all the keys of a row"
+        if isinstance(spec.held_queries, TokenList):
+            return "exact attention takes queries in the order of the sequence"
+        return None
 
     def attend(
         self,
@@ -67,30 +89,37 @@ class Exact(Kernel):
         value: Float[Array, "B S K V"],
         spec: Spec,
     ) -> tuple[Array, None]:
+        if reason := self.why_not(query, key, value, spec):
+            raise ValueError(f"{reason}, got a part. Write kernel=jax_seqpar.Blockwise().")
         devices = 1 if self.shared_heads is None else self.shared_heads.devices
         added = dict(arrays_of(spec.logits))
-        _check(query, key, added, devices)
-        once = {
+        _check(query, key, value.shape[3], added, devices)
+        constants = {
             name: _undifferentiated(partial(_no_gradient, name), x) for name, x in added.items()
         }
-        (_, T, N, H), (_, S, K, _) = query.shape, key.shape
+        H, S = query.shape[3], key.shape[1]
         if 0 in (*query.shape, *value.shape):
             return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype), None
-        limit = arithmetic.CONTRACT_TOKENS
-        rows = self.query_chunk or max(256 * K // N, 16)
+        tile = min(S, self.key_chunk or arithmetic.BLOCK)
         options = Options(
             shared_heads=self.shared_heads,
-            query_chunk=min(T, rows, max(limit * K // N // INNER, 1)),
-            key_chunk=min(S, self.key_chunk or 256, max(limit // INNER, 1)),
-            sum_limit=limit,
+            queries_over=self.queries_over,
+            query_chunk=min(query.shape[1], self.query_chunk or _rows_at_a_time(S)),
+            key_chunk=tile,
+            block=arithmetic.BLOCK,
         )
         scale, cap = spec.logits.scale, spec.logits.soft_cap
         cap = None if cap is None else _float32(cap)
-        rounded = Logits(_float32(H**-0.5 if scale is None else scale), cap, **once)
+        rounded = Logits(_float32(H**-0.5 if scale is None else scale), cap, **constants)
         return _attention(options, query, key, value, replace(spec, logits=rounded)), None
 
 
 exact_attention = Exact()
+
+
+def _rows_at_a_time(keys: int) -> int:
+    """Whole rows of weights, of at most 64 MiB for one head."""
+    return max(min(256, (1 << 24) // keys), 16)
 
 
 def _float32(x: float) -> float:
@@ -103,17 +132,19 @@ def _attention(options: Options, query: Any, key: Any, value: Any, spec: Any) ->
 
 
 def _attention_fwd(options: Options, query: Any, key: Any, value: Any, spec: Any):
-    query, key, value = map(_once, (query, key, value))
+    query, key, value = map(_refuse_second_derivative, (query, key, value))
     operands = (query, key, value, spec)
-    out = _looped_by_vmap(partial(_forward, options))(*operands)
-    return arithmetic.narrowed(out, query.dtype), (operands, out)
+    out, top, normaliser = _looped_by_vmap(partial(_forward, options))(*operands)
+    return arithmetic.narrowed(out, query.dtype), (operands, out, top, normaliser)
 
 
 def _attention_bwd(options: Options, residuals: Any, grad: Any):
-    (query, key, value, spec), out = residuals
-    query, key, value, out, grad = map(_once, (query, key, value, out, grad))
+    (query, key, value, spec), *saved = residuals
+    query, key, value, *saved, grad = map(
+        _refuse_second_derivative, (query, key, value, *saved, grad)
+    )
     gradient = _looped_by_vmap(partial(_backward, options))
-    return (*gradient(query, key, value, spec, out, grad), None)
+    return (*gradient(query, key, value, spec, *saved, grad), None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -144,43 +175,68 @@ def _looped_by_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Compiled in an eager call, too: a loop that is traced anew each time would compile each time.
 @partial(jax.jit, static_argnums=0)
-def _forward(options: Options, query: Any, key: Any, value: Any, spec: Any) -> Array:
-    """The output in float32."""
+def _forward(
+    options: Options, query: Any, key: Any, value: Any, spec: Any
+) -> tuple[Array, Array, Array]:
+    """The output in float32, and of each query the m and the r that the gradients read.
+
+    Returns:
+      `[B, T, N, V]`; `[B K, G, T]`; r as its two words, `[B K, G, T, 2]`, for a float64 does not
+      survive outside.
+    """
     query, key, value, spec = _as_given((query, key, value, spec))
-    key, value = without_unread_keys(spec.mask, query, key, value)
     B, T, N, _ = query.shape
     K, V = value.shape[2:]
+    group = N // K
 
-    def one(index: Array, q: Array, k: Array, v: Array) -> Array:
-        own = spec.take_heads(*_first_head(index, K, N // K), N // K)
-        return output(Problem.of(options, own, q, k, v))
+    def one_kv_head(index: Array, q: Array, k: Array, v: Array):
+        keys = key_operand(k, v)
+        sequence, first = _first_head(index, K, group)
+
+        def one_head(g: Array, q: Array):
+            own = spec.take_heads(sequence, first + g, 1)
+            return output(options, Problem.of(own, q, keys), v)
+
+        return _map_heads(one_head, q)
 
     with jax.enable_x64(True):
-        out = _map_heads(one, _grouped(query, K), _heads_first(key), _heads_first(value))
-        return out.reshape(B, N, T, V).transpose(0, 2, 1, 3)
+        out, rows = _map_heads(
+            one_kv_head, _grouped(query, K), _heads_first(key), _heads_first(value)
+        )
+        words = jax.lax.bitcast_convert_type(rows.normaliser, jnp.uint32)
+        return out.reshape(B, N, T, V).transpose(0, 2, 1, 3), rows.top, words
 
 
 @partial(jax.jit, static_argnums=0)
 def _backward(
-    options: Options, query: Any, key: Any, value: Any, spec: Any, out: Any, grad: Any
+    options: Options,
+    query: Any,
+    key: Any,
+    value: Any,
+    spec: Any,
+    out: Any,
+    top: Any,
+    normaliser: Any,
+    grad: Any,
 ) -> tuple[Array, ...]:
     """The gradients, of the dtype of the operands."""
-    query, key, value, spec, out, grad = _as_given((query, key, value, spec, out, grad))
-    key, value = without_unread_keys(spec.mask, query, key, value)
+    query, key, value, spec, out, top, normaliser, grad = _as_given(
+        (query, key, value, spec, out, top, normaliser, grad)
+    )
     N, K = query.shape[2], key.shape[2]
 
-    def one(index: Array, q: Array, k: Array, v: Array, out: Array, grad: Array):
+    def one(index: Array, *operands: Array):
+        q, k, v, out, top, normaliser, grad = operands
         own = spec.take_heads(*_first_head(index, K, N // K), N // K)
-        problem = Problem.of(options, own, q, k, v)
-        dq, rows = query_gradient(problem, out, grad)
-        return (dq, *key_value_gradients(problem, rows, grad))
+        return gradients(options, own, q, k, v, out, Rows(top, normaliser), grad)
 
     with jax.enable_x64(True):
-        operands = (_grouped(query, K), _heads_first(key), _heads_first(value))
-        gradients = _map_heads(one, *operands, _grouped(out, K), _grouped(grad, K))
+        operands = (_grouped(query, K), _heads_first(key), _heads_first(value), _grouped(out, K))
+        normaliser = jax.lax.bitcast_convert_type(normaliser, jnp.float64)
+        of_all = _map_heads(one, *operands, top, normaliser, _grouped(grad, K))
         shaped = (
             x.reshape(like.shape[0], like.shape[2], like.shape[1], like.shape[3])
-            for x, like in zip(gradients, (query, key, value), strict=True)
+            for x, like in zip(of_all, (query, key, value), strict=True)
         )
         return tuple(arithmetic.narrowed(x.transpose(0, 2, 1, 3), query.dtype) for x in shaped)
 
@@ -195,7 +251,7 @@ def _as_given(operands: Any) -> Any:
 
 
 def _map_heads(one: Callable[..., Any], *operands: Array) -> Any:
-    """One KV head of one sequence after another: large matrices, and the memory of one."""
+    """One head after another: large matrices, and the memory of one."""
     indices = jnp.arange(operands[0].shape[0])
     return jax.lax.map(lambda xs: one(*xs), (indices, *operands))
 
@@ -231,12 +287,14 @@ def _refuse(refusal: Callable[[], ValueError], primals: Any, tangents: Any):
 def _check(
     query: Any,
     key: Any,
+    channels: int,
     added: Mapping[str, Any],
     devices: int,
 ) -> None:
     """Raises ValueError for dtypes and sizes that exact attention is not defined for.
 
     Args:
+      channels: V.
       added: bias, slopes and sinks by name, where there are any.
     """
     for name, x in added.items():
@@ -250,7 +308,18 @@ def _check(
             f"exact attention takes float32, bfloat16 and float16, got {query.dtype}. "
             f"Write query.astype(jnp.float32), and key and value alike."
         )
+    if max(query.shape[3], channels) > arithmetic.DOT_CHANNELS:
+        raise ValueError(
+            f"exact attention has room for {arithmetic.DOT_CHANNELS} channels in a dot product, "
+            f"got {query.shape[3]} of query and key and {channels} of value. Split the heads."
+        )
     S, rows = key.shape[1], query.shape[1] * (query.shape[2] // key.shape[2]) * devices
+    shared = query.shape[2] // key.shape[2] * devices
+    if shared > 1 << 12:
+        raise ValueError(
+            f"exact attention has room for 4096 query heads of one KV head, got {shared} on "
+            f"{devices} devices. Got query {query.shape}, key {key.shape}. Split the query heads."
+        )
     if max(S, rows) >= 1 << 21:
         raise ValueError(
             f"exact attention has room for fewer than 2^21 keys, and queries of one KV head, got "
@@ -276,4 +345,4 @@ def _no_second_derivative() -> ValueError:
 
 # Second derivatives are undefined: the rule of the first one raises if its operands are
 # differentiated again.
-_once = partial(_undifferentiated, _no_second_derivative)
+_refuse_second_derivative = partial(_undifferentiated, _no_second_derivative)

@@ -1,175 +1,174 @@
-"""The gradients: of queries in chunks with whole rows, of keys and values with whole columns."""
+"""The gradients of one KV head, in one visit to each block of queries and keys."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from math import ceil, log2
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..mask import Tokens
+from ..mask import Spec, Tokens
 from ..mask.tokens import write
 from . import arithmetic
-from .arithmetic import (
-    LEAST_EXPONENT,
-    TOKEN_BITS,
-    digits,
-    exponent,
-    flush,
-    grid,
-    left_digits,
-    pinned,
-    power_of_two,
-    right_on_grid,
-    token_sums,
-)
-from .forward import as_integers, kept_normaliser, reciprocal, row_logits, sink_weight
+from .anchors import find_anchors
+from .arithmetic import flush, left_digits, on_unit, pinned, right_on_grid, slices
+from .blocks import Blocks, Operand, in_both, write_head
+from .elementary import exp
+from .forward import Rows, kept_normaliser
 from .kv_replicas import SharedHeads
-from .problem import Problem, dots, mask_overlap, weights_of
+from .problem import Options, Problem, columns, dots, key_operand, scale_of, scaled_query
+from .split_blocks import SplitBlocks
 
 
-class Rows(NamedTuple):
-    """What the pass over the keys reads of each query, `[G, T, 1]`."""
+@dataclass(frozen=True)
+class Head:
+    """One KV head with its G query heads; float64, flushed.
 
-    top: Array  # m
-    normaliser: Array  # r * 2^32
-    kept_normaliser: Array  # (r * c) * 2^32
-    correction: Array  # D
-    empty: Array  # without a key to attend to
-
-
-def query_gradient(problem: Problem, out: Array, grad: Array) -> tuple[Array, Rows]:
-    """`dq [G, T, H]` in float32, and what it found of each query.
-
-    Args:
-      out, grad: `[G, T, V]`, the float32 output and its gradient.
+    Attributes:
+      spec: of one sequence and G heads.
+      query: `[G, T, H]`, scaled.
+      query_digits, grad_digits: `[G, H, 2, T]`, `[G, V, 2, T]`, left operands.
+      key_on_grid, value_on_grid: `[S, H]`, `[S, V]`, right operands.
+      correction: D, `[G, T]`.
     """
-    G, T, H = problem.query.shape
-    S = problem.key.shape[0]
-    value_rows, grad_rows = right_on_grid(problem.value), left_digits(flush(grad))
-    high, low = jnp.einsum("DGTV,GTV->DGT", grad_rows, right_on_grid(flush(out)))
-    corrections = pinned(high + low)[..., None]
-    key_exponent = exponent(problem.key, 0)
-    columns = digits(grid(problem.key, key_exponent, TOKEN_BITS))
 
-    def chunk(queries: Tokens, _, carry: tuple[Array, Rows]) -> tuple[Array, Rows]:
-        logits, top, empty = row_logits(problem, queries)
+    spec: Spec
+    query: Array
+    query_digits: Array
+    grad_digits: Array
+    key_on_grid: Array
+    value_on_grid: Array
+    rows: Rows
+    correction: Array
 
-        def weigh(keys: Tokens, fresh: Array | None, carry):
-            weights, total = carry
-            p = weights_of(keys.slice(logits, 2), top)
-            integers = mask_overlap(as_integers(p), fresh, 2)
-            return write(weights, p, keys, 2), total + integers.sum(-1, keepdims=True)
+    def problem(self, g: Any) -> Problem:
+        spec = self.spec.take_heads(0, g, 1)
+        return Problem(spec, self.query[g], self.query_digits[g], self.key_on_grid)
 
-        start = (problem.full(*logits.shape, dtype=jnp.float32), problem.full(*top.shape))
-        weights, total = problem.for_keys(weigh, start, queries)
-        normaliser = reciprocal(total + sink_weight(problem, top))
-        rows = Rows(
-            top,
-            normaliser * 2.0**TOKEN_BITS,
-            kept_normaliser(problem, normaliser) * 2.0**TOKEN_BITS,
-            queries.slice(corrections, 1),
-            empty,
+    def weights(
+        self, g: Any, queries: Tokens, keys: Tokens, belongs: Array | None
+    ) -> tuple[Array, Array]:
+        """`ds` and the `w` of dv, `[s, t]`."""
+        problem = self.problem(g)
+        z, slope = problem.logits(queries, keys)
+        if belongs is not None:
+            z = jnp.where(belongs, z, -jnp.inf)
+        top, normaliser, correction = (
+            queries.slice(x[g], 0)[None] for x in (*self.rows, self.correction)
         )
-
-        def differentiate(keys: Tokens, _, carry):
-            gradients, e = carry
-            dp = dots(queries.slice(grad_rows, 2), keys.slice(value_rows, 0))
-            ds = logit_gradient(problem, keys.slice(weights, 2), rows, dp, queries, keys)
-            return write(gradients, ds, keys, 2), jnp.maximum(e, exponent(ds, 2))
-
-        # In place of the logits, which nothing reads any more.
-        start = (logits, problem.full(*top.shape, value=LEAST_EXPONENT, dtype=jnp.int64))
-        gradients, e = problem.for_keys(differentiate, start, queries)
-
-        def add(keys: Tokens, fresh: Array | None, sums: Array) -> Array:
-            integers = mask_overlap(grid(keys.slice(gradients, 2), e, TOKEN_BITS), fresh, 2)
-            return sums + token_sums("GTS,SH->GTH", integers, keys.slice(columns, 0), sums.dtype)
-
-        start = problem.no_sums(G, queries.size, H, tokens=S)
-        dq = arithmetic.combine_digits(problem.for_keys(add, start, queries))
-        dq = dq * power_of_two(e - TOKEN_BITS) * power_of_two(key_exponent - TOKEN_BITS)[None]
-        dq = arithmetic.out(jnp.where(empty, 0.0, dq * problem.scale))
-        return jax.tree.map(lambda x, part: write(x, part, queries, 1), carry, (dq, rows))
-
-    nothing = Rows(*[problem.full(G, T, 1)] * 4, empty=problem.full(G, T, 1, dtype=jnp.bool_))
-    start = (problem.full(G, T, H, dtype=jnp.float32), nothing)
-    return problem.for_queries(chunk, start)
+        p = exp(z - top).astype(jnp.float64)
+        # Also where a NaN stands in a row of which nothing comes here: the anchors bring it back.
+        absent = p == 0
+        w = pinned(p * normaliser)
+        dp = pinned(dots(keys.slice(self.value_on_grid, 0), queries.slice(self.grad_digits[g], 2)))
+        kept = w
+        if problem.spec.dropout.rate:
+            dp = problem.kept(pinned(dp * problem.kept_scale), queries, keys)
+            kept = problem.kept(pinned(p * kept_normaliser(problem, normaliser)), queries, keys)
+        ds = w * (dp - correction)
+        if slope is not None:
+            ds = pinned(ds) * slope
+        return jnp.where(absent, 0.0, ds), jnp.where(absent, 0.0, kept)
 
 
-def key_value_gradients(problem: Problem, rows: Rows, grad: Array) -> tuple[Array, Array]:
-    """`dk [S, H]` and `dv [S, V]` in float32, summed over the query heads of the KV head.
+def gradients(
+    options: Options,
+    spec: Spec,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    rows: Rows,
+    grad: Array,
+) -> tuple[Array, Array, Array]:
+    """`dq [G, T, H]`, `dk [S, H]` and `dv [S, V]` in float32.
 
     Args:
-      rows: of `query_gradient`.
-      grad: `[G, T, V]`, the gradient of the output.
+      spec: of one sequence and G heads.
+      query, key, value: `[G, T, H]`, `[S, H]`, `[S, V]`.
+      out, grad: `[G, T, V]`, the float32 output and its gradient.
+      rows: of the forward pass, `[G, T]`.
     """
-    (G, T, _), S = problem.query.shape, problem.key.shape[0]
-    channels = (problem.key.shape[1], problem.value.shape[1])
-    shared = problem.options.shared_heads or SharedHeads(())
-    query, grad = (jnp.where(rows.empty, 0.0, x) for x in (problem.query, flush(grad)))
-    value_rows, grad_rows = right_on_grid(problem.value), left_digits(grad)
-    # What dk and dv multiply: ds with the queries, w with the gradient of the output.
-    exponents = [shared.max(exponent(x, (0, 1))) for x in (query, grad)]
-    columns = [
-        digits(grid(x, e, TOKEN_BITS)) for x, e in zip((query, grad), exponents, strict=True)
-    ]
-    units = [power_of_two(e - TOKEN_BITS)[0] for e in exponents]
-    scales = (problem.scale, 1.0)
+    (G, T, H), (S, V) = query.shape, value.shape
+    shared = options.shared_heads or SharedHeads(())
+    query, key, value, out, grad = (
+        scaled_query(spec, query),
+        *map(flush, (key, value, out, grad)),
+    )
+    grad_rows = left_digits(grad)
+    high, low = jnp.einsum("dgtv,gtv->dgt", grad_rows, right_on_grid(out))
+    head = Head(
+        spec,
+        query,
+        columns(left_digits(query)),
+        columns(grad_rows),
+        key_operand(key, value),
+        right_on_grid(value),
+        rows,
+        correction=pinned(high + low),
+    )
+    blocks = Blocks(spec, G, T, S, options.block)
+    c = head.problem(0).kept_scale
+    anchors = find_anchors(
+        blocks, head.problem, query, key, value, out, rows.normaliser, grad, ceil(log2(c))
+    )
+    anchors = anchors._replace(key=shared.max(anchors.key), value=shared.max(anchors.value))
+    of_dq, *of_sums = map(Operand.of, (key, query, grad))
+    columns_of_keys = of_dq.digits.T
 
-    def chunk(keys: Tokens, _, carry: list[Array]) -> list[Array]:
-        def differentiate(queries: Tokens, _, carry: list[tuple[Array, Array]]):
-            own = Rows(*(queries.slice(x, 1) for x in rows))
-            p = weights_of(problem.logits(queries, keys), own.top)
-            dp = dots(queries.slice(grad_rows, 2), keys.slice(value_rows, 0))
-            parts = (
-                logit_gradient(problem, p, own, dp, queries, keys),
-                problem.kept(normalised(p, own.kept_normaliser), queries, keys),
-            )
-            return [
-                (write(x, part, queries, 1), jnp.maximum(e, exponent(part, (0, 1))))
-                for (x, e), part in zip(carry, parts, strict=True)
-            ]
+    def full(*shape: int, value: float | int = 0, dtype: Any = jnp.float64) -> Array:
+        return head.problem(0).full(*shape, value=value, dtype=dtype)
 
-        buffer = problem.full(G, T, keys.size)
-        e = problem.full(1, 1, keys.size, value=LEAST_EXPONENT, dtype=jnp.int64)
-        filled = problem.for_queries(differentiate, [(buffer, e)] * 2, keys)
-        filled = [(x, shared.max(e)) for x, e in filled]
+    def block_of_keys(keys: Tokens, of_keys: Array | None, carry: tuple[Array, ...]):
+        dq, dk, dv = carry
+        key_power = keys.slice(of_dq.power, 0)[:, None]
+        key_digits = keys.slice(columns_of_keys, 1)
+        key_anchors = [keys.slice(x, 0)[:, None] for x in (anchors.key, anchors.value)]
 
-        def add(queries: Tokens, fresh: Array | None, carry: list[Array]) -> list[Array]:
-            totals = []
-            for sums, (x, e), column in zip(carry, filled, columns, strict=True):
-                integers = mask_overlap(grid(queries.slice(x, 1), e, TOKEN_BITS), fresh, 1)
-                column = queries.slice(column, 1)
-                totals.append(sums + token_sums("GTS,GTH->SH", integers, column, sums.dtype))
-            return totals
+        def weights(g: Any, index: Any) -> tuple[Array, Array, Tokens]:
+            queries, belongs = blocks.of_queries(index)
+            ds, w = head.weights(g, queries, keys, in_both(of_keys, belongs))
+            return ds, w, queries
 
-        tokens = G * T * shared.devices
-        start = [problem.no_sums(keys.size, n, tokens=tokens) for n in channels]
-        sums = problem.for_queries(add, start, keys)
-        totals = [arithmetic.combine_digits(shared.sum(x)) for x in sums]
-        gradients = []
-        for x, total, (_, e), unit, scale in zip(carry, totals, filled, units, scales, strict=True):
-            part = total * power_of_two(e - TOKEN_BITS)[0, 0, :, None] * unit * scale
-            gradients.append(write(x, arithmetic.out(part), keys, 0))
-        return gradients
+        def add_to_queries(dq: Array, g: Any, ds: Array, queries: Tokens) -> Array:
+            integers, unit = on_unit(ds * key_power, 0)
+            anchor = queries.slice(anchors.query[g], 0)[None]
+            part = slices(key_digits @ integers, unit, anchor, axis=0)
+            return write_head(dq, queries.slice(dq[:, g], 2) + part, g, queries)
 
-    dk, dv = problem.for_keys(chunk, [problem.full(S, n, dtype=jnp.float32) for n in channels])
+        def block(g: Any, index: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            dq, *sums = carry
+            ds, w, queries = weights(g, index)
+            for i, (d, operand) in enumerate(zip((ds, w), of_sums, strict=True)):
+                integers, unit = on_unit(d * operand.powers(g, queries), 1)
+                products = integers @ queries.slice(operand.digits[g], 0)
+                sums[i] += slices(products, unit, key_anchors[i], axis=1)
+            return add_to_queries(dq, g, ds, queries), *sums
+
+        def block_of_queries(g: Any, index: Any, dq: Array) -> Array:
+            ds, _, queries = weights(g, index)
+            return add_to_queries(dq, g, ds, queries)
+
+        if options.queries_over is None or T % blocks.size == 0:
+            start = (dq, full(2, keys.size, H), full(2, keys.size, V))
+            dq, *parts = blocks.for_queries(keys, block, start)
+        else:
+            sums = SplitBlocks(blocks, options.queries_over, keys, of_sums, weights, full)
+            dq = blocks.for_queries(keys, block_of_queries, dq)
+            parts = sums.slices(key_anchors)
+        # Tokens of the block before this one are among them, with sums of 0.
+        added = (keys.slice(x, 1) + part for x, part in zip((dk, dv), parts, strict=True))
+        return dq, *(write(x, part, keys, 1) for x, part in zip((dk, dv), added, strict=True))
+
+    start = (full(2, G, H, T), full(2, S, H), full(2, S, V))
+    dq, dk, dv = blocks.for_keys(block_of_keys, start)
+    dq = arithmetic.value(dq, anchors.query[:, None]) * scale_of(spec)
+    dq = arithmetic.out(jnp.where((rows.normaliser == 0)[:, None], 0.0, dq)).transpose(0, 2, 1)
+    dk, dv = (
+        arithmetic.out(arithmetic.value(shared.sum(x), anchor[:, None]))
+        for x, anchor in ((dk, anchors.key), (dv, anchors.value))
+    )
     if shared.devices == 1:
-        return dk, dv
-    # -0 is what adds nothing: a float16 gradient that rounds to -0 would become 0 beside +0.
+        return dq, dk, dv
     first = shared.is_first()
-    return jnp.where(first, dk, -0.0), jnp.where(first, dv, -0.0)
-
-
-def normalised(p: Array, normaliser: Array) -> Array:
-    """`w`: weights that add up to 1, float64."""
-    return jnp.where(p == 0, 0.0, pinned(p.astype(jnp.float64) * normaliser))
-
-
-def logit_gradient(
-    problem: Problem, p: Array, rows: Rows, dp: Array, queries: Tokens, keys: Tokens
-) -> Array:
-    """`ds [G, t, s]`: the gradient of the scaled logits, before any soft cap."""
-    dp = problem.kept(pinned(dp * problem.kept_scale), queries, keys)
-    ds = normalised(p, rows.normaliser) * (dp - rows.correction)
-    return jnp.where(p == 0, 0.0, problem.through_soft_cap(ds, queries, keys))
+    return dq, jnp.where(first, dk, 0.0), jnp.where(first, dv, 0.0)

@@ -15,7 +15,7 @@ def exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
     No result comes nearer to a rounding boundary than 1.27 units of float64, so a float64 exp with
     a smaller error there rounds right: `certify` tries the worst cases on the backend at hand.
     """
-    y = jnp.exp(x.astype(jnp.float64)).astype(jnp.float32)
+    y = round32(jnp.exp(x.astype(jnp.float64)))
     return jnp.where(x < LEAST_ARGUMENT, jnp.float32(0), y)
 
 
@@ -37,7 +37,7 @@ def soft_cap(z: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
 
 
 def soft_cap_slope(z: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
-    """The derivative of `soft_cap`: `1 - tanh^2`, as a product, which nothing can fuse."""
+    """The derivative of `soft_cap`: `1 - tanh^2`, as products of which none feeds an addition."""
     _, t = _argument(z, cap)
     g = 1 / (1 + t)
     return pinned((4 * t) * g) * g

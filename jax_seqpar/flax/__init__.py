@@ -10,6 +10,7 @@ if find_spec("flax") is None:
 
 from .attention import Attention as Attention
 from .attention_fn import SequenceParallel as SequenceParallel
+from .projection import ParameterOptions as ParameterOptions
 from .projection import Projection as Projection
 from .projection import gather as gather
 from .projection import parameter as parameter

@@ -1,7 +1,8 @@
 """The attention layer of today's decoders, for tokens sharded over a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,42 +13,62 @@ from jaxtyping import Array, Float, Integer
 
 from ..attention import dot_product_attention
 from ..kernels import Kernel
-from ..layout import MeshLayout, axes_size, names
-from ..mask import Dropout, Logits, Mask, Window
-from ..mesh import AnyMesh, find_mesh, place
+from ..layout import MeshLayout, axes_size
+from ..mask import Dropout, Logits, Mask, accumulated
+from ..mesh import find_mesh
+from ..order import Contiguous
 from ..strategies import Strategy, Ulysses
-from . import refusals
+from .cache import (
+    check_cache_batch,
+    check_cache_heads,
+    check_cache_sizes,
+    check_decode,
+    decode_layout,
+    place_heads,
+)
+from .checks import check_tokens
+from .norm import check_qk_norm, rms_norm
 from .precision import kernel_precision
-from .projection import Initializer, ParameterSharding, Projection, parameter
+from .projection import ParameterOptions, Projection, parameter
 from .rotary import Rotary
+
+PROJECTIONS = ("query", "key", "value", "out")
 
 
 class Attention(nnx.Module):
     """Self-attention with grouped queries, rotary embedding, and what else decoders use.
 
     `[B, S@seq, D] -> [B, S@seq, D]`. The letters of its parameters are their logical axes: D
-    features, N query heads, K KV heads, H head dimension.
+    features, N query heads, K KV heads, H head dimension. A query that may attend to no key adds
+    nothing, where Flax's layers give the mean of the values; under causality or in a document each
+    query has itself.
 
     Args:
       features: D.
       num_heads, num_kv_heads: N and K; K is N if None.
       head_dim: H; D / N if None.
-      is_causal, local_window_size, logits_soft_cap, scale: as for `dot_product_attention`.
+      mask: causality and window of every call. Segment ids are given at the call.
+      logits: scale and soft cap.
       rotary: turns query and key by their positions; None for no embedding.
-      qk_norm: RMSNorm over the channels of each head of query and key, before the rotary embedding,
-        with a scale for each channel (as in Qwen 3 and Gemma 3).
-      norm_epsilon: of that norm.
+      qk_norm: the epsilon of an RMSNorm over the channels of each head of query and key, before the
+        rotary embedding, with a scale for each channel (as in Qwen 3, 1e-6; Gemma 3 keeps the
+        scale less 1, so add it when weights are ported); None for no norm.
       sinks: a learned logit for each query head, without a value (as in gpt-oss).
-      use_bias: in query, key and value; `use_out_bias` in the output.
-      dropout_rate, deterministic: of the weights; `deterministic` may be said at the call.
+      use_bias: the projections that have a bias: all (True), none (False), or some of "query",
+        "key", "value" and "out" (Qwen 2 has the first three, Whisper all but the key's).
+      dropout_rate: of the weights.
       kernel, strategy, layout: as for `dot_product_attention`.
-      sharding, kernel_init, dtype, param_dtype: as for `Projection`.
-      precision: of all products, the kernel's included, forward and backward: one
-        `jax.lax.Precision` or its name. None leaves it to `jax.default_matmul_precision`.
+      parameters: initializer, sharding and dtypes of all projections. Its precision is that of all
+        products, the kernel's included, forward and backward: one `jax.lax.Precision` or its name;
+        None leaves it to `jax.default_matmul_precision`.
       rngs: of `nnx`.
 
+    Attributes:
+      deterministic: whether dropout is off where the call does not say; None, and so an error,
+        until `model.train()` or `model.eval()` sets it.
+
     Raises:
-      ValueError: for sizes that make no attention.
+      ValueError: for sizes that make no attention, and for arrays in `mask` or `logits`.
 
     Example:
       layer = Attention(512, num_heads=8, num_kv_heads=2, rngs=nnx.Rngs(0))
@@ -62,76 +83,65 @@ class Attention(nnx.Module):
         num_heads: int,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
-        is_causal: bool = True,
+        mask: Mask = Mask(is_causal=True),
+        logits: Logits = Logits(),
         rotary: Rotary | None = Rotary(),
-        qk_norm: bool = False,
-        norm_epsilon: float = 1e-6,
-        local_window_size: Window | None = None,
-        logits_soft_cap: float | None = None,
-        scale: float | None = None,
+        qk_norm: float | None = None,
         sinks: bool = False,
-        use_bias: bool = False,
-        use_out_bias: bool = False,
+        use_bias: bool | Sequence[str] = False,
         dropout_rate: float = 0.0,
-        deterministic: bool | None = None,
         kernel: Kernel | Callable[..., Array] | None = None,
         strategy: Strategy = Ulysses(),
         layout: MeshLayout = MeshLayout(),
-        sharding: ParameterSharding | None = None,
-        kernel_init: Initializer = nnx.initializers.lecun_normal(),
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        parameters: ParameterOptions = ParameterOptions(),
         rngs: nnx.Rngs,
     ) -> None:
-        kernel_precision("Attention", precision)
+        check_own_rules(mask, logits)
+        kernel_precision("Attention", parameters.precision)
         if head_dim is None:
-            refusals.check_head_dim(features, num_heads)
+            check_head_dim(features, num_heads)
             head_dim = features // num_heads
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        refusals.check_layer(features, num_heads, num_kv_heads, head_dim)
-        self.features, self.rotary = features, rotary
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.layout = layout
-        self.dropout_rate, self.deterministic = dropout_rate, deterministic
-        self.norm_epsilon, self.precision = norm_epsilon, precision
-        self.options = {
-            "is_causal": is_causal,
-            "local_window_size": local_window_size,
-            "kernel": kernel,
-        }
-        self.logits = Logits(scale, logits_soft_cap)
-        self.strategy = strategy
+        check_layer(features, num_heads, num_kv_heads, head_dim)
+        check_qk_norm(qk_norm)
+        Dropout(dropout_rate)  # which refuses what is no rate
+        check_use_bias(use_bias)
+        self.features, self.num_heads, self.num_kv_heads = features, num_heads, num_kv_heads
+        self.head_dim, self.rotary, self.qk_norm = head_dim, rotary, qk_norm
+        self.mask, self.logits = mask, logits
+        self.kernel, self.strategy, self.layout = kernel, strategy, layout
+        self.dropout_rate, self.precision = dropout_rate, parameters.precision
+        self.deterministic: bool | None = None
 
         sizes = {"D": features, "N": num_heads, "K": num_kv_heads, "H": head_dim}
+        biased = PROJECTIONS if use_bias is True else use_bias or ()
 
-        def projection(letters: str, use_bias: bool) -> Projection:
+        def projection(name: str, letters: str) -> Projection:
             return Projection(
                 letters,
                 sizes,
-                sharding=sharding,
+                use_bias=name in biased,
                 layout=layout,
-                kernel_init=kernel_init,
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                precision=precision,
+                parameters=parameters,
                 rngs=rngs,
             )
 
-        self.query = projection("BSD,DNH->BSNH", use_bias)
-        self.key = projection("BSD,DKH->BSKH", use_bias)
-        self.value = projection("BSD,DKH->BSKH", use_bias)
-        self.out = projection("BSNH,NHD->BSD", use_out_bias)
+        def own_parameter(value: Array, letters: str) -> nnx.Param[Array]:
+            value = value.astype(parameters.param_dtype)
+            return parameter(value, letters, parameters.sharding, layout.mesh)
 
-        def ones() -> nnx.Param[Array]:
-            return parameter(jnp.ones(head_dim, param_dtype), "H", sharding, layout.mesh)
-
-        self.query_scale = ones() if qk_norm else nnx.data(None)
-        self.key_scale = ones() if qk_norm else nnx.data(None)
+        self.query = projection("query", "BSD,DNH->BSNH")
+        self.key = projection("key", "BSD,DKH->BSKH")
+        self.value = projection("value", "BSD,DKH->BSKH")
+        self.out = projection("out", "BSNH,NHD->BSD")
+        self.query_scale: nnx.Param[Array] | None = nnx.data(None)
+        self.key_scale: nnx.Param[Array] | None = nnx.data(None)
+        if qk_norm is not None:
+            self.query_scale = own_parameter(jnp.ones(head_dim), "H")
+            self.key_scale = own_parameter(jnp.ones(head_dim), "H")
         self.sinks: nnx.Param[Array] | None = nnx.data(None)
         if sinks:
-            self.sinks = parameter(jnp.zeros(num_heads, param_dtype), "N", sharding, layout.mesh)
+            self.sinks = own_parameter(jnp.zeros(num_heads), "N")
         self.cached_key: nnx.Cache[Array] | None = nnx.data(None)
         self.cached_value: nnx.Cache[Array] | None = nnx.data(None)
         self.cache_index: nnx.Cache[Array] | None = nnx.data(None)
@@ -151,22 +161,23 @@ class Attention(nnx.Module):
 
         Args:
           x: the tokens, sharded as the layout says.
-          positions: for the rotary embedding, global; 0, 1, 2 ... if None, and those after what the
-            cache holds when decoding. What attends to what goes by the order of the tokens.
+          positions: for the rotary embedding, global; if None the numbers of the tokens in their
+            sequence, in the order of the layout, and in decoding those after what the cache holds.
+            What attends to what goes by the order of the tokens.
           segment_ids: packed documents, as for `dot_product_attention`.
           deterministic, rngs: dropout unless deterministic, with `rngs.dropout()`.
           decode: x is what follows the tokens in the cache; they are attended to, and x is added to
-            it. The devices share the cache by heads where they divide K, so that no key or value
-            moves; otherwise each has it whole. All tokens fed are attended to, so prompts of a
-            batch are of one length. Tokens beyond the end of the cache are refused, and give NaN
-            under `jit`, which does not know how many it holds.
+            it. The devices share the cache by heads, so that no key or value moves; where K divides
+            the devices each has it whole. They must divide N. All tokens fed are attended to, so
+            prompts of a batch are of one length. Tokens beyond the end of the cache are refused,
+            and give NaN under `jit`, which does not know how many it holds.
           record: called with "query", "key", "value" as they are attended with, and "context", what
             attention returns, each `[B, T, heads, H]`.
 
         Raises:
           ValueError: for what does not fit.
         """
-        refusals.check_tokens(x, self.features, positions, segment_ids)
+        check_tokens(x, self.features, positions, segment_ids)
         deterministic = self.deterministic if deterministic is None else deterministic
         drops = self.dropout_rate > 0 and not deterministic
         if decode:
@@ -174,67 +185,79 @@ class Attention(nnx.Module):
                 jax.sharding.get_abstract_mesh() if self.layout.mesh is None else self.layout.mesh
             )
             rate = self.dropout_rate if drops else 0.0
-            refusals.check_decode(
-                self.cached_key, self.cache_index, x, mesh.shape, segment_ids, rate
-            )
-        refusals.check_dropout(self.dropout_rate, deterministic, rngs)
-        start = self.cache_index[...] if decode and self.cache_index is not None else 0
-        order = (start + jnp.arange(x.shape[1], dtype=jnp.int32))[None]
-        query, key, value = self._project(x, order if positions is None else positions)
+            check_decode(self.cached_key, self.cache_index, x, mesh.shape, segment_ids, rate)
+        check_dropout(self.dropout_rate, deterministic, rngs)
+        start = self.cache_index[...] if decode and self.cache_index is not None else None
+        numbers = self._numbers(x, start)
+        query, key, value = self._project(x, numbers if positions is None else positions)
         record = record or (lambda name, x: None)
         for name, projected in (("query", query), ("key", key), ("value", value)):
             record(name, projected)
-        options: dict[str, Any] = self.options | {"logits": self.logits}
+        logits = self.logits
         if self.sinks is not None:
-            options["logits"] = replace(self.logits, sinks=self.sinks[...].astype(jnp.float32))
-        if drops and rngs is not None:
-            options["dropout"] = Dropout(self.dropout_rate, rngs.dropout())
+            logits = replace(logits, sinks=_widened(self.sinks[...]))
+        dropout = Dropout(self.dropout_rate, rngs.dropout()) if drops and rngs is not None else None
+        options = {"logits": logits, "dropout": dropout, "kernel": self.kernel}
+        attend = partial(dot_product_attention, **options)
         with kernel_precision("Attention", self.precision):
             if decode:
-                out = self._decode(query, key, value, order, options)
+                out = self._decode(query, key, value, numbers, attend)
             else:
-                options |= {"mask": Mask(segment_ids=segment_ids), "layout": self.layout}
-                out = dot_product_attention(query, key, value, **options, strategy=self.strategy)
+                mask = self.mask & Mask(segment_ids=segment_ids)
+                out = attend(
+                    query, key, value, mask=mask, strategy=self.strategy, layout=self.layout
+                )
         record("context", out)
         return self.out(out)
+
+    def _numbers(self, x: Array, start: Array | None) -> Array:
+        """`[1, T]`, the number of each token in its sequence, from `start` on in decoding."""
+        T, order = x.shape[1], self.layout.order
+        if start is not None or order == Contiguous():
+            return ((0 if start is None else start) + jnp.arange(T, dtype=jnp.int32))[None]
+        degree = axes_size(self.layout.tokens, find_mesh(self.layout.mesh, x).shape)
+        return jnp.asarray(order.permutation(T, degree), jnp.int32)[None]
 
     def _project(self, x: Array, positions: Array | np.ndarray) -> tuple[Array, Array, Array]:
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_scale is not None and self.key_scale is not None:
-            query = _rms_norm(query, self.query_scale[...], self.norm_epsilon)
-            key = _rms_norm(key, self.key_scale[...], self.norm_epsilon)
+            assert self.qk_norm is not None
+            query = rms_norm(query, self.query_scale[...], self.qk_norm)
+            key = rms_norm(key, self.key_scale[...], self.qk_norm)
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
         return query, key, value
 
     def init_cache(self, batch: int, tokens: int, dtype: Any = jnp.float32) -> None:
-        """An empty cache for decoding, `[B, S, K@(heads, tokens), H]`; whole if K does not divide.
+        """An empty cache for decoding, `[B, S, K@(heads, tokens), H]`, or whole on every device.
+
+        The devices divide K and share the cache by heads, or K divides them and each has it whole.
 
         Raises:
           ValueError: if the devices cannot share batch or heads, and for sizes or a dtype that
             make no cache.
         """
-        refusals.check_cache_sizes(batch, tokens, dtype)
-        layout, mesh = self._decode_layout(None)
-        refusals.check_cache_batch(batch, axes_size(layout.batch, mesh.shape), layout.batch)
+        check_cache_sizes(batch, tokens, dtype)
+        layout, mesh = decode_layout(self.layout), find_mesh(self.layout.mesh)
+        check_cache_batch(batch, axes_size(layout.batch, mesh.shape), layout.batch)
         devices = axes_size(layout.heads, mesh.shape)
-        refusals.check_cache_heads(self.num_heads, self.num_kv_heads, devices, layout.heads)
+        check_cache_heads(self.num_heads, self.num_kv_heads, devices, layout.heads)
         empty = jnp.zeros((batch, tokens, self.num_kv_heads, self.head_dim), dtype)
-        self.cached_key = nnx.Cache(self._place(empty, layout, mesh))
-        self.cached_value = nnx.Cache(self._place(empty, layout, mesh))
+        self.cached_key = nnx.Cache(place_heads(empty, layout, mesh))
+        self.cached_value = nnx.Cache(place_heads(empty, layout, mesh))
         self.cache_index = nnx.Cache(jnp.zeros((), jnp.int32))
 
     def _decode(
-        self, query: Array, key: Array, value: Array, order: Array, options: dict[str, Any]
+        self, query: Array, key: Array, value: Array, numbers: Array, attend: Callable[..., Array]
     ) -> Array:
         assert self.cached_key is not None
         assert self.cached_value is not None
         assert self.cache_index is not None
-        layout, mesh = self._decode_layout(query)
+        layout, mesh = decode_layout(self.layout), find_mesh(self.layout.mesh, query)
         start = self.cache_index[...]
         whole = []
         for cache, new in ((self.cached_key, key), (self.cached_value, value)):
-            new = self._place(new.astype(cache[...].dtype), layout, mesh)
+            new = place_heads(new.astype(cache[...].dtype), layout, mesh)
             cache[...] = jax.lax.dynamic_update_slice_in_dim(cache[...], new, start, axis=1)
             whole.append(cache[...].astype(query.dtype))
         self.cache_index[...] = start + query.shape[1]
@@ -242,35 +265,82 @@ class Attention(nnx.Module):
         keys = jnp.arange(S, dtype=jnp.int32)[None]
         # By their positions queries see neither what follows them nor the empty part of the cache.
         positions = (
-            jnp.broadcast_to(order, (B, order.shape[1])),
+            jnp.broadcast_to(numbers, (B, numbers.shape[1])),
             jnp.broadcast_to(keys, (B, S)),
         )
-        if not options["is_causal"]:
-            filled = jnp.full(B, start + query.shape[1], jnp.int32)
-            options["key_value_seq_lengths"] = filled
-        out = dot_product_attention(
-            self._place(query, layout, mesh),
+        held = None if self.mask.is_causal else jnp.full(B, start + query.shape[1], jnp.int32)
+        out = attend(
+            place_heads(query, layout, mesh),
             *whole,
-            mask=Mask(positions=positions),
+            mask=replace(self.mask, positions=positions, key_value_seq_lengths=held),
             layout=layout,
-            **options,
         )
         fits = start + query.shape[1] <= S  # beyond, other tokens were written over
         return jnp.where(fits, out, jnp.asarray(jnp.nan, out.dtype))
 
-    def _decode_layout(self, query: Array | None) -> tuple[MeshLayout, AnyMesh]:
-        """Heads over all the axes of heads and tokens: each device keeps its own part of each."""
-        heads = (*names(self.layout.heads), *names(self.layout.tokens))
-        return replace(self.layout, tokens=None, heads=heads), find_mesh(self.layout.mesh, query)
 
-    def _place(self, x: Array, layout: MeshLayout, mesh: AnyMesh) -> Array:
-        shared = x.shape[2] % axes_size(layout.heads, mesh.shape) == 0
-        spec = layout.spec if shared else replace(layout, heads=None).spec
-        return place(x, spec, mesh=mesh)
+def _widened(x: Array) -> Array:
+    """In the dtype of logits: 16 bits are rounded once, in the gradient."""
+    return x.astype(accumulated(x.dtype))
 
 
-def _rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide**2, axis=-1, keepdims=True)
-    normal = wide * jax.lax.rsqrt(mean + epsilon)
-    return (normal * scale.astype(jnp.float32)[None, None, None]).astype(x.dtype)
+def check_layer(features: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Raises ValueError unless the KV heads divide the query heads."""
+    if min(features, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}, and all "
+            f"sizes at least 1, got features = {features}, head_dim = {head_dim}. Give positive "
+            f"sizes, and a num_kv_heads that divides num_heads."
+        )
+
+
+def check_head_dim(features: int, num_heads: int) -> None:
+    """Raises ValueError unless the heads divide the features."""
+    if features % num_heads:
+        raise ValueError(
+            f"features = {features} is not divisible by num_heads = {num_heads}: give head_dim."
+        )
+
+
+def check_dropout(rate: float, deterministic: bool | None, rngs: Any) -> None:
+    """Raises ValueError if dropout is neither on nor off, or has no key."""
+    if rate == 0 or deterministic:
+        return
+    if deterministic is None:
+        raise ValueError(
+            f"dropout_rate = {rate}: say deterministic=True (evaluation) or False (training) at "
+            f"the call, or write model.eval() or model.train()."
+        )
+    if rngs is None:
+        raise ValueError(
+            f"dropout_rate = {rate} needs rngs=nnx.Rngs(dropout=...) at the call. Give it, or "
+            f"write deterministic=True."
+        )
+
+
+def check_own_rules(mask: Any, logits: Any) -> None:
+    """Raises ValueError unless a layer can hold the mask and the logits: options, no arrays."""
+    for name, value, kind in (("mask", mask, Mask), ("logits", logits, Logits)):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{name} of an Attention must be a jax_seqpar.{kind.__name__}, got {value!r}. "
+                f"Write {name}={kind.__name__}(...)."
+            )
+        if jax.tree.leaves(value):
+            raise ValueError(
+                f"{name}={value} has arrays, which are those of one call. Give positions and "
+                f"segment_ids at the call, sinks=True for learned sinks; anything else to "
+                f"jax_seqpar.dot_product_attention."
+            )
+
+
+def check_use_bias(use_bias: Any) -> None:
+    """Raises ValueError unless it is True, False, or names of projections."""
+    if isinstance(use_bias, bool):
+        return
+    named = isinstance(use_bias, Sequence) and not isinstance(use_bias, str)
+    if not named or not set(use_bias) <= set(PROJECTIONS):
+        raise ValueError(
+            f"use_bias must be True, False, or some of {PROJECTIONS}, got {use_bias!r}. Write "
+            f"use_bias=('query', 'key', 'value') for all but the output."
+        )

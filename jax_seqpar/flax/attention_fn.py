@@ -1,7 +1,7 @@
 """The `attention_fn` of Flax's own attention layers, for tokens sharded over a mesh."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from ..layout import MeshLayout, axes_size, check_mesh
 from ..mask import Dropout, Logits, Window, head_keys
 from ..mask.padding import pad_to_degree
 from ..mesh import find_mesh
+from ..order import Contiguous
 from ..strategies import Strategy, Ulysses
-from . import refusals
+from .checks import check_array
 from .precision import kernel_precision
 
 
@@ -26,7 +27,7 @@ class _Instances:
     """Raises TypeError where Flax calls the class itself as its attention function."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
-        refusals.check_makes_instance(arguments, options)
+        check_makes_instance(arguments, options)
         return super().__new__(cls)
 
 
@@ -107,15 +108,15 @@ class SequenceParallel(_Instances):
         Raises:
           ValueError: for what is refused, and for sizes that do not fit.
         """
-        refusals.check_flax(
+        check_flax(
             module=module,
             einsum_dot_general=einsum_dot_general,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
         check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
-        refusals.check_batch_axes(query, key, value)
-        refusals.check_query_positions(
+        check_batch_axes(query, key, value)
+        check_query_positions(
             query.shape[-3],
             key.shape[-3],
             own_rules=self.is_causal or self.local_window_size is not None,
@@ -125,7 +126,7 @@ class SequenceParallel(_Instances):
         *batch, T, N, _ = query.shape
         B = math.prod(batch)
         q, k, v = (x.reshape(B, *x.shape[-3:]) for x in (query, key, value))
-        refusals.check_axes(batch, mask=mask, bias=bias)
+        check_axes(batch, mask=mask, bias=bias)
         mask = None if mask is None else _one_batch_axis(jnp.asarray(mask), batch).astype(bool)
         bias = None if bias is None else _one_batch_axis(jnp.asarray(bias), batch)
         options: dict[str, Any] = {}
@@ -139,6 +140,13 @@ class SequenceParallel(_Instances):
         check_mesh(self.layout, mesh.shape, ())
         layout = replace(self.layout, batch=None) if q.shape[0] == 1 else self.layout
         degree = axes_size(layout.tokens, mesh.shape)
+        multiple = layout.order.multiple(degree)
+        if layout.order != Contiguous() and (T % multiple or key.shape[-3] % multiple):
+            # Arrays of such lengths, as in decoding, are in the order of the sequence.
+            if self.is_causal or is_causal or self.local_window_size is not None:
+                layout.order.check("query", T, degree)
+                layout.order.check("key", key.shape[-3], degree)
+            layout = replace(layout, order=Contiguous())
         padded = pad_to_degree(
             q, k, v, degree=degree, bias=bias, mask=mask, logits=Logits(None, self.logits_soft_cap)
         )
@@ -164,3 +172,86 @@ def _one_batch_axis(x: Array, batch: list[int]) -> Array:
     if len(batch) > 1 and any(n > 1 for n in x.shape[:-3]):
         x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
     return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+# The arguments of Flax's layers that Flax passes on under other names.
+_GIVEN_AS = {
+    "qk_attn_weights_einsum": "qk_attn_weights_einsum_cls",
+    "attn_weights_value_einsum": "attn_weights_value_einsum_cls",
+}
+
+
+def check_flax(**arguments: Any) -> None:
+    """Raises ValueError for arguments of Flax that this attention function does not support."""
+    for name, x in arguments.items():
+        if x is None:
+            continue
+        if name == "module":
+            raise ValueError(
+                f"SequenceParallel does not support {name}: sow_weights needs the T x S weights, "
+                f"which are never in memory. Use Flax's own dot_product_attention to look at them, "
+                f"on a short sequence."
+            )
+        raise ValueError(
+            f"SequenceParallel does not support {name}: the kernels make their own products. "
+            f"Leave {_GIVEN_AS.get(name, name)} out."
+        )
+
+
+def check_makes_instance(arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Raises TypeError for the arguments that Flax gives to an attention function."""
+    if any(hasattr(x, "shape") for x in arguments[:1]) or {"query", "mask"} & set(options):
+        raise TypeError(
+            "attention_fn=SequenceParallel is the class: Flax would call it in place of an "
+            "instance. Write attention_fn=SequenceParallel(), or SequenceParallel(layout)."
+        )
+
+
+def check_batch_axes(query: Any, key: Any, value: Any) -> None:
+    """Raises ValueError unless query, key and value have the same batch axes."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_array(name, x)
+    shapes = [x.shape for x in (query, key, value)]
+    if any(len(shape) < 3 for shape in shapes) or len({shape[:-3] for shape in shapes}) > 1:
+        raise ValueError(
+            f"query, key and value must be [*batch, tokens, heads, channels] with the same batch "
+            f"axes, got {shapes[0]}, {shapes[1]}, {shapes[2]}. Broadcast the smaller ones."
+        )
+
+
+def check_axes(batch: Sequence[int], **arrays: Any) -> None:
+    """Raises ValueError for a mask or bias that does not broadcast to `[*batch, N, T, S]`."""
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        shape = np.shape(x)
+        pairs = zip(reversed(batch), reversed(shape[:-3]), strict=False)
+        if len(shape) > len(batch) + 3 or any(n not in (1, size) for size, n in pairs):
+            raise ValueError(
+                f"{name} must broadcast to [*batch, N, T, S] with the batch axes {tuple(batch)} of "
+                f"the query, got shape {shape}. Take its other axes away, {name}[0] say."
+            )
+
+
+def check_query_positions(
+    queries: int, keys: int, *, own_rules: bool, is_causal_at_call: bool
+) -> None:
+    """Raises ValueError for rules about positions where nobody said where the queries are.
+
+    Args:
+      own_rules: `is_causal` or a window of the SequenceParallel; they need T = S.
+      is_causal_at_call: query i sees the keys up to i, as in Flax. A single query of more keys is
+        taken for a step of decoding: it would see the first key only.
+    """
+    if queries != keys and own_rules:
+        raise ValueError(
+            f"{queries} queries and {keys} keys: SequenceParallel(is_causal=, local_window_size=) "
+            f"is not told where the queries are. Decode with SequenceParallel() and Flax's mask, "
+            f"or with jax_seqpar.flax.Attention."
+        )
+    if queries == 1 < keys and is_causal_at_call:
+        raise ValueError(
+            f"1 query and {keys} keys with is_causal=True: the query would be taken for the first "
+            f"token and see one key. When decoding write is_causal=False: Flax's mask of its cache "
+            f"leaves out what follows the query. Elsewhere give mask=."
+        )

@@ -4,8 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-
-from . import refusals
+from jax.lax import Precision
 
 
 def kernel_precision(layer: str, precision: Any) -> AbstractContextManager[Any]:
@@ -22,5 +21,21 @@ def kernel_precision(layer: str, precision: Any) -> AbstractContextManager[Any]:
     """
     if precision is None:
         return nullcontext()
-    name = refusals.check_precision(layer, precision).name.lower()
+    name = check_precision(layer, precision).name.lower()
     return jax.default_matmul_precision(name)
+
+
+def check_precision(layer: str, precision: Any) -> Precision:
+    """The one precision of both operands; raises ValueError for what is not one."""
+    pair = precision if isinstance(precision, tuple | list) else (precision, precision)
+    try:
+        a, b = (Precision(p) for p in pair)
+    except ValueError:
+        a, b = None, None
+    if a is None or a != b:
+        raise ValueError(
+            f"{layer} cannot carry precision = {precision!r} to the products of its kernel, which "
+            f"take one jax.lax.Precision for both operands. Write jax.lax.Precision.HIGHEST or "
+            f"'highest'; for a dot algorithm jax.default_matmul_precision(...) around the step."
+        )
+    return a

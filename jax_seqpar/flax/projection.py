@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,36 @@ from jaxtyping import Array, Float
 
 from ..layout import MeshAxes, MeshLayout, names
 from ..mesh import AnyMesh, find_mesh, place
-from . import refusals
+from .checks import check_floats
 
 # Where an axis of a parameter lies: its letter, and the mesh axes that share it.
 ParameterSharding = Mapping[str, MeshAxes]
 Initializer = Callable[..., Array]
+
+
+@dataclass(frozen=True)
+class ParameterOptions:
+    """How the parameters of a layer are made, lie on the mesh, and are computed with.
+
+    Args:
+      sharding: mesh axes by letter, such as `{"D": "fsdp", "N": "tensor"}`; letters it lacks stay
+        whole. If None, that of `nnx.logical_axis_rules`, to which the letters are logical names.
+        Layers that `nnx.vmap` stacks have one axis more, which Flax names only if it is told to:
+        `transform_metadata={nnx.PARTITION_NAME: None}`. Without it every name is one axis off, and
+        an `nnx.Optimizer` shards its moments so.
+      kernel_init: called with the shape `(summed, other)`.
+      bias_init: called with the shape of the kernel's letters that remain.
+      dtype: of the computation; if None, that of input and parameters together.
+      param_dtype: of the parameters.
+      precision: of the products, forward and backward, as for `jnp.einsum`.
+    """
+
+    sharding: ParameterSharding | None = None
+    kernel_init: Initializer = nnx.initializers.lecun_normal()
+    bias_init: Initializer = nnx.initializers.zeros_init()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: jax.lax.PrecisionLike = None
 
 
 class Projection(nnx.Module):
@@ -28,18 +54,10 @@ class Projection(nnx.Module):
       letters: the einsum. What the input and the kernel share and the output lacks is summed; those
         axes of the kernel come first.
       sizes: of the kernel's letters.
-      sharding: mesh axes by letter, such as `{"D": "fsdp", "N": "tensor"}`; letters it lacks stay
-        whole. If None, that of `nnx.logical_axis_rules`, to which the letters are logical names.
-        Layers that `nnx.vmap` stacks have one axis more, which Flax names only if it is told to:
-        `transform_metadata={nnx.PARTITION_NAME: None}`. Without it every name is one axis off, and
-        an `nnx.Optimizer` shards its moments so.
+      use_bias: adds a bias over the kernel's letters that remain.
       layout: of the input. A kernel sharded over mesh axes of the batch or the tokens, as in
         FSDP (ZeRO 3), is gathered for its use, and its gradient scattered.
-      kernel_init: called with the shape `(summed, other)`.
-      use_bias, bias_init: over the kernel's letters that remain.
-      dtype: of the computation; if None, that of input and parameters together.
-      precision: of the products, forward and backward, as for `jnp.einsum`.
-      param_dtype: of the parameters.
+      parameters: initializers, sharding and dtypes.
       rngs: of `nnx`.
 
     Raises:
@@ -51,36 +69,34 @@ class Projection(nnx.Module):
         letters: str,
         sizes: Mapping[str, int],
         *,
-        sharding: ParameterSharding | None = None,
-        layout: MeshLayout = MeshLayout(),
-        kernel_init: Initializer = nnx.initializers.lecun_normal(),
         use_bias: bool = False,
-        bias_init: Initializer = nnx.initializers.zeros_init(),
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        layout: MeshLayout = MeshLayout(),
+        parameters: ParameterOptions = ParameterOptions(),
         rngs: nnx.Rngs,
     ) -> None:
-        refusals.check_letters(letters, sizes)
+        check_letters(letters, sizes)
+        check_sharding_letters(parameters.sharding, sizes)
         operands, output = letters.replace(" ", "").split("->")
         kernel = operands.split(",")[1]
         summed = [c for c in kernel if c not in output]
         kept = [c for c in kernel if c in output]
         shape = tuple(sizes[c] for c in kernel)
         flat = tuple(math.prod(sizes[c] for c in part) for part in (summed, kept))
-        self.letters, self.dtype, self.precision = letters, dtype, precision
+        self.letters = letters
+        self.dtype, self.precision = parameters.dtype, parameters.precision
+        sharding, param_dtype = parameters.sharding, parameters.param_dtype
         rules = dict(get_logical_axis_rules()) if sharding is None else sharding
         self.gather = partial(gather, sharding=rules, layout=layout)
         self.kernel_letters, self.bias_letters = kernel, "".join(kept)
         self.kernel = parameter(
-            kernel_init(rngs.params(), flat, param_dtype).reshape(shape),
+            parameters.kernel_init(rngs.params(), flat, param_dtype).reshape(shape),
             kernel,
             sharding,
             layout.mesh,
         )
         self.bias: nnx.Param[Array] | None = nnx.data(None)
         if use_bias:
-            bias = bias_init(rngs.params(), shape[len(summed) :], param_dtype)
+            bias = parameters.bias_init(rngs.params(), shape[len(summed) :], param_dtype)
             self.bias = parameter(bias, self.bias_letters, sharding, layout.mesh)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -89,7 +105,7 @@ class Projection(nnx.Module):
         Raises:
           ValueError: unless x has the axes of the letters, of the kernel's sizes.
         """
-        refusals.check_projected(self.letters, x, self.kernel[...])
+        check_projected(self.letters, x, self.kernel[...])
         kernel = self.gather(self.kernel[...], self.kernel_letters)
         dtype = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype is None else self.dtype
         out_sharding = _out_sharding(self.letters, x, kernel)
@@ -147,3 +163,53 @@ def _out_sharding(letters: str, x: Array, kernel: Array) -> NamedSharding | None
     for names_of, array in zip(operands.split(","), (x, kernel), strict=True):
         of |= dict(zip(names_of, jax.typeof(array).sharding.spec, strict=True))
     return NamedSharding(sharding.mesh, PartitionSpec(*(of[c] for c in output)))
+
+
+def check_letters(letters: str, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError unless the equation is an einsum of an input and a kernel."""
+    operands, _, output = letters.replace(" ", "").partition("->")
+    x, _, kernel = operands.partition(",")
+    kept = "".join(c for c in kernel if c in output)
+    summed = "".join(c for c in kernel if c in x and c not in output)
+    fits = x and summed and kept and kernel == summed + kept and output.endswith(kept)
+    if not fits or not set(output) <= set(x + kernel):
+        raise ValueError(
+            f"letters must be an einsum of an input and a kernel whose summed axes come first and "
+            f"whose others end the output, such as 'BSD,DNH->BSNH', got {letters!r}. Name the axes "
+            f"of the kernel in that order."
+        )
+    without = [c for c in kernel if c not in sizes]
+    if without:
+        raise ValueError(
+            f"axis {without[0]!r} of {letters!r} has no size, got sizes={sizes}. Add "
+            f"{without[0]!r} to the sizes."
+        )
+
+
+def check_sharding_letters(sharding: Any, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError for a key that is no letter, or a letter of these in another case.
+
+    Letters of other layers pass: one sharding serves a whole model.
+    """
+    for key in sharding or ():
+        meant = [c for c in sizes if c.lower() == str(key).lower()]
+        if len(str(key)) != 1 or (key not in sizes and meant):
+            raise ValueError(
+                f"sharding has the key {key!r}, and the axes of the kernel are {sizes}. Write "
+                f"{(meant or list(sizes))[0]!r}: a letter for each axis."
+            )
+
+
+def check_projected(letters: str, x: Any, kernel: Any) -> None:
+    """Raises ValueError unless x has the axes that the letters name, of the kernel's sizes."""
+    check_floats("x", x)
+    operands = letters.replace(" ", "").partition("->")[0].split(",")
+    sizes = dict(zip(operands[1], kernel.shape, strict=True))
+    fits = len(x.shape) == len(operands[0]) and all(
+        sizes.get(c, n) == n for c, n in zip(operands[0], x.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"x must have the axes {operands[0]!r} of {letters!r}, with {sizes}, got shape "
+            f"{tuple(x.shape)}. For one sequence write x[None]."
+        )

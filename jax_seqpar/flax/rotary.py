@@ -1,6 +1,7 @@
 """Rotary position embedding, right at every position of a long sequence."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from . import refusals
+from .checks import check_array, check_floats, check_integers
 
 # 1 / (2 pi) in units of 2^-256.
 _INVERSE_TURN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A5664F10E4107F9458EAF7AEF158
@@ -57,10 +58,10 @@ class Rotary:
           ValueError: for an odd number of channels, frequencies of another number or not finite, an
             attention_factor that is not a positive number, and positions of floats.
         """
-        refusals.check_rotated(x, positions)
+        check_rotated(x, positions)
         R = int(self.fraction * x.shape[-1])
-        refusals.check_rotary(R, x.shape[-1], self.fraction, self.frequencies)
-        refusals.check_attention_factor(self.attention_factor)
+        check_rotary(R, x.shape[-1], self.fraction, self.frequencies)
+        check_attention_factor(self.attention_factor)
         angles = _angles(positions, self._frequencies(R))[:, :, None]
         cos, sin = (f(angles) * jnp.float32(self.attention_factor) for f in (jnp.cos, jnp.sin))
         turning, rest = x[..., :R], x[..., R:]
@@ -115,3 +116,46 @@ def _turns(frequencies: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]
         high.append(fraction >> 16)
         low.append(fraction & 0xFFFF)
     return np.asarray(high, np.uint32), np.asarray(low, np.uint32)
+
+
+def check_rotary(
+    turning: int, head_dim: int, fraction: float, frequencies: Sequence[float] | None
+) -> None:
+    """Raises ValueError unless the rotated channels come in pairs, with a frequency for each."""
+    if not 0 < fraction <= 1 or turning % 2 or turning == 0:
+        raise ValueError(
+            f"Rotary turns an even number of the H = {head_dim} channels, got fraction = "
+            f"{fraction}, which is {turning}. Use an even H, or a fraction that gives pairs."
+        )
+    if frequencies is not None and len(frequencies) != turning // 2:
+        raise ValueError(
+            f"Rotary needs a frequency for each of the {turning // 2} pairs of channels, got "
+            f"{len(frequencies)}. Give {turning // 2} frequencies, or another fraction than "
+            f"{fraction}."
+        )
+    if frequencies is not None and not all(math.isfinite(f) for f in frequencies):
+        raise ValueError(
+            f"Rotary needs finite frequencies, in radians per token, got {frequencies}. Write 0.0 "
+            f"for a pair that does not turn."
+        )
+
+
+def check_attention_factor(factor: Any) -> None:
+    """Raises ValueError unless cosine and sine can be multiplied by the factor."""
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(
+            f"attention_factor must be a positive Python number, got {factor!r}. Write 1.0 for a "
+            f"rotary embedding without one, float(...) of a number that is an array."
+        )
+
+
+def check_rotated(x: Any, positions: Any) -> None:
+    """Raises ValueError unless x is `[B, T, N, H]` and positions are `[B, T]` or `[1, T]` of it."""
+    check_floats("x", x)
+    check_array("positions", positions)
+    check_integers("positions", positions)
+    if len(x.shape) != 4 or positions.shape not in ((1, x.shape[1]), tuple(x.shape[:2])):
+        raise ValueError(
+            f"x must be [B, T, N, H] and positions [B, T] or [1, T] of its tokens, got shapes "
+            f"{tuple(x.shape)} and {tuple(positions.shape)}. Write positions[None] of one row."
+        )

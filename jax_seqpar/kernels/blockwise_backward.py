@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..mask import Spec, Tokens, accumulated
-from ..mask.tokens import for_blocks, full
-from .blockwise_head import Head, Plan, add_slice, read_head, read_rows, write_rows
+from ..mask import AnyTokens, Spec, Tokens, accumulated
+from ..mask.tokens import for_blocks
+from ..varying_axes import full_varying
+from .blockwise_head import Head, Plan, add_slice, read_head, read_rows, split, write_rows
+from .parts import output_products, residual_products
 from .residual import Residual
 
 
@@ -64,30 +66,55 @@ def backward(
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
     """The gradients of query, key and value, and of bias, slopes and sinks where they are given."""
     operands = (query, key, value, spec)
-    logits = spec.logits
-    dtype = accumulated(query.dtype)
-    top, total, share = (x[..., None] for x in (*residual, 1 / residual.divisor))
-
-    def head_with(D: Array) -> Callable[..., GradientHead]:
-        rows = (D, top, share)
-        return partial(GradientHead.of, operands=operands, out_gradient=out_gradient, rows=rows)
-
     if query.dtype.itemsize == 2:
-        D = _weighted_sums(plan, head_with(jnp.zeros_like(total)), operands)
+        zeros = jnp.zeros_like(residual.total)
+        D = _weighted_sums(plan, _heads_of(operands, zeros, residual, out_gradient), operands)
     else:
-        D = _total(_rounded(out_gradient.astype(dtype) * out.astype(dtype), total))
-    # The derivative of the lse by a logit is its weight, that of the total as much times the total.
-    head_of = head_with(D - residual_gradient.total[..., None] * total)
+        D = output_products(out, out_gradient)
+    D = D - residual_products(residual, residual_gradient)
+    dq, dk, dv, added = part_gradients(plan, *operands, D, residual, out_gradient)
+    return dq, dk, dv, {n: x.astype(getattr(spec.logits, n).dtype) for n, x in added.items()}
+
+
+@partial(jax.jit, static_argnums=0)
+def part_gradients(
+    plan: Plan,
+    query: Array,
+    key: Array,
+    value: Array,
+    spec: Spec,
+    D: Array,
+    residual: Residual,
+    out_gradient: Array,
+) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """The gradients by the keys that are held, which may be a part of those of the rows.
+
+    Args:
+      D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
+      residual: of whole rows.
+
+    Returns:
+      Gradients of query, key and value; and of bias, slopes and sinks, in the dtype of the sums.
+    """
+    operands = (query, key, value, spec)
+    head_of = _heads_of(operands, D, residual, out_gradient)
     dq, dk, dv, added = _operand_gradients(plan, head_of, operands)
-    if logits.bias is not None:
+    if spec.logits.bias is not None:
         added["bias"] = _bias_gradient(plan, head_of, operands)
-    return dq, dk, dv, {n: x.astype(getattr(logits, n).dtype) for n, x in added.items()}
+    return dq, dk, dv, added
+
+
+def _heads_of(
+    operands: tuple[Any, ...], D: Array, residual: Residual, out_gradient: Array
+) -> Callable[..., GradientHead]:
+    rows = tuple(x[..., None] for x in (D, residual.top, 1 / residual.divisor))
+    return partial(GradientHead.of, operands=operands, out_gradient=out_gradient, rows=rows)
 
 
 def _weighted_sums(
     plan: Plan, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
 ) -> Array:
-    """D `[B, T, N, 1]` of 16-bit operands, as the sum over keys of weight times its gradient.
+    """D `[B, T, N]` of 16-bit operands, as the sum over keys of weight times its gradient.
 
     With it the gradients of a row's logits add up to 0 as float32 does, which slopes times large
     distances and keys with a common offset need. The sum of gradient times output is another
@@ -106,14 +133,15 @@ def _weighted_sums(
                 _, products, _ = one.weights(queries, keys, (None, fresh_keys))
                 return D + products.sum(-1, keepdims=True)
 
-            zeros = full((queries.size, 1), 0, dtype, operands)
+            zeros = full_varying((queries.size, 1), 0, dtype, operands)
             return write_rows(
                 sums, one.head.for_keys(queries, plan.keys, add, zeros), b, queries, n
             )
 
         return for_blocks(T, plan.queries, (0, T), rows, sums)
 
-    return jax.lax.fori_loop(0, B * N, query_head, full((B, T, N, 1), 0, dtype, operands))
+    zeros = full_varying((B, T, N, 1), 0, dtype, operands)
+    return jax.lax.fori_loop(0, B * N, query_head, zeros)[..., 0]
 
 
 def _operand_gradients(
@@ -128,15 +156,18 @@ def _operand_gradients(
     query, key, value, spec = operands
     (B, T, N, H), (_, S, K, V) = query.shape, value.shape
     G, dtype = N // K, accumulated(query.dtype)
-    dq, dk, dv = (full(x.shape, 0, x.dtype, operands) for x in (query, key, value))
+    dq, dk, dv = (
+        full_varying(x.shape, 0, plan.result_dtype(x), operands) for x in (query, key, value)
+    )
     per_head = spec.arrays.keys() & {"alibi_slopes", "sinks"}
-    start = (dq, dk, dv, {name: full((N,), 0, dtype, operands) for name in per_head})
+    start = (dq, dk, dv, {name: full_varying((N,), 0, dtype, operands) for name in per_head})
 
     def kv_head(index: Array, carry: Any) -> Any:
         """One KV head of one sequence."""
         b, kv = index // K, index % K
 
         def query_head(g: Array, carry: Any) -> Any:
+            """One of the G query heads that read this KV head."""
             n = kv * G + g
             one = head_of(b, n)
             head = one.head
@@ -144,16 +175,16 @@ def _operand_gradients(
             q_columns, do_columns = jax.lax.optimization_barrier((head.q.T, one.do.T))
 
             def rows(queries: Tokens, fresh_queries: Array | None, carry: Any) -> Any:
+                """One block of queries: dq is complete at its end, dk and dv grow."""
                 dqs, dk, dv, added = carry
 
                 def add(keys: Tokens, fresh_keys: Array | None, carry: Any) -> Any:
+                    """One block of keys for one block of queries: p and dz are `[t, s]`."""
                     dq, dk, dv, added = carry
                     p, dz, pull = one.weights(queries, keys, (fresh_queries, fresh_keys))
                     ddots, _, dslope = pull(dz)
-                    ddots, rest = _split(ddots, query.dtype)
-                    dq = dq + head.dot("ts,sh->th", ddots, keys.slice(head.k, 0))
-                    if rest is not None:
-                        dq = dq + head.dot("ts,sh->th", rest, keys.slice(head.k, 0))
+                    ddots, rest = split(ddots, query.dtype)
+                    dq = dq + head.dot_of_two("ts,sh->th", (ddots, rest), keys.slice(head.k, 0))
                     part = head.dot("ht,ts->hs", queries.slice(q_columns, 1), ddots)
                     dk = add_slice(dk, part, (0, keys.start))
                     p = head.kept(p, queries, keys).astype(query.dtype)
@@ -164,9 +195,9 @@ def _operand_gradients(
                         added = added | {"alibi_slopes": slopes}
                     return dq, dk, dv, added
 
-                zeros = full((queries.size, H), 0, dtype, operands)
+                zeros = full_varying((queries.size, H), 0, dtype, operands)
                 dq, dk, dv, added = head.for_keys(queries, plan.keys, add, (zeros, dk, dv, added))
-                dq = dq.astype(query.dtype)
+                dq = dq.astype(dqs.dtype)
                 if fresh_queries is not None:
                     dq = jnp.where(fresh_queries[:, None], dq, read_rows(dqs, b, queries, n))
                 return write_rows(dqs, dq, b, queries, n), dk, dv, added
@@ -178,7 +209,7 @@ def _operand_gradients(
             return dqs, dk, dv, added
 
         dqs, dks, dvs, added = carry
-        zeros = [full((size, S), 0, dtype, operands) for size in (H, V)]
+        zeros = [full_varying((size, S), 0, dtype, operands) for size in (H, V)]
         dqs, dk, dv, added = jax.lax.fori_loop(0, G, query_head, (dqs, *zeros, added))
         all_keys = Tokens(0, S)
         return (
@@ -206,52 +237,23 @@ def _bias_gradient(
         def rows(queries: Tokens, fresh_queries: Array | None, sums: Array) -> Array:
             def add(keys: Tokens, fresh_keys: Array | None, sums: Array) -> Array:
                 _, dz, pull = one.weights(queries, keys, (fresh_queries, fresh_keys))
-                t, s = spec.placed(queries, keys)
-                at = zip(bias.shape, (b, n, t.start, s.start), strict=True)
-                # An axis of size 1 is added up over.
-                return add_slice(sums, pull(dz)[1], tuple(0 if size == 1 else i for size, i in at))
+                return _add_to_bias(sums, pull(dz)[1], b, n, *spec.in_sequence(queries, keys))
 
             return one.head.for_keys(queries, plan.keys, add, sums)
 
         return for_blocks(T, plan.queries, (0, T), rows, sums)
 
-    start = full(bias.shape, 0, accumulated(query.dtype), operands)
+    start = full_varying(bias.shape, 0, accumulated(query.dtype), operands)
     return jax.lax.fori_loop(0, B * N, query_head, start)
 
 
-def _split(x: Array, dtype: Any) -> tuple[Array, Array | None]:
-    """x rounded to dtype, and what the rounding took away, of that dtype, too; None of nothing.
-
-    The gradients of a row's logits add up to 0, which takes a common offset of the keys out of dq.
-    Rounded to 16 bits they do not: with keys of mean 8 dq was 4 times less accurate.
-    """
-    if x.dtype == dtype:
-        return x, None
-    bits = jnp.finfo(dtype)
-    # Not by a conversion and back, which XLA leaves out (xla_allow_excess_precision), and with it
-    # the rounding: the rest would be 0.
-    rounded = jax.lax.reduce_precision(x, bits.nexp, bits.nmant)
-    return rounded.astype(dtype), (x - rounded).astype(dtype)
-
-
-def _rounded(products: Array, other: Array) -> Array:
-    """Products that are rounded before they are added up.
-
-    XLA merges a product and a sum into one rounding, or not, by the strides of the array, and so by
-    how many heads there are. It cannot see through a sum of integers.
-
-    Args:
-      other: numbers; where one is NaN the products are void.
-    """
-    bits = jax.lax.bitcast_convert_type(products, f"int{8 * products.dtype.itemsize}")
-    nothing = (other != other).astype(bits.dtype)
-    return jax.lax.bitcast_convert_type(bits + nothing, products.dtype)
-
-
-def _total(x: Array) -> Array:
-    """The sum over the last axis, kept, in an order of its own: XLA's depends on the shape."""
-    while (size := x.shape[-1]) > 1:
-        half = (size + 1) // 2
-        rest = [(0, 0)] * (x.ndim - 1) + [(0, size % 2)]
-        x = x[..., :half] + jnp.pad(x[..., half:], rest)
-    return x
+def _add_to_bias(
+    sums: Array, part: Array, b: Any, n: Any, queries: AnyTokens, keys: AnyTokens
+) -> Array:
+    """The sums `[B, N, T, S]` with those of a block added; an axis of size 1 is added up over."""
+    if isinstance(queries, Tokens) and isinstance(keys, Tokens):
+        at = zip(sums.shape, (b, n, queries.start, keys.start), strict=True)
+        return add_slice(sums, part, tuple(0 if size == 1 else i for size, i in at))
+    at = zip(sums.shape, (b, n, queries.numbers[:, None], keys.numbers[None]), strict=True)
+    nothing = jnp.zeros((1, 1), jnp.int32)
+    return sums.at[tuple(nothing if size == 1 else i for size, i in at)].add(part[0, 0])

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..mask import Spec, Tokens, accumulated
-from ..mask.tokens import for_blocks, full
-from .blockwise_head import Head, Plan, write_rows
+from ..mask.tokens import for_blocks
+from ..varying_axes import full_varying
+from .blockwise_head import Head, Plan, split, write_rows
 from .residual import Residual, finite
 
 
@@ -26,8 +27,8 @@ def forward(
     (B, T, N, _), V = query.shape, value.shape[3]
     dtype = accumulated(query.dtype)
     like = (query, key, value, spec)
-    zeros = full((B, T, N, 1), 0, dtype, like)
-    start = (full((B, T, N, V), 0, query.dtype, like), Residual(zeros, zeros))
+    zeros = full_varying((B, T, N, 1), 0, dtype, like)
+    start = (full_varying((B, T, N, V), 0, plan.result_dtype(query), like), Residual(zeros, zeros))
 
     def attend(index: Array, carry: Any) -> Any:
         b, n = index // N, index % N
@@ -44,15 +45,16 @@ def forward(
                 rescale = jnp.exp(top - finite(higher))
                 total = total * rescale + p.sum(-1, keepdims=True)
                 p = head.kept(p, queries, keys)
-                part = head.dot("ts,sv->tv", p, keys.slice(head.v, 0))
+                both = split(p, head.q.dtype) if plan.parts else (p, None)
+                part = head.dot_of_two("ts,sv->tv", both, keys.slice(head.v, 0))
                 return higher, total, weighted * rescale + part
 
             t = queries.size
-            top, total = (full((t, 1), x, dtype, like) for x in (-jnp.inf, 0))
+            top, total = (full_varying((t, 1), x, dtype, like) for x in (-jnp.inf, 0))
             if head.sink is not None:
                 top = jnp.maximum(top, head.sink)
                 total = jnp.where(top == -jnp.inf, total, 1)
-            before = (top, total, full((t, V), 0, dtype, like))
+            before = (top, total, full_varying((t, V), 0, dtype, like))
             top, total, weighted = head.for_keys(queries, plan.keys, add, before)
             residual = Residual(finite(top), total)
             return jax.tree.map(

@@ -8,12 +8,18 @@ from typing import Any
 import jax
 
 from .._checks import check_arrays, check_platform
-from ..mask import Attention, Spec
+from ..mask import AttentionFunction, Mask, Spec
 from ..mask.checks import check_spec
-from ..mask.keywords import spec_of_keywords
+from ..mask.keywords import from_keywords
 from .blockwise import Blockwise
+from .cudnn import compute_capability
+from .function_kernel import as_kernel
 from .fused import KERNELS, Fused
 from .kernel import Kernel
+from .triton import Triton
+
+# A100 and H100, with 163 KB of shared memory and more. Others have 99 KB, or were not tried.
+ROOM_FOR_TRITON = ((8, 0), (9, 0))
 
 
 @dataclass(frozen=True)
@@ -21,8 +27,8 @@ class KernelChoice:
     """A kernel, for `jax_seqpar.dot_product_attention(..., kernel=choice.kernel)`.
 
     Attributes:
-      kernel: a `Fused` or a `Blockwise`.
-      name: "splash", "cuDNN" or "blockwise".
+      kernel: a `Fused`, a `Triton` or a `Blockwise`.
+      name: "splash", "cuDNN", "triton" or "blockwise".
       reason: why, in one clause.
     """
 
@@ -35,6 +41,8 @@ def choose_kernel(
     query: Any, key: Any, value: Any, *, platform: str | None = None, **keywords: Any
 ) -> KernelChoice:
     """The platform's fused kernel where it supports all that is asked, else the blockwise one.
+
+    On a GPU cuDNN, then Triton, then the blockwise kernel.
 
     Looks at shapes, dtypes and Python values only, so the same call is decided the same way under
     `jax.jit`. Under Ulysses ask with the arrays of the whole sequence: the number of heads does not
@@ -54,7 +62,7 @@ def choose_kernel(
       print(choice.name, choice.reason)
       out = choice.kernel(query, key, value, is_causal=True, logits=Logits(sinks=sinks))
     """
-    known = inspect.signature(Attention.__call__).parameters
+    known = inspect.signature(AttentionFunction.__call__).parameters
     taken = [name for name in known if name not in ("self", "options", "return_residual")]
     unknown = keywords.keys() - set(taken)
     if unknown:
@@ -63,7 +71,7 @@ def choose_kernel(
             f"{', '.join(taken)}."
         )
     check_arrays(query, key, value)
-    spec = spec_of_keywords(**keywords)
+    spec = from_keywords(**keywords)
     rng = spec.dropout.rng
 
     def check(rng: Any) -> None:
@@ -77,12 +85,67 @@ def choose_kernel(
     return choose(query, key, value, spec, platform)
 
 
+def kernel_of_call(
+    kernel: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    spec: Spec,
+    *,
+    platform: str | None,
+    whole: bool,
+    runs: bool,
+    check_vma: bool = False,
+) -> Kernel:
+    """The kernel that is asked for, or the one that is chosen where `kernel` is None.
+
+    Args:
+      whole: whether a fused kernel may be chosen: it is given the whole sequence, as it counts its
+        queries from 0, and no residual is wanted.
+      runs: whether the kernel is given all keys, and a run of queries at least, as `Triton` takes.
+      check_vma: whether the caller's `jax.shard_map` checks how arrays vary, of which `Triton`
+        states nothing.
+
+    Raises:
+      ValueError: for what is no kernel.
+    """
+    if kernel is not None:
+        return as_kernel(kernel)
+    if whole:
+        chosen = choose(query, key, value, spec, platform).kernel
+    else:
+        triton = Triton(platform=platform)
+        takes = runs and _why_not_triton(triton, query, key, value, spec) is None
+        chosen = triton if takes else Blockwise()
+    if check_vma and isinstance(chosen, Triton):
+        return _blockwise("gpu", spec.mask)
+    return chosen
+
+
 def choose(query: Any, key: Any, value: Any, spec: Spec, platform: str | None) -> KernelChoice:
     """`choose_kernel` of a Spec that has been checked."""
     on = platform or jax.default_backend()
-    fused = Fused(platform)
+    fused, triton = Fused(platform), Triton(platform=platform)
     reason = fused.why_not(query, key, value, spec)
-    if reason is not None:
-        return KernelChoice(Blockwise(), "blockwise", reason)
-    name, _ = KERNELS[on]
-    return KernelChoice(fused, name, f"{on}: {name} supports all that is asked")
+    if reason is None:
+        name, _ = KERNELS[on]
+        return KernelChoice(fused, name, f"{on}: {name} supports all that is asked")
+    if _why_not_triton(triton, query, key, value, spec) is None:
+        return KernelChoice(triton, "triton", f"{reason}; Triton supports all that is asked")
+    return KernelChoice(_blockwise(on, spec.mask), "blockwise", reason)
+
+
+def _why_not_triton(triton: Triton, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
+    """Why `Triton` is not taken unasked; None where it is."""
+    capability = compute_capability()
+    if capability is None and jax.default_backend() == "gpu":
+        return "the GPU is not one of NVIDIA's"
+    if capability is not None and capability not in ROOM_FOR_TRITON:
+        return f"compute capability {capability} has less shared memory than Triton's blocks take"
+    return triton.why_not(query, key, value, spec)
+
+
+def _blockwise(platform: str, mask: Mask) -> Blockwise:
+    """On a GPU a block costs its launches: large ones, unless some of each need not be computed."""
+    skips = any(x is not None for x in (mask.window, mask.segment_ids, mask.positions))
+    return Blockwise(1024, 1024) if platform == "gpu" and not skips else Blockwise()

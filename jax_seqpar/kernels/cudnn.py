@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..mask import Mask, Spec
-from ..mask.keywords import flat
+from ..mask.keywords import to_flat
 
 _WITHOUT = {
     "bias": "it holds one as a whole T x S array of 16 bits",
@@ -36,9 +36,9 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
       query, key, value: anything with a shape and a dtype.
       spec: of such arrays, too.
     """
-    if spec.queries is not None or spec.keys is not None:
+    if spec.held_queries is not None or spec.held_keys is not None:
         return "a part of the tokens is not supported by cuDNN: it counts them from 0"
-    asked = flat(spec).keys()
+    asked = to_flat(spec).keys()
     for name, reason in _WITHOUT.items():
         if name in asked:
             return f"{name} is not supported by cuDNN: {reason}"

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .._checks import check_flag, check_platform, got
 from ..mask import Spec
-from ..mask.tokens import varying_axes
+from ..varying_axes import varying_axes
 from . import cudnn, splash
 from .kernel import Kernel
 
@@ -56,6 +56,9 @@ class Fused(Kernel):
                 f"interpret=True runs the TPU's kernel on any platform, got "
                 f"platform={self.platform!r}, too. Leave one of them out."
             )
+
+    # Neither kernel says what a row without a key is.
+    needs_a_key = True
 
     @property
     def check_vma(self) -> bool:

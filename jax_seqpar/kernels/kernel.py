@@ -7,7 +7,8 @@ from jaxtyping import Array, Float
 from .._checks import check_flag
 from ..layout import AxisName
 from ..mask import Spec, keyword_form
-from ..mask.keywords import checked
+from ..mask.keywords import canonical
+from .parts import Part
 from .residual import Residual
 
 
@@ -16,18 +17,24 @@ class Kernel:
 
     A subclass is a frozen dataclass of options, equal by value, so that it is part of a compiled
     program. It knows neither strategies nor meshes. Called by itself it has the keywords of
-    `jax_seqpar.mask.Attention`.
+    `jax_seqpar.mask.AttentionFunction`.
 
     Attributes:
       sums_exactly: whether the devices that share a KV head add up its gradients inside the kernel,
         without rounding (`sharing` tells it which these are). Otherwise they are added outside.
       gives_residual: whether `attend` returns one.
+      gives_parts: whether it attends to a part of the keys, and differentiates that, in float32:
+        `attend_part` and `part_gradients`.
       check_vma: whether JAX can check how its arrays vary over the mesh, as `jax.shard_map` does.
         A Pallas kernel does not state how its output varies.
+      needs_a_key: whether a row without a key to attend to may be NaN, so that a query head that a
+        strategy adds must attend to something: its gradient is added to that of the KV head.
     """
 
     sums_exactly: ClassVar[bool] = False
     gives_residual: ClassVar[bool] = False
+    gives_parts: ClassVar[bool] = False
+    needs_a_key: ClassVar[bool] = False
 
     @property
     def check_vma(self) -> bool:
@@ -43,7 +50,42 @@ class Kernel:
         """The output `[B, T, N, V]`, of the query's dtype, and the residual of each row.
 
         Args:
-          spec: checked. `spec.queries` and `spec.keys` say which tokens the arrays hold.
+          spec: checked. `spec.held_queries` and `spec.held_keys` say which tokens the arrays hold.
+        """
+        raise NotImplementedError
+
+    def attend_part(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> Part:
+        """The attention to the keys of `spec.held_keys`, in float32, of a kernel that gives parts.
+
+        Args:
+          spec: without sinks, which are of no part.
+        """
+        raise NotImplementedError
+
+    def part_gradients(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+        D: Float[Array, "B T N"],
+        residual: Residual,
+        out_gradient: Float[Array, "B T N V"],
+    ) -> tuple[Array, Array, Array, dict[str, Array]]:
+        """Gradients by the keys of `spec.held_keys` alone, in the dtype of the sums.
+
+        Args:
+          D: sum of each row's weights times their gradients, of all keys.
+          residual: of all keys.
+
+        Returns:
+          `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`, and those of bias and slopes by name.
         """
         raise NotImplementedError
 
@@ -56,7 +98,11 @@ class Kernel:
         """
         return None
 
-    def sharing(self, axes: tuple[tuple[AxisName, int], ...]) -> "Kernel":
+    def sharing(
+        self,
+        axes: tuple[tuple[AxisName, int], ...],
+        queries_over: AxisName | None = None,
+    ) -> "Kernel":
         """The kernel, told which devices have the same KV heads as this one.
 
         A strategy calls it before `attend`. A kernel whose sums round returns itself: the gradients
@@ -65,6 +111,8 @@ class Kernel:
         Args:
           axes: a mesh axis (or axes), and how many consecutive devices along it share a KV head:
             `(("seq", 2),)` where pairs of neighbours along "seq" do.
+          queries_over: the axis along which devices hold the queries of one head in parts, where
+            they do.
         """
         return self
 
@@ -78,9 +126,9 @@ class Kernel:
         *,
         return_residual: bool = False,
     ) -> Any:
-        """Attention of arrays on one device; see `jax_seqpar.mask.Attention`."""
+        """Attention of arrays on one device."""
         check_residual(self, value, return_residual)
-        spec = checked(spec, query, key, value)
+        spec = canonical(spec, query, key, value)
         out, residual = self.attend(query, key, value, spec)
         if not return_residual:
             return out

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..mask import Mask, Spec
-from ..mask.keywords import flat
-from ..mask.segments import unused_id
+from ..mask.keywords import to_flat
+from ..mask.unused_segment import unused_id
 
 LANES = 128
 # Of the scalar memory of a core, 1 MiB on every TPU since v5e, three quarters for the schedule.
@@ -99,14 +99,17 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
       query, key, value: anything with a shape and a dtype.
       spec: of such arrays, too.
     """
-    if spec.queries is not None or spec.keys is not None:
+    if spec.held_queries is not None or spec.held_keys is not None:
         return "a part of the tokens is not supported by splash: it counts them from 0"
-    asked = flat(spec).keys()
+    asked = to_flat(spec).keys()
     for name, reason in _WITHOUT.items():
         if name in asked:
             return f"{name} is not supported by splash: {reason}"
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"dtype {query.dtype} is not supported by splash, which has bfloat16 and float32"
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore
+    if query.dtype == jnp.float32 and precision not in (None, "default", "fastest", "bfloat16"):
+        return f"products of precision {precision!r} are not supported by splash"
     H, V = query.shape[3], value.shape[3]
     if _row_bytes(H, V, query.dtype) > MOST_ROW_BYTES:
         return (

@@ -8,6 +8,7 @@ import numpy as np
 
 from .._checks import Shape, check_is_array
 from .spec import Spec
+from .threefry import check_key
 
 
 def check_spec(query: Shape, key: Shape, spec: Spec) -> None:
@@ -136,34 +137,6 @@ def _check_dropout(rng: Any, rate: float, batch: int, heads: int) -> None:
         raise ValueError(
             f"Dropout(rate={rate}) needs a key. Write Dropout({rate}, jax.random.key(...)), "
             f"another one for each layer and step."
-        )
-
-
-def check_key(rng: Any, batch: Any, heads: Any) -> None:
-    """Raises ValueError unless `rng` is one threefry key, or the keys of a batch's heads."""
-    for name, size in (("batch", batch), ("heads", heads)):
-        if not isinstance(size, int) or size < 0:
-            raise ValueError(
-                f"{name} must be a Python integer, not negative, got {size!r}. Take it from "
-                f"query.shape."
-            )
-    a_key = 'jax.random.key(seed, impl="threefry2x32")'
-    if not hasattr(rng, "dtype"):
-        raise ValueError(f"rng must be a key, got {rng!r}. Write {a_key}.")
-    check_is_array("rng", rng)
-    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-        implementation = str(jax.random.key_impl(rng))
-        if implementation != "threefry2x32":
-            raise ValueError(
-                f"rng must be a threefry key, got one of {implementation}. Write {a_key}."
-            )
-        fits = rng.shape == ()
-    else:
-        fits = rng.dtype == jnp.uint32 and rng.shape in ((2,), (batch, heads, 2))
-    if not fits:
-        raise ValueError(
-            f"rng must be one key, or keys of heads [B, N, 2] = {[batch, heads, 2]}, got "
-            f"{rng.dtype}{list(rng.shape)}. Write {a_key}."
         )
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import threefry
-from .nouns import array_field, is_number, python_number, register, written
-from .tokens import Tokens
+from .array_fields import array_field, is_number, python_number, register, written
+from .tokens import AnyTokens
 
 
 @register
@@ -43,7 +43,7 @@ class Dropout:
         """What the weights that stay are multiplied by."""
         return threefry.inverse_keep_probability(self.rate)
 
-    def keep(self, queries: Tokens, keys: Tokens) -> Bool[Array, "B N t s"] | None:
+    def keep(self, queries: AnyTokens, keys: AnyTokens) -> Bool[Array, "B N t s"] | None:
         """True for the weights that stay; None where all do."""
         if self.rate == 0:
             return None

@@ -5,20 +5,18 @@ from dataclasses import fields, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from .. import _checks
 from . import checks, threefry
+from .array_fields import arrays_of, options_of
 from .dropout import Dropout
 from .logits import Logits
-from .mask import Mask
-from .nouns import given
+from .mask import Mask, int32_lengths
 from .spec import Spec
 
-# The keywords of `jax.nn.dot_product_attention`, each with the noun and the field that it is short
-# for.
-SHORT: dict[str, tuple[type, str]] = {
+# The keywords of `jax.nn.dot_product_attention`, each with the class and the field that it is
+# short for.
+JAX_KEYWORDS: dict[str, tuple[type, str]] = {
     "bias": (Logits, "bias"),
     "mask": (Mask, "array"),
     "scale": (Logits, "scale"),
@@ -28,7 +26,7 @@ SHORT: dict[str, tuple[type, str]] = {
     "local_window_size": (Mask, "local_window_size"),
 }
 # One flat name for every field, as PyTorch's reference, files of inputs and the command have them.
-FLAT: dict[str, tuple[type, str]] = SHORT | {
+FLAT_NAMES: dict[str, tuple[type, str]] = JAX_KEYWORDS | {
     "query_offset": (Mask, "query_offset"),
     "positions": (Mask, "positions"),
     "segment_ids": (Mask, "segment_ids"),
@@ -39,14 +37,14 @@ FLAT: dict[str, tuple[type, str]] = SHORT | {
     "dropout_rng": (Dropout, "rng"),
 }
 # Flat names of arrays.
-ARRAYS = tuple(
+FLAT_ARRAYS = tuple(
     name
-    for name, (noun, field) in FLAT.items()
-    if "axes" in noun.__dataclass_fields__[field].metadata
+    for name, (kind, field) in FLAT_NAMES.items()
+    if "axes" in kind.__dataclass_fields__[field].metadata
 )
 
 
-def spec_of_keywords(
+def from_keywords(
     *,
     mask: Any = None,
     logits: Logits | None = None,
@@ -56,33 +54,42 @@ def spec_of_keywords(
     """The Spec that the keywords of an attention describe.
 
     Raises:
-      ValueError: for options out of range, and for what a keyword and a noun both say.
+      ValueError: for options out of range, and for what a keyword and a value both say.
     """
-    for name, noun, kind in (("logits", logits, Logits), ("dropout", dropout, Dropout)):
-        if noun is not None and not isinstance(noun, kind):
+    for name, value, kind in (("logits", logits, Logits), ("dropout", dropout, Dropout)):
+        if value is not None and not isinstance(value, kind):
             raise ValueError(
-                f"{name} must be a jax_seqpar.{kind.__name__}, got {noun!r}. Write "
+                f"{name} must be a jax_seqpar.{kind.__name__}, got {value!r}. Write "
                 f"{name}={kind.__name__}(...)."
             )
     if not isinstance(mask, Mask):
         mask, short = Mask(), short | {"mask": mask}
-    nouns: dict[type, Any] = {Mask: mask, Logits: logits or Logits()}
-    short = {name: x for name, x in short.items() if not (x is None or x is False)}
-    for kind, noun in nouns.items():
-        own = {field: name for name, (k, field) in SHORT.items() if k is kind and name in short}
-        for f in fields(noun):
-            value = getattr(noun, f.name)
-            if f.name in own and not (value is None or value is f.default):
-                raise ValueError(
-                    f"{own[f.name]}= and {kind.__name__}({f.name}=) say the same thing twice. "
-                    f"Leave one of them out."
-                )
-        if own:
-            nouns[kind] = replace(noun, **{field: short[name] for field, name in own.items()})
-    return Spec(nouns[Mask], nouns[Logits], dropout or Dropout())
+    # Causality that is not asked for is not said.
+    said = {
+        name: x
+        for name, x in short.items()
+        if x is not None and not (name == "is_causal" and x is False)
+    }
+    return Spec(
+        _with_keywords(mask, said), _with_keywords(logits or Logits(), said), dropout or Dropout()
+    )
 
 
-def checked(spec: Spec, query: Any, key: Any, value: Any, *, degree: int = 1) -> Spec:
+def _with_keywords(value: Any, said: Mapping[str, Any]) -> Any:
+    """A Mask or Logits, with the fields that keywords are short for."""
+    kind = type(value)
+    own = {field: name for name, (of, field) in JAX_KEYWORDS.items() if of is kind and name in said}
+    for f in fields(value):
+        before = getattr(value, f.name)
+        if f.name in own and not (before is None or before is f.default):
+            raise ValueError(
+                f"{own[f.name]}= and {kind.__name__}({f.name}=) say the same thing twice. Leave "
+                f"one of them out."
+            )
+    return replace(value, **{field: said[name] for field, name in own.items()}) if own else value
+
+
+def canonical(spec: Spec, query: Any, key: Any, value: Any, *, degree: int = 1) -> Spec:
     """The Spec, its arrays checked, and dropout with a key for each head.
 
     Args:
@@ -94,12 +101,12 @@ def checked(spec: Spec, query: Any, key: Any, value: Any, *, degree: int = 1) ->
     """
     _checks.check_arrays(query, key, value)
     operands = {"query": query, "key": key, "value": value}
-    _checks.check_has_numbers(operands | flat(spec))
+    _checks.check_has_numbers(operands | to_flat(spec))
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     checks.check_spec((B, T * degree, N, H), (B, S * degree, K, H), spec)
     lengths = {
-        name: _int32(x)
+        name: int32_lengths(x)
         for name in ("query_seq_lengths", "key_value_seq_lengths")
         if (x := getattr(spec.mask, name)) is not None
     }
@@ -112,31 +119,23 @@ def checked(spec: Spec, query: Any, key: Any, value: Any, *, degree: int = 1) ->
     return replace(spec, dropout=Dropout(dropout.rate, threefry.head_keys(dropout.rng, B, N)))
 
 
-def _int32(lengths: Any) -> Any:
-    """Lengths as int32: what it does not hold is longer than any sequence, and so is its limit."""
-    xp: Any = np if isinstance(lengths, np.ndarray) else jnp
-    limits = np.iinfo(np.int32)
-    if lengths.dtype.itemsize >= 4 and lengths.dtype != np.int32:
-        lengths = xp.minimum(lengths, limits.max)
-        if lengths.dtype.kind == "i":
-            lengths = xp.maximum(lengths, limits.min)
-    return lengths.astype(np.int32)
-
-
-def spec_of_flat(names: Mapping[str, Any]) -> Spec:
-    """The Spec that flat names describe, whatever it belongs to."""
-    nouns: dict[type, dict[str, Any]] = {Mask: {}, Logits: {}, Dropout: {}}
+def from_flat(names: Mapping[str, Any]) -> Spec:
+    """The Spec that flat names describe."""
+    given: dict[type, dict[str, Any]] = {Mask: {}, Logits: {}, Dropout: {}}
     for name, x in names.items():
-        noun, field = FLAT[name]
-        nouns[noun][field] = x
-    return Spec(Mask(**nouns[Mask]), Logits(**nouns[Logits]), Dropout(**nouns[Dropout]))
+        kind, field = FLAT_NAMES[name]
+        given[kind][field] = x
+    return Spec(Mask(**given[Mask]), Logits(**given[Logits]), Dropout(**given[Dropout]))
 
 
-def flat(spec: Spec) -> dict[str, Any]:
-    """A Spec by flat names, of what differs from the defaults."""
-    nouns = {type(x): dict(given(x)) for x in (spec.mask, spec.logits, spec.dropout)}
-    values = {
-        name: nouns[noun][field] for name, (noun, field) in FLAT.items() if field in nouns[noun]
+def to_flat(spec: Spec) -> dict[str, Any]:
+    """A Spec by flat names: options that differ from their defaults, then arrays."""
+    values = (spec.mask, spec.logits, spec.dropout)
+    options = {type(x): dict(options_of(x)) for x in values}
+    arrays = {type(x): dict(arrays_of(x)) for x in values}
+    return {
+        name: own[kind][field]
+        for own in (options, arrays)
+        for name, (kind, field) in FLAT_NAMES.items()
+        if field in own[kind]
     }
-    arrays = spec.arrays
-    return values | {n: arrays[field] for n, (_, field) in FLAT.items() if field in arrays}

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from .nouns import AnyArray, array_field, is_number, python_number, register, written
+from .array_fields import AnyArray, array_field, is_number, python_number, register, written
 
 
 @register

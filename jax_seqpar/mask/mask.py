@@ -1,14 +1,16 @@
 """Mask: which query attends to which key, in positions of the whole sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import reduce
+from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, Shaped
 
-from .nouns import AnyArray, array_field, pair_field, python_number, register, written
-from .tokens import Tokens
+from .array_fields import AnyArray, array_field, pair_field, python_number, register, written
+from .tokens import AnyTokens, places
 
 # (left, right); None and -1 are an open side, one integer stands for both sides.
 Window = int | Sequence[int | None]
@@ -69,25 +71,29 @@ class Mask:
         """What both allow.
 
         Raises:
-          ValueError: for two offsets, two positions or two segment ids, of which an attention has
-            one.
+          ValueError: for two segment ids, or causality and windows that go by two offsets or two
+            positions, of which an attention has one; and for arrays that no attention takes.
         """
         if not isinstance(other, Mask):
             return NotImplemented
+        check_mask_arrays(self)
+        check_mask_arrays(other)
         both: dict[str, Any] = {"is_causal": self.is_causal or other.is_causal}
-        for name in ("query_offset", "positions", "segment_ids"):
-            mine, others = getattr(self, name), getattr(other, name)
-            nothing = 0 if name == "query_offset" else None
-            if mine is not nothing and others is not nothing and mine is not others:
-                raise ValueError(
-                    f"{self} & {other} have two {name}. Write one Mask with the {name} of both, "
-                    f"segments as numbers of their own for every pair of documents."
-                )
-            both[name] = others if mine is nothing else mine
+        # Of a mask that says nothing of positions, the positions are no matter.
+        placed = [mask for mask in (self, other) if mask._goes_by_positions]
+        for name in ("query_offset", "positions"):
+            given = [getattr(mask, name) for mask in placed]
+            if len(given) == 2 and not _same(*given):
+                raise _have_two(name, self, other)
+            both[name] = given[0] if given else (0 if name == "query_offset" else None)
+        given = [x for x in (self.segment_ids, other.segment_ids) if x is not None]
+        if len(given) == 2 and not _same(*given):
+            raise _have_two("segment_ids", self, other)
+        both["segment_ids"] = given[0] if given else None
         for name, join in (
             ("array", jnp.logical_and),
-            ("query_seq_lengths", jnp.minimum),
-            ("key_value_seq_lengths", jnp.minimum),
+            ("query_seq_lengths", _shorter),
+            ("key_value_seq_lengths", _shorter),
         ):
             given = [x for x in (getattr(self, name), getattr(other, name)) if x is not None]
             both[name] = join(*given) if len(given) == 2 else given[0] if given else None
@@ -106,13 +112,19 @@ class Mask:
         return min(left, OPEN), min(right, OPEN)
 
     @property
+    def _goes_by_positions(self) -> bool:
+        """Whether it is another mask at other positions, which ALiBi goes by as well."""
+        says_where = self.query_offset != 0 or self.positions is not None
+        return says_where or self.is_causal or self.window is not None
+
+    @property
     def reach(self) -> tuple[int | None, int | None]:
         """How far a query sees before and after its position; None without limit."""
         before, after = self.window or (OPEN, OPEN)
         after = 0 if self.is_causal else after
         return None if before == OPEN else before, None if after == OPEN else after
 
-    def attends(self, queries: Tokens, keys: Tokens) -> Bool[Array, "..."] | None:
+    def attends(self, queries: AnyTokens, keys: AnyTokens) -> Bool[Array, "..."] | None:
         """True where a query may attend to a key; None where all may.
 
         Broadcastable to `[B, N, queries.size, keys.size]`.
@@ -142,29 +154,26 @@ class Mask:
             conditions.append(query_ids[:, None, :, None] == key_ids[:, None, None, :])
         if not conditions:
             return None
-        allowed, *rest = conditions
-        for condition in rest:
-            allowed = allowed & condition
-        return allowed
+        return reduce(jnp.logical_and, conditions)
 
-    def distance(self, queries: Tokens, keys: Tokens) -> Int[Array, "..."]:
+    def distance(self, queries: AnyTokens, keys: AnyTokens) -> Int[Array, "..."]:
         """Distance of the positions of queries and keys, at most `MOST_DISTANT`."""
         t, s = self._positions(queries, keys)
         return jnp.minimum(jnp.abs(t - s), MOST_DISTANT)
 
-    def keys_of(self, queries: Tokens, keys: Tokens) -> tuple[Array, Array]:
+    def keys_of(self, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Array]:
         """Half-open range of `keys`, counted from their first, that some query may attend to.
 
         `array` is not read.
         """
-        return self._partners(queries, 0, keys)
+        return self._partners("queries", queries, keys)
 
-    def queries_of(self, keys: Tokens, queries: Tokens) -> tuple[Array, Array]:
+    def queries_of(self, keys: AnyTokens, queries: AnyTokens) -> tuple[Array, Array]:
         """Half-open range of `queries`, counted from their first, that may attend to some key.
 
         `array` is not read.
         """
-        return self._partners(keys, 1, queries)
+        return self._partners("keys", keys, queries)
 
     def _check_options(self) -> None:
         """Raises ValueError unless the options are plain Python values in range."""
@@ -190,7 +199,7 @@ class Mask:
                 f"None or -1 to leave a side open."
             )
 
-    def _positions(self, queries: Tokens, keys: Tokens) -> tuple[Array, Array]:
+    def _positions(self, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Array]:
         """`[B, 1, t, 1]` and `[B, 1, 1, s]`; B is 1 where all sequences have the same."""
         if self.positions is not None:
             t, s = self.positions
@@ -199,46 +208,74 @@ class Mask:
             t, s = (queries.numbers + self.query_offset)[None], keys.numbers[None]
         return t[:, None, :, None], s[:, None, None, :]
 
-    def _partners(self, block: Tokens, side: int, partners: Tokens) -> tuple[Array, Array]:
-        """`keys_of` for a block of queries (side 0), `queries_of` for a block of keys (side 1)."""
-        before, after = self.reach
-        if side == 1:
-            before, after = after, before
-        first, count = partners.start, partners.size
-        low, high = first, first + count
-        conditions = []
-        if self.positions is not None:
-            both = [x.astype(jnp.int32) for x in self.positions]
-            of_block, of_partners = block.slice(both[side], 1), partners.slice(both[1 - side], 1)
-            if before is not None:
-                conditions.append(of_partners >= of_block.min(1, keepdims=True) - before)
-            if after is not None:
-                conditions.append(of_partners <= of_block.max(1, keepdims=True) + after)
-        else:
-            shift = self.query_offset if side == 0 else -self.query_offset
-            low = low if before is None else block.start + shift - before
-            high = high if after is None else block.start + block.size + shift + after
+    def _partners(
+        self, side: Literal["queries", "keys"], block: AnyTokens, partners: AnyTokens
+    ) -> tuple[Array, Array]:
+        """Half-open range of `partners` that may meet some token of a block of queries or keys.
+
+        Args:
+          side: what the block is; partners are the other.
+        """
+        low, high = self._reachable(side, block, partners)
+        own, others = (self.query_seq_lengths, self.key_value_seq_lengths)
+        if side == "keys":
+            own, others = others, own
+        if others is not None:
+            high = jnp.minimum(high, others.max().astype(jnp.int32))
+        if own is not None:
+            high = jnp.where(block.bounds[0] < own.max(), high, 0)
+        low, high = partners.within(low, high)
+        conditions = [*self._near_positions(side, block, partners)]
         if self.segment_ids is not None:
-            both = self.segment_ids
-            of_block, of_partners = block.slice(both[side], 1), partners.slice(both[1 - side], 1)
+            of_block, of_partners = _of_sides(self.segment_ids, side, block, partners)
             conditions.append(of_partners >= of_block.min(1, keepdims=True))
             conditions.append(of_partners <= of_block.max(1, keepdims=True))
-        lengths = (self.query_seq_lengths, self.key_value_seq_lengths)
-        of_block, of_partners = lengths[side], lengths[1 - side]
-        if of_partners is not None:
-            high = jnp.minimum(high, of_partners.max().astype(jnp.int32))
-        if of_block is not None:
-            high = jnp.where(block.start < of_block.max(), high, 0)
         if conditions:
-            some = jnp.broadcast_to(jnp.bool_(True), (1, count))
-            for condition in conditions:
-                some = some & condition
-            some = some.any(0)
-            numbers = partners.numbers
-            low = jnp.maximum(low, jnp.where(some, numbers, first + count).min())
-            high = jnp.minimum(high, jnp.where(some, numbers + 1, first).max())
-        low, high = (jnp.clip(bound - first, 0, count) for bound in (low, high))
+            allowed = reduce(jnp.logical_and, conditions).any(0)
+            first, last = places(jnp.broadcast_to(allowed, partners.size))
+            low, high = jnp.maximum(low, first), jnp.minimum(high, last)
+        low, high = (jnp.clip(bound, 0, partners.size) for bound in (low, high))
         return jnp.minimum(low, high), high
+
+    def _reach_of(self, side: str) -> tuple[int | None, int | None]:
+        """How far a query, or a key, sees before and after its position."""
+        before, after = self.reach
+        return (before, after) if side == "queries" else (after, before)
+
+    def _reachable(self, side: str, block: AnyTokens, partners: AnyTokens) -> tuple[Any, Any]:
+        """The range by causality and window, where positions follow the order of the tokens."""
+        if self.positions is not None:
+            return partners.bounds
+        low, high = partners.bounds
+        before, after = self._reach_of(side)
+        # A query's own position, in the numbers of the keys; and a key's in those of the queries.
+        offset = self.query_offset if side == "queries" else -self.query_offset
+        first, end = (bound + offset for bound in block.bounds)
+        return (
+            low if before is None else first - before,
+            high if after is None else end + after,
+        )
+
+    def _near_positions(self, side: str, block: AnyTokens, partners: AnyTokens) -> Iterator[Array]:
+        """By `positions`, `[B, partners.size]`: within reach of the block's first and last one."""
+        if self.positions is None:
+            return
+        before, after = self._reach_of(side)
+        positions = tuple(x.astype(jnp.int32) for x in self.positions)
+        of_block, of_partners = _of_sides(positions, side, block, partners)
+        if before is not None:
+            yield of_partners >= of_block.min(1, keepdims=True) - before
+        if after is not None:
+            yield of_partners <= of_block.max(1, keepdims=True) + after
+
+
+def _of_sides(
+    pair: tuple[Array, ...], side: str, block: AnyTokens, partners: AnyTokens
+) -> tuple[Array, Array]:
+    """Of a pair of arrays for queries and keys: the block's part of its own, the partners' part."""
+    of_queries, of_keys = pair
+    own, others = (of_queries, of_keys) if side == "queries" else (of_keys, of_queries)
+    return block.slice(own, 1), partners.slice(others, 1)
 
 
 def _pair(x: Any) -> Any:
@@ -254,6 +291,52 @@ def _sides(window: Any) -> Any:
     if all(type(n) is int and n == OPEN for n in limits) and len(limits) == 2:
         return None
     return limits if isinstance(sides, tuple) else sides
+
+
+def int32_lengths(lengths: Any) -> Any:
+    """Lengths as int32: what it does not hold is longer than any sequence, and so is its limit."""
+    xp: Any = np if isinstance(lengths, np.ndarray) else jnp
+    limits = np.iinfo(np.int32)
+    if lengths.dtype.itemsize >= 4 and lengths.dtype != np.int32:
+        lengths = xp.minimum(lengths, limits.max)
+        if lengths.dtype.kind == "i":
+            lengths = xp.maximum(lengths, limits.min)
+    return lengths.astype(np.int32)
+
+
+def _have_two(name: str, a: Mask, b: Mask) -> ValueError:
+    return ValueError(
+        f"{a} & {b} have two {name}. Write one Mask with the {name} of both, segments as numbers "
+        f"of their own for every pair of documents."
+    )
+
+
+def check_mask_arrays(mask: Mask) -> None:
+    """Raises ValueError for arrays of a dtype or of axes that no attention takes."""
+    x = mask.array
+    if x is not None and (x.dtype != bool or len(x.shape) != 4):
+        raise ValueError(
+            f"{mask} has an array that is not boolean [B, N, T, S], each axis that or 1. Write "
+            f"array.astype(bool), and [None] for an axis that it lacks; what is added to the "
+            f"logits is Logits(bias=)."
+        )
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        x = getattr(mask, name)
+        if x is not None and (not jnp.issubdtype(x.dtype, jnp.integer) or len(x.shape) != 1):
+            raise ValueError(
+                f"{mask} has {name} that are not integers [B]. Write {name}.astype(jnp.int32)."
+            )
+
+
+def _shorter(a: Any, b: Any) -> Array:
+    return jnp.minimum(int32_lengths(a), int32_lengths(b))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two options are equal, or two arrays, or pairs of them, are the same object."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return all(x is y for x, y in zip(a, b, strict=True))
+    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
 
 
 def _per_sequence(lengths: Shaped[Array, "B"]) -> Int[Array, "B 1 1 1"]:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Shaped
 
-from .keywords import checked, spec_of_keywords
+from .array_fields import Axes
+from .keywords import canonical, from_keywords
 from .logits import Logits
 from .mask import Mask
-from .nouns import Axes
-from .segments import unused_id
+from .unused_segment import unused_id
 
 
 @partial(
@@ -79,7 +79,7 @@ def pad_to_degree(
       out = padded.unpad(out)
     """
     _check_degree(degree)
-    spec = checked(spec_of_keywords(bias=bias, mask=mask, logits=logits), query, key, value)
+    spec = canonical(from_keywords(bias=bias, mask=mask, logits=logits), query, key, value)
     T, S = query.shape[1], key.shape[1]
     more = (-T % degree, -S % degree)
     if more == (0, 0):

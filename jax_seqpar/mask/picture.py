@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .mask import Mask
+from .mask import Mask, check_mask_arrays
 from .tokens import Tokens
 
 NOTHING, SOME, ALL = "\u00b7", "\u2592", "\u2588"
@@ -18,9 +18,9 @@ def blocks(mask: Mask, queries: int, keys: int, *, size: int = 512) -> np.ndarra
       size: tokens of a block, of queries and of keys.
 
     Returns:
-      boolean `[ceil(T / size), ceil(S / size)]`: False for a block in which no query attends to any
-      key by causality, window, positions, segments and lengths. A mask array is not read: its
-      blocks all exist.
+      boolean `[ceil(T / size), ceil(S / size)]`: in each row of blocks, True from the first to the
+      last key that some query may attend to by causality, window, positions, segments and lengths.
+      A mask array is not read: its blocks all exist.
     """
     found = np.zeros((math.ceil(queries / size), math.ceil(keys / size)), bool)
     for i in range(len(found)):
@@ -44,13 +44,20 @@ def draw(
       columns: the most characters of a line.
       batch, head: of arrays that have more than one.
 
+    Raises:
+      ValueError: for arrays that no attention takes, and a batch or head that they do not have.
+
     Example:
       print(draw(Mask(is_causal=True, local_window_size=(255, 0)), 1024, 1024))
     """
+    check_mask_arrays(mask)
     allowed = mask.attends(Tokens(0, queries), Tokens(0, keys))
     pairs = np.ones((queries, keys), bool)
     if allowed is not None:
         x = np.asarray(allowed)
+        for name, n, size in (("batch", batch, x.shape[0]), ("head", head, x.shape[1])):
+            if not 0 <= n < size and size > 1:
+                raise ValueError(f"{name} = {n} of {mask}. Give one from 0 to {size - 1}.")
         x = x[min(batch, x.shape[0] - 1), min(head, x.shape[1] - 1)]
         pairs = np.broadcast_to(x, (queries, keys))
     wide = max(math.ceil(keys / columns), 1)

@@ -7,27 +7,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
+from .array_fields import Axes, arrays_of, map_arrays
 from .dropout import Dropout
 from .logits import Logits
 from .mask import Mask
-from .nouns import Axes, arrays_of, map_arrays
-from .tokens import Tokens
+from .tokens import AnyTokens, Tokens
 
 
 class Terms(NamedTuple):
-    """What turns the dot products of a block into logits; each of four axes, or None."""
+    """What turns the dot products of a block into logits; each broadcasts to `[B, N, t, s]`."""
 
-    bias: Any
-    alibi_slopes: Any
-    distance: Any
-    allowed: Any
+    bias: Float[Array, "..."] | None
+    alibi_slopes: Float[Array, "1 N 1 1"] | None
+    distance: Int[Array, "..."] | None
+    allowed: Bool[Array, "..."] | None
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["mask", "logits", "dropout", "queries", "keys"],
+    data_fields=["mask", "logits", "dropout", "held_queries", "held_keys"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -39,14 +39,15 @@ class Spec:
     counts its own tokens from 0, and the methods here place them in the sequence.
 
     Attributes:
-      queries, keys: the tokens that the kernel's arrays hold; None for all.
+      held_queries, held_keys: the tokens of the whole sequence that the kernel's arrays hold; None
+        for all.
     """
 
     mask: Mask = field(default_factory=Mask)
     logits: Logits = field(default_factory=Logits)
     dropout: Dropout = field(default_factory=Dropout)
-    queries: Tokens | None = None
-    keys: Tokens | None = None
+    held_queries: AnyTokens | None = None
+    held_keys: AnyTokens | None = None
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class Spec:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """The nouns as the keywords of an attention."""
+        """Mask, logits and dropout as the keywords of an attention."""
         return {"mask": self.mask, "logits": self.logits, "dropout": self.dropout}
 
     def map(self, function: Callable[[Any, Axes], Any]) -> "Spec":
@@ -68,8 +69,8 @@ class Spec:
             map_arrays(function, self.mask),
             map_arrays(function, self.logits),
             map_arrays(function, self.dropout),
-            self.queries,
-            self.keys,
+            self.held_queries,
+            self.held_keys,
         )
 
     def with_logits(self, **arrays: Array) -> "Spec":
@@ -90,32 +91,32 @@ class Spec:
 
     def terms(self, queries: Tokens, keys: Tokens) -> Terms:
         """What `to_logits` needs for a block."""
-        queries, keys = self.placed(queries, keys)
+        own, theirs = self.in_sequence(queries, keys)
         bias, slopes = self.logits.bias, self.logits.alibi_slopes
         return Terms(
-            None if bias is None else keys.slice(queries.slice(bias, 2), 3),
+            None if bias is None else theirs.slice(own.slice(bias, 2), 3),
             None if slopes is None else slopes[None, :, None, None],
-            None if slopes is None else self.mask.distance(queries, keys),
-            self.mask.attends(queries, keys),
+            None if slopes is None else self.mask.distance(own, theirs),
+            self.mask.attends(own, theirs),
         )
 
-    def placed(self, queries: Tokens, keys: Tokens) -> tuple[Tokens, Tokens]:
+    def in_sequence(self, queries: Tokens, keys: Tokens) -> tuple[AnyTokens, AnyTokens]:
         """Tokens of the kernel's arrays, as tokens of the whole sequence."""
-        return _placed(queries, self.queries), _placed(keys, self.keys)
+        return _in_sequence(queries, self.held_queries), _in_sequence(keys, self.held_keys)
 
     def keep(self, queries: Tokens, keys: Tokens) -> Array | None:
         """True for the weights of a block that dropout leaves; None where it leaves all."""
-        return self.dropout.keep(*self.placed(queries, keys))
+        return self.dropout.keep(*self.in_sequence(queries, keys))
 
     def keys_of(self, queries: Tokens, key_tokens: int) -> tuple[Array, Array]:
         """Half-open range of the kernel's keys that some of the queries may attend to."""
-        keys = self.keys or Tokens(0, key_tokens)
-        return self.mask.keys_of(_placed(queries, self.queries), keys)
+        keys = self.held_keys or Tokens(0, key_tokens)
+        return self.mask.keys_of(_in_sequence(queries, self.held_queries), keys)
 
     def queries_of(self, keys: Tokens, query_tokens: int) -> tuple[Array, Array]:
         """Half-open range of the kernel's queries that may attend to some of the keys."""
-        queries = self.queries or Tokens(0, query_tokens)
-        return self.mask.queries_of(_placed(keys, self.keys), queries)
+        queries = self.held_queries or Tokens(0, query_tokens)
+        return self.mask.queries_of(_in_sequence(keys, self.held_keys), queries)
 
     def to_logits(self, dots: Array, terms: Terms, head_dim: int) -> Array:
         """The logits `[B, N, t, s]` in floating point, -inf where nothing attends.
@@ -129,10 +130,10 @@ class Spec:
             z = cap * jnp.tanh(z / cap)
         if terms.bias is not None:
             z = z + terms.bias.astype(z.dtype)
-        if terms.alibi_slopes is not None:
+        if terms.alibi_slopes is not None and terms.distance is not None:
             z = z - terms.alibi_slopes.astype(z.dtype) * terms.distance.astype(z.dtype)
         return z if terms.allowed is None else jnp.where(terms.allowed, z, -jnp.inf)
 
 
-def _placed(tokens: Tokens, held: Tokens | None) -> Tokens:
+def _in_sequence(tokens: Tokens, held: AnyTokens | None) -> AnyTokens:
     return tokens if held is None else held.block(tokens.start, tokens.size)

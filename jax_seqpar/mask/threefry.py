@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt32
 
-from .._checks import check_has_numbers
+from .._checks import check_has_numbers, check_is_array
 
 # As in Random123: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -23,8 +23,6 @@ def head_keys(rng: Any, batch: int, heads: int) -> UInt32[Array, "B N 2"]:
     Raises:
       ValueError: another kind of key, or head keys of another shape.
     """
-    from .checks import check_key  # which needs the nouns, and they need this module
-
     check_has_numbers({"rng": rng})
     check_key(rng, batch, heads)
     words = key_words(rng)
@@ -61,13 +59,27 @@ def keep(
     """
     t = queries.astype(jnp.uint32)[None, None, :, None]
     s = keys.astype(jnp.uint32)[None, None, None, :]
-    word, _ = threefry(head_keys[:, :, None, None], t, s)
+    keys_of_heads = head_keys[:, :, None, None]
+    return keep_counters((keys_of_heads[..., 0], keys_of_heads[..., 1]), rate, t, s)
+
+
+def keep_counters(key: tuple[Array, Array], rate: float, t: Array, s: Array) -> Array:
+    """True for the weights that stay, of counters that broadcast to one another.
+
+    Args:
+      key: the two words of the key of a head.
+      t, s: the numbers of queries and keys, uint32.
+    """
+    word, _ = _rounds(*key, t, s)
     return word >= jnp.uint32(threshold(rate))
 
 
 def threefry(key: UInt32[Array, "... 2"], x0: Array, x1: Array) -> tuple[Array, Array]:
     """threefry2x32 of 20 rounds: two words from the two of a key and the two of a counter."""
-    k0, k1 = key[..., 0], key[..., 1]
+    return _rounds(key[..., 0], key[..., 1], x0, x1)
+
+
+def _rounds(k0: Array, k1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
     shape = jnp.broadcast_shapes(k0.shape, x0.shape, x1.shape)
     k0, k1, x0, x1 = (jnp.broadcast_to(x, shape) for x in (k0, k1, x0, x1))
     words = (k0, k1, k0 ^ k1 ^ jnp.uint32(_PARITY))
@@ -79,3 +91,31 @@ def threefry(key: UInt32[Array, "... 2"], x0: Array, x1: Array) -> tuple[Array, 
         x0 = x0 + words[group % 3]
         x1 = x1 + words[(group + 1) % 3] + jnp.uint32(group)
     return x0, x1
+
+
+def check_key(rng: Any, batch: Any, heads: Any) -> None:
+    """Raises ValueError unless `rng` is one threefry key, or the keys of a batch's heads."""
+    for name, size in (("batch", batch), ("heads", heads)):
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(
+                f"{name} must be a Python integer, not negative, got {size!r}. Take it from "
+                f"query.shape."
+            )
+    a_key = 'jax.random.key(seed, impl="threefry2x32")'
+    if not hasattr(rng, "dtype"):
+        raise ValueError(f"rng must be a key, got {rng!r}. Write {a_key}.")
+    check_is_array("rng", rng)
+    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        implementation = str(jax.random.key_impl(rng))
+        if implementation != "threefry2x32":
+            raise ValueError(
+                f"rng must be a threefry key, got one of {implementation}. Write {a_key}."
+            )
+        fits = rng.shape == ()
+    else:
+        fits = rng.dtype == jnp.uint32 and rng.shape in ((2,), (batch, heads, 2))
+    if not fits:
+        raise ValueError(
+            f"rng must be one key, or keys of heads [B, N, 2] = {[batch, heads, 2]}, got "
+            f"{rng.dtype}{list(rng.shape)}. Write {a_key}."
+        )

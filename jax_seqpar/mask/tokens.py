@@ -1,4 +1,4 @@
-"""Runs of tokens of the whole sequence, and loops over blocks of them."""
+"""Tokens of the whole sequence that an array holds, and loops over blocks of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 
 @jax.tree_util.register_pytree_node_class
@@ -36,7 +36,18 @@ class Tokens:
 
     def block(self, start: Any, size: int) -> "Tokens":
         """Tokens `start ... start + size` of these."""
+        if not isinstance(start, int):
+            start = jnp.asarray(start, jnp.int32)  # with 64 bits on, loops count in int64
         return Tokens(self.start + start, size)
+
+    @property
+    def bounds(self) -> tuple[Any, Any]:
+        """Half-open range of numbers that holds them all."""
+        return self.start, self.start + self.size
+
+    def within(self, low: Any, high: Any) -> tuple[Any, Any]:
+        """Half-open range, counted from the first of these, of those numbered `low ... high`."""
+        return low - self.start, high - self.start
 
     def tree_flatten(self) -> Any:
         if isinstance(self.start, int):
@@ -51,6 +62,60 @@ class Tokens:
         object.__setattr__(tokens, "start", leaves[0] if leaves else start)
         object.__setattr__(tokens, "size", size)
         return tokens
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class TokenList:
+    """Tokens of the whole sequence by their numbers, in the order in which an array holds them.
+
+    Two halves of a zigzag, every eighth token of a striped order, the slots of a cache. It has what
+    `Tokens` has, but for a start.
+
+    Attributes:
+      numbers: each once, counted from 0.
+    """
+
+    numbers: Int[Array, "size"]
+
+    @property
+    def size(self) -> int:
+        return self.numbers.shape[0]
+
+    def slice(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        if x.shape[axis] == 1:
+            return x
+        return jnp.take(x, self.numbers, axis, mode="clip")
+
+    def block(self, start: Any, size: int) -> "TokenList":
+        return TokenList(jax.lax.dynamic_slice_in_dim(self.numbers, start, size))
+
+    @property
+    def bounds(self) -> tuple[Array, Array]:
+        return self.numbers.min(), self.numbers.max() + 1
+
+    def within(self, low: Any, high: Any) -> tuple[Array, Array]:
+        """Half-open range of places that has all of those numbered `low ... high`, and others."""
+        return places((self.numbers >= low) & (self.numbers < high))
+
+    def tree_flatten(self) -> Any:
+        return (self.numbers,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, leaves: Any) -> "TokenList":
+        tokens = object.__new__(cls)  # as `Tokens` does
+        object.__setattr__(tokens, "numbers", leaves[0])
+        return tokens
+
+
+AnyTokens = Tokens | TokenList
+
+
+def places(some: Bool[Array, "size"]) -> tuple[Array, Array]:
+    """Half-open range from the first to the last True; empty where there is none."""
+    size = some.shape[0]
+    numbers = jnp.arange(size, dtype=jnp.int32)
+    return jnp.where(some, numbers, size).min(), jnp.where(some, numbers + 1, 0).max()
 
 
 def for_blocks(
@@ -75,37 +140,3 @@ def for_blocks(
 def write(x: Array, part: Array, block: Tokens, axis: int) -> Array:
     """x with a block of tokens replaced."""
     return jax.lax.dynamic_update_slice_in_dim(x, part, block.start, axis)
-
-
-def full(shape: tuple[int, ...], value: float | int, dtype: Any, like: Any) -> Array:
-    """`jnp.full` with the varying mesh axes of `like`: an initial loop carry.
-
-    Args:
-      like: a tree of arrays.
-    """
-    # Computed from the arrays, as a vmap may let them vary over more axes than their types say now.
-    # Only the types matter: the compiler knows that the sum is 0.
-    marks = [(x != x).ravel()[:1].astype(jnp.int32) for x in jax.tree.leaves(like) if x.size]
-    nothing = sum((jnp.sum(x, dtype=jnp.int32) * 0 for x in marks), start=jnp.int32(0))
-    return jnp.full(shape, value, dtype) + nothing.astype(dtype)
-
-
-def match_varying_axes(tree: Any) -> Any:
-    """The arrays of a tree, each cast to vary over every mesh axis that some of them vary over.
-
-    A gradient varies as everything that it is computed from. The derivative of the cast adds up the
-    gradients of an array that was the same on several devices.
-    """
-    axes = varying_axes(tree)
-    return jax.tree.map(lambda x: _vary(x, axes), tree)
-
-
-def varying_axes(tree: Any) -> frozenset[str]:
-    """The manual mesh axes that some array of a tree varies over."""
-    leaves = jax.tree.leaves(tree)
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
-
-
-def _vary(x: Array, axes: frozenset[str]) -> Array:
-    missing = tuple(axes - varying_axes(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..bridge.tensor_files import npz_array
-from ..mask.keywords import ARRAYS
+from ..mask.keywords import FLAT_ARRAYS
 
 Arrays = dict[str, np.ndarray]
 NAMES = ("query", "key", "value", "grad")
@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Arrays of the queries, where they differ from those of the keys: the first of a pair.
 OF_QUERIES = {"segment_ids": "query_segment_ids", "positions": "query_positions"}
 # Arrays that a file may hold beside `NAMES`.
-OPTIONAL = (*(name for name in ARRAYS if name != "dropout_rng"), *OF_QUERIES.values())
+OPTIONAL = (*(name for name in FLAT_ARRAYS if name != "dropout_rng"), *OF_QUERIES.values())
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def case_of(inputs: Arrays, is_causal: bool = True) -> Case:
 
 def keywords(inputs: Arrays) -> dict[str, Any]:
     """Keywords of an attention among the arrays of a file, by name: arrays, or pairs of them."""
-    found: dict[str, Any] = {name: inputs[name] for name in ARRAYS if name in inputs}
+    found: dict[str, Any] = {name: inputs[name] for name in FLAT_ARRAYS if name in inputs}
     for name, of_queries in OF_QUERIES.items():
         if of_queries in inputs:
             found[name] = (inputs[of_queries], found[name])

@@ -10,15 +10,8 @@ from rich.table import Table
 
 from .._extras import require_torch
 from ..compare.arrays import numpy_to_torch, torch_to_numpy
-from ..exact.certificate import (
-    DROPOUT_RATE,
-    DROPOUT_SHAPE,
-    SOFT_CAP,
-    Certificate,
-    Operations,
-    ask,
-    certify,
-)
+from ..exact.certificate import Certificate, certify
+from ..exact.questions import DROPOUT_RATE, DROPOUT_SHAPE, SOFT_CAP, Operations, ask
 
 
 def certificates(backend: str | None = None) -> list[Certificate]:
@@ -49,7 +42,9 @@ def certificate_table(found: list[Certificate]) -> Table:
 
 def _operations() -> Operations:
     torch = require_torch()
-    from torch_ref import dropout, exact
+    from torch_ref import dropout
+    from torch_ref import exact_arithmetic as exact
+    from torch_ref.exact import exact_attention
 
     def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arrays: torch_to_numpy(function(*map(numpy_to_torch, arrays)))
@@ -57,7 +52,7 @@ def _operations() -> Operations:
     def attention(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         query, key, value, grad = map(numpy_to_torch, arrays)
         leaves = [x.requires_grad_() for x in (query, key, value)]
-        out = exact.exact_attention(*leaves, is_causal=True)
+        out = exact_attention(*leaves, is_causal=True)
         gradients = torch.autograd.grad(out, leaves, grad)
         return tuple(map(torch_to_numpy, (out.detach(), *gradients)))
 
@@ -76,7 +71,8 @@ def _operations() -> Operations:
     return Operations(
         exp=on_arrays(lambda x: exact.exp(x.double()).float()),
         dot=on_arrays(lambda a, b: exact.dot(exact.flush(a), exact.flush(b))),
-        contract=on_arrays(lambda a, b: exact.contract(a.mT, b)),
+        weighted_sum=on_arrays(lambda p, x: exact.weighted_sum(p.double(), exact.flush(x))),
+        gradient_sum=on_arrays(lambda d, x, a: exact.gradient_sum(d, exact.flush(x), a.double())),
         matmul=on_arrays(matmul),
         flush=on_arrays(exact.flush),
         round32=on_arrays(lambda x: exact.round32(x).float()),

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from ..mask import Spec
-from ..mask.keywords import flat
+from ..mask.keywords import to_flat
 from .cases import Arrays
 
 FILE = Path(__file__).parent / "golden.json"
 
 
-def digest(arrays: dict[str, Any], rules: Spec | None = None) -> str:
-    """SHA-256 of names, dtypes, shapes and bits; of an attention's rules, too, where given."""
-    sha = hashlib.sha256(b"" if rules is None else _words(rules).encode())
+def digest(arrays: dict[str, Any], spec: Spec | None = None) -> str:
+    """SHA-256 of names, dtypes, shapes and bits; of an attention's spec, too, where given."""
+    sha = hashlib.sha256(b"" if spec is None else _words(spec).encode())
     for name, x in sorted(arrays.items()):
         x = np.ascontiguousarray(x)
         sha.update(f"{name} {x.dtype} {x.shape}".encode())
@@ -24,13 +24,13 @@ def digest(arrays: dict[str, Any], rules: Spec | None = None) -> str:
     return sha.hexdigest()
 
 
-def expected_digest(inputs: Arrays, rules: Spec) -> str | None:
+def expected_digest(inputs: Arrays, spec: Spec) -> str | None:
     """What output and gradients of exact attention hash to; None for inputs that nobody kept."""
-    found = json.loads(FILE.read_text()).get(digest(inputs, rules))
+    found = json.loads(FILE.read_text()).get(digest(inputs, spec))
     return found and found["outputs"]
 
 
-def _words(rules: Spec) -> str:
-    """Causality, and the other rules that differ from their defaults."""
-    others = (f" {name} {x}" for name, x in flat(rules).items() if name != "is_causal")
-    return "".join((f"causal {rules.mask.is_causal}", *others))
+def _words(spec: Spec) -> str:
+    """Causality, and the other spec that differ from their defaults."""
+    others = (f" {name} {x}" for name, x in to_flat(spec).items() if name != "is_causal")
+    return "".join((f"causal {spec.mask.is_causal}", *others))

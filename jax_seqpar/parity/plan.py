@@ -10,7 +10,7 @@ import numpy as np
 from .._checks import Shape, check_arrays
 from ..layout import MeshLayout, check_division
 from ..mask import Mask, Spec
-from ..mask.keywords import checked, flat, spec_of_flat
+from ..mask.keywords import canonical, from_flat, to_flat
 from .cases import (
     DTYPES,
     NAMES,
@@ -65,7 +65,7 @@ def _labels(files: list[Path]) -> list[str]:
 
 
 def plan(
-    degree: int, named: dict[str, Arrays], rules: Spec, kernels: Kernels, seed: int
+    degree: int, named: dict[str, Arrays], spec: Spec, kernels: Kernels, seed: int
 ) -> list[Check]:
     """The checks of one degree: attention for all the inputs, the rest for the last of them.
 
@@ -74,34 +74,39 @@ def plan(
     the next larger number of heads that it does.
 
     Raises:
-      ValueError: inputs that do not fit the degree, the rules, the kernels or one another.
+      ValueError: inputs that do not fit the degree, the spec, the kernels or one another.
     """
     for label, inputs in named.items():
         try:
-            _refuse_misfits(degree, inputs, rules, kernels)
+            _refuse_misfits(degree, inputs, spec, kernels)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from None
     label, last = list(named.items())[-1]
     controls = _even(case_of(last), degree).inputs(seed)
     if kernels == Kernels.PLAIN:
-        return [PipelineCheck(degree, x, "plain", rules, label=n) for n, x in named.items()]
+        return [PipelineCheck(degree, x, "plain", spec, label=n) for n, x in named.items()]
 
     def own(x: Arrays) -> Literal["exact", "sdpa", "dense"]:
         if kernels == Kernels.EXACT:
             return "exact"
-        return "dense" if sdpa_lacks(rules, keywords(x)) else "sdpa"
+        return "dense" if sdpa_lacks(spec, keywords(x)) else "sdpa"
 
     checks: list[Check] = [
         *reshard_checks(degree, controls["query"].shape, seed),
         *(PipelineCheck(degree, last, "identity", layout=x) for x in ("bshd", "sbhd")),
-        *(PipelineCheck(degree, x, own(x), rules, label=name) for name, x in named.items()),
-        PipelineCheck(degree, last, own(last), rules, "sbhd", label=label),
+        *(PipelineCheck(degree, x, own(x), spec, label=name) for name, x in named.items()),
+        PipelineCheck(degree, last, own(last), spec, "sbhd", label=label),
     ]
     if kernels == Kernels.EXACT:
-        causal = Spec(Mask(is_causal=rules.mask.is_causal))
+        # A hybrid has two groups of devices at least, of two each.
+        others = ["all-gather"] * (degree > 1) + ["hybrid"] * (degree >= 4 and degree % 2 == 0)
+        checks += [
+            PipelineCheck(degree, last, "exact", spec, label=label, strategy=x) for x in others
+        ]
+        causal = Spec(Mask(is_causal=spec.mask.is_causal))
         checks.append(PipelineCheck(degree, controls, "plain", causal, label="generated"))
     elif own(last) != "dense":
-        checks.append(PipelineCheck(degree, last, "dense", rules, label=label))
+        checks.append(PipelineCheck(degree, last, "dense", spec, label=label))
     return [*checks, *history_checks(degree, controls)]
 
 
@@ -114,16 +119,16 @@ def _even(case: Case, degree: int) -> Case:
     return replace(case, heads=heads, kv_heads=heads)
 
 
-def understood(label: str, inputs: Arrays, rules: Spec, kernels: Kernels) -> list[str]:
+def understood(label: str, inputs: Arrays, spec: Spec, kernels: Kernels) -> list[str]:
     """Lines that say how inputs are read, what is unlikely about them and what is not compared."""
     (B, T, N, H), (S, K) = inputs["query"].shape, inputs["key"].shape[1:3]
     tokens = f"{T} tokens" if T == S else f"{T} query and {S} key tokens"
     heads = f"{N} heads" if N == K else f"{N} query and {K} KV heads"
     beside = [f"{name} {list(inputs[name].shape)}" for name in OPTIONAL if name in inputs]
-    given = flat(rules).items()
+    given = to_flat(spec).items()
     options = [f"{name.replace('_', ' ')} {x}" for name, x in given if name != "is_causal"]
     sizes = f"batch {B}, {tokens}, {heads} of dimension {H}, {inputs['query'].dtype}"
-    causal = "causal" if rules.mask.is_causal else "not causal"
+    causal = "causal" if spec.mask.is_causal else "not causal"
     lines = [f"{label}: {', '.join([sizes, causal, *options, *beside])}."]
     if N > T or K > S:
         lines.append(
@@ -134,7 +139,7 @@ def understood(label: str, inputs: Arrays, rules: Spec, kernels: Kernels) -> lis
         lines.append(f"{label}: {' and '.join(odd)} with NaN or infinities.")
     if constant := [n for n in ("bias", "alibi_slopes", "sinks") if n in inputs]:
         lines.append(f"{label}: no gradient of {', '.join(constant)} is computed or compared.")
-    if kernels != Kernels.EXACT and (lacks := sdpa_lacks(rules, keywords(inputs))):
+    if kernels != Kernels.EXACT and (lacks := sdpa_lacks(spec, keywords(inputs))):
         instead = {
             Kernels.SHARED: "both pipelines run the dense kernel of JAX instead",
             Kernels.PLAIN: "float64 attention, rounded, stands in its place",
@@ -146,7 +151,7 @@ def understood(label: str, inputs: Arrays, rules: Spec, kernels: Kernels) -> lis
     return lines
 
 
-def _refuse_misfits(degree: int, inputs: Arrays, rules: Spec, kernels: Kernels) -> None:
+def _refuse_misfits(degree: int, inputs: Arrays, spec: Spec, kernels: Kernels) -> None:
     query, key, value = (inputs[name] for name in NAMES[:3])
     check_arrays(query, key, value)
     _refuse_dtype(str(query.dtype))
@@ -163,7 +168,7 @@ def _refuse_misfits(degree: int, inputs: Arrays, rules: Spec, kernels: Kernels) 
     check_division(query.shape, key.shape, MeshLayout(), {"seq": degree})
     exact = kernels == Kernels.EXACT
     check_ranks(query.shape, key.shape, degree, adds_exactly=exact)
-    checked(spec_of_flat(keywords(inputs) | flat(rules)), query, key, value)
+    canonical(from_flat(keywords(inputs) | to_flat(spec)), query, key, value)
     odd = [n for n in NAMES if not np.isfinite(inputs[n].astype(np.float32)).all()]
     if odd and kernels != Kernels.EXACT:
         raise ValueError(

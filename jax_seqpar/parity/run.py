@@ -175,7 +175,7 @@ def _compare(
         reports[name] = compare_bits(dict.fromkeys(references, jax_side[name]), references)
     hashes = {}
     if isinstance(check, PipelineCheck) and check.kernel == "exact" and check.expected == "right":
-        golden = expected_digest(check.inputs, check.rules)
+        golden = expected_digest(check.inputs, check.spec)
         hashes = {"sha256": digest(jax_side), "golden": golden}
     near = check.expected != "rounded" or all(_near(reports[n], torch_side[n]) for n in reports)
     result = Result(check.name, check.shape, degree, reports, check.expected, near, **hashes)

@@ -15,13 +15,14 @@ A `Program` describes the attention of one call: a topology, shapes, a mask, a s
 What a strategy sends needs no compiler: `jax_seqpar.Ulysses().traffic(...)`.
 """
 
+from .compiled_text import all_to_all_bytes as all_to_all_bytes
+from .compiled_text import collectives as collectives
+from .compiled_text import kernel_calls as kernel_calls
+from .compiled_text import kernels_under_transfers as kernels_under_transfers
+from .compiled_text import layout_cycles as layout_cycles
+from .compiled_text import received_bytes as received_bytes
 from .memory import temporaries as temporaries
 from .program import Program as Program
-from .text import all_to_all_bytes as all_to_all_bytes
-from .text import collectives as collectives
-from .text import kernel_calls as kernel_calls
-from .text import kernels_under_transfers as kernels_under_transfers
-from .text import received_bytes as received_bytes
 from .topology import compiler_environment as compiler_environment
 from .topology import devices as devices
 from .topology import missing_compiler as missing_compiler

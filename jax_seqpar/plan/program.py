@@ -66,6 +66,20 @@ class Program:
         platform_of(self.topology)
         check_flag("gradients", self.gradients)
         check_is_layout(self.layout)
+        value = self.key if self.value is None else self.value
+        for name, shape in (("query", self.query), ("key", self.key), ("value", value)):
+            sizes = shape if isinstance(shape, tuple | list) else ()
+            if len(sizes) != 4 or not all(type(n) is int and n > 0 for n in sizes):
+                raise ValueError(
+                    f"{name} must be a shape of four positive sizes, got {shape!r}. Write "
+                    f"{name}=(batch, tokens, heads, channels)."
+                )
+        for name, kind in (("mask", Mask), ("logits", Logits), ("dropout", Dropout)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"{name} must be a jax_seqpar.{kind.__name__}, got {getattr(self, name)!r}. "
+                    f"Write {name}={kind.__name__}(...)."
+                )
         if self.layout.mesh is not None:
             raise ValueError(
                 f"layout has a mesh, but a Program is compiled for topology {self.topology!r}. "
@@ -86,7 +100,7 @@ class Program:
         if platform == "gpu":
             assumed = cudnn.assume_compute_capability(H100_COMPUTE_CAPABILITY)
             # Which of several kernels is fastest, a GPU would have to try.
-            options = {**options, "xla_gpu_autotune_level": 0}
+            options = {"xla_gpu_autotune_level": 0, **options}
         with assumed:
             lowered = jax.jit(self._run(mesh)).lower(*self._arguments(mesh))
         return lowered.compile(compiler_options=options)
@@ -100,8 +114,8 @@ class Program:
             layout=self.layout.on(mesh),
         )
 
-        def run(query: Any, key: Any, value: Any, grad: Any, nouns: dict[str, Any]) -> Any:
-            function = partial(attend, **nouns)
+        def run(query: Any, key: Any, value: Any, grad: Any, keywords: dict[str, Any]) -> Any:
+            function = partial(attend, **keywords)
             if not self.gradients:
                 return function(query, key, value)
             out, pull = jax.vjp(function, query, key, value)
@@ -110,7 +124,7 @@ class Program:
         return run
 
     def _arguments(self, mesh: Mesh) -> tuple[Any, ...]:
-        """Shapes of query, key, value, the cotangent of the output, and the nouns' arrays."""
+        """Shapes of query, key, value and the cotangent, and the keywords with their arrays."""
         layout, value = self.layout, self.value or self.key
         check_mesh(layout, mesh.shape, ())
         check_division(self.query, self.key, layout, mesh.shape)
@@ -125,13 +139,13 @@ class Program:
             return shaped(x.shape, x.dtype, PartitionSpec())
 
         out = (*self.query[:3], value[3])
-        nouns = {"mask": self.mask, "logits": self.logits, "dropout": self.dropout}
+        keywords = {"mask": self.mask, "logits": self.logits, "dropout": self.dropout}
         return (
             shaped(self.query, self.dtype, layout.spec),
             shaped(self.key, self.dtype, kv_spec),
             shaped(value, self.dtype, kv_spec),
             shaped(out, self.dtype, layout.spec),
-            jax.tree.map(whole, nouns),
+            jax.tree.map(whole, keywords),
         )
 
     def _mesh(self) -> Mesh:

@@ -15,6 +15,11 @@ class HeadPlan:
     heads of each is padded to `padded_group`; then each KV head is copied `copies` times, once for
     every device that has query heads of its group. Added heads are 0, and computed for nothing.
 
+    Example, 4 devices, with q for a query head and + for an added one:
+      N = 6, K = 2   group 3 padded to 4, each KV head on two devices   qq q+ | qq q+
+      N = 6, K = 3   KV heads padded to 4, each on a device             qq | qq | qq | ++
+      N = 12, K = 6  KV heads copied twice, three on each device        qqq | qqq | qqq | qqq
+
     Attributes:
       kv_heads: K.
       group: N / K.
@@ -37,12 +42,15 @@ class HeadPlan:
         """Whether the query heads stay as they are."""
         return self.query_heads == self.kv_heads * self.group
 
-    def pad_queries(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-        """An axis of N query heads with those added."""
+    def pad_queries(
+        self, x: Shaped[Array, "..."], axis: int, fill: float | bool = False
+    ) -> Shaped[Array, "..."]:
+        """An axis of N query heads with those added, which hold `fill`."""
         if self.is_trivial:
             return x
         x = split_heads(x, axis, self.group // self.first_copies)
-        x = _pad(_pad(x, axis, self.padded_kv_heads), axis + 1, self.padded_group)
+        x = _pad(x, axis, self.padded_kv_heads, fill)
+        x = _pad(x, axis + 1, self.padded_group, fill)
         return merge_heads(x, axis)
 
     def unpad_queries(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
@@ -112,7 +120,8 @@ def merge_heads(x: Array, axis: int) -> Array:
     return x.reshape(*x.shape[:axis], merged, *x.shape[axis + 2 :])
 
 
-def _pad(x: Array, axis: int, size: int) -> Array:
+def _pad(x: Array, axis: int, size: int, fill: float | bool = False) -> Array:
     if x.shape[axis] == size:
         return x
-    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])
+    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=fill)

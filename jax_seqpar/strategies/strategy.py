@@ -1,14 +1,21 @@
 """Strategy: how the devices of one mesh axis share the tokens of an attention."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array
 
+from .._checks import check_count
 from ..kernels import Kernel, Residual
 from ..layout import AxisName, MeshAxes
 from ..mask import Spec
+from ..order import Contiguous, TokenOrder
 
 Shape = tuple[int, ...]
+Degree = int | tuple[int, ...]
+# Mesh axes of the tokens, major to minor, with their sizes.
+Axes = Mapping[str, int]
 
 
 @runtime_checkable
@@ -16,22 +23,28 @@ class Strategy(Protocol):
     """A function from the attention of one device to that of a mesh axis, for `jax.shard_map`.
 
     Values: frozen, hashable, equal by their options, so that they are part of a compiled program.
+
+    Attributes:
+      sees_all_tokens: whether the kernel is given every query and key of the sequence.
+      sees_all_keys: whether it is given every key.
     """
+
+    @property
+    def sees_all_tokens(self) -> bool: ...
+    @property
+    def sees_all_keys(self) -> bool: ...
 
     def heads_axes(self, tokens: MeshAxes) -> tuple[str, ...]:
         """Mesh axes of the tokens that shard arrays with a head axis, such as a bias, as well."""
         ...
 
-    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, degree: int, kernel: Kernel) -> Spec:
+    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, axes: Axes, kernel: Kernel) -> Spec:
         """The Spec with the heads that are added so that the devices divide them.
 
         Args:
           heads, kv_heads: N and K of one tensor-parallel shard.
+          axes: the mesh axes of the tokens, major to minor.
         """
-        ...
-
-    def kv_replicas(self, heads: int, kv_heads: int, degree: int, kernel: Kernel) -> int:
-        """How many consecutive devices of the token axis have the same KV head."""
         ...
 
     def __call__(
@@ -43,6 +56,7 @@ class Strategy(Protocol):
         spec: Spec,
         *,
         axis_name: AxisName,
+        order: TokenOrder = Contiguous(),
         return_residual: bool = False,
     ) -> tuple[Array, Residual | None]:
         """Attention over tokens that are sharded along a mesh axis.
@@ -53,6 +67,7 @@ class Strategy(Protocol):
           spec: of the whole sequence; arrays with a head axis have all heads, or those of this
             device as `pad_heads` and `heads_axes` say.
           axis_name: the mesh axis (or axes) of the tokens.
+          order: which tokens each of its devices holds.
           return_residual: whether the residual of each row is wanted, which may have to travel.
 
         Returns:
@@ -60,21 +75,65 @@ class Strategy(Protocol):
         """
         ...
 
-    def traffic(self, query: Shape, key: Shape, value: Shape, *, degree: int, itemsize: int) -> int:
+    def traffic(
+        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+    ) -> int:
         """Bytes that one device receives from others in a forward pass.
 
+        Of every kernel but `Exact()` where Ulysses adds KV heads for the others (as 40 query heads
+        on 5 KV heads over 8 devices): it adds up the gradients of the KV heads that there are, and
+        receives less.
+
         Args:
-          query, key, value: shapes of the global arrays.
-          degree: devices that share the tokens.
+          query, key, value: shapes of the global arrays; where other mesh axes share batch or
+            heads, of one of their devices' part.
+          degree: devices that share the tokens, which they divide; of several mesh axes the sizes,
+            major to minor.
           itemsize: bytes of one number.
+
+        Raises:
+          ValueError: for tokens that the degree does not divide.
         """
         ...
+
+
+class KeepsQueries:
+    """What strategies share whose devices keep their queries, and receive the others' keys."""
+
+    def heads_axes(self, tokens: MeshAxes) -> tuple[str, ...]:
+        return ()
+
+    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, axes: Axes, kernel: Kernel) -> Spec:
+        return spec
+
+    def traffic(
+        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+    ) -> int:
+        """Bytes of all keys and values but a device's own; a ring leaves out what nobody needs."""
+        devices = check_traffic(query, key, degree)
+        whole = sum(math.prod(shape) for shape in (key, value)) * itemsize
+        return whole * (devices - 1) // devices
+
+
+def check_traffic(query: Shape, key: Shape, degree: Degree) -> int:
+    """The number of devices; raises ValueError unless they divide the tokens."""
+    sizes = degree if isinstance(degree, tuple) else (degree,)
+    for size in sizes:
+        check_count("degree", size)
+    degree = math.prod(sizes)
+    for name, tokens in (("query", query[1]), ("key", key[1])):
+        if tokens % degree:
+            raise ValueError(
+                f"{name} has {tokens} tokens, which degree = {degree} does not divide. Give "
+                f"{-(-tokens // degree) * degree}, as jax_seqpar.pad_to_degree pads them."
+            )
+    return degree
 
 
 def check_strategy(strategy: Any) -> None:
     """Raises ValueError unless the strategy is one."""
     if not isinstance(strategy, Strategy) or isinstance(strategy, type):
         raise ValueError(
-            f"strategy must be Ulysses(...) or AllGatherKV(), got {strategy!r}. Write "
-            f"strategy=jax_seqpar.Ulysses()."
+            f"strategy must be Ulysses(...), AllGatherKV(), Ring() or Hybrid(...), got "
+            f"{strategy!r}. Write strategy=jax_seqpar.Ulysses()."
         )

@@ -14,10 +14,11 @@ from .._checks import axis_size, check_flag, divisors
 from ..kernels import Kernel, Residual
 from ..layout import AxisName, MeshAxes, names
 from ..mask import Spec
-from ..mask.nouns import Axes
+from ..mask.array_fields import Axes as ArrayAxes
+from ..order import Contiguous, TokenOrder
 from .heads import HeadPlan, merge_heads, plan_heads, split_heads
 from .reshard import heads_to_sequence, sequence_to_heads
-from .strategy import Shape
+from .strategy import Axes, Degree, Shape, check_traffic
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,14 @@ class Ulysses:
     def __post_init__(self) -> None:
         check_flag("overlap", self.overlap)
 
+    sees_all_tokens = sees_all_keys = True
+
     def heads_axes(self, tokens: MeshAxes) -> tuple[str, ...]:
         return names(tokens)
 
-    def kv_replicas(self, heads: int, kv_heads: int, degree: int, kernel: Kernel) -> int:
-        return _plan(heads, kv_heads, degree, kernel).copies
-
-    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, degree: int, kernel: Kernel) -> Spec:
-        plan = _plan(heads, kv_heads, degree, kernel)
-        return spec.map(partial(_with_added_heads, plan=plan, heads=heads))
+    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, axes: Axes, kernel: Kernel) -> Spec:
+        plan = _plan(heads, kv_heads, math.prod(axes.values()), kernel)
+        return spec.map(partial(_with_added_heads, plan=plan, heads=heads, kernel=kernel))
 
     def __call__(
         self,
@@ -66,54 +66,65 @@ class Ulysses:
         spec: Spec,
         *,
         axis_name: AxisName,
+        order: TokenOrder = Contiguous(),
         return_residual: bool = False,
     ) -> tuple[Array, Residual | None]:
         degree = axis_size(axis_name)
         plan = _plan(query.shape[2], key.shape[2], degree, kernel)
         heads, kv_heads = plan.query_heads // degree, plan.padded_kv_heads * plan.copies // degree
         _check_head_chunks(self.head_chunks, heads, kv_heads, sums_exactly=kernel.sums_exactly)
-        spec = spec.map(partial(_own_heads, plan=plan, heads=heads, axis_name=axis_name))
+        spec = spec.map(
+            partial(_own_heads, plan=plan, heads=heads, axis_name=axis_name, kernel=kernel)
+        )
         local = kernel.sharing(((axis_name, plan.copies),))
-        query = plan.pad_queries(query, 2)
-        key, value = plan.spread_keys(key), plan.spread_keys(value)
+        query = plan.pad_queries(query, 2)  # [B, s, P heads, H], of this device's s tokens
+        key, value = plan.spread_keys(key), plan.spread_keys(value)  # [B, s, P kv_heads, ...]
+        # Slices of the query heads that read the same slice of the KV heads follow one another.
         kv_chunks = min(self.head_chunks, kv_heads)
         chunks_each = self.head_chunks // kv_chunks
         size, kv_size = heads // self.head_chunks, kv_heads // kv_chunks
+        each = _side_by_side if self.overlap else _one_by_one
 
         def gather(x: Array, chunk: Any, size: int) -> Array:
-            return sequence_to_heads(_chunk_of_each(x, degree, chunk, size), axis_name)
+            """`[B, s, P n, H] -> [B, S, size, H]`: every token of a slice of the device's heads."""
+            whole = sequence_to_heads(_chunk_of_each(x, degree, chunk, size), axis_name)
+            return order.unshuffle(whole, 1, degree)
 
         def attend(chunk: Any, k: Array, v: Array) -> Any:
-            """One slice of the query heads of every device."""
+            """One slice of the query heads of every device: `[B, s, P size, V]`, and residuals."""
             q = gather(query, chunk, size)
             own = spec.map(partial(_take_heads, start=chunk * size, size=size))
-            out, residual = local.attend(q, k, v, own)
+            out, residual = local.attend(q, k, v, own)  # [B, S, size, V]
             rows = (out, jnp.stack(residual, -1)) if return_residual and residual else (out,)
-            return tuple(heads_to_sequence(x, axis_name) for x in rows)
+            return tuple(heads_to_sequence(order.shuffle(x, 1, degree), axis_name) for x in rows)
 
         def attend_all_of(kv_chunk: Any) -> Any:
             """The slices that read one slice of the KV heads."""
             k, v = (gather(x, kv_chunk, kv_size) for x in (key, value))
             return each(lambda i: attend(kv_chunk * chunks_each + i, k, v), chunks_each)
 
-        each = _side_by_side if self.overlap else _one_by_one
-        chunks = each(attend_all_of, kv_chunks)
+        chunks = each(attend_all_of, kv_chunks)  # [kv_chunks, chunks_each, B, s, P size, V]
         out, *rest = (plan.unpad_queries(_join(x, degree), 2) for x in chunks)
         residual = None
         for x in rest:
             residual = Residual(x[..., 0], x[..., 1])
         return out, residual
 
-    def traffic(self, query: Shape, key: Shape, value: Shape, *, degree: int, itemsize: int) -> int:
+    def traffic(
+        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+    ) -> int:
+        P = check_traffic(query, key, degree)
         B, T, N, H = query
         S, K, V = key[1], key[2], value[3]
-        plan = plan_heads(N, K, degree)
+        plan = plan_heads(N, K, P)
         kv_heads = plan.padded_kv_heads * plan.copies
         moved = B * (T * plan.query_heads * (H + V) + S * kv_heads * (H + V))
-        return moved * itemsize * (degree - 1) // degree**2
+        return moved * itemsize * (P - 1) // P**2
 
 
-def _own_heads(x: Array, axes: Axes, *, plan: HeadPlan, heads: int, axis_name: AxisName) -> Array:
+def _own_heads(
+    x: Array, axes: ArrayAxes, *, plan: HeadPlan, heads: int, axis_name: AxisName, kernel: Kernel
+) -> Array:
     """A device's part of an array with a head axis, if it is not that already."""
     if "heads" not in axes:
         return x
@@ -121,10 +132,10 @@ def _own_heads(x: Array, axes: Axes, *, plan: HeadPlan, heads: int, axis_name: A
     if x.shape[axis] in (1, heads):
         return x
     start = jax.lax.axis_index(axis_name) * heads
-    return _slice(plan.pad_queries(x, axis), axis, start, heads)
+    return _slice(_padded(x, axes, plan, kernel, axis), axis, start, heads)
 
 
-def _take_heads(x: Array, axes: Axes, *, start: Any, size: int) -> Array:
+def _take_heads(x: Array, axes: ArrayAxes, *, start: Any, size: int) -> Array:
     return _slice(x, axes.index("heads"), start, size) if "heads" in axes else x
 
 
@@ -155,18 +166,34 @@ def _join(chunks: Array, degree: int) -> Array:
     """`[.., .., B, S, P n, V]`: slices of the heads of P devices, to all heads in order."""
     *counts, B, S, heads, V = chunks.shape
     count = math.prod(counts)
-    by_device = chunks.reshape(count, B, S, degree, heads // degree, V)
+    # In two steps: JAX 0.10.2 has no rule for one that both merges and splits axes of an array
+    # whose batch axis is sharded by its type, as under jax.vmap(spmd_axis_name=).
+    by_device = chunks.reshape(count, B, S, heads, V)
+    by_device = by_device.reshape(count, B, S, degree, heads // degree, V)
     return jnp.moveaxis(by_device, 0, 3).reshape(B, S, count * heads, V)
 
 
-def _with_added_heads(x: Array, axes: Axes, *, plan: HeadPlan, heads: int) -> Array:
+def _with_added_heads(
+    x: Array, axes: ArrayAxes, *, plan: HeadPlan, heads: int, kernel: Kernel
+) -> Array:
     """An array as it is sharded: with the heads that are added to those of each shard."""
     if "heads" not in axes:
         return x
     axis = axes.index("heads")
     if x.shape[axis] == 1 or plan.is_trivial:
         return x
-    return merge_heads(plan.pad_queries(split_heads(x, axis, heads), axis + 1), axis)
+    return merge_heads(_padded(split_heads(x, axis, heads), axes, plan, kernel, axis + 1), axis)
+
+
+def _padded(x: Array, axes: ArrayAxes, plan: HeadPlan, kernel: Kernel, axis: int) -> Array:
+    """An array of a Spec with the added query heads, which attend to nothing, or to everything.
+
+    To nothing, as a NaN in a key that all others mask would come into the gradients through them.
+    """
+    if "keys" not in axes:
+        return plan.pad_queries(x, axis)
+    allowed, forbidden = (True, False) if x.dtype == jnp.bool_ else (0.0, -jnp.inf)
+    return plan.pad_queries(x, axis, fill=allowed if kernel.needs_a_key else forbidden)
 
 
 def _plan(heads: int, kv_heads: int, degree: int, kernel: Kernel) -> HeadPlan:

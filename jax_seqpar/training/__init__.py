@@ -11,11 +11,11 @@ own, name the mesh axes in `cross_entropy(axis_name=...)` and leave `check_vma=T
 up the gradients of what all devices have, once.
 """
 
+from .batch import Batch as Batch
+from .batch import TokenLayout as TokenLayout
 from .digests import digest_arrays as digest_arrays
 from .loss import IGNORE as IGNORE
 from .loss import cross_entropy as cross_entropy
 from .loss import tiled_cross_entropy as tiled_cross_entropy
 from .packing import pack_documents as pack_documents
 from .tiles import map_tiles as map_tiles
-from .tokens import Batch as Batch
-from .tokens import TokenLayout as TokenLayout

@@ -51,11 +51,14 @@ def _numbers(path: Any, x: Any) -> np.ndarray:
     is_number = array is not None and (
         array.dtype.kind in "biufc" or jnp.issubdtype(array.dtype, jnp.number)
     )
-    # NumPy's masked arrays would lose their mask.
-    if array is None or not is_number or isinstance(x, np.ma.MaskedArray):
+    # NumPy's masked arrays would lose their mask, and the long double of x86 has bits that no
+    # number writes.
+    wide = is_number and array is not None and array.dtype.char in "gG"
+    if array is None or not is_number or wide or isinstance(x, np.ma.MaskedArray):
         raise ValueError(
-            f"{jax.tree_util.keystr(path)} is no array of numbers, but {type(x).__name__}. Leave "
-            f"it out of the tree."
+            f"{jax.tree_util.keystr(path)} is no array of numbers, but {type(x).__name__}"
+            f"{f' of {array.dtype}' if array is not None else ''}. Leave it out of the tree, or "
+            f"write np.float64(x) of a longdouble."
         )
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 

@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Integer
 
+from .._checks import check_is_array
 from ..layout import MeshAxes, MeshLayout, names
 from ..mask.logits import check_soft_cap
-from . import refusals
+from ..varying_axes import varying_axes
 from .tiles import map_tiles
 
 IGNORE = -100
@@ -48,9 +50,9 @@ def cross_entropy(
     Raises:
       ValueError: for shapes, dtypes or numbers that make no loss.
     """
-    refusals.check_loss(logits, labels, z_loss, label_smoothing)
-    refusals.check_normaliser(normaliser)
-    refusals.check_ignore_index(ignore_index)
+    check_loss(logits, labels, z_loss, label_smoothing)
+    check_normaliser(normaliser)
+    check_ignore_index(ignore_index)
     labels = _int32(labels)
     losses = _token_losses(logits, labels, z_loss, label_smoothing, ignore_index)
     return _mean(losses, labels, normaliser, ignore_index, names(axis_name))
@@ -87,10 +89,10 @@ def tiled_cross_entropy(
     Raises:
       ValueError: for shapes, dtypes or numbers that make no loss.
     """
-    refusals.check_projection(hidden, kernel, labels)
-    refusals.check_loss(None, labels, z_loss, label_smoothing)
-    refusals.check_normaliser(normaliser)
-    refusals.check_ignore_index(ignore_index)
+    check_projection(hidden, kernel, labels)
+    check_loss(None, labels, z_loss, label_smoothing)
+    check_normaliser(normaliser)
+    check_ignore_index(ignore_index)
     check_soft_cap("logits_soft_cap", logits_soft_cap)
     labels = _int32(labels)
 
@@ -137,7 +139,9 @@ def _token_losses(
         loss = loss + label_smoothing * (lse - z.mean(-1))
     if z_loss:
         loss = loss + z_loss * lse**2
-    loss = jnp.where((labels >= 0) & (labels < V), loss, jnp.nan)
+    # A factor, so that the gradient is NaN, too.
+    valid = ~counts | ((labels >= 0) & (labels < V))
+    loss = loss * jnp.where(valid, jnp.float32(1), jnp.float32(jnp.nan))
     return jnp.where(counts, loss, 0)
 
 
@@ -146,9 +150,83 @@ def _mean(
 ) -> Float[Array, ""]:
     total, count = losses.sum(), (labels != ignore_index).sum()
     if axes:
+        check_varies(losses, axes)
         total, count = jax.lax.psum((total, count), axes)
     if isinstance(normaliser, int | np.integer | np.ndarray):
         # A count of a whole run may be no number of 32 bits.
         return total / np.float32(max(int(normaliser), 1))
     number = count if normaliser is None else normaliser
     return total / jnp.maximum(number, 1).astype(jnp.float32)
+
+
+def check_loss(logits: Any, labels: Any, z_loss: float, label_smoothing: float) -> None:
+    """Raises ValueError unless logits, labels and options fit together."""
+    check_is_array("labels", labels)
+    if logits is not None:
+        check_is_array("logits", logits)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels must be integers, got {labels.dtype}: not probabilities. Give the id of one "
+            f"token for each."
+        )
+    if logits is not None and logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits must be [*tokens, V] of labels [*tokens], got {logits.shape} and "
+            f"{labels.shape}. Shift labels, do not cut logits: TokenLayout.shard does."
+        )
+    if z_loss < 0 or not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            f"z_loss must be at least 0 and label_smoothing from 0 to 1, got {z_loss} and "
+            f"{label_smoothing}. Write 0 for none."
+        )
+
+
+def check_varies(losses: Any, axes: tuple[str, ...]) -> None:
+    """Raises ValueError for mesh axes whose devices have the same tokens, as far as types say.
+
+    Those would be counted once for each device. With `check_vma=False` no type says so.
+    """
+    varying = varying_axes(losses)
+    same = [axis for axis in axes if axis not in varying]
+    # Where types say nothing, they do not say of an axis's own index either that it varies.
+    if same and varying_axes(jax.lax.axis_index(same[0])):
+        over = f"vary over {sorted(varying)}" if varying else "vary over no axis"
+        raise ValueError(
+            f"axis_name has {same[0]!r}, but the tokens of its devices are the same: they {over}. "
+            f"Name the axes that they vary over, or none."
+        )
+
+
+def check_normaliser(normaliser: Any) -> None:
+    """Raises ValueError unless the normaliser is one integer, not negative."""
+    if normaliser is None:
+        return
+    is_integer = type(normaliser) is int or (
+        hasattr(normaliser, "dtype")
+        and normaliser.shape == ()
+        and jnp.issubdtype(normaliser.dtype, jnp.integer)
+    )
+    if not is_integer or (not isinstance(normaliser, Tracer) and int(normaliser) < 0):
+        raise ValueError(
+            f"normaliser must be one integer, how many labels count, got {normaliser!r}. Weigh the "
+            f"loss after it is returned."
+        )
+
+
+def check_ignore_index(index: Any) -> None:
+    """Raises ValueError unless the label that does not count is an integer of 32 bits."""
+    if isinstance(index, bool) or not isinstance(index, int | np.integer) or abs(index) >= 1 << 31:
+        raise ValueError(
+            f"ignore_index must be a Python integer of 32 bits, got {index!r}. Write -100, which "
+            f"no token is."
+        )
+
+
+def check_projection(hidden: Any, kernel: Any, labels: Any) -> None:
+    """Raises ValueError unless hidden states, kernel and labels fit together."""
+    fits = len(hidden.shape) == 3 and len(kernel.shape) == 2
+    if not fits or hidden.shape[2] != kernel.shape[0] or labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"hidden must be [B, S, D], kernel [D, V] and labels [B, S], got {hidden.shape}, "
+            f"{kernel.shape} and {labels.shape}. Of a tied embedding [V, D] give embedding.T."
+        )

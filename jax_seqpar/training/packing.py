@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from . import refusals
+from .._checks import as_numbers, check_count, check_int32
 
 
 def pack_documents(
@@ -30,11 +30,11 @@ def pack_documents(
       tokens, segment_ids = pack_documents([[5, 6, 7], [8, 9]], tokens=4)
       # [[5, 6, 7, 8], [9, 0, 0, 0]] and [[1, 1, 1, 2], [1, 0, 0, 0]]
     """
-    refusals.check_count("tokens", tokens)
-    arrays: list[Any] = [np.asarray(document) for document in documents]
+    check_count("tokens", tokens)
+    arrays: list[Any] = [as_numbers(f"document {i}", x) for i, x in enumerate(documents)]
     for i, document in enumerate(arrays):
-        refusals.check_document(i, document)
-        refusals.check_int32(f"document {i}", document)
+        check_document(i, document)
+        check_int32(f"document {i}", document)
     arrays = [x for x in arrays if x.size]
     stream = np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32)
     number = np.repeat(np.arange(1, len(arrays) + 1), [len(x) for x in arrays])
@@ -44,3 +44,12 @@ def pack_documents(
     # Numbered from 1 in each row.
     first = number[:, :1]
     return stream, np.where(number > 0, number - first + 1, 0).astype(np.int32)
+
+
+def check_document(index: int, document: np.ndarray) -> None:
+    """Raises ValueError unless the document is a row of token ids."""
+    if document.ndim != 1 or (document.size and document.dtype.kind not in "iu"):
+        raise ValueError(
+            f"document {index} must be a row of integer token ids, got "
+            f"{document.dtype}{list(document.shape)}. Tokenise it first."
+        )

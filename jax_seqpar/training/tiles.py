@@ -1,6 +1,6 @@
 """A function of single tokens, applied to a few of them at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
+from .._checks import Shape, check_count
 from ..layout import MeshLayout, axes_size, check_mesh, names
-from ..mesh import find_mesh, reshard
-from . import refusals
+from ..mesh import find_mesh, set_explicit_sharding
 
 
 def map_tiles(
@@ -47,15 +47,15 @@ def map_tiles(
 
       y = map_tiles(mlp, w, x, tiles=8, layout=layout)
     """
-    refusals.check_count("tiles", tiles)
-    refusals.check_token_arrays(arrays)
+    check_count("tiles", tiles)
+    check_token_arrays(arrays)
     mesh = find_mesh(layout.mesh, arrays[0])
     check_mesh(layout, mesh.shape, ())
     data, degree = (axes_size(x, mesh.shape) for x in (layout.batch, layout.tokens))
-    refusals.check_division(arrays[0].shape, data, degree, layout)
+    check_division(arrays[0].shape, data, degree, layout)
     spec = layout.token_spec
-    params = jax.tree.map(partial(reshard, spec=PartitionSpec(), mesh=mesh), params)
-    arrays = tuple(reshard(x, spec, mesh=mesh) for x in arrays)
+    params = jax.tree.map(partial(set_explicit_sharding, spec=PartitionSpec(), mesh=mesh), params)
+    arrays = tuple(set_explicit_sharding(x, spec, mesh=mesh) for x in arrays)
     varying = (*names(layout.batch), *names(layout.tokens))
 
     @partial(
@@ -63,9 +63,10 @@ def map_tiles(
         mesh=mesh,
         in_specs=(PartitionSpec(), *(spec for _ in arrays)),
         out_specs=spec,
+        check_vma=layout.check_vma,
     )
     def per_device(params: Any, *arrays: Array) -> Any:
-        if varying:
+        if varying and layout.check_vma:
             # Before the loop, so that the sum over devices comes after it.
             params = jax.lax.pcast(params, varying, to="varying")
         return _one_by_one(partial(fn, params), arrays, tiles)
@@ -92,3 +93,26 @@ def _one_by_one(fn: Callable[..., Any], arrays: tuple[Array, ...], tiles: int) -
     step = jax.checkpoint(lambda tile: fn(*tile), prevent_cse=False)
     _, out = jax.lax.scan(lambda _, tile: (None, step(tile)), None, tuple(map(split, arrays)))
     return jax.tree.map(join, out)
+
+
+def check_token_arrays(arrays: Sequence[Any]) -> None:
+    """Raises ValueError unless the arrays have the same tokens."""
+    shapes = [tuple(x.shape) for x in arrays]
+    if not shapes or any(len(s) < 2 for s in shapes) or len({s[:2] for s in shapes}) > 1:
+        raise ValueError(
+            f"map_tiles takes arrays [B, S, ...] of the same tokens, got {shapes}. Pass what has "
+            f"no tokens in params."
+        )
+
+
+def check_division(shape: Shape, data: int, degree: int, layout: MeshLayout) -> None:
+    """Raises ValueError unless the mesh divides the tokens."""
+    for name, n, parts, axes in (
+        ("batch B", shape[0], data, layout.batch),
+        ("tokens S", shape[1], degree, layout.tokens),
+    ):
+        if n % parts:
+            raise ValueError(
+                f"{name} = {n} is not divisible by the {parts} devices of mesh axis {axes!r}. "
+                f"Use TokenLayout(layout).shard, which pads the tokens of a batch."
+            )

@@ -5,10 +5,7 @@ einops pattern, what happens to the axes. Every tensor has to be accounted for, 
 forgotten, left at its initial value or transposed without a word.
 """
 
-import itertools
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ..._extras import require, require_torch
+from ..._checks import check_count
+from ..._extras import require_torch
 from ..._text import count, listed
 from ...compare.arrays import check_leaf
 from ...compare.bits import compare_bits
 from ..convert import to_jax, to_torch
 from ..tensor_files import load_safetensors
+from .arrange import arranged, axes, check_dense, misfits, refuse
+from .fused import joined, split
 from .mapping import (
     AnyLine,
     Entry,
     Fused,
     Line,
     Map,
-    Side,
     absent,
     absent_from,
     expanded,
-    numbers_in,
     route,
     route_tied,
 )
@@ -89,7 +87,7 @@ def from_torch(
             f"state_dict must be tensors by name or the path of safetensors, got "
             f"{type(tensors).__name__}. Of a module write model.state_dict()."
         )
-    tensors = _split(tensors, mapping, sizes or {})
+    tensors = split(tensors, mapping, sizes or {})
     routes = route(tensors, lines, "torch")
     leaves, structure = leaves_by_path(like)
     _check_leaves(leaves)
@@ -98,9 +96,9 @@ def from_torch(
     else:
         problems = _against(leaves, routes.entries, lines)
     used = {*routes.tied, *(entry.torch for entry in routes.entries)}
-    _check_dense({name: x for name, x in tensors.items() if name in used}, torch)
+    check_dense({name: x for name, x in tensors.items() if name in used}, torch)
     problems += _untied(tensors, routes.tied, routes.entries)
-    _refuse("The mapping does not carry the state_dict to the tree", routes.problems + problems)
+    refuse("The mapping does not carry the state_dict to the tree", routes.problems + problems)
     arrays = _converted(tensors, routes.entries, sizes or {}, leaves)
     if like is None:
         return nested(arrays)
@@ -138,17 +136,17 @@ def to_torch_state(
     ties = route_tied(routes.entries, lines)
     problems = routes.problems + ties.problems
     problems += _missing(absent(routes.entries, lines, "flax"))
-    _refuse("The mapping does not carry the tree to a state_dict", problems)
+    refuse("The mapping does not carry the tree to a state_dict", problems)
     state, problems = {}, []
     for entry in routes.entries:
         x = _tensor(leaves[entry.flax], entry.flax)
-        x, problem = _arranged(x, entry, "flax", sizes or {})
+        x, problem = arranged(x, entry, "flax", sizes or {})
         problems += problem
         # Memory of its own: PyTorch may write in place, and JAX must not see it.
         state[entry.torch] = x.clone(memory_format=torch.contiguous_format)
-    _refuse("The arrays do not fit the mapping", problems)
+    refuse("The arrays do not fit the mapping", problems)
     state |= {name: state[to].clone() for name, to in ties.tied.items()}
-    return _joined(state, mapping, sizes or {}, torch)
+    return joined(state, mapping, sizes or {}, torch)
 
 
 def _converted(
@@ -158,80 +156,23 @@ def _converted(
     leaves: dict[str, Any],
 ) -> dict[str, jax.Array]:
     """By path, arrays on JAX's default device, of the shapes and dtypes of the leaves."""
-    arranged, problems = {}, []
+    ready, problems = {}, []
     for entry in entries:
         tensor = tensors[entry.torch].detach()
-        x, problem = _arranged(tensor, entry, "torch", sizes)
+        x, problem = arranged(tensor, entry, "torch", sizes)
         if not problem and entry.flax in leaves:
-            problem = _misfits(tensor, x, entry, leaves[entry.flax])
+            problem = misfits(tensor, x, entry, leaves[entry.flax])
         problems += problem
-        arranged[entry] = x
-    _refuse("The tensors do not fit the tree", problems)
+        ready[entry] = x
+    refuse("The tensors do not fit the tree", problems)
     arrays = {}
-    for entry, x in arranged.items():
+    for entry, x in ready.items():
         # By name, as that is what a refusal of to_jax tells.
         shared = to_jax({entry.torch: x})[entry.torch]
         # A copy: an optimizer of PyTorch writes in place, and JAX must not see it. Of a NumPy
         # array, as that is on no device, so the copy may join others that are spread over a mesh.
         arrays[entry.flax] = jnp.array(np.asarray(shared), copy=True)
     return arrays
-
-
-def _arranged(
-    x: Any, entry: Entry, source: Side, sizes: Mapping[str, int]
-) -> tuple[Any, list[str]]:
-    """The tensor with its axes as the other side has them, or why it cannot be."""
-    pattern = entry.line.pattern
-    if pattern is None:
-        return x, []
-    einops = require("einops")
-    if source == "flax":
-        pattern = " -> ".join(side.strip() for side in reversed(pattern.split("->")))
-    named = {name: size for name, size in sizes.items() if name in _axes(pattern)}
-    try:
-        return einops.rearrange(x, pattern, **named), []
-    except einops.EinopsError as error:
-        reason = str(error).strip().splitlines()[-1].strip(" .")
-        name = entry.torch if source == "torch" else entry.flax
-        return x, [
-            f'{name} {list(x.shape)} does not fit "{pattern}" with sizes {named}: {reason}. '
-            f"Write a pattern of its {x.ndim} axes, and the sizes that its shape does not tell."
-        ]
-
-
-def _misfits(tensor: Any, x: Any, entry: Entry, leaf: Any) -> list[str]:
-    """How an arranged tensor differs from the leaf it is to replace."""
-    pattern, problems = entry.line.pattern, []
-    if (got := tuple(x.shape)) != (wanted := tuple(leaf.shape)):
-        by = f'by "{pattern}"' if pattern else "without a pattern"
-        fitting = " or ".join(itertools.islice(_fitting(tuple(tensor.shape), wanted), 3))
-        instead = f"Of these shapes is {fitting}" if fitting else "No pattern joins these shapes"
-        problems.append(
-            f"{entry.torch} {list(tensor.shape)} becomes {list(got)} {by}, but {entry.flax} is "
-            f"{list(wanted)}. {instead}; or make the model of other sizes."
-        )
-    if (dtype := str(x.dtype).removeprefix("torch.")) != str(leaf.dtype):
-        problems.append(
-            f"{entry.torch} is {dtype}, but {entry.flax} is {leaf.dtype}. Nothing is rounded "
-            f"without a word: cast the tensor, or make the model of {dtype}."
-        )
-    return problems
-
-
-def _fitting(torch: tuple[int, ...], flax: tuple[int, ...]) -> Iterator[str]:
-    """Patterns between two shapes: each axis of the one is a product of axes of the other."""
-    whole, parts = sorted((torch, flax), key=len)
-    letters = "abcdefgh"[: len(parts)]
-    if len(parts) > 6 or math.prod(whole) != math.prod(parts):
-        return
-    for places in itertools.product(range(len(whole)), repeat=len(parts)):
-        groups = [[i for i, place in enumerate(places) if place == k] for k in range(len(whole))]
-        sizes = tuple(math.prod(parts[i] for i in group) for group in groups)
-        if sizes == whole and all(groups):
-            names = ("".join(letters[i] for i in group) for group in groups)
-            joined = " ".join(x if len(x) == 1 else f"({' '.join(x)})" for x in names)
-            sides = (joined, " ".join(letters))
-            yield '"{} -> {}"'.format(*(sides if whole is torch else sides[::-1]))
 
 
 def _tensor(x: Any, path: str) -> Any:
@@ -242,10 +183,6 @@ def _tensor(x: Any, path: str) -> Any:
     return to_torch({path: x})[path]
 
 
-def _axes(pattern: str) -> set[str]:
-    return set(re.findall(r"[A-Za-z_]\w*", pattern))
-
-
 def _checked(mapping: Sequence[AnyLine], sizes: Mapping[str, int]) -> list[Line]:
     """The lines, of each part where a line is fused, if the sizes fit them."""
     if not isinstance(mapping, Sequence) or not all(isinstance(x, AnyLine) for x in mapping):
@@ -253,9 +190,11 @@ def _checked(mapping: Sequence[AnyLine], sizes: Mapping[str, int]) -> list[Line]
             f"mapping must be a sequence of Map, Fused, Tied and Ignored, got {mapping!r}. "
             f'Write [Map("name", "path")].'
         )
+    for axis, size in sizes.items():
+        check_count(f"sizes[{axis!r}]", size)
     lines = expanded(mapping)
     patterns = [line.pattern for line in lines if isinstance(line, Map) and line.pattern]
-    named = set().union(*map(_axes, patterns))
+    named = set().union(*map(axes, patterns))
     if unused := sorted(sizes.keys() - named):
         raise ValueError(
             f"{count(unused, 'size')} of no axis in the patterns: {listed(unused)}. "
@@ -270,71 +209,6 @@ def _checked(mapping: Sequence[AnyLine], sizes: Mapping[str, int]) -> list[Line]
     return lines
 
 
-def _split(
-    tensors: Mapping[str, Any], mapping: Sequence[AnyLine], sizes: Mapping[str, int]
-) -> dict[str, Any]:
-    """The tensors with the parts in place of each fused one, as views of it."""
-    split, problems = {}, []
-    for name, x in tensors.items():
-        line = next((f for f in _fused(mapping) if numbers_in(f.torch, name) is not None), None)
-        if line is None:
-            split[name] = x
-            continue
-        others = [f for f in mapping if f is not line and numbers_in(f.torch, name) is not None]
-        if others:
-            lines = " and ".join(map(str, (line, *others)))
-            problems.append(f"{name} is in several lines: {lines}. Keep one line for each name.")
-            continue
-        _check_dense({name: x}, require_torch())
-        x, problem = _arranged(x, *_whole(line, name, sizes))
-        problems += problem
-        if not problem:
-            parts = x.split(_part_sizes(line, sizes), dim=line.axes.index("parts"))
-            split |= {f"{name}[{i}]": part for i, part in enumerate(parts)}
-    _refuse("The tensors do not fit the mapping", problems)
-    return split
-
-
-def _joined(
-    state: dict[str, Any], mapping: Sequence[AnyLine], sizes: Mapping[str, int], torch: Any
-) -> dict[str, Any]:
-    """The inverse of `_split`."""
-    problems = []
-    for line in _fused(mapping):
-        for first in [x for x in state if numbers_in(f"{line.torch}[0]", x) is not None]:
-            name = first.removesuffix("[0]")
-            parts = [state.pop(f"{name}[{i}]") for i in range(len(line.parts))]
-            place = line.axes.index("parts")
-            forms = {(*x.shape[:place], *x.shape[place + 1 :], x.dtype) for x in parts}
-            if len(forms) > 1:
-                shapes = [f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in parts]
-                problems.append(
-                    f"the parts of {name} differ in more than their axis {place}: "
-                    f"{listed(shapes)}. Make them of one dtype and of equal other axes."
-                )
-                continue
-            entry, _, named = _whole(line, name, sizes)
-            state[name], problem = _arranged(torch.cat(parts, place), entry, "flax", named)
-            problems += problem
-    _refuse("The arrays do not fit the mapping", problems)
-    return state
-
-
-def _fused(mapping: Sequence[AnyLine]) -> list[Fused]:
-    return [line for line in mapping if isinstance(line, Fused)]
-
-
-def _part_sizes(line: Fused, sizes: Mapping[str, int]) -> list[int]:
-    return [1 if part == "1" else sizes[part] for part in line.parts]
-
-
-def _whole(line: Fused, name: str, sizes: Mapping[str, int]) -> tuple[Entry, Side, dict[str, int]]:
-    """How a fused tensor becomes one whose axis of parts stands alone."""
-    pattern = f"{line.pattern.split('->')[0].strip()} -> {' '.join(line.axes)}"
-    entry = Entry(name, name, Map(name, name, pattern), ())
-    return entry, "torch", dict(sizes) | {"parts": sum(_part_sizes(line, sizes))}
-
-
 def _check_leaves(leaves: dict[str, Any]) -> None:
     wrong = [
         path for path, x in leaves.items() if not (hasattr(x, "shape") and hasattr(x, "dtype"))
@@ -344,16 +218,6 @@ def _check_leaves(leaves: dict[str, Any]) -> None:
             f"like has no shape or dtype at {listed(wrong)}. "
             f"Write jax.eval_shape(init, ...), or nnx.state(model, nnx.Param)."
         )
-
-
-def _check_dense(tensors: Mapping[str, Any], torch: Any) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(
-                f"{name} must be a PyTorch tensor, got {type(x).__name__}. "
-                f"Write torch.as_tensor(x), or Ignored({name!r}, reason)."
-            )
-        check_leaf(x, name)
 
 
 def _missing(names: Sequence[str]) -> list[str]:
@@ -401,9 +265,3 @@ def _untied(
                     f"{name} is not tied to {to}: {report}\n  Write Map({name!r}, path, pattern)."
                 )
     return problems
-
-
-def _refuse(what: str, problems: Sequence[str]) -> None:
-    if problems:
-        more = f"\n- and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError("\n- ".join([f"{what}:", *problems[:10]]) + more)

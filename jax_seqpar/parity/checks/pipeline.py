@@ -10,21 +10,27 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ...attention import dot_product_attention
-from ...bridge.kernels import as_torch_attention, staged_attention
+from ...bridge.shared_kernels import as_torch_attention, staged_attention
 from ...compare.arrays import numpy_to_torch, torch_to_numpy
 from ...exact import exact_attention
 from ...kernels import dense_attention
 from ...layout import MeshLayout
 from ...mask import Mask, Spec
-from ...mask.keywords import flat, spec_of_flat
-from ...mask.nouns import Axes
+from ...mask.array_fields import Axes
+from ...mask.keywords import from_flat, to_flat
+from ...strategies import AllGatherKV, Hybrid, Strategy, Ulysses
 from ..cases import NAMES, Arrays, case_of, keywords
-from .sides import SPECS, TOKENS, Outputs, join, local_part
+from .sides import TOKENS, Outputs, join, local_part
 
 # None; PyTorch's or JAX's in both; each framework's own, float32 or exact.
 Kernel = Literal["identity", "sdpa", "dense", "plain", "exact"]
 Layout = Literal["bshd", "sbhd"]
 
+STRATEGIES: dict[str, Strategy] = {
+    "Ulysses": Ulysses(),
+    "all-gather": AllGatherKV(),
+    "hybrid": Hybrid(AllGatherKV()),
+}
 CAUSAL = Spec(Mask(is_causal=True))
 
 
@@ -32,7 +38,10 @@ CAUSAL = Spec(Mask(is_causal=True))
 class PipelineCheck:
     """Ulysses attention and its gradients, with one kernel in both frameworks or one in each.
 
-    The attention is the one that `rules` and the arrays beside query, key and value describe; those
+    Exact attention has the same bits under other strategies: JAX's devices share the work as
+    `strategy` says, against PyTorch's ranks by Ulysses.
+
+    The attention is the one that `spec` and the arrays beside query, key and value describe; those
     arrays are constants, whose gradients nobody computes. `identity` is the pipeline of the
     original report, whose output must be its query; `sdpa` and `dense` are shared; `exact` is
     written twice, and must agree all the same; `plain` is PyTorch's attention (the float64
@@ -44,15 +53,17 @@ class PipelineCheck:
     degree: int
     inputs: Arrays
     kernel: Kernel
-    rules: Spec = CAUSAL
+    spec: Spec = CAUSAL
     layout: Layout = "bshd"
     version: str | None = None
     label: str = ""
+    strategy: str = "Ulysses"
 
     @property
     def name(self) -> str:
         what = ("history", self.version) if self.version else (self.label, self.kernel)
-        return " ".join(filter(None, (*what, self.layout if self.layout == "sbhd" else "")))
+        unusual = (x for x in (self.layout, self.strategy) if x not in ("bshd", "Ulysses"))
+        return " ".join(filter(None, (*what, *unusual)))
 
     @property
     def shape(self) -> str:
@@ -121,25 +132,31 @@ class PipelineCheck:
         N, K = (self.inputs[name].shape[2] for name in ("query", "key"))
         heads, _ = heads_of_ranks(N, K, self.degree)
         part = partial(_part_of_rank, heads=heads, rank=rank)
-        own = flat(spec_of_flat(arrays).map(part))
+        own = to_flat(from_flat(arrays).map(part))
         if self.kernel == "dense":
-            whole = spec_of_flat(flat(self.rules) | own)
+            whole = from_flat(to_flat(self.spec) | own)
             return as_torch_attention(partial(dense_attention, **whole.keywords))
-        options = flat(self.rules) | jax.tree.map(numpy_to_torch, own)
+        options = to_flat(self.spec) | jax.tree.map(numpy_to_torch, own)
         if self.kernel == "exact":
             from torch_ref.exact import exact_attention
 
             shared = _ranks_of_the_same_head(rank, self.degree, self.inputs["key"].shape[2])
             return partial(exact_attention, **options, shared_by=shared)
-        if sdpa_lacks(self.rules, arrays):
+        if sdpa_lacks(self.spec, arrays):
             return partial(_float64_rounded, options)
-        return partial(_sdpa, self.rules)
+        return partial(_sdpa, self.spec)
 
     def run_jax(self, mesh: Mesh) -> Outputs:
-        sharding = NamedSharding(mesh, SPECS[TOKENS])
+        layout = MeshLayout(mesh=mesh)
+        if self.strategy == "hybrid":
+            tokens = ("outer", "inner")
+            layout = MeshLayout(tokens, mesh=Mesh(mesh.devices.reshape(2, -1), tokens))
+        assert layout.mesh is not None
+        sharding = NamedSharding(layout.mesh, layout.spec)
         operands = {name: jax.device_put(self.inputs[name], sharding) for name in NAMES}
         arrays = {} if self.kernel == "identity" else keywords(self.inputs)
-        results = _jax_program(self.kernel, self.rules, mesh)(**operands, arrays=arrays)
+        program = _jax_program(self.kernel, self.spec, STRATEGIES[self.strategy], layout)
+        results = program(**operands, arrays=arrays)
         if self.kernel == "identity":
             del results["dk"], results["dv"]
         return jax.tree.map(np.asarray, results)
@@ -163,18 +180,21 @@ def history_checks(degree: int, inputs: Arrays) -> list[PipelineCheck]:
 
 
 @cache
-def _jax_program(kernel: Kernel, rules: Spec, mesh: Mesh) -> Callable[..., Outputs]:
+def _jax_program(
+    kernel: Kernel, spec: Spec, strategy: Strategy, layout: MeshLayout
+) -> Callable[..., Outputs]:
     """Compiled once for inputs of the same sizes; PyTorch's kernel runs outside `jax.jit`."""
     if kernel == "sdpa":
-        attend = partial(staged_attention, attention=partial(_sdpa, rules), mesh=mesh)
+        assert isinstance(layout.mesh, Mesh)
+        attend = partial(staged_attention, attention=partial(_sdpa, spec), mesh=layout.mesh)
     else:
         local = {"identity": _identity, "exact": exact_attention}.get(kernel, dense_attention)
-        attend = partial(dot_product_attention, kernel=local, layout=MeshLayout(mesh=mesh))
-    options = {} if kernel in ("identity", "sdpa") else flat(rules)
+        attend = partial(dot_product_attention, kernel=local, strategy=strategy, layout=layout)
+    options = {} if kernel in ("identity", "sdpa") else to_flat(spec)
 
     def run(query: Any, key: Any, value: Any, grad: Any, arrays: dict[str, Any]) -> Outputs:
-        nouns = spec_of_flat(options | arrays).keywords if options or arrays else {}
-        out, pull = jax.vjp(partial(attend, **nouns), query, key, value)
+        keywords = from_flat(options | arrays).keywords if options or arrays else {}
+        out, pull = jax.vjp(partial(attend, **keywords), query, key, value)
         return dict(zip(("forward", "dq", "dk", "dv"), (out, *pull(grad)), strict=True))
 
     return run if kernel == "sdpa" else jax.jit(run)
@@ -184,9 +204,9 @@ def _identity(query: Any, key: Any, value: Any) -> Any:
     return query
 
 
-def sdpa_lacks(rules: Spec, arrays: dict[str, Any]) -> list[str]:
+def sdpa_lacks(spec: Spec, arrays: dict[str, Any]) -> list[str]:
     """Names of what is asked for beyond causality and scale, all that PyTorch's kernel is given."""
-    asked = [name for name in flat(rules) if name not in ("is_causal", "scale")]
+    asked = [name for name in to_flat(spec) if name not in ("is_causal", "scale")]
     return asked + list(arrays)
 
 
@@ -204,13 +224,13 @@ def _float64_rounded(options: dict[str, Any], q: Any, k: Any, v: Any) -> Any:
     return dense_attention(q, k, v, **options).to(q.dtype)
 
 
-def _sdpa(rules: Spec, q: Any, k: Any, v: Any) -> Any:
+def _sdpa(spec: Spec, q: Any, k: Any, v: Any) -> Any:
     """PyTorch's attention, batch-first."""
     from torch.nn.functional import scaled_dot_product_attention
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     out = scaled_dot_product_attention(
-        q, k, v, is_causal=rules.mask.is_causal, scale=rules.logits.scale, enable_gqa=True
+        q, k, v, is_causal=spec.mask.is_causal, scale=spec.logits.scale, enable_gqa=True
     )
     return out.transpose(1, 2).contiguous()
 

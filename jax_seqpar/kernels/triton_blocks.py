@@ -1,0 +1,235 @@
+"""What the passes of the Triton kernel share: its launch, which blocks meet, a block's logits.
+
+Imports Pallas, so it is imported where the kernel runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Int
+
+from .._checks import Shape
+from ..mask import Spec, Tokens
+from ..mask.array_fields import Axes
+from ..mask.threefry import keep_counters
+from .triton_plan import Blocks
+
+Side = Literal["queries", "keys"]
+QUERY_ROWS: Axes = ("batch", "queries", "heads", None)
+KEY_ROWS: Axes = ("batch", "keys", "kv_heads", None)
+LOG2_E = 1.4426950408889634
+# Pairs of a block and a token that XLA holds as a byte each, to find the blocks that meet: 64 MB.
+# At once a million tokens in segments would take 8 GB.
+PAIRS_AT_ONCE = 1 << 26
+
+
+class Block(Tokens):
+    """A block of tokens whose part of every per-token array is loaded already.
+
+    Triton has pointers where XLA has slices of arrays. With this one difference `Mask.attends` and
+    `Mask.distance` are the rules inside a kernel, too; their axes of size 1 cost it no instruction
+    (in the PTX for an H100 of JAX 0.10.2).
+    """
+
+    def slice(self, x: Array, axis: int) -> Array:
+        return x
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One program for each block of queries, or of keys, of each head of each sequence.
+
+    A program that has a block of queries has one query head, one that has a block of keys a KV head
+    and all the query heads that read it.
+
+    Attributes:
+      side: what the blocks are.
+      query, key: shapes of the operands, in whole blocks.
+    """
+
+    side: Side
+    blocks: Blocks
+    query: Shape
+    key: Shape
+
+    def run(
+        self,
+        kernel: Callable[..., None],
+        spec: Spec,
+        operands: list[tuple[Array, Axes]],
+        results: list[tuple[Any, Axes]],
+        *,
+        interpret: bool,
+    ) -> Any:
+        """The results of a kernel, which is given references to its part of everything.
+
+        First to the numbers of the first query and key in the whole sequence, then to the range of
+        blocks of the other side that this program's block meets, then those of the Spec, of the
+        operands and of the results.
+        """
+        held = (spec.held_queries, spec.held_keys)
+        first = jnp.stack([jnp.asarray(0 if x is None else x.bounds[0], jnp.int32) for x in held])
+        meets = self._ranges(spec)
+        spec = replace(spec, held_queries=None, held_keys=None)
+        whole = pl.BlockSpec((2,), lambda i, b, n: (0,))
+        of_block = pl.BlockSpec((1, 1, 2), lambda i, b, n: (b, i, 0))
+
+        def of_spec(x: Any, axes: Axes) -> pl.BlockSpec:
+            # Blocks of tokens that a kernel holds begin anywhere in the whole sequence.
+            return self._place(x, tuple(a if a in ("batch", "heads") else None for a in axes))
+
+        return pl.pallas_call(
+            kernel,
+            grid=self._programs,
+            in_specs=[whole, of_block, spec.map(of_spec), *(self._place(*x) for x in operands)],
+            out_specs=[self._place(*x) for x in results],
+            out_shape=[x for x, _ in results],
+            compiler_params=triton.CompilerParams(
+                num_warps=self.blocks.warps, num_stages=self.blocks.stages
+            ),
+            interpret=interpret,
+        )(first, meets, spec, *(x for x, _ in operands))
+
+    @property
+    def _programs(self) -> tuple[int, int, int]:
+        (B, T, N, _), (S, K) = self.query, self.key[1:3]
+        if self.side == "queries":
+            return T // self.blocks.queries, B, N
+        return S // self.blocks.keys, B, K
+
+    def _place(self, x: Any, axes: Axes) -> pl.BlockSpec:
+        """A program's part of an array by the names of its axes; all of other axes."""
+        group, own = self.query[2] // self.key[2], getattr(self.blocks, self.side)
+        part: dict[Any, tuple[int, Callable[..., Any]]] = {
+            "batch": (1, lambda i, b, n: b),
+            self.side: (own, lambda i, b, n: i),
+            "heads": (1 if self.side == "queries" else group, lambda i, b, n: n),
+            "kv_heads": (1, lambda i, b, n: n),
+        }
+        if self.side == "queries":
+            part["kv_heads"] = (1, lambda i, b, n: jax.lax.div(n, jnp.int32(group)))
+        found = [
+            part.get(axis, (size, lambda i, b, n: 0))
+            for size, axis in zip(x.shape, axes, strict=True)
+        ]
+        sizes = tuple(size for size, _ in found)
+        return pl.BlockSpec(sizes, lambda *program: tuple(index(*program) for _, index in found))
+
+    def _ranges(self, spec: Spec) -> Int[Array, "B blocks 2"]:
+        """For each block of each sequence, the half-open range of the blocks that it meets."""
+        count, B, _ = self._programs
+        tokens = {"queries": self.query[1], "keys": self.key[1]}
+        other: Side = "keys" if self.side == "queries" else "queries"
+        size, other_size = (getattr(self.blocks, side) for side in (self.side, other))
+
+        def of_block(index: Array) -> Array:
+            one = spec.take_heads(index // count, 0, 1)
+            find = one.keys_of if self.side == "queries" else one.queries_of
+            low, high = find(Tokens(index % count * size, size), tokens[other])
+            last = jnp.where(low < high, -(-high // other_size), 0)
+            return jnp.stack([jnp.minimum(low // other_size, last), last]).astype(jnp.int32)
+
+        numbers = jnp.arange(B * count, dtype=jnp.int32)
+        at_once = max(PAIRS_AT_ONCE // tokens[other], 1)
+        reads_tokens = spec.mask.positions is not None or spec.mask.segment_ids is not None
+        if reads_tokens and len(numbers) > at_once:
+            found = jax.lax.map(of_block, numbers, batch_size=at_once)
+        else:
+            found = jax.vmap(of_block)(numbers)
+        return found.reshape(B, count, 2)
+
+
+def load_head(spec: Spec, head: Any) -> Spec:
+    """The Spec with the numbers of one of the program's query heads in place of references.
+
+    Per-token arrays stay references. A key of dropout becomes a pair of its words, as Triton cannot
+    cut an array that is loaded.
+    """
+
+    def load(ref: Any, axes: Axes) -> Any:
+        if len(axes) == 1:
+            return ref[head if axes == ("heads",) else 0].reshape(1)
+        return (ref[0, head, 0], ref[0, head, 1]) if "heads" in axes else ref
+
+    return spec.map(load)
+
+
+def load_tokens(spec: Spec, side: Side, block: Block) -> Spec:
+    """The Spec with the numbers `[1, tokens]` of a block in place of references."""
+
+    def load(ref: Any, axes: Axes) -> Any:
+        return ref[:, pl.ds(block.start, block.size)] if side in axes else ref
+
+    return spec.map(load)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A block of queries and a block of keys that meet, of one head.
+
+    Attributes:
+      spec: with the numbers of the head and of both blocks.
+      keys_first: whether the axes of logits, and of all that is like them, are keys and queries.
+    """
+
+    spec: Spec
+    queries: Block
+    keys: Block
+    keys_first: bool = False
+
+    def products(self, of_queries: Array, of_keys: Array) -> Array:
+        """`[t, s]`, the products of rows of channels."""
+        if self.keys_first:
+            of_queries, of_keys = of_keys, of_queries
+        return dot(of_queries, of_keys, 1)
+
+    def for_queries(self, x: Array) -> Array:
+        """Numbers `[t]` of the queries as `[t, 1]`."""
+        return x[None, :] if self.keys_first else x[:, None]
+
+    def logits_and_pull(
+        self, dots: Array
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Array | None]]]:
+        """The logits, and their derivative by the dot products and by the slope of each query."""
+        # Of one head, as Triton's matrix products have two axes.
+        terms = jax.tree.map(
+            lambda x: self._in_order(x.reshape(x.shape[2:])),
+            self.spec.terms(self.queries, self.keys),
+        )
+
+        def of(dots: Array, slopes: Array | None) -> Array:
+            return self.spec.to_logits(dots, terms._replace(alibi_slopes=slopes), 1)
+
+        slopes = terms.alibi_slopes
+        if slopes is not None:
+            one_each = self.for_queries(jnp.zeros((self.queries.size,), jnp.float32))
+            slopes = slopes.astype(jnp.float32) + one_each
+        return jax.vjp(of, dots, slopes)
+
+    def drop(self, weights: Array) -> Array:
+        """Weights, or anything that they multiply, after dropout."""
+        dropout = self.spec.dropout
+        if dropout.rate == 0:
+            return weights
+        t, s = (x.numbers.astype(jnp.uint32) for x in (self.queries, self.keys))
+        t, s = self._in_order(t[:, None]), self._in_order(s[None, :])
+        return dropout.apply(weights, keep_counters(dropout.rng, dropout.rate, t, s))
+
+    def _in_order(self, x: Array) -> Array:
+        return x.T if self.keys_first else x
+
+
+def exp(x: Array) -> Array:
+    """By the instruction that GPUs have, for powers of two."""
+    return jnp.exp2(x * LOG2_E)
+
+
+def dot(x: Array, y: Array, axis: int) -> Array:
+    """The product that adds up along the last axis of x and this axis of y, in float32."""
+    dimensions = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x.astype(y.dtype), y, dimensions, preferred_element_type=jnp.float32)

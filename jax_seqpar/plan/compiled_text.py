@@ -1,0 +1,145 @@
+"""What the text of a compiled program says: collectives, bytes, kernels, what runs under transfers.
+
+A program is a `jax.stages.Compiled`, or its text, by XLA for CPUs and GPUs or by libtpu. The text
+has an instruction of a loop once, however often the loop runs; so has every number here.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import jax
+
+from .._checks import check_count
+
+AnyProgram = jax.stages.Compiled | str
+
+COLLECTIVES = (
+    "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|collective-broadcast"
+)
+# What a compiled program has for each call of a kernel that is not XLA's.
+KERNELS = {
+    "tpu": 'custom_call_target="tpu_custom_call"',
+    "gpu, cuDNN": 'custom_call_target="__cudnn$fmha',
+    "gpu, Triton": 'custom_call_target="__gpu$xla.gpu.triton"',
+    # From jaxlib 0.10.3 on.
+    "gpu, Triton, compiled by JAX": 'custom_call_target="triton_kernel_call_ffi"',
+}
+
+
+def collectives(program: AnyProgram) -> dict[str, int]:
+    """How many of each collective a compiled program has, as `{"all-to-all": 4}`.
+
+    One that is started and awaited counts once. libtpu makes a reduce-scatter a fusion with an
+    all-reduce inside, and a collective-permute where the devices do not divide the array (seen in
+    the gradients of `AllGatherKV` for v5e:2x4, libtpu 0.0.42).
+    """
+    return dict(Counter(re.findall(rf"(?<![\w-])({COLLECTIVES})(?:-start)?\(", _text(program))))
+
+
+def all_to_all_bytes(program: AnyProgram) -> int:
+    """Bytes that one device puts into all-to-alls, its own share included."""
+    return sum(_result_bytes(program, "all-to-all"))
+
+
+def received_bytes(program: AnyProgram, degree: int) -> int:
+    """Bytes that one device receives from others in all-to-alls and all-gathers.
+
+    Those of a program without gradients are `Strategy.traffic` of what one device of the other axes
+    has, but that XLA:CPU sends 16-bit numbers through an all-gather as 32-bit ones. Other
+    collectives are not counted.
+
+    Args:
+      degree: devices that take part in each of these collectives.
+
+    Raises:
+      ValueError: for a degree that is not a positive integer, and a program that is not compiled.
+    """
+    check_count("degree", degree)
+    return sum(_result_bytes(program, "all-to-all|all-gather")) * (degree - 1) // degree
+
+
+def kernel_calls(program: AnyProgram) -> int:
+    """How many calls of kernels that are not XLA's a compiled program has.
+
+    These are all Pallas kernels, 1 of splash attention or of `Triton` forward, 3 with gradients;
+    and on a GPU those of cuDNN's attention: 1 and 2.
+    """
+    text = _text(program)
+    return sum(text.count(kernel) for kernel in KERNELS.values())
+
+
+def layout_cycles(program: AnyProgram) -> int:
+    """Cycles that libtpu estimates for everything but kernels and transfers.
+
+    In a program of one attention by splash that is what brings arrays into the layouts of the
+    kernel and of the all-to-alls. Only libtpu writes such estimates; elsewhere it is 0.
+    """
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', _text(program))))
+
+
+def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:
+    """Asynchronous transfers, each with what is scheduled between its start and its end.
+
+    That is the fused kernels, and loops, as blockwise attention is one. A transfer with none is
+    waited for, unless other work is there. A synchronous one hides under nothing and is not listed;
+    XLA:GPU writes it as a start and an end, too. A kernel may be under several transfers. Ask of
+    each transfer whether something is under it: that each kernel is under some transfer is so, too,
+    where one transfer is under way all the time and the others are waited for.
+
+    Returns:
+      the names of kernels and loops by that of the transfer's first instruction, in the order of
+      the program, the bodies of loops included.
+
+    Raises:
+      ValueError: for the text of a program that is not compiled, so that it has no order.
+    """
+    text = _text(program)
+    if "is_scheduled=true" not in text:
+        raise ValueError(
+            f"the program {text[:40]!r}... is not scheduled, so nothing is known of its order. "
+            f"Write lowered.compile(), not lowered.as_text()."
+        )
+    under_way: list[str] = []
+    found: dict[str, tuple[str, ...]] = {}
+    for line in text.splitlines():
+        instruction = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][a-z-]*)\(%?([\w.-]+)?", line)
+        if instruction is None:
+            continue
+        name, operation, operand = instruction.groups()
+        if re.fullmatch(rf"({COLLECTIVES})-start", operation):
+            if '"is_sync":true' not in line:
+                under_way.append(name)
+                found[name] = ()
+        elif re.fullmatch(rf"({COLLECTIVES})-done", operation):
+            under_way = [transfer for transfer in under_way if transfer != operand]
+        elif operation == "while" or any(kernel in line for kernel in KERNELS.values()):
+            found |= {transfer: (*found[transfer], name) for transfer in under_way}
+    return found
+
+
+def _text(program: AnyProgram) -> str:
+    text = program if isinstance(program, str) else program.as_text()
+    if text is None:
+        raise ValueError(
+            f"the compiler of {program!r} gives no text. Give a program that is compiled for a "
+            f"TPU, a GPU or a CPU."
+        )
+    if not text.lstrip().startswith("HloModule"):
+        raise ValueError(
+            f"the program {text[:40]!r}... is not compiled, so it has no collectives yet. Write "
+            f"lowered.compile(), not lowered or lowered.as_text()."
+        )
+    return text
+
+
+def _result_bytes(program: AnyProgram, kinds: str) -> Iterator[int]:
+    """Bytes of each array that collectives give.
+
+    The type of a start has operands and contexts in it, too; that of its end has the result alone.
+    """
+    for results in re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", _text(program)):
+        for dtype, bits, sizes in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", results):
+            size = math.prod(int(n) for n in sizes.split(",") if n)
+            yield size * (8 if dtype == "pred" else int(bits)) // 8

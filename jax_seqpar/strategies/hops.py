@@ -1,0 +1,97 @@
+"""How many rounds of a ring a mask needs, in each direction."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from ..mask import Mask
+from ..order import TokenOrder
+
+
+def hops(mask: Mask, order: TokenOrder, queries: int, keys: int, degree: int) -> tuple[Any, Any]:
+    """Rounds that bring the keys of devices before and after, as many as some device needs.
+
+    Python integers where no array decides, so that whole transfers are left out of the program.
+    Where documents do, integers that are the same on all devices of a program, whatever shard of
+    the batch they have, or a device would wait for ever for one that sends no more.
+
+    Args:
+      queries, keys: T and S of the whole sequence.
+    """
+    needed: Any = _by_place(mask, order, queries, keys, degree)
+    if mask.segment_ids is None:
+        before, after = _fewest(needed, np)
+        return int(before), int(after)
+    needed = needed & _by_documents(mask, order, degree)
+    # Not by types: under check_vma=False they do not say what varies. Sorted, as all processes
+    # have to compile one program. The table and not its result: the largest of two pairs of numbers
+    # may be a pair that counts a device from both sides.
+    axes = tuple(sorted(jax.sharding.get_abstract_mesh().manual_axes))
+    if axes:
+        needed = jax.lax.pmax(needed.astype(jnp.int32), axes) > 0
+    return _fewest(needed, jnp)
+
+
+def _by_place(
+    mask: Mask, order: TokenOrder, queries: int, keys: int, degree: int
+) -> Bool[np.ndarray, "P P"]:
+    """True where some query of the first device may be near enough to some key of the second."""
+    if mask.positions is not None:
+        return np.ones((degree, degree), bool)
+    before, after = mask.reach
+    of_queries, of_keys = (_runs(order, tokens, degree) for tokens in (queries, keys))
+    needed = np.zeros((degree, degree), bool)
+    for a, runs in enumerate(of_queries):
+        for b, others in enumerate(of_keys):
+            for first, last in runs + mask.query_offset:
+                low = -np.inf if before is None else first - before
+                high = np.inf if after is None else last + after
+                needed[a, b] |= bool(((others[:, 1] >= low) & (others[:, 0] <= high)).any())
+    return needed
+
+
+def _runs(order: TokenOrder, tokens: int, degree: int) -> list[np.ndarray]:
+    """Of each device, the first and the last number of each run of tokens that it holds."""
+    runs = []
+    for rank in range(degree):
+        numbers = order.numbers(tokens // degree, rank, degree)
+        ends = np.flatnonzero(np.diff(numbers) != 1)
+        if len(ends) > 2 * degree:  # a stripe: as good as everywhere
+            ends, numbers = ends[:0], np.array([numbers.min(), numbers.max()])
+        first, last = np.append(0, ends + 1), np.append(ends, len(numbers) - 1)
+        runs.append(np.stack([numbers[first], numbers[last]], 1))
+    return runs
+
+
+def _by_documents(mask: Mask, order: TokenOrder, degree: int) -> Bool[Array, "P P"]:
+    """True where the documents of two devices, from the least to the greatest number, overlap."""
+    (least, most), (key_least, key_most) = (
+        _ends(order.shuffle(ids, 1, degree), degree) for ids in mask.segment_ids
+    )
+    overlap = (least[:, :, None] <= key_most[:, None]) & (key_least[:, None] <= most[:, :, None])
+    return overlap.any(0)
+
+
+def _ends(ids: Array, degree: int) -> tuple[Array, Array]:
+    """`[B, P]`: the least and the greatest segment id of each device."""
+    of_device = ids.reshape(ids.shape[0], degree, -1)
+    return of_device.min(2), of_device.max(2)
+
+
+def _fewest(needed: Any, xp: Any) -> tuple[Any, Any]:
+    """Rounds before and after, of least sum, that bring every device's keys where they are needed.
+
+    The device o places before is that P - o places after, so either direction can bring its keys.
+    """
+    degree = needed.shape[0]
+    ranks, offsets = np.arange(degree), np.arange(1, degree)
+    wanted = needed[ranks[None], (ranks[None] - offsets[:, None]) % degree].any(1)  # [P - 1]
+    before = np.arange(degree)
+    beyond = wanted[None] & (offsets[None] > before[:, None])  # [P, P - 1]
+    after = xp.where(beyond, (degree - offsets)[None], 0).max(1, initial=0)
+    # Where several have the least sum, the most before: causal masks end there.
+    best = degree - 1 - (before + after)[::-1].argmin()
+    return xp.asarray(before)[best], after[best]

@@ -1,0 +1,166 @@
+"""Hybrid: one strategy between groups of devices, Ulysses within each group."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxtyping import Array
+
+from .._checks import axis_size
+from ..kernels import Kernel, Residual
+from ..layout import AxisName, MeshAxes, names
+from ..mask import Spec
+from ..order import Contiguous, TokenOrder
+from .all_gather import AllGatherKV
+from .heads import plan_heads
+from .ring import Ring
+from .strategy import Axes, Degree, Shape, Strategy, check_traffic
+from .ulysses import Ulysses
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Ulysses over the last mesh axis of the tokens, around another strategy over the first.
+
+    `MeshLayout(tokens=("outer", "inner"))`: Ulysses exchanges heads for tokens over "inner", which
+    belongs on the fastest links; the tokens of the group then attend to those of the other groups
+    over "outer", with a part of the KV heads each. Where a group's devices divide the K KV heads, a
+    device receives between R groups K R / (N + K) of what Ulysses over both axes receives there,
+    forward. Fang and Zhao 2024, https://arxiv.org/abs/2405.07719.
+
+    Args:
+      outer: over the first axis: `Ring()` or `AllGatherKV()`.
+      inner: over the last axis.
+    """
+
+    outer: Strategy = Ring()
+    inner: Ulysses = Ulysses()
+
+    sees_all_tokens = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.outer, Ring | AllGatherKV) or not isinstance(self.inner, Ulysses):
+            raise ValueError(
+                f"Hybrid takes Ring() or AllGatherKV() as outer, Ulysses(...) as inner, got "
+                f"{self.outer!r} and {self.inner!r}. Write Hybrid(Ring(), Ulysses())."
+            )
+
+    @property
+    def sees_all_keys(self) -> bool:
+        return self.outer.sees_all_keys
+
+    def heads_axes(self, tokens: MeshAxes) -> tuple[str, ...]:
+        return () if tokens is None else self.inner.heads_axes(_both(tokens)[1])
+
+    def pad_heads(self, spec: Spec, heads: int, kv_heads: int, axes: Axes, kernel: Kernel) -> Spec:
+        _, inner = _both(tuple(axes))
+        return self.inner.pad_heads(spec, heads, kv_heads, {inner: axes[inner]}, kernel)
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        query: Array,
+        key: Array,
+        value: Array,
+        spec: Spec,
+        *,
+        axis_name: AxisName,
+        order: TokenOrder = Contiguous(),
+        return_residual: bool = False,
+    ) -> tuple[Array, Residual | None]:
+        outer, inner = _both(axis_name)
+        group = order.grouped(axis_size(inner))
+        between = _Between(kernel, self.outer, outer, group)
+        # The tokens of a group, in the order of its devices: to Ulysses they are a whole sequence.
+        asked = {"axis_name": inner, "return_residual": return_residual}
+        return self.inner(between, query, key, value, spec, **asked)
+
+    def traffic(
+        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+    ) -> int:
+        return sum(self.traffic_by_axis(query, key, value, degree=degree, itemsize=itemsize))
+
+    def traffic_by_axis(
+        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+    ) -> tuple[int, int]:
+        """Bytes that a device receives over the outer and over the inner axis; see `traffic`.
+
+        Args:
+          degree: (devices of the outer axis, devices of the inner one).
+        """
+        check_traffic(query, key, degree)
+        if not isinstance(degree, tuple) or len(degree) != 2:
+            raise ValueError(
+                f"{self!r} works on two mesh axes, got degree = {degree!r}. Write degree=(outer, "
+                f"inner), as (2, 4)."
+            )
+        R, U = degree
+        plan = plan_heads(query[2], key[2], U)
+
+        def part(shape: Shape, tokens: int, heads: int) -> Shape:
+            return (shape[0], shape[1] // tokens, heads, shape[3])
+
+        of_group = [part(x, R, x[2]) for x in (query, key, value)]
+        heads = (plan.query_heads // U, *[plan.padded_kv_heads * plan.copies // U] * 2)
+        gathered = [part(x, 1, n) for x, n in zip((query, key, value), heads, strict=True)]
+        return (
+            self.outer.traffic(*gathered, degree=R, itemsize=itemsize),
+            self.inner.traffic(*of_group, degree=U, itemsize=itemsize),
+        )
+
+
+@dataclass(frozen=True)
+class _Between(Kernel):
+    """The outer strategy around a kernel, as a kernel: the attention of one device of a group.
+
+    Attributes:
+      order: which tokens each group holds, in the order in which its devices have them.
+    """
+
+    kernel: Kernel
+    strategy: Strategy
+    axis_name: AxisName
+    order: TokenOrder
+
+    @property
+    def sums_exactly(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.kernel.sums_exactly
+
+    @property
+    def gives_residual(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.kernel.gives_residual
+
+    @property
+    def needs_a_key(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.kernel.needs_a_key
+
+    @property
+    def check_vma(self) -> bool:
+        return self.kernel.check_vma
+
+    def attend(
+        self, query: Array, key: Array, value: Array, spec: Spec
+    ) -> tuple[Array, Residual | None]:
+        return self.strategy(
+            self.kernel,
+            query,
+            key,
+            value,
+            spec,
+            axis_name=self.axis_name,
+            order=self.order,
+            return_residual=self.gives_residual,
+        )
+
+    def sharing(self, axes: Any, queries_over: AxisName | None = None) -> "_Between":
+        return replace(self, kernel=self.kernel.sharing(axes, queries_over))
+
+
+def _both(tokens: MeshAxes) -> tuple[str, str]:
+    """The outer and the inner mesh axis."""
+    axes = names(tokens)
+    if len(axes) != 2:
+        raise ValueError(
+            f"Hybrid() works on two mesh axes of the tokens, got tokens = {tokens!r}. Write "
+            f'MeshLayout(tokens=("outer", "inner")).'
+        )
+    return axes

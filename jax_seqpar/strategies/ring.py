@@ -1,0 +1,286 @@
+"""Ring: keys and values travel from device to device, each of which attends to what it holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._checks import axis_size
+from ..kernels import Kernel, Residual
+from ..kernels.parts import (
+    Part,
+    merge,
+    output_products,
+    residual_products,
+    sinks_gradient,
+    with_sinks,
+)
+from ..layout import AxisName
+from ..mask import AnyTokens, Spec, accumulated
+from ..mask.array_fields import arrays_of
+from ..order import Contiguous, TokenOrder
+from ..varying_axes import full_varying, match_varying_axes
+from .hops import hops
+from .strategy import KeepsQueries
+
+
+@dataclass(frozen=True)
+class Ring(KeepsQueries):
+    """Ring attention: queries stay, keys and values go round the devices of the token axis.
+
+    Liu et al. 2023, https://arxiv.org/abs/2310.01889. Any number of heads will do, and the memory
+    of keys and values does not grow with the devices. What a device attends to in each round is a
+    part of its rows; parts are merged in float32 by the maximum and the sum of their weights, and
+    rounded once. The gradient is a second ring, in which the gradients of keys and values travel
+    with them, in float32.
+
+    Rounds in which no device has a key to attend to are left out: a window of W tokens in the
+    contiguous order takes ceil(W P / S), packed documents as many as the longest of them spans.
+
+    The kernel has to give parts: `Blockwise()`. Under a causal mask choose
+    `MeshLayout(order=Zigzag())`, with which all devices have the same work.
+    """
+
+    sees_all_tokens = sees_all_keys = False
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        query: Array,
+        key: Array,
+        value: Array,
+        spec: Spec,
+        *,
+        axis_name: AxisName,
+        order: TokenOrder = Contiguous(),
+        return_residual: bool = False,
+    ) -> tuple[Array, Residual | None]:
+        if not kernel.gives_parts:
+            raise ValueError(
+                f"kernel={kernel!r} does not attend to a part of the keys, as a ring needs it to. "
+                f"Write kernel=jax_seqpar.Blockwise(), or strategy=jax_seqpar.Ulysses()."
+            )
+        if 0 in (*query.shape[:3], *value.shape[1:]):
+            return kernel.attend(query, key, value, spec)  # nothing, which no device has to send
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore
+        trip = _Trip(kernel, axis_name, axis_size(axis_name), order, precision)
+        # Their gradients are added up over the devices, which 16 bits would round each time.
+        small = {n: x for n, x in arrays_of(spec.logits) if n != "bias"}
+        spec = spec.with_logits(**{n: x.astype(accumulated(x.dtype)) for n, x in small.items()})
+        return _attention(trip, *match_varying_axes((query, key, value, spec)))
+
+
+@dataclass(frozen=True)
+class _Trip:
+    """What does not change from round to round.
+
+    Attributes:
+      degree: devices of the ring.
+      precision: of matrix products where the attention is called. JAX traces the rules of
+        derivatives later, where another may be in force.
+    """
+
+    kernel: Kernel
+    axis_name: AxisName
+    degree: int
+    order: TokenOrder
+    precision: str | None
+
+    def tokens(self, size: int, distance: Any) -> AnyTokens:
+        """Those of the device that is so many places before this one."""
+        # With 64 bits on, loops count in int64.
+        distance = jnp.asarray(distance, jnp.int32)
+        rank = (jax.lax.axis_index(self.axis_name) - distance) % self.degree
+        return self.order.tokens(size, rank, self.degree)
+
+    def send(self, x: Array, distance: int) -> Array:
+        """Sends an array so many places on; one of 16 bits as integers where XLA would widen it."""
+        pairs = [(rank, (rank + distance) % self.degree) for rank in range(self.degree)]
+        permute = partial(jax.lax.ppermute, axis_name=self.axis_name, perm=pairs)
+        if x.dtype.itemsize > 2:
+            return permute(x)
+
+        def as_integers(x: Array) -> Array:
+            unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+            bits = permute(jax.lax.bitcast_convert_type(x, unsigned))
+            return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+        return jax.lax.platform_dependent(x, cpu=as_integers, default=permute)
+
+    def send_home(self, x: Array, distance: Any, direction: int) -> Array:
+        """Sends an array back to where it set out, `distance` places away."""
+        if isinstance(distance, int):
+            return self.send(x, -direction * distance)
+        return jax.lax.fori_loop(0, distance, lambda _, x: self.send(x, -direction), x)
+
+    def hops(self, spec: Spec, queries: int, keys: int) -> list[tuple[int, Any]]:
+        """Direction and number of rounds of each trip that keys and values make."""
+        P = self.degree
+        before, after = hops(spec.mask, self.order, queries * P, keys * P, P)
+        return [
+            (d, n) for d, n in ((1, before), (-1, after)) if not (isinstance(n, int) and n == 0)
+        ]
+
+    def go_round(
+        self, direction: int, rounds: Any, kv: Array, visit: Callable[..., Any], carry: Any
+    ) -> Any:
+        """`carry = visit(kv, distance, carry)` with the keys and values of each device in turn.
+
+        In a loop, which holds two of them at a time and compiles as many attentions whatever the
+        degree. (Of an unrolled ring of splash kernels XLA starts all transfers first, which makes
+        it an all-gather.) Each round the next keys and values are on their way while those that are
+        here are attended to; those of the last round are not sent on, where it is known which that
+        is.
+
+        Args:
+          kv: of this device.
+          visit: given the distance that they have come, against the direction where negative.
+        """
+
+        def one_round(i: Any, state: tuple[Array, Any]) -> tuple[Array, Any]:
+            here, carry = state
+            following = self.send(here, direction)
+            return following, visit(here, direction * (i + 1), carry)
+
+        state = (self.send(kv, direction), carry)
+        if not isinstance(rounds, int):
+            return jax.lax.fori_loop(0, rounds, one_round, state)[1]
+        if rounds > 1:
+            state = jax.lax.fori_loop(0, rounds - 1, one_round, state)
+        here, carry = state
+        return visit(here, direction * rounds, carry)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    trip: _Trip, query: Array, key: Array, value: Array, spec: Spec
+) -> tuple[Array, Residual]:
+    return _attention_fwd(trip, query, key, value, spec)[0]
+
+
+def _attention_fwd(trip: _Trip, query: Array, key: Array, value: Array, spec: Spec) -> Any:
+    part = _forward(trip, query, key, value, spec)
+    return (part.out.astype(query.dtype), part.residual), (query, key, value, spec, part)
+
+
+def _attention_bwd(trip: _Trip, saved: Any, gradients: Any) -> Any:
+    *of_operands, added = _backward(trip, saved, gradients)
+    spec = saved[3]
+    return *of_operands, spec.map(lambda x, axes: None).with_logits(**added)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forward(trip: _Trip, query: Array, key: Array, value: Array, spec: Spec) -> Part:
+    """The attention to all keys, sinks included, in float32."""
+    with jax.default_matmul_precision(trip.precision):
+        return _attend_to_all(trip, query, key, value, spec)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _backward(trip: _Trip, saved: Any, gradients: Any) -> Any:
+    """The gradients of query, key and value, and of the arrays of the logits by name."""
+    with jax.default_matmul_precision(trip.precision):
+        return _gradients(trip, saved, gradients)
+
+
+def _no_second_derivative(trip: _Trip, primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        f"a ring over mesh axis {trip.axis_name!r} has the first derivative in reverse mode alone, "
+        f"and another one is asked for. Write strategy=jax_seqpar.Ulysses(), which has those of "
+        f"its kernel."
+    )
+
+
+# Those of the passes, which JAX asks for where it differentiates the rules of the first derivative.
+_forward.defjvp(_no_second_derivative)
+_backward.defjvp(_no_second_derivative)
+
+
+def _attend_to_all(trip: _Trip, query: Array, key: Array, value: Array, spec: Spec) -> Part:
+    local = _part_spec(trip, spec, query.shape[1])
+
+    def attend(kv: Array, distance: Any) -> Part:
+        k, v = _unpacked(kv, key.shape[3])
+        held = replace(local, held_keys=trip.tokens(key.shape[1], distance))
+        return trip.kernel.attend_part(query, k, v, held)
+
+    def visit(kv: Array, distance: Any, part: Part) -> Part:
+        return merge(part, attend(kv, distance))
+
+    kv = _packed(key, value)
+    part = attend(kv, 0)
+    for direction, rounds in trip.hops(spec, query.shape[1], key.shape[1]):
+        part = trip.go_round(direction, rounds, kv, visit, part)
+    return with_sinks(part, spec.logits.sinks)
+
+
+def _gradients(trip: _Trip, saved: Any, gradients: Any) -> Any:
+    query, key, value, spec, part = saved
+    out_gradient, residual_gradient = gradients
+    local = _part_spec(trip, spec, query.shape[1])
+    D = output_products(part.out, out_gradient) - residual_products(
+        part.residual, residual_gradient
+    )
+
+    def of_part(kv: Array, distance: Any) -> tuple[Array, Array, dict[str, Array]]:
+        """The gradients of the queries, of keys and values packed, and of bias and slopes."""
+        k, v = _unpacked(kv, key.shape[3])
+        held = replace(local, held_keys=trip.tokens(key.shape[1], distance))
+        dq, dk, dv, added = trip.kernel.part_gradients(
+            query, k, v, held, D, part.residual, out_gradient
+        )
+        return dq, _packed(dk, dv), added
+
+    def zeros(x: Array) -> Array:
+        return full_varying(x.shape, 0, part.out.dtype, saved)
+
+    def one_way(direction: int, rounds: Any, sums: Any) -> tuple[Array, Any]:
+        """The gradients of this device's keys and values by the devices on one side of it."""
+
+        def visit(kv: Array, distance: Any, carry: Any) -> Any:
+            # What was added up so far follows its keys and values while this device's is computed.
+            dkv, sums = carry
+            if not (isinstance(rounds, int) and rounds == 1):
+                dkv = trip.send(dkv, direction)
+            dq, own, added = of_part(kv, distance)
+            return dkv + own, jax.tree.map(jnp.add, sums, (dq, added))
+
+        dkv, sums = trip.go_round(direction, rounds, kv, visit, (zeros(kv), sums))
+        return trip.send_home(dkv, rounds, direction), sums
+
+    kv = _packed(key, value)
+    sums: Any = zeros(query), {name: zeros(x) for name, x in arrays_of(local.logits)}
+    came_home = []
+    for direction, rounds in trip.hops(spec, query.shape[1], key.shape[1]):
+        dkv, sums = one_way(direction, rounds, sums)
+        came_home.append(dkv)
+    # A device's own keys and values last: the others' gradients come home meanwhile.
+    dq, dkv, added = of_part(kv, 0)
+    dq, added = jax.tree.map(jnp.add, sums, (dq, added))
+    dk, dv = _unpacked(sum(came_home, dkv), key.shape[3])
+    if spec.logits.sinks is not None:
+        added["sinks"] = sinks_gradient(spec.logits.sinks, D, part.residual)
+    added = {name: x.astype(getattr(spec.logits, name).dtype) for name, x in added.items()}
+    return *(x.astype(query.dtype) for x in (dq, dk, dv)), added
+
+
+def _part_spec(trip: _Trip, spec: Spec, queries: int) -> Spec:
+    """The Spec of the parts: of this device's queries, and without sinks, which are of no part."""
+    logits = replace(spec.logits, sinks=None)
+    return replace(spec, logits=logits, held_queries=trip.tokens(queries, 0))
+
+
+def _packed(key: Array, value: Array) -> Array:
+    """Keys and values side by side in one array, as XLA:GPU hides one transfer of a round only."""
+    return jnp.concatenate([key, value], axis=3)
+
+
+def _unpacked(kv: Array, head_dim: int) -> tuple[Array, Array]:
+    return kv[..., :head_dim], kv[..., head_dim:]

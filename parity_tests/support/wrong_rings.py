@@ -1,0 +1,99 @@
+"""Rings with one planted error each, which tests must catch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_seqpar import Blockwise, Ring, Zigzag
+from jax_seqpar.kernels.parts import Part
+from jax_seqpar.strategies import ring
+
+
+def _sinks_in_every_part(patch: Any) -> None:
+    right, with_sinks = Blockwise.attend_part, ring.with_sinks
+    sinks: list[Any] = []
+
+    def attend_part(self: Any, query: Any, key: Any, value: Any, spec: Any) -> Part:
+        return with_sinks(right(self, query, key, value, spec), sinks[-1])
+
+    def part_spec(trip: Any, spec: Any, queries: int) -> Any:
+        sinks.append(spec.logits.sinks)
+        return right_spec(trip, spec, queries)
+
+    right_spec = ring._part_spec
+    patch.setattr(ring, "_part_spec", part_spec)
+    patch.setattr(Blockwise, "attend_part", attend_part)
+
+
+def _residual_of_the_last_part(patch: Any) -> None:
+    right = ring.merge
+    patch.setattr(ring, "merge", lambda a, b: Part(right(a, b).out, b.residual))
+
+
+def _sums_that_stay_away(patch: Any) -> None:
+    patch.setattr(ring._Trip, "send_home", lambda self, x, distance, direction: x)
+
+
+def _other_half(patch: Any) -> None:
+    right = Zigzag.numbers
+
+    def numbers(self: Any, size: int, rank: Any, degree: int) -> Any:
+        if isinstance(rank, int):  # how the arrays are dealt stays right
+            return right(self, size, rank, degree)
+        half = jnp.arange(size // 2, dtype=jnp.int32)
+        return jnp.concatenate([x * (size // 2) + half for x in (rank, degree + rank)])
+
+    patch.setattr(Zigzag, "numbers", numbers)
+
+
+def _keys_of_the_next(patch: Any) -> None:
+    right = ring._Trip.tokens
+    patch.setattr(ring._Trip, "tokens", lambda self, size, far: right(self, size, -far))
+
+
+def _parts_in_16_bits(patch: Any) -> None:
+    right = ring.merge
+
+    def merge(a: Part, b: Part) -> Part:
+        merged = right(a, b)
+        rounded = jax.lax.reduce_precision(merged.out, 8, 7)  # bfloat16
+        return Part(rounded, merged.residual)
+
+    patch.setattr(ring, "merge", merge)
+
+
+WRONG = {
+    "sinks in every part": _sinks_in_every_part,
+    "residual of the last part": _residual_of_the_last_part,
+    "gradients one trip short": _sums_that_stay_away,
+    "the other half of a zigzag": _other_half,
+    "positions of the next device": _keys_of_the_next,
+    "parts in 16 bits": _parts_in_16_bits,
+}
+
+
+class WaitingRing(Ring):
+    """A ring that sends keys and values on when it has attended to them: all transfers are exposed.
+
+    Its values are right.
+    """
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        right = ring._Trip.go_round
+
+        def go_round(
+            self: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any
+        ) -> Any:
+            def one_round(i: Any, state: Any) -> Any:
+                here, carry = jax.lax.optimization_barrier(state)
+                here = self.send(here, direction)
+                return here, visit(here, direction * (i + 1), carry)
+
+            return jax.lax.fori_loop(0, rounds, one_round, (kv, carry))[1]
+
+        ring._Trip.go_round = go_round
+        try:
+            return super().__call__(*args, **options)
+        finally:
+            ring._Trip.go_round = right

@@ -1,0 +1,109 @@
+"""Programs for TPUs, compiled without one: collectives, memory, kernels, and what hides what."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ahead_of_time import DEVICES, compiled, hiding, most_bytes, program
+from wrong_rings import WaitingRing
+
+from jax_seqpar import Blockwise, Logits, Mask, Ring, Ulysses, compiler_options
+from jax_seqpar.plan import (
+    collectives,
+    kernel_calls,
+    kernels_under_transfers,
+    layout_cycles,
+    missing_compiler,
+    received_bytes,
+)
+
+V5E_FLOPS_PER_CYCLE = 4 * 2 * 128**2  # four matrix units
+MISSING = missing_compiler("v5e:2x4")
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+]
+
+
+@pytest.mark.parametrize(
+    ("topology", "tokens"),
+    (("v5e:2x4", 1 << 17), pytest.param("v5p:2x2x1", 1 << 17, marks=pytest.mark.slow)),
+    ids=str,
+)
+def test_splash_forward_and_backward(topology, tokens):
+    programs = [program(topology, tokens, gradients=gradients) for gradients in (False, True)]
+    forward, both = compiled(*programs)
+    assert collectives(forward["text"]) == {"all-to-all": 4}
+    assert collectives(both["text"]) == {"all-to-all": 8}
+    assert kernel_calls(forward["text"]) == 1
+    assert kernel_calls(both["text"]) == 3
+    assert "all-to-all-start" not in forward["text"]  # without the option they are synchronous
+    for asked, result in zip(programs, (forward, both), strict=True):
+        assert 0 < result["temporaries"] <= most_bytes(asked), asked
+    one, degree = programs[0], DEVICES[topology]
+    sent = one.strategy.traffic(one.query, one.key, one.key, degree=degree, itemsize=2)
+    assert received_bytes(forward["text"], degree) == sent
+    assert received_bytes(both["text"], degree) == 2 * sent
+    if topology.startswith("v5e"):
+        # Of the cycles of forward and backward at half the peak of the matrix units; 0.10 with
+        # a quarter of the tokens.
+        flops = 3.5 * 4 * tokens**2 / 2 * one.query[2] / degree * one.query[3]
+        assert 0 < layout_cycles(both["text"]) <= 0.042 * flops / (V5E_FLOPS_PER_CYCLE / 2)
+
+
+def array(*shape: int, dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_all_features_of_splash():
+    tokens = 8 * 1001  # no multiple of a block
+    mask = Mask(
+        is_causal=True,
+        query_offset=64,
+        local_window_size=(4000, 10),
+        segment_ids=array(1, tokens, dtype=jnp.int32),
+        key_value_seq_lengths=array(1, dtype=jnp.int32),
+    )
+    logits = Logits(soft_cap=30.0, sinks=array(16, dtype=jnp.float32))
+    (result,) = compiled(program("v5e:2x4", tokens, gradients=True, mask=mask, logits=logits))
+    assert collectives(result["text"]) == {"all-to-all": 8}
+    assert kernel_calls(result["text"]) == 3
+
+
+@pytest.mark.slow
+def test_the_blockwise_kernel():
+    asked = program("v5e:2x4", 1 << 17, gradients=True, kernel=Blockwise())
+    (result,) = compiled(asked)
+    assert collectives(result["text"]) == {"all-to-all": 8}
+    assert kernel_calls(result["text"]) == 0
+    assert 0 < result["temporaries"] <= most_bytes(asked)
+
+
+def test_a_transfer_hides_under_the_attention_of_another_slice():
+    """With one slice of the heads there is no attention to hide it under; with two there is."""
+    options = compiler_options("tpu")
+    whole = program("v5e:2x4", 1 << 17, heads=32, kv_heads=16, compiler_options=options)
+    sliced = replace(whole, strategy=Ulysses(2))
+    results = compiled(whole, sliced, replace(sliced, gradients=True))
+    texts = [result["text"] for result in results]
+    all_to_alls = [collectives(text) for text in texts]
+    assert all_to_alls == [{"all-to-all": n} for n in (4, 8, 16)]
+    assert [kernel_calls(text) for text in texts] == [1, 2, 6]
+    assert [len(hiding(text)) for text in texts] == [0, 2, 6]
+
+
+def test_every_transfer_of_a_ring_hides_under_an_attention():
+    """One that sends on what it has attended to has none that does."""
+    forward = program("v5e:2x4", 1 << 12, kernel=Blockwise(), strategy=Ring())
+    waits = replace(forward, strategy=WaitingRing())
+    texts = [result["text"] for result in compiled(replace(forward, gradients=True), waits)]
+    right, wrong = (kernels_under_transfers(text) for text in texts)
+    # Forward one before the loop and one in it, then the loop's two, and two after it.
+    assert collectives(texts[0]) == {"collective-permute": 6}
+    assert len(right) == 6
+    assert all(right.values())
+    assert collectives(texts[1]) == {"collective-permute": 1}
+    assert not any(wrong.values())
