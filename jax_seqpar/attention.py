@@ -291,7 +291,7 @@ def _in_sequence(x: Array, axes: Axes, *, order: TokenOrder, degree: int) -> Arr
     """An array whose tokens lie in the layout's order, with its tokens in that of the sequence."""
     for axis, name in enumerate(axes):
         if name in ("queries", "keys"):
-            x = order.unshuffle(x, axis, degree)
+            x = order.restore(x, axis, degree)
     return x
 
 

@@ -18,12 +18,12 @@ class TokenOrder:
     in this order, shard by shard. `numbers` is the whole definition.
     """
 
-    def numbers(self, size: int, rank: Any, degree: int) -> Any:
+    def numbers(self, size: int, index: Any, degree: int) -> Any:
         """`[size]`, the number in the sequence of each token of a device, counted from 0.
 
         Args:
           size: tokens of a device.
-          rank: the device's place along the token axis; a Python integer (for a NumPy array) or a
+          index: the device's place along the token axis; a Python integer (for a NumPy array) or a
             traced one.
           degree: devices along the axis.
         """
@@ -44,9 +44,9 @@ class TokenOrder:
                 f"MeshLayout(order=Contiguous())."
             )
 
-    def tokens(self, size: int, rank: Any, degree: int) -> AnyTokens:
+    def tokens(self, size: int, index: Any, degree: int) -> AnyTokens:
         """The tokens of a device, for a kernel."""
-        return TokenList(jnp.asarray(self.numbers(size, rank, degree), jnp.int32))
+        return TokenList(jnp.asarray(self.numbers(size, index, degree), jnp.int32))
 
     def permutation(self, tokens: int, degree: int) -> np.ndarray:
         """`[tokens]`: place i of an array in this order holds token `permutation[i]`.
@@ -56,20 +56,20 @@ class TokenOrder:
         """
         self.check("the array", tokens, degree)
         size = tokens // degree
-        return np.concatenate([self.numbers(size, rank, degree) for rank in range(degree)])
+        return np.concatenate([self.numbers(size, index, degree) for index in range(degree)])
 
     def inverse(self, tokens: int, degree: int) -> np.ndarray:
         """`[tokens]`: token i is at place `inverse[i]` of an array in this order."""
         return np.argsort(self.permutation(tokens, degree))
 
-    def shuffle(self, x: Shaped[Any, "..."], axis: int, degree: int) -> Shaped[Any, "..."]:
-        """An array of the sequence, of NumPy or JAX, in this order; `unshuffle` undoes it.
+    def reorder(self, x: Shaped[Any, "..."], axis: int, degree: int) -> Shaped[Any, "..."]:
+        """An array of the sequence, of NumPy or JAX, in this order; `restore` undoes it.
 
-        JAX does not permute an axis that is sharded by its type: shuffle before, on the host.
+        JAX does not permute an axis that is sharded by its type: reorder before, on the host.
         """
         return x.take(self.permutation(x.shape[axis], degree), axis=axis)
 
-    def unshuffle(self, x: Shaped[Any, "..."], axis: int, degree: int) -> Shaped[Any, "..."]:
+    def restore(self, x: Shaped[Any, "..."], axis: int, degree: int) -> Shaped[Any, "..."]:
         """An array in this order as the sequence is; an axis of size 1 broadcasts."""
         if x.shape[axis] == 1:
             return x
@@ -88,16 +88,16 @@ class Contiguous(TokenOrder):
     the last device has twice the mean work.
     """
 
-    def numbers(self, size: int, rank: Any, degree: int) -> Any:
-        return rank * size + _arange(size, rank)
+    def numbers(self, size: int, index: Any, degree: int) -> Any:
+        return index * size + _arange(size, index)
 
-    def tokens(self, size: int, rank: Any, degree: int) -> AnyTokens:
-        return Tokens(rank * size, size)
+    def tokens(self, size: int, index: Any, degree: int) -> AnyTokens:
+        return Tokens(index * size, size)
 
-    def shuffle(self, x: Shaped[Any, "..."], axis: int, degree: int) -> Shaped[Any, "..."]:
+    def reorder(self, x: Shaped[Any, "..."], axis: int, degree: int) -> Shaped[Any, "..."]:
         return x
 
-    def unshuffle(self, x: Shaped[Any, "..."], axis: int, degree: int) -> Shaped[Any, "..."]:
+    def restore(self, x: Shaped[Any, "..."], axis: int, degree: int) -> Shaped[Any, "..."]:
         return x
 
     def grouped(self, size: int) -> TokenOrder:
@@ -112,10 +112,10 @@ class Zigzag(TokenOrder):
     many rounds.
     """
 
-    def numbers(self, size: int, rank: Any, degree: int) -> Any:
-        half = _arange(size // 2, rank)
-        parts = (rank * (size // 2) + half, (2 * degree - 1 - rank) * (size // 2) + half)
-        return (np if isinstance(rank, int) else jnp).concatenate(parts)
+    def numbers(self, size: int, index: Any, degree: int) -> Any:
+        half = _arange(size // 2, index)
+        parts = (index * (size // 2) + half, (2 * degree - 1 - index) * (size // 2) + half)
+        return (np if isinstance(index, int) else jnp).concatenate(parts)
 
     def multiple(self, degree: int) -> int:
         return 2 * degree
@@ -129,8 +129,8 @@ class Striped(TokenOrder):
     but few blocks can be skipped (`examples/balance_orders.py` counts them).
     """
 
-    def numbers(self, size: int, rank: Any, degree: int) -> Any:
-        return rank + degree * _arange(size, rank)
+    def numbers(self, size: int, index: Any, degree: int) -> Any:
+        return index + degree * _arange(size, index)
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,17 @@ class _Grouped(TokenOrder):
     order: TokenOrder
     size: int
 
-    def numbers(self, size: int, rank: Any, degree: int) -> Any:
-        each, xp = size // self.size, np if isinstance(rank, int) else jnp
-        ranks = [rank * self.size + i for i in range(self.size)]
-        return xp.concatenate([self.order.numbers(each, r, degree * self.size) for r in ranks])
+    def numbers(self, size: int, index: Any, degree: int) -> Any:
+        each, xp = size // self.size, np if isinstance(index, int) else jnp
+        indices = [index * self.size + i for i in range(self.size)]
+        return xp.concatenate([self.order.numbers(each, r, degree * self.size) for r in indices])
 
     def multiple(self, degree: int) -> int:
         return self.order.multiple(degree * self.size)
 
 
-def _arange(size: int, rank: Any) -> Any:
-    return (np if isinstance(rank, int) else jnp).arange(size, dtype=np.int32)
+def _arange(size: int, index: Any) -> Any:
+    return (np if isinstance(index, int) else jnp).arange(size, dtype=np.int32)
 
 
 def check_order(order: Any) -> None:

@@ -274,11 +274,11 @@ def test_positions_follow_the_order_of_the_tokens(kind):
     layout = replace(LAYOUT.on(mesh), order=Zigzag())
     options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": layout}
     layer = Attention(D, **options, rngs=nnx.Rngs(0))
-    x = jax.device_put(layout.order.shuffle(X, 1, 4), NamedSharding(mesh, LAYOUT.token_spec))
+    x = jax.device_put(layout.order.reorder(X, 1, 4), NamedSharding(mesh, LAYOUT.token_spec))
     numbers = jnp.asarray(layout.order.permutation(S, 4), jnp.int32)[None]
     for positions in (None, numbers):
         out = nnx.jit(lambda layer, x, positions=positions: layer(x, positions=positions))(layer, x)
-        out = layout.order.unshuffle(np.asarray(out), 1, 4)
+        out = layout.order.restore(np.asarray(out), 1, 4)
         assert_close(out, truth(layer, {}))
 
 

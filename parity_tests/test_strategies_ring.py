@@ -381,7 +381,7 @@ def test_what_is_refused(options, layout, message):
 def test_tokens_that_an_order_does_not_deal():
     """By the order itself, and where the arrays are those of one device."""
     with pytest.raises(ValueError, match=r"36 tokens, which is no multiple of 8.*Pad them to 40"):
-        Zigzag().shuffle(np.zeros((1, 36)), 1, 4)
+        Zigzag().reorder(np.zeros((1, 36)), 1, 4)
     x = jnp.zeros((1, 12, 2, 4))  # three tokens a device
     layout, spec = MeshLayout("seq", order=Zigzag()), PartitionSpec(None, "seq")
     per_device = jax.shard_map(

@@ -50,7 +50,7 @@ class AllGatherKV(KeepsQueries):
 
         def gather(x: Array) -> Array:
             whole = jax.lax.all_gather(x, axis_name=axis_name, axis=1, tiled=True)
-            return order.unshuffle(whole, 1, degree)
+            return order.restore(whole, 1, degree)
 
         local = kernel.sharing(((axis_name, degree),), queries_over=axis_name)
         return local.attend(query, gather(key), gather(value), part)

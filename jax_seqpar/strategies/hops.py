@@ -56,8 +56,8 @@ def _by_place(
 def _runs(order: TokenOrder, tokens: int, degree: int) -> list[np.ndarray]:
     """Of each device, the first and the last number of each run of tokens that it holds."""
     runs = []
-    for rank in range(degree):
-        numbers = order.numbers(tokens // degree, rank, degree)
+    for index in range(degree):
+        numbers = order.numbers(tokens // degree, index, degree)
         ends = np.flatnonzero(np.diff(numbers) != 1)
         if len(ends) > 2 * degree:  # a stripe: as good as everywhere
             ends, numbers = ends[:0], np.array([numbers.min(), numbers.max()])
@@ -69,7 +69,7 @@ def _runs(order: TokenOrder, tokens: int, degree: int) -> list[np.ndarray]:
 def _by_documents(mask: Mask, order: TokenOrder, degree: int) -> Bool[Array, "P P"]:
     """True where the documents of two devices, from the least to the greatest number, overlap."""
     (least, most), (key_least, key_most) = (
-        _ends(order.shuffle(ids, 1, degree), degree) for ids in mask.segment_ids
+        _ends(order.reorder(ids, 1, degree), degree) for ids in mask.segment_ids
     )
     overlap = (least[:, :, None] <= key_most[:, None]) & (key_least[:, None] <= most[:, :, None])
     return overlap.any(0)

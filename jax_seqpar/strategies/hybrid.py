@@ -49,10 +49,10 @@ class Hybrid:
         return self.outer.sees_all_keys
 
     def heads_axes(self, tokens: MeshAxes) -> tuple[str, ...]:
-        return () if tokens is None else self.inner.heads_axes(_both(tokens)[1])
+        return () if tokens is None else self.inner.heads_axes(_two_axes(tokens)[1])
 
     def pad_heads(self, spec: Spec, heads: int, kv_heads: int, axes: Axes, kernel: Kernel) -> Spec:
-        _, inner = _both(tuple(axes))
+        _, inner = _two_axes(tuple(axes))
         return self.inner.pad_heads(spec, heads, kv_heads, {inner: axes[inner]}, kernel)
 
     def __call__(
@@ -67,9 +67,9 @@ class Hybrid:
         order: TokenOrder = Contiguous(),
         return_residual: bool = False,
     ) -> tuple[Array, Residual | None]:
-        outer, inner = _both(axis_name)
+        outer, inner = _two_axes(axis_name)
         group = order.grouped(axis_size(inner))
-        between = _Between(kernel, self.outer, outer, group)
+        between = _OuterAttention(kernel, self.outer, outer, group)
         # The tokens of a group, in the order of its devices: to Ulysses they are a whole sequence.
         asked = {"axis_name": inner, "return_residual": return_residual}
         return self.inner(between, query, key, value, spec, **asked)
@@ -109,7 +109,7 @@ class Hybrid:
 
 
 @dataclass(frozen=True)
-class _Between(Kernel):
+class _OuterAttention(Kernel):
     """The outer strategy around a kernel, as a kernel: the attention of one device of a group.
 
     Attributes:
@@ -151,11 +151,11 @@ class _Between(Kernel):
             return_residual=self.gives_residual,
         )
 
-    def sharing(self, axes: Any, queries_over: AxisName | None = None) -> "_Between":
+    def sharing(self, axes: Any, queries_over: AxisName | None = None) -> "_OuterAttention":
         return replace(self, kernel=self.kernel.sharing(axes, queries_over))
 
 
-def _both(tokens: MeshAxes) -> tuple[str, str]:
+def _two_axes(tokens: MeshAxes) -> tuple[str, str]:
     """The outer and the inner mesh axis."""
     axes = names(tokens)
     if len(axes) != 2:

@@ -67,15 +67,15 @@ class Ring(KeepsQueries):
         if 0 in (*query.shape[:3], *value.shape[1:]):
             return kernel.attend(query, key, value, spec)  # nothing, which no device has to send
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore
-        trip = _Trip(kernel, axis_name, axis_size(axis_name), order, precision)
+        plan = _RingPlan(kernel, axis_name, axis_size(axis_name), order, precision)
         # Their gradients are added up over the devices, which 16 bits would round each time.
         small = {n: x for n, x in arrays_of(spec.logits) if n != "bias"}
         spec = spec.with_logits(**{n: x.astype(accumulated(x.dtype)) for n, x in small.items()})
-        return _attention(trip, *match_varying_axes((query, key, value, spec)))
+        return _attention(plan, *match_varying_axes((query, key, value, spec)))
 
 
 @dataclass(frozen=True)
-class _Trip:
+class _RingPlan:
     """What does not change from round to round.
 
     Attributes:
@@ -94,12 +94,12 @@ class _Trip:
         """Those of the device that is so many places before this one."""
         # With 64 bits on, loops count in int64.
         distance = jnp.asarray(distance, jnp.int32)
-        rank = (jax.lax.axis_index(self.axis_name) - distance) % self.degree
-        return self.order.tokens(size, rank, self.degree)
+        index = (jax.lax.axis_index(self.axis_name) - distance) % self.degree
+        return self.order.tokens(size, index, self.degree)
 
     def send(self, x: Array, distance: int) -> Array:
         """Sends an array so many places on; one of 16 bits as integers where XLA would widen it."""
-        pairs = [(rank, (rank + distance) % self.degree) for rank in range(self.degree)]
+        pairs = [(index, (index + distance) % self.degree) for index in range(self.degree)]
         permute = partial(jax.lax.ppermute, axis_name=self.axis_name, perm=pairs)
         if x.dtype.itemsize > 2:
             return permute(x)
@@ -125,7 +125,7 @@ class _Trip:
             (d, n) for d, n in ((1, before), (-1, after)) if not (isinstance(n, int) and n == 0)
         ]
 
-    def go_round(
+    def circulate(
         self, direction: int, rounds: Any, kv: Array, visit: Callable[..., Any], carry: Any
     ) -> Any:
         """`carry = visit(kv, distance, carry)` with the keys and values of each device in turn.
@@ -157,18 +157,18 @@ class _Trip:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    trip: _Trip, query: Array, key: Array, value: Array, spec: Spec
+    plan: _RingPlan, query: Array, key: Array, value: Array, spec: Spec
 ) -> tuple[Array, Residual]:
-    return _attention_fwd(trip, query, key, value, spec)[0]
+    return _attention_fwd(plan, query, key, value, spec)[0]
 
 
-def _attention_fwd(trip: _Trip, query: Array, key: Array, value: Array, spec: Spec) -> Any:
-    part = _forward(trip, query, key, value, spec)
+def _attention_fwd(plan: _RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Any:
+    part = _forward(plan, query, key, value, spec)
     return (part.out.astype(query.dtype), part.residual), (query, key, value, spec, part)
 
 
-def _attention_bwd(trip: _Trip, saved: Any, gradients: Any) -> Any:
-    *of_operands, added = _backward(trip, saved, gradients)
+def _attention_bwd(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
+    *of_operands, added = _backward(plan, saved, gradients)
     spec = saved[3]
     return *of_operands, spec.map(lambda x, axes: None).with_logits(**added)
 
@@ -177,22 +177,22 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _forward(trip: _Trip, query: Array, key: Array, value: Array, spec: Spec) -> Part:
+def _forward(plan: _RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Part:
     """The attention to all keys, sinks included, in float32."""
-    with jax.default_matmul_precision(trip.precision):
-        return _attend_to_all(trip, query, key, value, spec)
+    with jax.default_matmul_precision(plan.precision):
+        return _attend_to_all(plan, query, key, value, spec)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward(trip: _Trip, saved: Any, gradients: Any) -> Any:
+def _backward(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
     """The gradients of query, key and value, and of the arrays of the logits by name."""
-    with jax.default_matmul_precision(trip.precision):
-        return _gradients(trip, saved, gradients)
+    with jax.default_matmul_precision(plan.precision):
+        return _gradients(plan, saved, gradients)
 
 
-def _no_second_derivative(trip: _Trip, primals: Any, tangents: Any) -> Any:
+def _no_second_derivative(plan: _RingPlan, primals: Any, tangents: Any) -> Any:
     raise ValueError(
-        f"a ring over mesh axis {trip.axis_name!r} has the first derivative in reverse mode alone, "
+        f"a ring over mesh axis {plan.axis_name!r} has the first derivative in reverse mode alone, "
         f"and another one is asked for. Write strategy=jax_seqpar.Ulysses(), which has those of "
         f"its kernel."
     )
@@ -203,28 +203,28 @@ _forward.defjvp(_no_second_derivative)
 _backward.defjvp(_no_second_derivative)
 
 
-def _attend_to_all(trip: _Trip, query: Array, key: Array, value: Array, spec: Spec) -> Part:
-    local = _part_spec(trip, spec, query.shape[1])
+def _attend_to_all(plan: _RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Part:
+    local = _part_spec(plan, spec, query.shape[1])
 
     def attend(kv: Array, distance: Any) -> Part:
         k, v = _unpacked(kv, key.shape[3])
-        held = replace(local, held_keys=trip.tokens(key.shape[1], distance))
-        return trip.kernel.attend_part(query, k, v, held)
+        held = replace(local, held_keys=plan.tokens(key.shape[1], distance))
+        return plan.kernel.attend_part(query, k, v, held)
 
     def visit(kv: Array, distance: Any, part: Part) -> Part:
         return merge(part, attend(kv, distance))
 
     kv = _packed(key, value)
     part = attend(kv, 0)
-    for direction, rounds in trip.hops(spec, query.shape[1], key.shape[1]):
-        part = trip.go_round(direction, rounds, kv, visit, part)
+    for direction, rounds in plan.hops(spec, query.shape[1], key.shape[1]):
+        part = plan.circulate(direction, rounds, kv, visit, part)
     return with_sinks(part, spec.logits.sinks)
 
 
-def _gradients(trip: _Trip, saved: Any, gradients: Any) -> Any:
+def _gradients(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
     query, key, value, spec, part = saved
     out_gradient, residual_gradient = gradients
-    local = _part_spec(trip, spec, query.shape[1])
+    local = _part_spec(plan, spec, query.shape[1])
     D = output_products(part.out, out_gradient) - residual_products(
         part.residual, residual_gradient
     )
@@ -232,8 +232,8 @@ def _gradients(trip: _Trip, saved: Any, gradients: Any) -> Any:
     def of_part(kv: Array, distance: Any) -> tuple[Array, Array, dict[str, Array]]:
         """The gradients of the queries, of keys and values packed, and of bias and slopes."""
         k, v = _unpacked(kv, key.shape[3])
-        held = replace(local, held_keys=trip.tokens(key.shape[1], distance))
-        dq, dk, dv, added = trip.kernel.part_gradients(
+        held = replace(local, held_keys=plan.tokens(key.shape[1], distance))
+        dq, dk, dv, added = plan.kernel.part_gradients(
             query, k, v, held, D, part.residual, out_gradient
         )
         return dq, _packed(dk, dv), added
@@ -248,17 +248,17 @@ def _gradients(trip: _Trip, saved: Any, gradients: Any) -> Any:
             # What was added up so far follows its keys and values while this device's is computed.
             dkv, sums = carry
             if not (isinstance(rounds, int) and rounds == 1):
-                dkv = trip.send(dkv, direction)
+                dkv = plan.send(dkv, direction)
             dq, own, added = of_part(kv, distance)
             return dkv + own, jax.tree.map(jnp.add, sums, (dq, added))
 
-        dkv, sums = trip.go_round(direction, rounds, kv, visit, (zeros(kv), sums))
-        return trip.send_home(dkv, rounds, direction), sums
+        dkv, sums = plan.circulate(direction, rounds, kv, visit, (zeros(kv), sums))
+        return plan.send_home(dkv, rounds, direction), sums
 
     kv = _packed(key, value)
     sums: Any = zeros(query), {name: zeros(x) for name, x in arrays_of(local.logits)}
     came_home = []
-    for direction, rounds in trip.hops(spec, query.shape[1], key.shape[1]):
+    for direction, rounds in plan.hops(spec, query.shape[1], key.shape[1]):
         dkv, sums = one_way(direction, rounds, sums)
         came_home.append(dkv)
     # A device's own keys and values last: the others' gradients come home meanwhile.
@@ -271,10 +271,10 @@ def _gradients(trip: _Trip, saved: Any, gradients: Any) -> Any:
     return *(x.astype(query.dtype) for x in (dq, dk, dv)), added
 
 
-def _part_spec(trip: _Trip, spec: Spec, queries: int) -> Spec:
+def _part_spec(plan: _RingPlan, spec: Spec, queries: int) -> Spec:
     """The Spec of the parts: of this device's queries, and without sinks, which are of no part."""
     logits = replace(spec.logits, sinks=None)
-    return replace(spec, logits=logits, held_queries=trip.tokens(queries, 0))
+    return replace(spec, logits=logits, held_queries=plan.tokens(queries, 0))
 
 
 def _packed(key: Array, value: Array) -> Array:

@@ -88,7 +88,7 @@ class Ulysses:
         def gather(x: Array, chunk: Any, size: int) -> Array:
             """`[B, s, P n, H] -> [B, S, size, H]`: every token of a slice of the device's heads."""
             whole = sequence_to_heads(_chunk_of_each(x, degree, chunk, size), axis_name)
-            return order.unshuffle(whole, 1, degree)
+            return order.restore(whole, 1, degree)
 
         def attend(chunk: Any, k: Array, v: Array) -> Any:
             """One slice of the query heads of every device: `[B, s, P size, V]`, and residuals."""
@@ -96,7 +96,7 @@ class Ulysses:
             own = spec.map(partial(_take_heads, start=chunk * size, size=size))
             out, residual = local.attend(q, k, v, own)  # [B, S, size, V]
             rows = (out, jnp.stack(residual, -1)) if return_residual and residual else (out,)
-            return tuple(heads_to_sequence(order.shuffle(x, 1, degree), axis_name) for x in rows)
+            return tuple(heads_to_sequence(order.reorder(x, 1, degree), axis_name) for x in rows)
 
         def attend_all_of(kv_chunk: Any) -> Any:
             """The slices that read one slice of the KV heads."""

@@ -161,8 +161,8 @@ class TokenLayout:
           tokens: of the device, S / P.
         """
         axes = names(self.layout.tokens)
-        rank = jax.lax.axis_index(axes) if axes else 0
-        numbers = self.layout.order.numbers(tokens, rank, self.degree)
+        index = jax.lax.axis_index(axes) if axes else 0
+        numbers = self.layout.order.numbers(tokens, index, self.degree)
         return jnp.asarray(numbers, jnp.int32)
 
 

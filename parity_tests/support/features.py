@@ -257,7 +257,7 @@ def in_order(
     order: TokenOrder, degree: int, given: dict[str, Any], inputs: list[np.ndarray]
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The options and operands of a case with their tokens as the devices hold them."""
-    deal = partial(_each_axis, order.shuffle, degree)
+    deal = partial(_each_axis, order.reorder, degree)
     dealt = {n: deal(x, TOKEN_AXES[n]) if n in TOKEN_AXES else x for n, x in given.items()}
     for name in ("positions", "segment_ids"):
         if name in given:
@@ -267,7 +267,7 @@ def in_order(
 
 def in_sequence(order: TokenOrder, degree: int, results: dict[str, Any]) -> dict[str, Any]:
     """Results with their tokens in the order of the sequence."""
-    back = partial(_each_axis, order.unshuffle, degree)
+    back = partial(_each_axis, order.restore, degree)
     return {
         n: back(np.asarray(x), TOKEN_AXES[n]) if n in TOKEN_AXES else x for n, x in results.items()
     }

@@ -17,9 +17,9 @@ def _sinks_in_every_part(patch: Any) -> None:
     def attend_part(self: Any, query: Any, key: Any, value: Any, spec: Any) -> Part:
         return with_sinks(right(self, query, key, value, spec), sinks[-1])
 
-    def part_spec(trip: Any, spec: Any, queries: int) -> Any:
+    def part_spec(plan: Any, spec: Any, queries: int) -> Any:
         sinks.append(spec.logits.sinks)
-        return right_spec(trip, spec, queries)
+        return right_spec(plan, spec, queries)
 
     right_spec = ring._part_spec
     patch.setattr(ring, "_part_spec", part_spec)
@@ -32,24 +32,24 @@ def _residual_of_the_last_part(patch: Any) -> None:
 
 
 def _sums_that_stay_away(patch: Any) -> None:
-    patch.setattr(ring._Trip, "send_home", lambda self, x, distance, direction: x)
+    patch.setattr(ring._RingPlan, "send_home", lambda self, x, distance, direction: x)
 
 
 def _other_half(patch: Any) -> None:
     right = Zigzag.numbers
 
-    def numbers(self: Any, size: int, rank: Any, degree: int) -> Any:
-        if isinstance(rank, int):  # how the arrays are dealt stays right
-            return right(self, size, rank, degree)
+    def numbers(self: Any, size: int, index: Any, degree: int) -> Any:
+        if isinstance(index, int):  # how the arrays are dealt stays right
+            return right(self, size, index, degree)
         half = jnp.arange(size // 2, dtype=jnp.int32)
-        return jnp.concatenate([x * (size // 2) + half for x in (rank, degree + rank)])
+        return jnp.concatenate([x * (size // 2) + half for x in (index, degree + index)])
 
     patch.setattr(Zigzag, "numbers", numbers)
 
 
 def _keys_of_the_next(patch: Any) -> None:
-    right = ring._Trip.tokens
-    patch.setattr(ring._Trip, "tokens", lambda self, size, far: right(self, size, -far))
+    right = ring._RingPlan.tokens
+    patch.setattr(ring._RingPlan, "tokens", lambda self, size, far: right(self, size, -far))
 
 
 def _parts_in_16_bits(patch: Any) -> None:
@@ -80,9 +80,9 @@ class WaitingRing(Ring):
     """
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        right = ring._Trip.go_round
+        right = ring._RingPlan.circulate
 
-        def go_round(
+        def circulate(
             self: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any
         ) -> Any:
             def one_round(i: Any, state: Any) -> Any:
@@ -92,8 +92,8 @@ class WaitingRing(Ring):
 
             return jax.lax.fori_loop(0, rounds, one_round, (kv, carry))[1]
 
-        ring._Trip.go_round = go_round
+        ring._RingPlan.circulate = circulate
         try:
             return super().__call__(*args, **options)
         finally:
-            ring._Trip.go_round = right
+            ring._RingPlan.circulate = right
