@@ -28,6 +28,7 @@ from .bridge.ranks import RankError
 from .mask.keywords import from_flat
 from .parity.cases import DTYPES, OPTIONAL, Case
 from .parity.certify import certificate_table, certificates
+from .parity.checks import Check
 from .parity.plan import Kernels, inputs_by_label, plan, understood
 from .parity.report import parity_table, summary
 from .parity.run import Result, run_parity
@@ -153,38 +154,14 @@ def parity(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
 
-    console, errors = _stdout(), Console(stderr=True)
+    console = _stdout()
     for label, inputs in (named if input else {"generated": named["grouped"]}).items():
         for line in understood(label, inputs, spec, kernel):
             style = "bold yellow" if line.startswith("WARNING") else None
             _say(console, line, style=style)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    shown = errors.is_terminal
-    results = []
-    with (
-        _ranks_may_fail(console),
-        Progress(*columns, console=errors, transient=True, disable=not shown) as progress,
-    ):
-        task = progress.add_task("parity", total=sum(map(len, plans.values())))
-        for d, checks in plans.items():
-            progress.update(task, description=f"degree {d}: PyTorch ranks, then JAX devices")
-            if not shown:
-                _say(errors, f"degree {d}: {len(checks)} checks")
-            results += run_parity(
-                checks,
-                d,
-                timeout=timeout,
-                save_failing=save_failing,
-                on_result=lambda _: progress.advance(task),
-            )
-    console.print(parity_table(results, console.width))
-    for result in results:
-        if not result.passed:
-            _explain(console, result)
+    results = _run(console, plans, timeout, save_failing)
     passed = all(result.passed for result in results)
-    if not passed and save_failing is not None:
-        _say(console, f"Inputs and outputs of what failed are in {save_failing}")
-    _say(console, summary(results), style="bold green" if passed else "bold red")
+    _print_results(console, results, save_failing)
     if json_file is not None:
         found = [result.to_json() for result in results]
         _write_json(json_file, {"passed": passed, **about, "results": found})
@@ -218,6 +195,45 @@ def certify(
         _say(console, 'PyTorch is not installed, so it was not asked: "jax-seqpar[parity]" has it.')
     if not all(certificate.trusted for certificate in found):
         raise typer.Exit(1)
+
+
+def _run(
+    console: Console, plans: dict[int, list[Check]], timeout: float, save_failing: Path | None
+) -> list[Result]:
+    """Runs the checks of each degree, with their progress on standard error."""
+    errors = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    shown = errors.is_terminal
+    results = []
+    with (
+        _ranks_may_fail(console),
+        Progress(*columns, console=errors, transient=True, disable=not shown) as progress,
+    ):
+        task = progress.add_task("parity", total=sum(map(len, plans.values())))
+        for degree, checks in plans.items():
+            progress.update(task, description=f"degree {degree}: PyTorch ranks, then JAX devices")
+            if not shown:
+                _say(errors, f"degree {degree}: {len(checks)} checks")
+            results += run_parity(
+                checks,
+                degree,
+                timeout=timeout,
+                save_failing=save_failing,
+                on_result=lambda _: progress.advance(task),
+            )
+    return results
+
+
+def _print_results(console: Console, results: list[Result], save_failing: Path | None) -> None:
+    """The table, an explanation of each check that failed, and the sum of all."""
+    console.print(parity_table(results, console.width))
+    for result in results:
+        if not result.passed:
+            _explain(console, result)
+    passed = all(result.passed for result in results)
+    if not passed and save_failing is not None:
+        _say(console, f"Inputs and outputs of what failed are in {save_failing}")
+    _say(console, summary(results), style="bold green" if passed else "bold red")
 
 
 @contextmanager
