@@ -13,26 +13,21 @@ from ._checks import axis_size
 from .kernels import Kernel
 from .kernels.choice import kernel_of_call
 from .kernels.kernel import check_residual
-from .layout import (
-    MeshLayout,
-    axes_size,
-    check_is_layout,
-    names,
-)
+from .layout import MeshLayout, axes_size, check_is_layout, names
 from .mask import Spec, accumulated, keyword_form
 from .mask.array_fields import Axes
 from .mask.keywords import canonical, to_flat
 from .mesh import (
     AnyMesh,
-    check_is_mesh,
     mesh_of_operands,
+    mesh_of_shard_map,
     platform_of,
     set_explicit_sharding,
 )
 from .order import Contiguous, TokenOrder
 from .program_cache import compiled_with
 from .strategies import Strategy, Ulysses
-from .strategies.strategy import check_strategy
+from .strategies.strategy import check_has_tokens, check_strategy
 from .varying_axes import varying_axes
 
 
@@ -101,90 +96,45 @@ def dot_product_attention(
     check_strategy(strategy)
     check_is_layout(layout)
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    if set(names(layout.tokens)) & set(manual):
-        return _attend_per_device(
-            query, key, value, spec, kernel, strategy, layout, return_residual
-        )
-    spec = canonical(spec, query, key, value)
-    mesh = mesh_of_operands(layout, {"query": query, "key": key, "value": value}, to_flat(spec))
-    if layout.tokens is None and strategy != type(strategy)():
-        raise ValueError(
-            f"{strategy!r} has no reshard to work on: {layout!r} shards no tokens. Leave it out, "
-            f"or name the mesh axis in MeshLayout(tokens=)."
-        )
-    whole = layout.tokens is None or strategy.sees_all_tokens
-    whole = whole and not return_residual  # which no kernel of a platform gives
+    # Inside a jax.shard_map over the axis of the tokens the arrays are those of one device.
+    on_device = bool(set(names(layout.tokens)) & set(manual))
+    degree = axis_size(layout.tokens) if on_device else 1
+    spec = canonical(spec, query, key, value, degree=degree)
+    operands = {"query": query, "key": key, "value": value}
+    if on_device:
+        mesh = mesh_of_shard_map(layout, operands)
+    else:
+        mesh = mesh_of_operands(layout, operands, to_flat(spec))
+        check_has_tokens(strategy, layout)
+    keeps_sequence = layout.tokens is None or strategy.sees_all_tokens
     kernel = kernel_of_call(
         kernel,
-        query,
-        key,
-        value,
+        *(_of_sequence(x, degree) for x in (query, key, value)),
         spec,
         platform=platform_of(mesh),
-        whole=whole,
+        whole=keeps_sequence and not return_residual,  # which no kernel of a platform gives
         runs=layout.tokens is None or _gives_runs(strategy, layout),
-        # Inside a jax.shard_map over other axes types say what varies over those.
-        check_vma=bool(manual) and bool(varying_axes((query, key, value, spec))),
+        # Inside a jax.shard_map types say what varies over its axes.
+        check_vma=bool(varying_axes((query, key, value, spec))),
     )
     check_residual(kernel, value, return_residual)
     # None given means all; to name them all forbids a vmap over one more sharded axis.
     axis_names = frozenset(mesh.axis_names) - set(manual) if manual else frozenset()
     division = _Division(layout, mesh, axis_names, strategy, return_residual)
+    if on_device:
+        return _attend_on_device(kernel, division, query, key, value, spec)
     return compiled_with(kernel, _attend, division)(query, key, value, spec)
+
+
+def _of_sequence(x: Array, degree: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array of the whole sequence."""
+    return jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * degree, *x.shape[2:]), x.dtype)
 
 
 def _gives_runs(strategy: Strategy, layout: MeshLayout) -> bool:
     """Whether a kernel is given all keys in their order, and a run of queries."""
     in_order = strategy.sees_all_tokens or layout.order == Contiguous()
     return strategy.sees_all_keys and in_order
-
-
-def _attend_per_device(
-    query: Array,
-    key: Array,
-    value: Array,
-    spec: Spec,
-    kernel: Any,
-    strategy: Strategy,
-    layout: MeshLayout,
-    return_residual: bool,
-) -> Any:
-    """Attention inside the caller's `jax.shard_map`, of the arrays of one device."""
-    assert layout.tokens is not None
-    mesh = jax.sharding.get_abstract_mesh()
-    degree = axis_size(layout.tokens)
-    spec = canonical(spec, query, key, value, degree=degree)
-    check_is_mesh(layout.mesh, mesh)
-    if layout.batch is not None or layout.heads is not None:
-        raise ValueError(
-            f"{layout!r} names axes of batch or heads inside a jax.shard_map, where arrays are "
-            f"per-device. Write MeshLayout(tokens={layout.tokens!r}) here."
-        )
-    for name, x in (("query", query), ("key", key)):
-        layout.order.check(name, x.shape[1] * degree, degree)
-    q, k, v = (
-        jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * degree, *x.shape[2:]), x.dtype)
-        for x in (query, key, value)
-    )
-    whole = strategy.sees_all_tokens and not return_residual
-    kernel = kernel_of_call(
-        kernel,
-        q,
-        k,
-        v,
-        spec,
-        platform=platform_of(mesh),
-        whole=whole,
-        runs=_gives_runs(strategy, layout),
-        check_vma=bool(varying_axes((query, key, value, spec))),
-    )
-    check_residual(kernel, value, return_residual)
-    spec = spec.map(partial(_in_sequence, order=layout.order, degree=degree))
-    asked = {"axis_name": layout.tokens, "order": layout.order}
-    out, residual = strategy(
-        kernel, query, key, value, spec, **asked, return_residual=return_residual
-    )
-    return (out, residual.lse) if return_residual and residual is not None else out
 
 
 @dataclass(frozen=True)
@@ -242,19 +192,9 @@ def _attend(
         local = kernel.sharing(((names(layout.heads), division.tensor_parallel // key.shape[2]),))
 
     def per_device(query: Array, key: Array, value: Array, spec: Spec) -> Any:
-        # Here, where every device has all the tokens of these arrays: outside, on Explicit axes,
-        # JAX does not permute what is sharded by its type.
-        if layout.tokens is not None:
-            spec = spec.map(partial(_in_sequence, order=layout.order, degree=division.degree))
         if whole_kv:
             key, value = (_own_head(x, layout, division.tensor_parallel) for x in (key, value))
-        if layout.tokens is None:
-            out, residual = local.attend(query, key, value, spec)
-        else:
-            asked = {"axis_name": layout.tokens, "order": layout.order}
-            rows = division.return_residual
-            out, residual = strategy(local, query, key, value, spec, **asked, return_residual=rows)
-        return (out, residual.lse) if division.return_residual and residual else out
+        return _attend_on_device(local, division, query, key, value, spec)
 
     of_kv = replace(layout, heads=None).spec if whole_kv else layout.spec
     of_spec = spec.map(partial(_partition_of, layout=layout, strategy=strategy))
@@ -262,6 +202,22 @@ def _attend(
     operands = (query, key, value, spec)
     operands = jax.tree.map(partial(set_explicit_sharding, mesh=mesh), operands, in_specs)
     return division.shard_map(per_device, in_specs, check_vma=kernel.check_vma)(*operands)
+
+
+def _attend_on_device(
+    kernel: Kernel, division: _Division, query: Array, key: Array, value: Array, spec: Spec
+) -> Any:
+    """Attention inside a `jax.shard_map`, of the arrays of one device."""
+    layout, rows = division.layout, division.return_residual
+    if layout.tokens is None:
+        out, residual = kernel.attend(query, key, value, spec)
+    else:
+        # Here, where every device has all the tokens of these arrays: outside, on Explicit axes,
+        # JAX does not permute what is sharded by its type.
+        spec = spec.map(partial(_in_sequence, order=layout.order, degree=division.degree))
+        asked = {"axis_name": layout.tokens, "order": layout.order, "return_residual": rows}
+        out, residual = division.strategy(kernel, query, key, value, spec, **asked)
+    return (out, residual.lse) if rows and residual is not None else out
 
 
 def _attend_to_nothing(division: _Division, shape: tuple[int, ...], dtype: Any) -> Any:

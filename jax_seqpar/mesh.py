@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from .layout import MeshLayout, check_division, check_mesh, check_sharding, names
+from .layout import MeshLayout, axes_size, check_division, check_mesh, check_sharding, names
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -56,6 +56,28 @@ def mesh_of_operands(
     for name, x in operands.items():
         check_sharding(name, jax.typeof(x).sharding.spec, layout)
     check_division(operands["query"].shape, operands["key"].shape, layout, mesh.shape)
+    return mesh
+
+
+def mesh_of_shard_map(layout: MeshLayout, operands: Mapping[str, Any]) -> AnyMesh:
+    """The mesh of the enclosing `jax.shard_map`, which is manual over the axis of the tokens.
+
+    Args:
+      operands: query, key and value by name, of one device.
+
+    Raises:
+      ValueError: for a layout or a number of tokens that does not fit it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    check_is_mesh(layout.mesh, mesh)
+    if layout.batch is not None or layout.heads is not None:
+        raise ValueError(
+            f"{layout!r} names axes of batch or heads inside a jax.shard_map, where arrays are "
+            f"per-device. Write MeshLayout(tokens={layout.tokens!r}) here."
+        )
+    degree = axes_size(layout.tokens, mesh.shape)
+    for name in ("query", "key"):
+        layout.order.check(name, operands[name].shape[1] * degree, degree)
     return mesh
 
 

@@ -240,7 +240,7 @@ def test_it_is_chosen_on_a_gpu_where_cudnn_lacks_something(arrays, asked):
 def test_it_is_chosen_for_parts_and_residuals_but_not_where_types_are_checked():
     choose = partial(kernel_of_call, None, *SHAPES, Spec(Mask(is_causal=True)), runs=True)
     assert choose(platform="gpu", whole=False) == Triton(platform="gpu")
-    assert choose(platform="gpu", whole=False, runs=False) == Blockwise()
+    assert choose(platform="gpu", whole=False, runs=False) == Blockwise(1024, 1024)
     assert choose(platform="cpu", whole=False) == Blockwise()
     assert choose(platform="gpu", whole=False, check_vma=True) == Blockwise(1024, 1024)
     choose = partial(kernel_of_call, None, *FLOAT32, Spec(Mask(is_causal=True)), runs=True)

@@ -111,38 +111,40 @@ def kernel_of_call(
     """
     if kernel is not None:
         return as_kernel(kernel)
-    if whole:
-        chosen = choose(query, key, value, spec, platform).kernel
-    else:
-        triton = Triton(platform=platform)
-        takes = runs and _why_not_triton(triton, query, key, value, spec) is None
-        chosen = triton if takes else Blockwise()
-    if check_vma and isinstance(chosen, Triton):
-        return _blockwise("gpu", spec.mask)
-    return chosen
+    asked = {"whole": whole, "runs": runs, "check_vma": check_vma}
+    return choose(query, key, value, spec, platform, **asked).kernel
 
 
-def choose(query: Any, key: Any, value: Any, spec: Spec, platform: str | None) -> KernelChoice:
-    """`choose_kernel` of a Spec that has been checked."""
+def choose(
+    query: Any,
+    key: Any,
+    value: Any,
+    spec: Spec,
+    platform: str | None,
+    *,
+    whole: bool = True,
+    runs: bool = True,
+    check_vma: bool = False,
+) -> KernelChoice:
+    """`choose_kernel` of a Spec that has been checked, with the options of `kernel_of_call`."""
     on = platform or jax.default_backend()
     fused, triton = Fused(platform), Triton(platform=platform)
-    reason = fused.why_not(query, key, value, spec)
+    reason = fused.why_not(query, key, value, spec) if whole else f"{on}: a part of the rows"
     if reason is None:
         name, _ = KERNELS[on]
         return KernelChoice(fused, name, f"{on}: {name} supports all that is asked")
-    if _why_not_triton(triton, query, key, value, spec) is None:
+    takes_triton = runs and not check_vma and _has_room_for_triton()
+    if takes_triton and triton.why_not(query, key, value, spec) is None:
         return KernelChoice(triton, "triton", f"{reason}; Triton supports all that is asked")
     return KernelChoice(_blockwise(on, spec.mask), "blockwise", reason)
 
 
-def _why_not_triton(triton: Triton, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
-    """Why `Triton` is not taken unasked; None where it is."""
+def _has_room_for_triton() -> bool:
+    """Whether `Triton` is taken unasked: on NVIDIA's GPUs of known size, or where none is here."""
     capability = compute_capability()
-    if capability is None and jax.default_backend() == "gpu":
-        return "the GPU is not one of NVIDIA's"
-    if capability is not None and capability not in ROOM_FOR_TRITON:
-        return f"compute capability {capability} has less shared memory than Triton's blocks take"
-    return triton.why_not(query, key, value, spec)
+    if capability is None:
+        return jax.default_backend() != "gpu"
+    return capability in ROOM_FOR_TRITON
 
 
 def _blockwise(platform: str, mask: Mask) -> Blockwise:

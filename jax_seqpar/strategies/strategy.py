@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from .._checks import check_count
 from ..kernels import Kernel, Residual
-from ..layout import AxisName, MeshAxes
+from ..layout import AxisName, MeshAxes, MeshLayout
 from ..mask import Spec
 from ..order import Contiguous, TokenOrder
 
@@ -136,4 +136,13 @@ def check_strategy(strategy: Any) -> None:
         raise ValueError(
             f"strategy must be Ulysses(...), AllGatherKV(), Ring() or Hybrid(...), got "
             f"{strategy!r}. Write strategy=jax_seqpar.Ulysses()."
+        )
+
+
+def check_has_tokens(strategy: Strategy, layout: MeshLayout) -> None:
+    """Raises ValueError for options of a strategy where no tokens are sharded."""
+    if layout.tokens is None and strategy != type(strategy)():
+        raise ValueError(
+            f"{strategy!r} has no reshard to work on: {layout!r} shards no tokens. Leave it out, "
+            f"or name the mesh axis in MeshLayout(tokens=)."
         )
