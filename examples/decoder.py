@@ -166,7 +166,15 @@ class Decoder(nnx.Module):
         table, layout, dtype = self._table(self.embedding), self.place.layout, self.place.dtype
         if attention.get("decode"):  # a token has no devices to lie on
             layout = replace(layout, tokens=None)
-        x = map_tiles(lambda w, t: w[t].astype(dtype), table, tokens, tiles=1, layout=layout)
+
+        def embed(table: Array, tokens: Array) -> Array:
+            # A token outside of the vocabulary is NaN: JAX would take the last row.
+            rows = table.at[tokens].get(
+                mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+            )
+            return rows.astype(dtype)
+
+        x = map_tiles(embed, table, tokens, tiles=1, layout=layout)
         note: Record = record or (lambda name, x: None)
         note("embedding", x)
         for i, block in enumerate(self.blocks):

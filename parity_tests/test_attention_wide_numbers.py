@@ -131,12 +131,21 @@ def test_what_is_no_label_to_ignore(index):
         cross_entropy(jnp.zeros((5, 7)), jnp.arange(5), ignore_index=index)
 
 
+@pytest.mark.parametrize("index", (2**31 - 1, -100))
+def test_a_label_beyond_32_bits_is_never_ignored(index):
+    with jax.enable_x64(True):
+        labels = jnp.array([1, 2**31 + 5], jnp.int64)
+        assert np.isnan(cross_entropy(jnp.zeros((2, 4), jnp.float32), labels, ignore_index=index))
+
+
 def test_complex_numbers_have_one_digest_in_numpy_and_in_jax():
     for dtype in (np.complex64, np.complex128):
         x = (RNG.standard_normal((3, 4)) + 1j * RNG.standard_normal((3, 4))).astype(dtype)
         with jax.enable_x64(True):
             assert digest_arrays(x) == digest_arrays(jnp.asarray(x))
         assert digest_arrays(x) != digest_arrays(x.conj())
+        with jax.enable_x64(True):
+            assert digest_arrays(x[1, 2]) == digest_arrays(jnp.asarray(x[1, 2]))
     for empty in (np.zeros(0), np.zeros((3, 0), np.int64), np.zeros((0, 2), np.complex128)):
         assert digest_arrays(empty)[""].startswith(f"{empty.dtype}{list(empty.shape)} ")
     native = np.arange(6.0, dtype=np.float32)

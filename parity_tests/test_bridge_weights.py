@@ -728,6 +728,15 @@ def test_a_fused_name_in_two_lines(other):
     assert f"and {other}" in message
 
 
+@pytest.mark.parametrize("other", (Map("a.0", "b"), Tied("a.0", to="c")))
+def test_a_fused_name_that_another_line_writes(other):
+    line = Fused("a.{i}", ("q.{i}", "k.{i}"), "(parts H) D -> D parts H", ("N", "N"))
+    params = {"q": {0: jnp.ones((4, 2, 3))}, "k": {0: jnp.ones((4, 2, 3))}, "c": jnp.ones(3)}
+    params |= {"b": jnp.ones(3)} if isinstance(other, Map) else {}
+    message = refusal(params, [line, Map("c", "c"), other], back=True, sizes={"N": 2})
+    assert "a.0 is written twice: by Fused(torch='a.{i}'" in message
+
+
 def test_tied_names_are_checked_and_written_back():
     x = torch.tensor([0.0, float("nan"), 2.0])
     mapping = [
@@ -840,6 +849,16 @@ def test_a_checkpoint_in_several_files(state, tmp_path):
     (tmp_path / "other.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has 2 indices.*Give the path of a file: model\.safet"):
         load_safetensors(tmp_path)
+
+
+def test_a_folder_that_lacks_one_of_its_numbered_files(tmp_path):
+    first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    save_file({"a": torch.ones(1)}, first)
+    with pytest.raises(ValueError, match=r"has 1 of the 2 files model-\*-of-00002\.safetensors"):
+        load_safetensors(tmp_path)
+    assert set(load_safetensors(first)) == {"a"}
+    save_file({"b": torch.ones(1)}, second)
+    assert set(load_safetensors(tmp_path)) == {"a", "b"}
 
 
 def test_files_that_cannot_be_read(state, tmp_path):

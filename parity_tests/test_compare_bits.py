@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jax_seqpar.bridge import Map, from_torch, to_jax, to_torch, to_torch_state
 from jax_seqpar.compare import compare_bits, divergence_table, first_divergence
@@ -236,7 +237,39 @@ def deleted():
     return x
 
 
+class Doubled(torch.Tensor):
+    """Another tensor, times two: of its shape, without a storage, as DTensors and torchao's are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        return func(*(2 * x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.ones(3)
+
+
+def resized(nbytes):
+    x = torch.ones(64)
+    x.untyped_storage().resize_(nbytes)
+    return x
+
+
 NO_NUMBERS = {
+    "wrapper": (lambda: Doubled(torch.ones(3)), r"is a Doubled without its numbers in memory of"),
+    "fake": (fake, r"is a FakeTensor without its numbers in memory of its own"),
+    "freed": (lambda: resized(0), r"is a Tensor without its numbers in memory of its own"),
+    "shrunk": (lambda: resized(16), r"is a Tensor without its numbers in memory of its own"),
     "meta": (lambda: torch.ones(3, device="meta"), r"is on the meta device, without data"),
     "sparse": (lambda: torch.eye(3).to_sparse(), r"has layout torch\.sparse_coo.*x\.to_dense\(\)"),
     "csr": (lambda: torch.eye(3).to_sparse_csr(), r"has layout torch\.sparse_csr.*x\.to_dense"),

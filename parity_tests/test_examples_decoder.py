@@ -111,6 +111,17 @@ def assert_close(got, expected, roundings):
         assert np.abs(got[path] - x).max() <= roundings * EPS * np.abs(x).max(), path
 
 
+@pytest.mark.parametrize("token", (-1, SIZES["vocabulary"]))
+def test_a_token_outside_of_the_vocabulary_is_seen(alone, token):
+    """JAX's lookup would take the last row of the table."""
+    trainer, *_ = alone
+    tokens = jnp.full((1, 4), SIZES["vocabulary"] - 1)
+    with jax.set_mesh(trainer.mesh):
+        hidden = nnx.merge(trainer.graph, trainer.params).hidden
+        assert np.isfinite(hidden(tokens)).all()
+        assert np.isnan(hidden(tokens.at[0, 2].set(token))[0, 2]).all()
+
+
 # FSDP alone is part of the last one.
 @pytest.mark.parametrize(
     ("name", "kind"),

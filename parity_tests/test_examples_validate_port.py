@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import slow
 from jax.sharding import AxisType
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jax_seqpar import MeshLayout
@@ -202,6 +203,17 @@ def test_command_says_where_models_part(example, monkeypatch):
     run = CliRunner().invoke(example.app, ["--model", "encoder", "--bug", "rotary"])
     assert run.exit_code == 2
     assert "no rotary embedding" in run.output
+
+
+@pytest.mark.parametrize("bad", (1e-3, np.nan))
+def test_where_pytorch_has_only_rounding_flax_has_no_more(example, bad):
+    """A gradient that is 0 is nothing but rounding in both, or the port is wrong."""
+    truth = {"a": np.array([1.0, 2.0]), "dead": np.zeros(2)}
+    torchs = {"a": truth["a"] + 1e-7, "dead": np.array([1e-9, 0.0])}
+    compare = partial(example._compare, Console(quiet=True), "grads", truth, torchs)
+    assert compare({"a": truth["a"] - 1e-7, "dead": np.array([0.0, 2e-9])}) is None
+    assert compare({"a": truth["a"], "dead": np.array([0.0, bad])}).startswith("dead: up to")
+    assert compare({"a": truth["a"] + bad, "dead": truth["dead"]}) is not None
 
 
 def _run(example, port, mesh) -> SimpleNamespace:

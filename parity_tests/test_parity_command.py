@@ -286,6 +286,15 @@ def test_a_plain_row_differs_by_one_bit():
     assert (exact.outcome, exact.verdict, exact.passed) == ("scrambled", "DIFFERS", False)
 
 
+def test_other_dtypes_pass_for_no_rounding_and_for_no_history():
+    """Of two dtypes no difference is told, and a limit on it would hold."""
+    x = np.ones((2, 3), np.float32)
+    reports = {"forward": compare_bits(x, 7 * x.astype(jnp.bfloat16))}
+    for expected in ("rounded", "right", "scrambled"):
+        result = replace(row("grouped plain", expected=expected), reports=reports)
+        assert (result.outcome, result.passed) == ("retyped", False)
+
+
 def test_an_output_that_pytorch_does_not_give_is_missed():
     check = pipeline.PipelineCheck(2, Case(2, 4, 4, 2, 3).inputs(), "identity")
     jax_side = check.truth()

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import zipfile
+from collections import Counter
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -25,8 +27,9 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
 
     Raises:
       TypeError: for what is no path.
-      ValueError: for a path of another kind, a broken file, a name in two files, or one that an
-        index promises in vain, and for an index that names a file outside its folder.
+      ValueError: for a path of another kind, a broken file, a name in two files, a folder that
+        lacks some of its numbered files, for a name that an index promises in vain, and for an
+        index that names a file outside its folder.
 
     Example:
       tensors = load_safetensors("checkpoints/llama")
@@ -61,6 +64,17 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
     return tensors
 
 
+def _check_numbered(folder: Path, files: list[Path]) -> None:
+    """Raises ValueError if a file "name-00001-of-00003.safetensors" lacks one of its others."""
+    found = [re.fullmatch(r"(.*)-\d+-of-(\d+)\.safetensors", file.name) for file in files]
+    for (name, of), there in Counter(x.groups() for x in found if x).items():
+        if there < int(of):
+            raise ValueError(
+                f"{folder} has {there} of the {int(of)} files {name}-*-of-{of}.safetensors. "
+                f"Download the others, or give the path of one file."
+            )
+
+
 def _files(path: Path) -> tuple[list[Path], set[str]]:
     """The files to read, and the names that an index says are in them."""
     if path.is_dir():
@@ -72,6 +86,7 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
                 f"Give the path of a file: {listed([x.name for x in files]) or 'it has none'}."
             )
         if not indices:
+            _check_numbered(path, files)
             return files, set()
         path = indices[0]
     if path.name.endswith(".safetensors.index.json") and path.is_file():

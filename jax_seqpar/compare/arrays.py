@@ -23,8 +23,8 @@ def check_leaf(x: Any, what: str) -> None:
       what: how a message calls it, like "float32 tensor at ['x']".
 
     Raises:
-      TypeError: a tensor that is nested, quantised, sparse or without data, an array that is
-        deleted, a random key or masked.
+      TypeError: a tensor that is nested, quantised, sparse or without data of its own (a DTensor,
+        say), an array that is deleted, a random key or masked.
     """
     # Whoever passes a tensor has imported PyTorch, so this module need not.
     torch = sys.modules.get("torch")
@@ -57,6 +57,32 @@ def _check_tensor(x: Any, what: str, torch: Any) -> None:
         raise TypeError(f"{what} is on the meta device, without data. Load the numbers first.")
     if x.layout != torch.strided:
         raise TypeError(f"{what} has layout {x.layout}, is not dense. Write x.to_dense().")
+    if not _holds_numbers(x):
+        write = "x.full_tensor()" if hasattr(x, "full_tensor") else "x.clone() while they are there"
+        raise TypeError(
+            f"{what} is a {type(x).__name__} without its numbers in memory of its own, as a "
+            f"DTensor, a wrapper or a freed storage is. Write {write}."
+        )
+
+
+def _holds_numbers(x: Any) -> bool:
+    """Whether all elements of a strided tensor lie in its storage.
+
+    A subclass that wraps another tensor passes for one of its shape, and so does a tensor whose
+    storage was freed, as FSDP frees that of parameters: what is read is the memory of others.
+    """
+    if x.numel() == 0:
+        return True
+    try:
+        start, storage = x.data_ptr(), x.untyped_storage()
+        last = x.storage_offset() + sum(
+            (n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)
+        )
+        return (
+            start != 0 and storage.data_ptr() != 0 and (last + 1) * x.itemsize <= storage.nbytes()
+        )
+    except (RuntimeError, NotImplementedError):  # PyTorch's words for a tensor without a storage
+        return False
 
 
 def numpy_to_torch(x: np.ndarray) -> Any:

@@ -58,6 +58,8 @@ class Result:
         leaves = [leaf for report in self.reports.values() for leaf in report.leaves]
         if any(leaf.shape_a != leaf.shape_b for leaf in leaves):
             return "reshaped"
+        if not all(leaf.comparable for leaf in leaves):
+            return "retyped"
         if all(leaf.equal for leaf in leaves):
             return "right"
         return "rounded" if self.expected == "rounded" and self.near else "scrambled"

@@ -71,7 +71,7 @@ def _narrow(x: Any) -> Any:
     if isinstance(x, jax.Array) or x.dtype.itemsize < 8:
         return x
     if x.dtype.kind == "c":  # real and imaginary part on an axis of their own
-        x = np.ascontiguousarray(x)[..., None].view(f"f{x.dtype.itemsize // 2}")
+        x = np.asarray(x, order="C")[..., None].view(f"f{x.dtype.itemsize // 2}")
     words = x.dtype.itemsize // 4
     if words < 2:
         return x

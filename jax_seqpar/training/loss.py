@@ -53,7 +53,7 @@ def cross_entropy(
     check_loss(logits, labels, z_loss, label_smoothing)
     check_normaliser(normaliser)
     check_ignore_index(ignore_index)
-    labels = _int32(labels)
+    labels = _int32(labels, ignore_index)
     losses = _token_losses(logits, labels, z_loss, label_smoothing, ignore_index)
     return _mean(losses, labels, normaliser, ignore_index, names(axis_name))
 
@@ -94,7 +94,7 @@ def tiled_cross_entropy(
     check_normaliser(normaliser)
     check_ignore_index(ignore_index)
     check_soft_cap("logits_soft_cap", logits_soft_cap)
-    labels = _int32(labels)
+    labels = _int32(labels, ignore_index)
 
     def losses(kernel: Array, hidden: Array, labels: Array) -> Array:
         kernel = kernel.astype(hidden.dtype)
@@ -114,12 +114,13 @@ def tiled_cross_entropy(
     return _mean(each, labels, normaliser, ignore_index, ())
 
 
-def _int32(labels: Array) -> Array:
+def _int32(labels: Array, ignore_index: int) -> Array:
     """-100 and V may be no number of a narrow dtype; of a wide one none comes to count."""
     largest = jnp.iinfo(jnp.int32).max
+    beyond = largest - (ignore_index == largest)  # neither a token nor ignored
     if jnp.iinfo(labels.dtype).max > largest:
         fits = (labels <= largest) & (labels >= max(jnp.iinfo(labels.dtype).min, -largest))
-        labels = jnp.where(fits, labels, jnp.full_like(labels, largest))
+        labels = jnp.where(fits, labels, jnp.full_like(labels, beyond))
     return labels.astype(jnp.int32)
 
 

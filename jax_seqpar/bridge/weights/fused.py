@@ -65,6 +65,12 @@ def joined(
                     f"{listed(shapes)}. Make them of one dtype and of equal other axes."
                 )
                 continue
+            if name in state:
+                problems.append(
+                    f"{name} is written twice: by {line} and by another line. Keep one line for "
+                    f"each name."
+                )
+                continue
             entry, _, named = _whole(line, name, sizes)
             state[name], problem = arranged(torch.cat(parts, place), entry, "flax", named)
             problems += problem
