@@ -167,10 +167,10 @@ def _backward(plan: Plan, *operands: Any) -> Any:
         return backward(plan, *operands)
 
 
-def _no_second_derivative(*static_and_operands: Any) -> Any:
+def _no_second_derivative(plan: Plan, *static_and_operands: Any) -> Any:
     raise ValueError(
-        "Triton has the first derivative only, and that of its gradient is asked for. Write "
-        "kernel=jax_seqpar.Blockwise(), which has those of any order."
+        f"Triton(interpret={plan.interpret}) has the first derivative only, and that of its "
+        f"gradient is asked for. Write kernel=jax_seqpar.Blockwise(), which has those of any order."
     )
 
 
