@@ -54,7 +54,7 @@ def dot_product_attention(
     those of one device, and so is the output: the strategy runs right there. Masks and whatever has
     a token or a head axis stay those of the whole sequence and of all heads of the device's batch;
     dropout needs `head_keys`. Inside a `jax.shard_map` over other axes only, it runs forward: JAX
-    cannot differentiate nested ones.
+    differentiates nested ones with `check_vma=False` alone.
 
     Of the arrays in mask, logits and dropout, those with a head axis are sharded like the heads, so
     each device gets its part; those of tokens, and what is small, every device gets whole.

@@ -1,6 +1,6 @@
 """TokenOrder: which tokens of a sequence each device of the token axis holds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax.numpy as jnp
@@ -152,9 +152,15 @@ def _arange(size: int, index: Any) -> Any:
 
 
 def check_order(order: Any) -> None:
-    """Raises ValueError unless it is a TokenOrder."""
+    """Raises ValueError unless it is a TokenOrder, and its fields tell it from others."""
     if not isinstance(order, TokenOrder) or type(order) is TokenOrder:
         raise ValueError(
             f"order must be Contiguous(), Zigzag() or Striped(), got {order!r}. Write "
             f"MeshLayout(order=jax_seqpar.Zigzag())."
+        )
+    # A compiled program is used again for orders that are equal.
+    if hidden := vars(order).keys() - {field.name for field in fields(order)}:
+        raise ValueError(
+            f"{type(order).__name__} has {sorted(hidden)}, by which two orders are not compared. "
+            f"Make it a dataclass(frozen=True) with these fields."
         )

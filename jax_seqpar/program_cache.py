@@ -42,8 +42,8 @@ def compiled_with(
     own = own if isinstance(own, partial) else partial(own)
     leaves, tree = jax.tree.flatten((own.args, own.keywords))
     arrays = [x for x in leaves if _is_array(x)]
-    # With their types: 1, 1.0 and True are equal, and compute different things.
-    typed = tuple(None if _is_array(x) else (type(x), x) for x in leaves)
+    # With type and sign: 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+    typed = tuple(None if _is_array(x) else (x, type(x), _written(x)) for x in leaves)
     key = (function, kernel.check_vma, static, tree, typed)
     try:
         hash(key)
@@ -71,7 +71,7 @@ def _program(base: weakref.ref[Any]) -> Callable[..., Any]:
     def attend(key: Any, arrays: list[Any], *operands: Any) -> Any:
         function, check_vma, static, tree, leaves = key
         rest = iter(arrays)
-        bound = [next(rest) if x is None else x[1] for x in leaves]
+        bound = [next(rest) if x is None else x[0] for x in leaves]
         args, keywords = jax.tree.unflatten(tree, bound)
         bare: Any = base()
         whole = partial(bare, *args, **keywords) if args or keywords else bare
@@ -82,3 +82,7 @@ def _program(base: weakref.ref[Any]) -> Callable[..., Any]:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray)
+
+
+def _written(x: Any) -> str | None:
+    return repr(x) if isinstance(x, float | complex | np.inexact) else None

@@ -177,6 +177,17 @@ def test_what_is_bound_to_a_partial_is_heard():
     assert [(type(x), x) for x in spy] == [(int, 1), (float, 1.0), (bool, True), (int, 2)]
 
 
+def test_a_sign_of_zero_that_is_bound_to_a_partial():
+    def kernel(query, key, value, zero):
+        return query * 0 + 1 / np.float32(zero)
+
+    run = sharded(is_causal=False)
+    with np.errstate(divide="ignore"):
+        for zero in (0.0, -0.0, np.float32(-0.0), 0.0):
+            out = run(QUERY, KEY, VALUE, kernel=partial(kernel, zero=zero))
+            np.testing.assert_array_equal(out, 1 / np.float32(zero))
+
+
 def test_a_kernel_made_in_a_loop_is_collected():
     """With what it closes over."""
     large = np.ones(3)

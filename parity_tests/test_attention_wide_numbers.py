@@ -98,6 +98,17 @@ def test_an_open_side_of_a_window_is_open_at_any_distance(kernel, window):
     np.testing.assert_allclose(out, oracle(q, k, v, allowed), rtol=0, atol=2e-6)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_positions_that_leave_32_bits_are_refused():
+    q, k, v = operands(1, 20)
+    q = jnp.concatenate([q] * 20, 1)
+    seconds = np.broadcast_to(1_700_000_000 + np.arange(20), (2, 20))
+    for positions in (seconds, -seconds, (seconds - seconds.min(), seconds.astype(np.int32))):
+        mask = Mask(positions=positions, local_window_size=(3, 500_000_000))
+        with pytest.raises(ValueError, match=r"positions has numbers from .*positions\.min\(\)"):
+            Blockwise()(q, k, v, mask=mask)
+
+
 def test_a_count_of_labels_beyond_int32():
     logits, labels = jnp.asarray(RNG.standard_normal((5, 7)), jnp.float32), jnp.arange(5)
     total = 5 * float(cross_entropy(logits, labels))

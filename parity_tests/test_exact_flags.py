@@ -70,6 +70,14 @@ def test_not_compiled_as_a_whole():
     assert exact_hash.sha256([results[name] for name in NAMES]) == expected()
 
 
+@pytest.mark.parametrize("precision", ("F32_F32_F32", "BF16_BF16_F32_X6", "float32"))
+def test_precision_of_the_caller(precision):
+    """A preset of JAX rounds the operands of every product that names no precision."""
+    with jax.default_matmul_precision(precision):
+        results = jax_exact(inputs(), **exact_hash.OPTIONS)
+    assert exact_hash.sha256([results[name] for name in NAMES]) == expected()
+
+
 @pytest.mark.parametrize("threads", (1, 2))
 def test_threads_of_pytorch(threads):
     before = torch.get_num_threads()

@@ -4,6 +4,7 @@ The kernels are the oracle of themselves here only in that a device has a part o
 they are right is asked elsewhere. Exact attention gives the same bits.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -118,6 +119,22 @@ def test_queries_and_keys_of_two_lengths():
     sharded = partial(dot_product_attention, layout=ONE_AXIS[4].on(), strategy=AllGatherKV())
     got = sharded(q, k, v, kernel=exact_attention, **keywords_of(**options))
     assert compare_bits(got, exact_attention(q, k, v, **keywords_of(**options))).equal
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_exact_attention_under_vmap():
+    """A loop, of which the number of the first query is an operand."""
+    q, k, v = (jnp.asarray(RNG.standard_normal((2, 2, 16, 2, 4)), jnp.float32) for _ in range(3))
+    attend = partial(
+        dot_product_attention,
+        kernel=exact_attention,
+        strategy=AllGatherKV(),
+        layout=replace(ONE_AXIS[4].on(), check_vma=False),
+        is_causal=True,
+    )
+    got = jax.vmap(attend)(q, k, v)
+    for i in range(2):
+        assert compare_bits(got[i], exact_attention(q[i], k[i], v[i], is_causal=True)).equal
 
 
 def test_sums_of_a_block_on_several_devices_meet_before_they_are_cut():

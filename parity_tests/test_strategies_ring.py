@@ -319,10 +319,26 @@ def test_products_have_the_precision_of_the_call():
         assert all("HIGHEST" in x[:300] for x in products)
 
 
+@pytest.mark.parametrize(
+    "mesh", (("inner", "outer"), ("outer", "data", "inner"), ("inner", "data", "outer")), ids=str
+)
+def test_axes_in_another_order_than_the_mesh_has_them(mesh):
+    """`ppermute` counts devices in the order of the mesh, everything else by the names."""
+    tokens, sizes = ("outer", "inner"), {"outer": 2, "data": 2, "inner": 2}
+    layout = MeshLayout(tokens, batch="data" if "data" in mesh else None, order=Zigzag())
+    where = MeshCase(tuple(sizes[name] for name in mesh), mesh, layout)
+    degree = 4
+    for strategy in (Ring(), AllGatherKV(), Ulysses()):
+        attend = partial(dot_product_attention, strategy=strategy, layout=where.on())
+        error = largest_error(attend, layout.order, degree, GIVEN, operands(SIZES, "float32"))
+        assert error <= 2e-6, strategy
+
+
 def test_no_keys_at_all():
     q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
     for strategy, where in (
         (Ring(), ONE_AXIS[4]),
+        (AllGatherKV(), ONE_AXIS[4]),
         (Hybrid(), MeshCase((2, 2), ("a", "b"), MeshLayout(tokens=("a", "b")))),
     ):
         attend = partial(dot_product_attention, strategy=strategy, layout=where.on())
@@ -405,3 +421,10 @@ def test_a_hybrid_of_what_it_is_not_made_of():
 def test_an_order_must_be_one():
     with pytest.raises(ValueError, match=r"order must be Contiguous\(\), Zigzag\(\) or Striped"):
         MeshLayout(order="zigzag")  # pyright: ignore
+
+    class Shifted(TokenOrder):
+        def __init__(self, by: int) -> None:
+            self.by = by
+
+    with pytest.raises(ValueError, match=r"Shifted has \['by'\], by which two orders are not comp"):
+        MeshLayout(order=Shifted(1))

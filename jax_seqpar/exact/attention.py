@@ -116,6 +116,9 @@ class Exact(Kernel):
 
 exact_attention = Exact()
 
+# Of all products, whatever the caller has set: some settings round their operands.
+_PRECISION = "highest"
+
 
 def _rows_at_a_time(keys: int) -> int:
     """Whole rows of weights, of at most 64 MiB for one head."""
@@ -199,7 +202,7 @@ def _forward(
 
         return _map_heads(one_head, q)
 
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_matmul_precision(_PRECISION):
         out, rows = _map_heads(
             one_kv_head, _grouped(query, K), _heads_first(key), _heads_first(value)
         )
@@ -230,7 +233,7 @@ def _backward(
         own = spec.take_heads(*_first_head(index, K, N // K), N // K)
         return gradients(options, own, q, k, v, out, Rows(top, normaliser), grad)
 
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_matmul_precision(_PRECISION):
         operands = (_grouped(query, K), _heads_first(key), _heads_first(value), _grouped(out, K))
         normaliser = jax.lax.bitcast_convert_type(normaliser, jnp.float64)
         of_all = _map_heads(one, *operands, top, normaliser, _grouped(grad, K))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import Shape, check_is_array
+from .mask import OPEN
 from .spec import Spec
 from .threefry import check_key
 
@@ -101,6 +102,8 @@ def _check_per_token(
             f"tokens {which}."
         )
     for part in pair:
+        if name == "positions" and isinstance(part, np.ndarray):
+            _check_positions(part)
         # An array of JAX has such numbers where 64 bits are switched on, and keeps them.
         if isinstance(part, np.ndarray) and part.dtype != jax.dtypes.canonicalize_dtype(part.dtype):
             low, high = part.min(initial=0), part.max(initial=0)
@@ -116,6 +119,16 @@ def _check_per_token(
             f"{name} of queries and keys must be both signed or both unsigned, got "
             f"{pair[0].dtype} and {pair[1].dtype}: -1 of int32 and 2^32 - 1 of uint32 have the "
             f"same bits. Write .astype({pair[0].dtype})."
+        )
+
+
+def _check_positions(x: np.ndarray) -> None:
+    low, high = x.min(initial=0), x.max(initial=0)
+    if low <= -OPEN or high >= OPEN:
+        raise ValueError(
+            f"positions has numbers from {low} to {high}. Sums of 2^30 with a window are no "
+            f"numbers of 32 bits. Subtract one number from those of queries and keys, as only "
+            f"differences count: positions - positions.min()."
         )
 
 

@@ -50,7 +50,7 @@ class Tokens:
         return low - self.start, high - self.start
 
     def tree_flatten(self) -> Any:
-        if isinstance(self.start, int):
+        if type(self.start) is int:  # not True, which a transformation puts in place of an array
             return (), (self.start, self.size)
         return (self.start,), (None, self.size)
 

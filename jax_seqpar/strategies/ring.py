@@ -1,5 +1,6 @@
 """Ring: keys and values travel from device to device, each of which attends to what it holds."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from .._checks import axis_size
@@ -19,7 +21,7 @@ from ..kernels.parts import (
     sinks_gradient,
     with_sinks,
 )
-from ..layout import AxisName
+from ..layout import AxisName, names
 from ..mask import AnyTokens, Spec, accumulated
 from ..mask.array_fields import arrays_of
 from ..order import Contiguous, TokenOrder
@@ -99,8 +101,9 @@ class _RingPlan:
 
     def send(self, x: Array, distance: int) -> Array:
         """Sends an array so many places on; one of 16 bits as integers where XLA would widen it."""
-        pairs = [(index, (index + distance) % self.degree) for index in range(self.degree)]
-        permute = partial(jax.lax.ppermute, axis_name=self.axis_name, perm=pairs)
+        axes, devices = _in_mesh_order(self.axis_name)
+        pairs = list(zip(devices, np.roll(devices, -distance).tolist(), strict=True))
+        permute = partial(jax.lax.ppermute, axis_name=axes, perm=pairs)
         if x.dtype.itemsize > 2:
             return permute(x)
 
@@ -269,6 +272,20 @@ def _gradients(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
         added["sinks"] = sinks_gradient(spec.logits.sinks, D, part.residual)
     added = {name: x.astype(getattr(spec.logits, name).dtype) for name, x in added.items()}
     return *(x.astype(query.dtype) for x in (dq, dk, dv)), added
+
+
+def _in_mesh_order(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
+    """The axes as the mesh has them, and what `ppermute` calls each device of the ring.
+
+    `ppermute` of several axes counts devices in the order of the mesh, whatever the order of their
+    names; `axis_index` and all other collectives go by the names (JAX 0.10.2).
+    """
+    axes = names(axis_name)
+    in_mesh = [name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes]
+    sizes = [axis_size(name) for name in in_mesh]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    numbers = numbers.transpose([in_mesh.index(name) for name in axes])
+    return tuple(in_mesh), numbers.ravel().tolist()
 
 
 def _part_spec(plan: _RingPlan, spec: Spec, queries: int) -> Spec:
