@@ -31,7 +31,7 @@ from rich.table import Table
 
 from jax_seqpar import exact_attention
 from jax_seqpar.compare.arrays import numpy_to_torch
-from jax_seqpar.exact import certify
+from jax_seqpar.exact import arithmetic, certify
 from jax_seqpar.parity.cases import Arrays, Case
 from torch_ref.exact import exact_attention as torch_exact_attention
 
@@ -75,6 +75,46 @@ def torch_runs(attention: Callable[..., Any], inputs: Arrays, heads_first: bool)
     return [forward, lambda: torch.autograd.grad(attend(*leaves), leaves, grad)]
 
 
+def products_alone(tokens: int, heads: int, head_dim: int) -> list[Run]:
+    """Returns the float64 products of exact attention alone: no schedule takes less time.
+
+    Of each pair of causal blocks, forward: keys with both digits of the queries, both digits of the
+    values with the weights. The gradients take the first again, the same of values and gradients of
+    the output, and three products with both digits of key, query and gradient.
+    """
+    size = min(arithmetic.BLOCK, tokens)
+    pairs = [(i, j) for i in range(-(-tokens // size)) for j in range(i + 1)] * heads
+    shapes = {
+        "queries": (head_dim, 2 * size),
+        "keys": (size, head_dim),
+        "values": (2 * head_dim, size),
+        "weights": (size, size),
+        "columns": (size, 2 * head_dim),
+    }
+
+    def run(products: list[tuple[str, str]]) -> Run:
+        @jax.jit
+        def each_pair(blocks: Any) -> Any:
+            # What a step computes the next one overwrites, and XLA computes it all the same; of
+            # equal operands it would compute one.
+            def step(i: Any, results: Any) -> Any:
+                return [
+                    blocks[left][i % 8] @ blocks[right][(i + n) % 8]
+                    for n, (left, right) in enumerate(products)
+                ]
+
+            return jax.lax.fori_loop(0, len(pairs), step, step(0, None))
+
+        with jax.enable_x64(True):
+            blocks = {name: jnp.ones((8, *shape), jnp.float64) for name, shape in shapes.items()}
+            compiled = each_pair.lower(blocks).compile()
+        return lambda: jax.block_until_ready(compiled(blocks))
+
+    forward = [("keys", "queries"), ("values", "weights")]
+    backward = [("keys", "queries")] * 2 + [("values", "weights")] + [("weights", "columns")] * 2
+    return [run(forward), run(forward + backward)]
+
+
 def runs_of(tokens: int, heads: int, head_dim: int) -> dict[str, list[Run]]:
     """Returns what each row of the table runs, by its name."""
     case = Case(batch=1, tokens=tokens, heads=heads, kv_heads=heads, head_dim=head_dim)
@@ -88,6 +128,7 @@ def runs_of(tokens: int, heads: int, head_dim: int) -> dict[str, list[Run]]:
         cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
         runs["jax.nn bfloat16, cuDNN"] = jax_runs(cudnn, inputs, jnp.bfloat16)
     runs["exact"] = jax_runs(exact_attention, inputs)
+    runs["its products alone"] = products_alone(tokens, heads, head_dim)
     if tokens <= REFERENCE_TOKENS:
         runs["torch_ref exact"] = torch_runs(torch_exact_attention, inputs, False)
     return runs
