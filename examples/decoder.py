@@ -7,7 +7,7 @@ vocabulary, D features, F hidden features, N query heads, K KV heads, H head dim
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class Placement:
 
     layout: MeshLayout = MeshLayout()
     kernel: Callable[..., Array] | None = None
-    strategy: Strategy = Ulysses()
+    strategy: Strategy | Literal["auto"] = Ulysses()
     sharding: Sharding | None = None
     tiles: int = 1
     remat: bool = False

@@ -48,7 +48,12 @@ from jax_seqpar import (
 from jax_seqpar.training import TokenLayout, pack_documents
 
 ATTENTION = {"auto": None, "blockwise": blockwise_attention, "exact": exact_attention}
-STRATEGY = {"ulysses": Ulysses(), "ring": Ring(), "all-gather": AllGatherKV()}
+STRATEGY: dict[str, Any] = {
+    "ulysses": Ulysses(),
+    "ring": Ring(),
+    "all-gather": AllGatherKV(),
+    "auto": "auto",
+}
 ORDER = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped()}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

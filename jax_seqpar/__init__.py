@@ -34,9 +34,12 @@ from .order import Striped as Striped
 from .order import TokenOrder as TokenOrder
 from .order import Zigzag as Zigzag
 from .strategies import AllGatherKV as AllGatherKV
+from .strategies import Chip as Chip
 from .strategies import Hybrid as Hybrid
 from .strategies import Ring as Ring
+from .strategies import StrategyChoice as StrategyChoice
 from .strategies import Ulysses as Ulysses
+from .strategies import choose_strategy as choose_strategy
 from .strategies import heads_to_sequence as heads_to_sequence
 from .strategies import sequence_to_heads as sequence_to_heads
 

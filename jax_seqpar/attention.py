@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from .mesh import (
 from .order import Contiguous, TokenOrder
 from .program_cache import compiled_with
 from .strategies import Strategy, Ulysses
+from .strategies.choice import choose
 from .strategies.strategy import check_has_tokens, check_strategy
 from .varying_axes import varying_axes
 
@@ -39,7 +40,7 @@ def dot_product_attention(
     spec: Spec,
     *,
     kernel: Any = None,
-    strategy: Strategy = Ulysses(),
+    strategy: Strategy | Literal["auto"] = Ulysses(),
     layout: MeshLayout = MeshLayout(),
     return_residual: bool = False,
 ) -> Any:
@@ -70,7 +71,8 @@ def dot_product_attention(
         function is traced under `jax.jit`, also in an eager call, whose program is kept as long as
         the function and is used again for equal `functools.partial`s; so it must be pure.
       strategy: how the devices of the token axis share the work: `Ulysses(head_chunks=, overlap=)`,
-        `AllGatherKV()`, `Ring()`, or `Hybrid(outer, inner)` over two mesh axes.
+        `AllGatherKV()`, `Ring()`, or `Hybrid(outer, inner)` over two mesh axes; "auto" is that of
+        `choose_strategy`, which tells why.
       layout: the mesh axes of tokens, batch and heads, the order of the tokens, in which every
         array with a token axis lies, and the mesh where it is not that of
         `jax.set_mesh` or of the query.
@@ -105,11 +107,17 @@ def dot_product_attention(
         mesh = mesh_of_shard_map(layout, operands)
     else:
         mesh = mesh_of_operands(layout, operands, to_flat(spec))
-        check_has_tokens(strategy, layout)
+    q, k, v = (_of_sequence(x, degree) for x in (query, key, value))
+    if strategy == "auto":
+        alone = layout.tokens is None
+        strategy = Ulysses() if alone else choose(q, k, v, spec, mesh, layout, kernel).strategy
+    check_has_tokens(strategy, layout)
     keeps_sequence = layout.tokens is None or strategy.sees_all_tokens
     kernel = kernel_of_call(
         kernel,
-        *(_of_sequence(x, degree) for x in (query, key, value)),
+        q,
+        k,
+        v,
         spec,
         platform=platform_of(mesh),
         whole=keeps_sequence and not return_residual,  # which no kernel of a platform gives

@@ -251,7 +251,8 @@ class Doubled(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
         if func is torch.ops.aten.detach.default:
             return args[0]
-        return func(*(2 * x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+        args = (x.inner + x.inner if isinstance(x, cls) else x for x in args)
+        return func(*args, **(kwargs or {}))
 
 
 def fake():

@@ -16,7 +16,7 @@ import torch
 from cases import ONE_AXIS, MeshCase
 from features import Sizes, in_order, in_sequence, operands, run_jax, run_torch
 from jax.sharding import PartitionSpec
-from questions import compiled, output_and_gradients
+from questions import compiled, output_and_gradients, permuted_bytes
 from wrong_rings import WRONG
 
 from jax_seqpar import (
@@ -116,29 +116,6 @@ def test_parts_that_are_rounded_each_are_seen(monkeypatch):
 # ---------------------------------------------------------------- what it sends
 
 
-def permutes(function, *args):
-    """Bytes that each device sends, by jaxpr: those of a loop as often as it runs."""
-
-    def count(jaxpr, times):
-        sent = 0
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "ppermute":
-                (x,) = equation.invars
-                sent += times * x.aval.size * x.aval.dtype.itemsize
-            loops = equation.params.get("length", 1)
-            inner = jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-            )
-            branches = [x for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
-            if equation.primitive.name in ("cond", "platform_index") and branches:
-                branches = branches[:1]  # each platform's branch sends the same
-            for x in branches:
-                sent += count(getattr(x, "jaxpr", x), times * loops)
-        return sent
-
-    return count(jax.make_jaxpr(function)(*args).jaxpr, 1)
-
-
 @pytest.mark.parametrize("degree", (2, 4, 8))
 @pytest.mark.parametrize("kv_heads", (1, 2, 4))
 @pytest.mark.usefixtures("optimised")
@@ -150,11 +127,11 @@ def test_bytes_and_permutes_are_those_of_the_formula(degree, kv_heads):
     both = output_and_gradients(attend)
     expected = Ring().traffic(query.shape, key.shape, value.shape, degree=degree, itemsize=2)
     assert expected == (degree - 1) * (key.nbytes + value.nbytes) // degree
-    assert permutes(attend, query, key, value) == expected
+    assert permuted_bytes(attend, query, key, value) == expected
     # Keys and values go round again, and their gradients in float32 once, and home.
     trips = 1 if degree == 2 else degree
     gradients = trips * 2 * (key.nbytes + value.nbytes) // degree
-    assert permutes(both, query, key, value, grad) == 2 * expected + gradients
+    assert permuted_bytes(both, query, key, value, grad) == 2 * expected + gradients
     # One permute before the loop and one in it; with gradients the loop's two and two after it.
     forward, program = compiled(attend, query, key, value), compiled(both, query, key, value, grad)
     assert collectives(forward) == {"collective-permute": 1 if degree == 2 else 2}
@@ -191,7 +168,7 @@ def test_a_window_is_heard_from_near_devices_only(window):
         assert largest_error(ring(4), Contiguous(), 4, given, inputs) <= 1e-13
     q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
     kv = (k.nbytes + v.nbytes) // 4
-    assert permutes(partial(ring(4), **given), q, k, v) == min(rounds, 3) * kv
+    assert permuted_bytes(partial(ring(4), **given), q, k, v) == min(rounds, 3) * kv
 
 
 def test_a_window_to_both_sides():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ class Attention(nnx.Module):
         use_bias: bool | Sequence[str] = False,
         dropout_rate: float = 0.0,
         kernel: Kernel | Callable[..., Array] | None = None,
-        strategy: Strategy = Ulysses(),
+        strategy: Strategy | Literal["auto"] = Ulysses(),
         layout: MeshLayout = MeshLayout(),
         parameters: ParameterOptions = ParameterOptions(),
         rngs: nnx.Rngs,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +60,7 @@ class SequenceParallel(_Instances):
     is_causal: bool = False
     local_window_size: Window | None = None
     logits_soft_cap: float | None = None
-    strategy: Strategy = Ulysses()
+    strategy: Strategy | Literal["auto"] = Ulysses()
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ from ..mask.keywords import from_keywords
 from .blockwise import Blockwise
 from .cudnn import compute_capability
 from .function_kernel import as_kernel
-from .fused import KERNELS, Fused
+from .fused import Fused
 from .kernel import Kernel
 from .triton import Triton
 
@@ -131,12 +131,12 @@ def choose(
     fused, triton = Fused(platform), Triton(platform=platform)
     reason = fused.why_not(query, key, value, spec) if whole else f"{on}: a part of the rows"
     if reason is None:
-        name, _ = KERNELS[on]
-        return KernelChoice(fused, name, f"{on}: {name} supports all that is asked")
+        return KernelChoice(fused, fused.name, f"{on}: {fused.name} supports all that is asked")
     takes_triton = runs and not check_vma and _has_room_for_triton()
     if takes_triton and triton.why_not(query, key, value, spec) is None:
-        return KernelChoice(triton, "triton", f"{reason}; Triton supports all that is asked")
-    return KernelChoice(_blockwise(on, spec.mask), "blockwise", reason)
+        return KernelChoice(triton, triton.name, f"{reason}; Triton supports all that is asked")
+    blockwise = _blockwise(on, spec.mask)
+    return KernelChoice(blockwise, blockwise.name, reason)
 
 
 def _has_room_for_triton() -> bool:

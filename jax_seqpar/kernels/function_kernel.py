@@ -34,6 +34,10 @@ class FunctionKernel(Kernel):
 
     needs_a_key = True
 
+    @property
+    def name(self) -> str:
+        return "a function"
+
     def attend(self, query: Array, key: Array, value: Array, spec: Spec) -> tuple[Array, None]:
         reason = self.why_not(query, key, value, spec)
         if reason is not None:

@@ -61,6 +61,10 @@ class Fused(Kernel):
     needs_a_key = True
 
     @property
+    def name(self) -> str:
+        return KERNELS[self._platform][0] if self._platform in KERNELS else "fused"
+
+    @property
     def check_vma(self) -> bool:
         return self._platform != "tpu"
 

@@ -37,6 +37,11 @@ class Kernel:
     needs_a_key: ClassVar[bool] = False
 
     @property
+    def name(self) -> str:
+        """In tables and reasons: "blockwise"."""
+        return type(self).__name__.lower()
+
+    @property
     def check_vma(self) -> bool:
         return True
 

@@ -126,9 +126,9 @@ def _check_positions(x: np.ndarray) -> None:
     low, high = x.min(initial=0), x.max(initial=0)
     if low <= -OPEN or high >= OPEN:
         raise ValueError(
-            f"positions has numbers from {low} to {high}. Sums of 2^30 with a window are no "
-            f"numbers of 32 bits. Subtract one number from those of queries and keys, as only "
-            f"differences count: positions - positions.min()."
+            f"positions has numbers from {low} to {high}, and from 2^30 on their sum with a window "
+            f"is no number of 32 bits. Write positions - positions.min(), the same number less for "
+            f"queries and keys, as only differences count."
         )
 
 

@@ -44,7 +44,7 @@ def all_to_all_bytes(program: AnyProgram) -> int:
 
 
 def received_bytes(program: AnyProgram, degree: int) -> int:
-    """Bytes that one device receives from others in all-to-alls and all-gathers.
+    """Bytes that one device receives from others in all-to-alls, all-gathers, reduce-scatters.
 
     Those of a program without gradients are `Strategy.traffic` of what one device of the other axes
     has, but that XLA:CPU sends 16-bit numbers through an all-gather as 32-bit ones. Other
@@ -57,7 +57,8 @@ def received_bytes(program: AnyProgram, degree: int) -> int:
       ValueError: for a degree that is not a positive integer, and a program that is not compiled.
     """
     check_count("degree", degree)
-    return sum(_result_bytes(program, "all-to-all|all-gather")) * (degree - 1) // degree
+    whole = sum(_result_bytes(program, "all-to-all|all-gather")) * (degree - 1) // degree
+    return whole + sum(_result_bytes(program, "reduce-scatter")) * (degree - 1)
 
 
 def kernel_calls(program: AnyProgram) -> int:

@@ -1,6 +1,9 @@
 """How the devices share one attention: the communication, for use inside `jax.shard_map`."""
 
 from .all_gather import AllGatherKV as AllGatherKV
+from .chips import Chip as Chip
+from .choice import StrategyChoice as StrategyChoice
+from .choice import choose_strategy as choose_strategy
 from .hybrid import Hybrid as Hybrid
 from .reshard import heads_to_sequence as heads_to_sequence
 from .reshard import sequence_to_heads as sequence_to_heads

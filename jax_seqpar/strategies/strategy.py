@@ -131,10 +131,12 @@ def check_traffic(query: Shape, key: Shape, degree: Degree) -> int:
 
 
 def check_strategy(strategy: Any) -> None:
-    """Raises ValueError unless the strategy is one."""
+    """Raises ValueError unless the strategy is one, or "auto"."""
+    if isinstance(strategy, str) and strategy == "auto":
+        return
     if not isinstance(strategy, Strategy) or isinstance(strategy, type):
         raise ValueError(
-            f"strategy must be Ulysses(...), AllGatherKV(), Ring() or Hybrid(...), got "
+            f"strategy must be Ulysses(...), AllGatherKV(), Ring(), Hybrid(...) or 'auto', got "
             f"{strategy!r}. Write strategy=jax_seqpar.Ulysses()."
         )
 

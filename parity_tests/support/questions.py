@@ -235,3 +235,26 @@ def compilations() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
+
+
+def permuted_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """Bytes that a device sends by permutes, by jaxpr: those of a loop as often as it runs."""
+
+    def count(jaxpr: Any, times: int) -> int:
+        sent = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "ppermute":
+                (x,) = equation.invars
+                sent += times * x.aval.size * x.aval.dtype.itemsize
+            loops = equation.params.get("length", 1)
+            inner = jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            )
+            branches = [x for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+            if equation.primitive.name in ("cond", "platform_index") and branches:
+                branches = branches[:1]  # each platform's branch sends the same
+            for x in branches:
+                sent += count(getattr(x, "jaxpr", x), times * loops)
+        return sent
+
+    return count(jax.make_jaxpr(function)(*args).jaxpr, 1)

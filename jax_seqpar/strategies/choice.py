@@ -1,0 +1,274 @@
+"""Which strategy to take for one attention on one mesh, and why: a table of what each costs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from ..kernels.choice import kernel_of_call
+from ..kernels.function_kernel import as_kernel
+from ..layout import MeshLayout, axes_size, names
+from ..mask import Spec, Tokens
+from ..mask.keywords import from_keywords
+from ..mesh import AnyMesh, find_mesh, platform_of
+from ..order import Contiguous
+from .all_gather import AllGatherKV
+from .chips import Chip, chip_of
+from .cost import EFFICIENCY, ON_GPU, Cost, Group, Layer, cost_of
+from .hybrid import Hybrid
+from .ring import Ring
+from .strategy import Shape, Strategy
+from .ulysses import Ulysses
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A strategy, and what it costs or why it cannot be taken.
+
+    Attributes:
+      kernel: the name of the kernel that it would have.
+      cost: of one layer; None where there is a reason against it.
+      why_not: that reason.
+    """
+
+    strategy: Strategy
+    kernel: str = ""
+    cost: Cost | None = None
+    why_not: str | None = None
+
+
+@dataclass(frozen=True)
+class StrategyChoice:
+    """A strategy, for `jax_seqpar.dot_product_attention(..., strategy=choice.strategy)`.
+
+    `print(choice)` shows the table of all candidates and the reason.
+
+    Attributes:
+      strategy: the one that takes the least time.
+      reason: why, in one sentence.
+      candidates: all of them, the fastest first, those that cannot be taken last.
+      chip: whose speeds were assumed.
+    """
+
+    strategy: Strategy
+    reason: str
+    candidates: tuple[Candidate, ...]
+    chip: Chip
+
+    def __str__(self) -> str:
+        head = ("strategy", "kernel", "MB near", "MB far", "K, V MB", "attend ms", "wait ms")
+        rows = [head, *(_cells(candidate) for candidate in self.candidates)]
+        widths = [max(len(row[i]) for row in rows if len(row) == len(head)) for i in range(7)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            if len(row) == len(head)
+            else f"{row[0].ljust(widths[0])}  {row[1]}"
+            for row in rows
+        ]
+        return "\n".join([*lines, f"{self.chip.name}: {self.reason}"])
+
+
+def choose_strategy(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    layout: MeshLayout = MeshLayout(),
+    kernel: Any = None,
+    gradients: bool = True,
+    chip: Chip | None = None,
+    **keywords: Any,
+) -> StrategyChoice:
+    """The strategy that takes the least time for one attention, by formula.
+
+    Of each candidate it counts the bytes that a device receives, within a slice or host and from
+    others (`Strategy.traffic`, confirmed by compiled programs), the work of the slowest device, and
+    the transfers under which no attention runs: all of Ulysses' and of an all-gather, those of a
+    ring that take longer than the attention of a round. Seconds are for the ranking: they come from
+    data sheets. Compile the best two with `jax_seqpar.plan` before a long run.
+
+    Masks that are arrays and documents are counted as if they allowed everything: a ring finds at
+    run time how many rounds documents need.
+
+    Args:
+      query, key, value: global arrays, or `jax.ShapeDtypeStruct`s.
+      layout: as for the call. With two mesh axes of tokens hybrids are candidates.
+      kernel: as for the call; None is each strategy's own choice.
+      gradients: whether the backward pass counts.
+      chip: the speeds to assume; None looks up the devices of the mesh.
+      keywords: those that the attention will be called with.
+
+    Raises:
+      ValueError: for a layout without tokens, a mesh that lacks its axes, or if no strategy fits.
+
+    Example:
+      choice = choose_strategy(query, key, value, layout=layout, is_causal=True)
+      print(choice)
+      attend = partial(dot_product_attention, layout=layout, strategy=choice.strategy)
+    """
+    mesh = find_mesh(layout.mesh, query)
+    return choose(
+        query, key, value, from_keywords(**keywords), mesh, layout, kernel, gradients, chip
+    )
+
+
+def choose(
+    query: Any,
+    key: Any,
+    value: Any,
+    spec: Spec,
+    mesh: AnyMesh,
+    layout: MeshLayout,
+    kernel: Any = None,
+    gradients: bool = True,
+    chip: Chip | None = None,
+) -> StrategyChoice:
+    """`choose_strategy` of a Spec."""
+    if layout.tokens is None:
+        raise ValueError(
+            f"{layout!r} shards no tokens, so there is no strategy to choose. Name the mesh axis "
+            f"in MeshLayout(tokens=)."
+        )
+    chip = chip or chip_of(mesh)
+    group = _group(layout, mesh)
+    layer = _layer(query, key, value, spec, layout, mesh, gradients)
+    efficiencies = ON_GPU if platform_of(mesh) == "gpu" else EFFICIENCY
+    found = []
+    for strategy in _strategies(layout):
+        why_not, name = _kernel_for(strategy, kernel, query, key, value, spec, layout, mesh)
+        if why_not is not None:
+            found.append(Candidate(strategy, why_not=why_not))
+            continue
+        cost = cost_of(strategy, layer, group, chip, efficiencies.get(name, efficiencies[""]))
+        found.append(Candidate(strategy, name, cost))
+    able = [x for x in found if x.cost is not None]
+    if not able:
+        reasons = "; ".join(f"{x.strategy!r}: {x.why_not}" for x in found)
+        raise ValueError(
+            f"no strategy fits kernel={kernel!r}: {reasons}. Write kernel=jax_seqpar.Blockwise()."
+        )
+    # Of equals the first, which is Ulysses.
+    able.sort(key=lambda x: x.cost.seconds if x.cost else 0.0)
+    unable = [x for x in found if x.cost is None]
+    return StrategyChoice(able[0].strategy, _reason(able, group), (*able, *unable), chip)
+
+
+def _strategies(layout: MeshLayout) -> Iterator[Strategy]:
+    yield from (Ulysses(), AllGatherKV(), Ring())
+    if len(names(layout.tokens)) == 2:
+        yield from (Hybrid(Ring()), Hybrid(AllGatherKV()))
+
+
+def _kernel_for(
+    strategy: Strategy,
+    kernel: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    spec: Spec,
+    layout: MeshLayout,
+    mesh: AnyMesh,
+) -> tuple[str | None, str]:
+    """Why the strategy cannot be taken, or the name of its kernel."""
+    in_order = strategy.sees_all_tokens or layout.order == Contiguous()
+    chosen = as_kernel(kernel) if kernel is not None else None
+    if chosen is None:
+        chosen = kernel_of_call(
+            None,
+            query,
+            key,
+            value,
+            spec,
+            platform=platform_of(mesh),
+            whole=strategy.sees_all_tokens,
+            runs=strategy.sees_all_keys and in_order,
+        )
+    if not strategy.sees_all_keys and not chosen.gives_parts:
+        return f"{chosen!r} does not attend to a part of the keys", ""
+    if strategy.sees_all_keys and not strategy.sees_all_tokens:
+        # Any share of the queries stands for all: kernels ask of what kind it is.
+        degree = axes_size(layout.tokens, mesh.shape)
+        held = (
+            Tokens(0, query.shape[1] // degree)
+            if in_order
+            else layout.order.tokens(query.shape[1] // degree, 0, degree)
+        )
+        if reason := chosen.why_not(query, key, value, replace(spec, held_queries=held)):
+            return reason, ""
+    elif reason := chosen.why_not(query, key, value, spec):
+        return reason, ""
+    return None, chosen.name
+
+
+def _layer(
+    query: Any,
+    key: Any,
+    value: Any,
+    spec: Spec,
+    layout: MeshLayout,
+    mesh: AnyMesh,
+    gradients: bool,
+) -> Layer:
+    """What one device of the other mesh axes has of the arrays."""
+    batch, heads = (axes_size(axes, mesh.shape) for axes in (layout.batch, layout.heads))
+
+    def part(x: Any) -> Shape:
+        B, tokens, N, H = x.shape
+        return (max(B // batch, 1), tokens, max(N // heads, 1), H)
+
+    size = np.dtype(query.dtype).itemsize
+    parts = part(query), part(key), part(value)
+    return Layer(*parts, size, spec.mask, layout.order, gradients)
+
+
+def _group(layout: MeshLayout, mesh: AnyMesh) -> Group:
+    """The sizes of the token axes, and how many devices along each share a slice or host."""
+    axes = names(layout.tokens)
+    sizes = tuple(mesh.shape[name] for name in axes)
+    if not isinstance(mesh, Mesh):
+        return Group(sizes, sizes)  # an abstract mesh does not tell
+    near = []
+    for name in axes:
+        line = np.moveaxis(mesh.devices, mesh.axis_names.index(name), 0)
+        line = line.reshape(len(line), -1)[:, 0]
+        places = [_place(device) for device in line]
+        near.append(max(places.count(place) for place in places))
+    return Group(sizes, tuple(near))
+
+
+def _place(device: Any) -> tuple[Any, ...]:
+    """The slice of a TPU, the host of any other device."""
+    slice_index = getattr(device, "slice_index", None)
+    return ("host", device.process_index) if slice_index is None else ("slice", slice_index)
+
+
+def _cells(candidate: Candidate) -> tuple[str, ...]:
+    cost = candidate.cost
+    if cost is None:
+        return (repr(candidate.strategy), f"no: {candidate.why_not}")
+    megabytes = (f"{x / 1e6:,.1f}" for x in (cost.inside, cost.between, cost.held))
+    milliseconds = (f"{1e3 * x:,.2f}" for x in (cost.attention, cost.waiting))
+    return (repr(candidate.strategy), candidate.kernel, *megabytes, *milliseconds)
+
+
+def _reason(able: list[Candidate], group: Group) -> str:
+    """Why the first is the first, in one sentence, and what could be better laid out."""
+    best, cost = able[0], able[0].cost
+    assert cost is not None
+    reason = f"{best.strategy!r} takes {1e3 * cost.seconds:,.2f} ms a layer"
+    if len(able) > 1:
+        second = able[1].cost
+        assert second is not None
+        less = "attention" if cost.waiting > second.waiting else "waiting"
+        reason += f", {able[1].strategy!r} {1e3 * second.seconds:,.2f} ms, with more {less}"
+    if group.all_near < group.degree and len(group.sizes) == 1:
+        reason += (
+            f". The token axis crosses slices or hosts: {group.all_near} of its {group.degree} "
+            f"devices are of one. As two mesh axes, the last within one, it could have a Hybrid"
+        )
+    return reason + "."

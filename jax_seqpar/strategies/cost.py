@@ -1,0 +1,224 @@
+"""What a strategy costs in one layer: bytes by link, seconds of attention, seconds of waiting."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ..mask import Mask
+from ..order import TokenOrder
+from .all_gather import AllGatherKV
+from .chips import Chip
+from .heads import plan_heads
+from .hops import hops
+from .hybrid import Hybrid
+from .ring import Ring
+from .strategy import Shape, Strategy
+
+# Of a chip's FLOP/s: cuDNN's and blockwise attention's on a GPU as measured (`examples/README.md`),
+# the others by their likes. Only ratios matter, and only where strategies have other kernels.
+EFFICIENCY = {"splash": 0.5, "cuDNN": 0.6, "triton": 0.3, "blockwise": 0.15, "": 0.15}
+ON_GPU = EFFICIENCY | {"blockwise": 0.02}
+# The backward pass has five matrix products for the two of the forward pass.
+GRADIENT_PRODUCTS = 2.5
+SAMPLE = 256
+
+
+@dataclass(frozen=True)
+class Group:
+    """The devices that share the tokens, and where the slow links are among them.
+
+    Attributes:
+      sizes: of the mesh axes of the tokens, major to minor.
+      near: how many devices along each axis are of one slice or host.
+    """
+
+    sizes: tuple[int, ...]
+    near: tuple[int, ...]
+
+    @property
+    def degree(self) -> int:
+        return int(np.prod(self.sizes))
+
+    @property
+    def all_near(self) -> int:
+        """Consecutive devices of the whole group that are of one slice or host."""
+        count = 1
+        for size, near in zip(reversed(self.sizes), reversed(self.near), strict=True):
+            count *= near
+            if near < size:
+                break
+        return count
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention: shapes of the global arrays, or of one data-parallel and tensor-parallel part.
+
+    Attributes:
+      query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`.
+      itemsize: bytes of one number.
+      gradients: whether the backward pass counts.
+    """
+
+    query: Shape
+    key: Shape
+    value: Shape
+    itemsize: int
+    mask: Mask
+    order: TokenOrder
+    gradients: bool
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one layer on the device that has most.
+
+    Attributes:
+      inside, between: bytes received from devices of the same slice or host, and from others.
+      held: bytes of the keys and values that a device holds at once.
+      attention: seconds, of the slowest device where they have unequal work.
+      waiting: seconds of transfers under which no attention runs.
+    """
+
+    inside: int
+    between: int
+    held: int
+    attention: float
+    waiting: float
+
+    @property
+    def seconds(self) -> float:
+        return self.attention + self.waiting
+
+
+def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficiency: float) -> Cost:
+    """The cost of a strategy by formula.
+
+    Bytes forward are those of `Strategy.traffic`, less the rounds of a ring that a mask makes
+    needless; with gradients those of the backward pass as well. Masks that are arrays, and
+    documents, count as if they allowed everything.
+    """
+    seconds_per_pair = _flops_of_pair(layer) / (chip.flops * efficiency)
+    if isinstance(strategy, Hybrid):
+        return _of_hybrid(strategy, layer, group, chip, seconds_per_pair)
+    degree, near = group.degree, group.all_near
+    work = pairs(layer.mask, layer.order, layer.query[1], layer.key[1], degree)
+    slow = near < degree
+    if isinstance(strategy, Ring):
+        return _of_ring(layer, work, degree, slow, chip, seconds_per_pair * layer.query[2])
+    shapes = layer.query, layer.key, layer.value
+    forward = strategy.traffic(*shapes, degree=degree, itemsize=layer.itemsize)
+    received = forward * (2 if layer.gradients else 1)
+    between = received * (degree - near) // max(degree - 1, 1)
+    if isinstance(strategy, AllGatherKV):
+        busiest, held = work.sum(1).max() * layer.query[2], _kv_bytes(layer)
+    else:
+        plan = plan_heads(layer.query[2], layer.key[2], degree)
+        busiest = work.sum() * plan.query_heads / degree
+        copies = plan.padded_kv_heads * plan.copies / layer.key[2]
+        held = int(_kv_bytes(layer) * copies / degree)
+    waiting = (received - between) / chip.inside + between / chip.between
+    attention = busiest * seconds_per_pair * (1 + GRADIENT_PRODUCTS * layer.gradients)
+    return Cost(received - between, between, held, attention, waiting)
+
+
+def pairs(
+    mask: Mask, order: TokenOrder, queries: int, keys: int, degree: int
+) -> Float[np.ndarray, "P P"]:
+    """How many queries of the first device times keys of the second attend, of one head.
+
+    By causality and window alone, from `SAMPLE` queries of each device.
+    """
+    before, after = (None, None) if mask.positions is not None else mask.reach
+    of_keys = [np.sort(order.numbers(keys // degree, i, degree)) for i in range(degree)]
+    work = np.zeros((degree, degree))
+    for a in range(degree):
+        numbers = order.numbers(queries // degree, a, degree)
+        step = max(len(numbers) // SAMPLE, 1)
+        places = numbers[step // 2 :: step].astype(np.int64) + mask.query_offset
+        low = places - keys if before is None else places - before
+        high = places + keys if after is None else places + after
+        if before is None:
+            low = np.full_like(places, -1)
+        if after is None:
+            high = np.full_like(places, keys)
+        for b, own in enumerate(of_keys):
+            seen = np.searchsorted(own, high, "right") - np.searchsorted(own, low, "left")
+            work[a, b] = np.maximum(seen, 0).mean() * len(numbers) if len(places) else 0
+    return work
+
+
+def _of_ring(
+    layer: Layer, work: Any, degree: int, slow: bool, chip: Chip, seconds_per_pair: float
+) -> Cost:
+    """Each round the next keys and values travel under the attention to those that are here."""
+    own = _kv_bytes(layer) // degree
+    mask = Mask(
+        is_causal=layer.mask.is_causal,
+        query_offset=layer.mask.query_offset,
+        local_window_size=layer.mask.local_window_size,
+        positions=layer.mask.positions,
+    )
+    trips = hops(mask, layer.order, layer.query[1], layer.key[1], degree)
+    link = chip.between if slow else chip.inside
+    devices = np.arange(degree)
+    of_gradients = own * max(4, layer.itemsize) // layer.itemsize  # in float32
+    attention = waiting = 0.0
+    received = 0
+    for backward in (False, True) if layer.gradients else (False,):
+        factor = seconds_per_pair * (GRADIENT_PRODUCTS if backward else 1)
+        attention += work.diagonal().max() * factor
+        for sign, rounds in zip((1, -1), trips, strict=True):
+            for i in range(1, int(rounds) + 1):
+                # Backward the gradients so far come along, but where they only go home.
+                sent = own + (of_gradients if backward and rounds > 1 else 0)
+                busiest = work[devices, (devices - sign * i) % degree].max() * factor
+                attention += busiest
+                waiting += max(sent / link - busiest, 0)
+                received += sent
+            if backward and rounds:
+                received += of_gradients  # the way home, under a device's own attention
+    return Cost(0 if slow else received, received if slow else 0, 3 * own, attention, waiting)
+
+
+def _of_hybrid(
+    strategy: Hybrid, layer: Layer, group: Group, chip: Chip, seconds_per_pair: float
+) -> Cost:
+    """Ulysses of a group's tokens, around the other strategy of one device's heads."""
+    (R, U), (near_outer, near_inner) = group.sizes, group.near
+    shapes = layer.query, layer.key, layer.value
+    _, inner = strategy.traffic_by_axis(*shapes, degree=(R, U), itemsize=layer.itemsize)
+    inner *= 2 if layer.gradients else 1
+    plan = plan_heads(layer.query[2], layer.key[2], U)
+    heads, kv_heads = plan.query_heads // U, plan.padded_kv_heads * plan.copies // U
+    B, T, _, H = layer.query
+    S, V = layer.key[1], layer.value[3]
+    between_groups = Layer(
+        (B, T, heads, H),
+        (B, S, kv_heads, H),
+        (B, S, kv_heads, V),
+        layer.itemsize,
+        layer.mask,
+        layer.order.grouped(U),
+        layer.gradients,
+    )
+    groups = Group((R,), (near_outer,))
+    efficiency = _flops_of_pair(layer) / (seconds_per_pair * chip.flops)
+    outer = cost_of(strategy.outer, between_groups, groups, chip, efficiency)
+    slow = inner * (U - near_inner) // max(U - 1, 1)
+    waiting = outer.waiting + (inner - slow) / chip.inside + slow / chip.between
+    return Cost(
+        outer.inside + inner - slow, outer.between + slow, outer.held, outer.attention, waiting
+    )
+
+
+def _flops_of_pair(layer: Layer) -> float:
+    """Forward, of one query and one key of one head in every sequence of the batch."""
+    B, _, _, H = layer.query
+    return 2.0 * B * (H + layer.value[3])
+
+
+def _kv_bytes(layer: Layer) -> int:
+    return sum(int(np.prod(shape)) for shape in (layer.key, layer.value)) * layer.itemsize

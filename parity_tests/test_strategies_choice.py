@@ -1,0 +1,268 @@
+"""The choice of a strategy: its numbers are those of compiled programs."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import ONE_AXIS, MeshCase
+from jax.sharding import AbstractMesh
+from questions import compiled, output_and_gradients, permuted_bytes
+
+from jax_seqpar import (
+    AllGatherKV,
+    Blockwise,
+    Chip,
+    Contiguous,
+    Exact,
+    Fused,
+    Hybrid,
+    Mask,
+    MeshLayout,
+    Ring,
+    Striped,
+    Ulysses,
+    Zigzag,
+    choose_strategy,
+    dot_product_attention,
+)
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.plan.compiled_text import received_bytes
+from jax_seqpar.strategies import choice as choice_module
+from jax_seqpar.strategies.cost import Group, Layer, cost_of, pairs
+from torch_ref.masks import attends
+
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
+V5E = Chip("v5e", 197e12, 45e9, 3.1e9)
+TWO_AXES = MeshCase((2, 4), ("outer", "inner"), MeshLayout(tokens=("outer", "inner")))
+
+
+def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def on(degree: int, **options: Any) -> MeshLayout:
+    """A layout of more devices than there are here: a mesh that says no more than its sizes."""
+    return MeshLayout(mesh=AbstractMesh((degree,), ("seq",)), **options)
+
+
+def layer_of(
+    heads: int, kv_heads: int, tokens: int = 64, mask: Mask = Mask(), gradients: bool = False
+) -> Layer:
+    query, key = (2, tokens, heads, 8), (2, tokens, kv_heads, 8)
+    return Layer(query, key, key, 4, mask, Contiguous(), gradients)
+
+
+def chosen(q: Any, k: Any, degree: int, *, options: Any = None, **keywords: Any) -> Any:
+    options = {"order": Zigzag()} if options is None else options
+    return choose_strategy(
+        q, k, k, layout=on(degree, **options), kernel=Blockwise(), chip=V5E, **keywords
+    )
+
+
+# ---------------------------------------------------------------- bytes
+
+
+@pytest.mark.parametrize("gradients", (False, True), ids=("forward", "gradients"))
+@pytest.mark.parametrize("heads", ((8, 8), (8, 2), (6, 3), (16, 1)), ids=str)
+@pytest.mark.usefixtures("optimised")
+def test_bytes_are_those_of_compiled_programs(heads, gradients):
+    """And so is the order of the strategies by their bytes."""
+    layer, group = layer_of(*heads, gradients=gradients), Group((4,), (4,))
+    arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
+    arrays = arrays if gradients else arrays[:3]
+    counted, predicted = {}, {}
+    for strategy in (Ulysses(), AllGatherKV(), Ring()):
+        attend = partial(
+            dot_product_attention, strategy=strategy, layout=ONE_AXIS[4].on(), kernel=Blockwise()
+        )
+        run = output_and_gradients(attend) if gradients else attend
+        if isinstance(strategy, Ring):
+            counted[strategy] = permuted_bytes(run, *arrays)
+        else:
+            counted[strategy] = received_bytes(compiled(run, *arrays), 4)
+        cost = cost_of(strategy, layer, group, V5E, 0.5)
+        assert cost.between == 0
+        predicted[strategy] = cost.inside
+    assert predicted == counted
+    assert min(counted.values()) > 0
+
+
+@pytest.mark.parametrize("gradients", (False, True), ids=("forward", "gradients"))
+@pytest.mark.usefixtures("optimised")
+def test_bytes_of_a_hybrid_are_those_of_a_compiled_program(gradients):
+    layer, group = layer_of(16, 2, gradients=gradients), Group((2, 4), (1, 4))
+    arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
+    arrays = arrays if gradients else arrays[:3]
+    attend = partial(dot_product_attention, layout=TWO_AXES.on(), kernel=Blockwise())
+    ring, gather = (
+        (output_and_gradients if gradients else lambda x: x)(partial(attend, strategy=strategy))
+        for strategy in (Hybrid(Ring()), Hybrid(AllGatherKV()))
+    )
+    cost = cost_of(Hybrid(Ring()), layer, group, V5E, 0.5)
+    # Within a group by all-to-alls of four, between the two by a permute.
+    assert cost.inside == received_bytes(compiled(ring, *arrays), 4)
+    assert cost.between == permuted_bytes(ring, *arrays) > 0
+    text = compiled(gather, *arrays)
+    gathered = "\n".join(x for x in text.splitlines() if "all-to-all" not in x)
+    cost = cost_of(Hybrid(AllGatherKV()), layer, group, V5E, 0.5)
+    assert cost.between == received_bytes(gathered, 2) > 0
+
+
+@pytest.mark.parametrize("window", (5, 16, 17, 40))
+def test_a_ring_counts_the_rounds_that_a_window_needs(window):
+    mask = Mask(is_causal=True, local_window_size=(window, 0))
+    layer = layer_of(8, 2, mask=mask)
+    q, k, v = (jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value))
+    attend = partial(dot_product_attention, strategy=Ring(), layout=ONE_AXIS[4].on(), mask=mask)
+    assert cost_of(Ring(), layer, Group((4,), (4,)), V5E, 0.5).inside == permuted_bytes(
+        attend, q, k, v
+    )
+
+
+def test_slow_links():
+    """Two slices of eight: of fifteen others that a device hears from, eight are far."""
+    layer = layer_of(16, 16, tokens=128)
+    alone, apart = Group((16,), (16,)), Group((16,), (8,))
+    for strategy in (Ulysses(), AllGatherKV()):
+        near = cost_of(strategy, layer, alone, V5E, 0.5)
+        far = cost_of(strategy, layer, apart, V5E, 0.5)
+        assert near.between == 0
+        assert far.between == near.inside * 8 // 15
+        assert far.inside + far.between == near.inside
+    # Of a ring one device hears everything from the other slice, and all wait for it.
+    ring = cost_of(Ring(), layer, apart, V5E, 0.5)
+    assert (ring.inside, ring.between) == (0, cost_of(Ring(), layer, alone, V5E, 0.5).inside)
+    hybrid = cost_of(Hybrid(), layer, Group((2, 8), (1, 8)), V5E, 0.5)
+    assert 0 < hybrid.between < ring.between
+    assert hybrid.seconds < min(ring.seconds, far.seconds)
+
+
+# ---------------------------------------------------------------- work
+
+
+@pytest.mark.parametrize("order", (Contiguous(), Zigzag(), Striped()), ids=str)
+@pytest.mark.parametrize(
+    "given", ({"is_causal": True}, {"local_window_size": (9, 4)}, {"query_offset": 5}), ids=str
+)
+def test_pairs_are_those_that_attend(order, given):
+    mask = Mask(**given)
+    allowed = attends(64, 64, **given)
+    allowed = np.ones((64, 64), bool) if allowed is None else np.asarray(allowed)
+    allowed = np.broadcast_to(allowed, (1, 1, 64, 64))[0, 0]
+    places = order.permutation(64, 4).reshape(4, 16)
+    expected = [[allowed[np.ix_(a, b)].sum() for b in places] for a in places]
+    np.testing.assert_array_equal(pairs(mask, order, 64, 64, 4), expected)
+
+
+def test_a_causal_mask_in_order_is_twice_the_work_for_the_last_device():
+    q, k = shape(1, 1 << 17, 32, 128), shape(1, 1 << 17, 8, 128)
+    costs = {}
+    for order in (Contiguous(), Zigzag()):
+        layout = on(16, order=order)
+        found = choose_strategy(
+            q, k, k, layout=layout, chip=V5E, kernel=Blockwise(), is_causal=True
+        )
+        costs[order] = {x.strategy: x.cost for x in found.candidates}
+    for strategy in (Ring(), AllGatherKV()):
+        slow, fast = (costs[order][strategy].attention for order in costs)
+        assert 1.85 < slow / fast < 2
+    assert costs[Contiguous()][Ulysses()] == costs[Zigzag()][Ulysses()]
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_few_kv_heads():
+    """On 16 chips, forward: an all-gather sends less than Ulysses where K P < N + K'."""
+    for N, K in ((64, 1), (128, 4), (32, 4), (32, 8)):
+        q, k = shape(1, 1 << 14, N, 128), shape(1, 1 << 14, K, 128)
+        found = chosen(q, k, 16, is_causal=True, gradients=False)
+        costs = {type(x.strategy): x.cost for x in found.candidates}
+        less = costs[AllGatherKV].inside < costs[Ulysses].inside
+        assert less == (N + max(K, 16) > K * 16), (N, K)
+        # A ring sends as much as the all-gather, and hides it where there is work enough.
+        assert costs[Ring].inside == costs[AllGatherKV].inside
+        assert isinstance(found.strategy, Ring) == (costs[Ring].waiting < costs[Ulysses].waiting)
+
+
+def test_a_window_of_4096_in_a_million_tokens():
+    q, k = shape(1, 1 << 20, 32, 128), shape(1, 1 << 20, 8, 128)
+    window = {"is_causal": True, "local_window_size": (4095, 0)}
+    found = chosen(q, k, 16, options={}, **window)
+    assert found.strategy == Ring()
+    ring, ulysses = (
+        next(x.cost for x in found.candidates if x.strategy == s) for s in (Ring(), Ulysses())
+    )
+    assert ring.inside < ulysses.inside / 2
+    assert ring.waiting < ulysses.waiting / 10
+    assert "Ring() takes" in found.reason
+    assert "Ulysses(head_chunks=1, overlap=True)" in found.reason
+    assert "with more waiting" in found.reason
+    # The table has a line for each.
+    lines = str(found).splitlines()
+    assert [x.split()[0] for x in lines[1:4]] == [
+        "Ring()", "Ulysses(head_chunks=1,", "AllGatherKV()"
+    ]  # fmt: skip
+    assert lines[-1].startswith("v5e: Ring() takes")
+
+
+def test_two_slices(monkeypatch):
+    """Sixteen query heads on two groups of four: little may cross."""
+    monkeypatch.setattr(choice_module, "_place", lambda device: device.id // 4)
+    q, k = shape(1, 1 << 16, 16, 128), shape(1, 1 << 16, 16, 128)
+    options = {"kernel": Blockwise(), "chip": V5E, "is_causal": True}
+    layout = replace(TWO_AXES.on(), order=Zigzag())
+    found = choose_strategy(q, k, k, layout=layout, **options)
+    assert isinstance(found.strategy, Hybrid)
+    assert "crosses" not in found.reason
+    alone = choose_strategy(q, k, k, layout=replace(ONE_AXIS[8].on(), order=Zigzag()), **options)
+    assert "crosses slices or hosts: 4 of its 8 devices are of one" in alone.reason
+    best, other = (x.candidates[0].cost for x in (found, alone))
+    assert best is not None
+    assert other is not None
+    assert best.seconds < other.seconds
+
+
+def test_what_cannot_be_taken_says_why():
+    q, k = shape(1, 64, 8, 16, dtype=jnp.float32), shape(1, 64, 4, 16, dtype=jnp.float32)
+    found = choose_strategy(q, k, k, layout=on(4), kernel=Exact())
+    assert {type(x.strategy): x.why_not for x in found.candidates} == {
+        Ulysses: None,
+        AllGatherKV: None,
+        Ring: "Exact(query_chunk=None, key_chunk=None, shared_heads=None, queries_over=None) does "
+        "not attend to a part of the keys",
+    }
+    found = choose_strategy(q, k, k, layout=on(4, order=Zigzag()), kernel=Exact())
+    assert [x.strategy for x in found.candidates if x.cost] == [Ulysses()]
+    assert "no: exact attention takes queries in the order of the sequence" in str(found)
+    found = choose_strategy(q, k, k, layout=on(4), kernel=Fused(interpret=True))
+    assert [(x.strategy, x.kernel) for x in found.candidates if x.cost] == [(Ulysses(), "splash")]
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_where_there_is_nothing_to_choose():
+    x = shape(1, 64, 8, 16)
+    with pytest.raises(ValueError, match=r"shards no tokens, so there is no strategy to choose"):
+        choose_strategy(x, x, x, layout=on(4, tokens=None))
+    with pytest.raises(ValueError, match=r"inside of a Chip must be positive, got 0\. Write"):
+        Chip("none", 1e12, 0, 1e9)
+
+
+@pytest.mark.parametrize("where", (ONE_AXIS[4], TWO_AXES), ids=("one axis", "two axes"))
+def test_auto_is_the_chosen_one(where):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 32, n, 8)), jnp.float32) for n in (8, 1, 1))
+    attend = partial(dot_product_attention, layout=where.on(), is_causal=True)
+    best = choose_strategy(q, k, v, layout=where.on(), is_causal=True).strategy
+    assert best != Ulysses()
+    out = attend(q, k, v, strategy="auto")
+    assert compare_bits(out, attend(q, k, v, strategy=best)).equal
+    alone = dot_product_attention(q, k, v, strategy="auto", layout=replace(where.on(), tokens=None))
+    np.testing.assert_allclose(
+        dot_product_attention(q, k, v, strategy="auto", layout=where.on()), alone, atol=2e-6
+    )
