@@ -120,6 +120,28 @@ def test_every_row_of_the_default_attention_is_measured(command, sizes, expected
         assert rows[2]["fewer_pairs"] == (32 * 33 / 2) / (4 * 8 * 9 / 2)
 
 
+@pytest.mark.slow
+def test_every_row_of_exact_attention_is_measured(tmp_path):
+    file = tmp_path / "results.json"
+    sizes = ("--tokens", "32", *TINY, *ONCE)
+    done = benchmark(*sizes, "--json", str(file), script="benchmark_exact.py")
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
+    names = ("torch sdpa", "jax.nn", "exact", "its products alone", "torch_ref exact")
+    assert tuple(rows) == names
+    assert all(row[x] > 0 for row in rows.values() for x in ("forward", "both"))
+
+
+@pytest.mark.slow
+def test_every_row_of_compile_times_is_measured(tmp_path):
+    file = tmp_path / "results.json"
+    done = benchmark("--tokens", "64", *ONCE, "--json", str(file), script="benchmark_compile.py")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 5
+    assert all(0 < row["forward"] < row["32 layers"] for row in rows)
+
+
 def test_no_gpu_to_measure():
     done = benchmark(script="benchmark_gpu.py")
     assert done.returncode == 2
