@@ -30,7 +30,7 @@ from jax_seqpar import AllGatherKV, Exact, Ulysses, dot_product_attention, exact
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import arithmetic, attention, backward, blocks, forward, problem
 from jax_seqpar.exact.kv_replicas import SharedHeads
-from jax_seqpar.mask import Dropout, threefry
+from jax_seqpar.mask import Dropout, Tokens, threefry
 from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
 from jax_seqpar.parity.cases import Arrays, Case, adversarial
 from jax_seqpar.strategies import ulysses
@@ -203,9 +203,12 @@ def norm_without_reserve(x):
     return e - 12 + (arithmetic.exponent(squares, -1) + 1) // 2
 
 
-def count_of_one_block(low, high, step, carry):
+def count_of_one_block(rows, step, carry, true=forward._ChunkOfRows.for_tiles):
     """t of the last block of keys, and all else of every block."""
-    return problem.for_range(high - 1 if step.__name__ == "count" else low, high, step, carry)
+    if step.__name__ != "count":
+        return true(rows, step, carry)
+    last = (rows.bounds[1] + rows.size - 1) // rows.size - 1
+    return step(Tokens(last * rows.size, rows.size), carry)
 
 
 def gradients_of_rounded_output(*operands, true=backward.gradients):
@@ -247,7 +250,12 @@ MUTATIONS = {
     ),
     "weights of 29 bits": (output_alone, arithmetic, "ROW_BITS", 0),
     "weights of one more bit": (output_alone, arithmetic, "ROW_BITS", 50),
-    "t of one block of keys": (output_alone, forward, "for_range", count_of_one_block),
+    "t of one block of keys": (
+        output_alone,
+        forward._ChunkOfRows,
+        "for_tiles",
+        count_of_one_block,
+    ),
     "a last bit of the logits": (
         output_alone,
         problem,

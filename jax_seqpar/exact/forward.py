@@ -4,6 +4,8 @@ The logits with their maximum; the weights with their sum and the largest of the
 the sum that says how fine their unit may be; the weighted values.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +45,21 @@ class Rows(NamedTuple):
     normaliser: Array
 
 
+class Values(NamedTuple):
+    """Values as tokens on their grids, with as many tokens as whole tiles have: `S'`.
+
+    Attributes:
+      exponents: E, int32 `[S', 1]`; the least for a value with a NaN, whose logit is NaN: here it
+        must not reach who may not attend to it.
+      powers: 2^E, `[S', 1]`.
+      columns: both digits of every channel, `[2 V, S']`.
+    """
+
+    exponents: Array
+    powers: Array
+    columns: Array
+
+
 def output(options: Options, problem: Problem, value: Array) -> tuple[Array, Rows]:
     """`[T, V]` in float32, before any rounding to 16 bits.
 
@@ -51,69 +68,18 @@ def output(options: Options, problem: Problem, value: Array) -> tuple[Array, Row
     """
     (T, _), (S, V) = problem.scaled_query.shape, value.shape
     size = options.key_chunk
-    padded = -(-S // size) * size
-    e, digits = token_digits(flush(value))
-    e, digits = (jnp.pad(x, ((0, padded - S), (0, 0))) for x in (e, digits))
-    # A value with a NaN has a logit that is NaN. Here it must not reach who may not attend to it.
-    e = jnp.where(e == NOT_A_NUMBER, LEAST_EXPONENT, e)
-    exponents, powers, columns = e, power_of_two(e), digits.T
+    values = _on_grids(value, -(-S // size) * size)
 
     def chunk(queries: Tokens, _, carry: tuple[Array, Rows]) -> tuple[Array, Rows]:
-        t = queries.size
-        low, high = problem.spec.keys_of(queries, S)
-        tiles = (0, 1) if padded == size else (low // size, (high + size - 1) // size)
-
-        def fill(keys: Tokens, _, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            logits, largest = carry
-            z, _ = problem.logits(queries, keys)
-            # A maximum that passes over a NaN is what some libraries under XLA:CPU give.
-            of_tile = jnp.where(jnp.isnan(z), jnp.inf, z).max(0)
-            return write(logits, z, keys, 0), jnp.maximum(largest, of_tile)
-
-        start = (
-            problem.full(padded, t, value=-jnp.inf, dtype=jnp.float32),
-            problem.full(t, value=-jnp.inf, dtype=jnp.float32),
-        )
-        logits, largest_logit = for_blocks(S, min(size, S), (low, high), fill, start)
+        rows = _ChunkOfRows(problem, values, queries, S, size)
+        logits, largest_logit = rows.logits()
         is_empty = largest_logit == -jnp.inf
         m, sink = _with_sink(problem, largest_logit)
-
-        def weigh(i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            weights, total, largest = carry
-            keys = Tokens(i * size, size)
-            p = exp(keys.slice(weights, 0) - m[None])
-            total = total + halves(as_integers(p).sum(0))
-            p = problem.kept(p, queries, keys)
-            exponents_of_p = jnp.where(p == 0, LEAST_EXPONENT * 4, _exponent(p))
-            w = exponents_of_p + keys.slice(exponents, 0)
-            return write(weights, p, keys, 0), total, jnp.maximum(largest, w.max(0))
-
         # The weights take the place of the logits, which nothing reads any more.
-        start = (
-            logits,
-            problem.full(2, t) + halves(sink),
-            problem.full(t, value=LEAST_EXPONENT, dtype=jnp.int32),
-        )
-        weights, total, largest = for_range(*tiles, weigh, start)
+        weights, total, largest = rows.weights(logits, m, sink)
         normaliser = jnp.where(is_empty, 0.0, reciprocal(joined(total), m))
-
-        def on_values(keys: Tokens) -> Array:
-            """`w`, `[s, t]`."""
-            return keys.slice(weights, 0).astype(jnp.float64) * keys.slice(powers, 0)
-
-        def count(i: Any, sums: Array) -> Array:
-            w = on_values(Tokens(i * size, size))
-            return sums + jnp.ceil(w * power_of_two(NORM_BITS - largest)[None]).sum(0)
-
-        bits = row_bits(largest, 1.0 + for_range(*tiles, count, problem.full(t)))
-
-        def add(i: Any, sums: Array) -> Array:
-            keys = Tokens(i * size, size)
-            integers = jnp.rint(on_values(keys) * power_of_two(bits)[None])
-            return sums + halves(keys.slice(columns, 1) @ integers)
-
-        sums = for_range(*tiles, add, problem.full(2, 2 * V, t))
-        weighted = row_value(joined(sums), bits[None], axis=0)
+        bits = row_bits(largest, 1.0 + rows.weight_count(weights, largest))
+        weighted = row_value(joined(rows.weighted_values(weights, bits)), bits[None], axis=0)
         weighted = weighted * kept_normaliser(problem, normaliser)[None]
         out = arithmetic.out(jnp.where(is_empty[None], 0.0, weighted)).T
         own = (out, Rows(m, normaliser))
@@ -122,6 +88,95 @@ def output(options: Options, problem: Problem, value: Array) -> tuple[Array, Row
     nothing = Rows(problem.full(T, dtype=jnp.float32), problem.full(T))
     start = (problem.full(T, V, dtype=jnp.float32), nothing)
     return for_blocks(T, options.query_chunk, (0, T), chunk, start)
+
+
+def _on_grids(value: Array, tokens: int) -> Values:
+    e, digits = token_digits(flush(value))
+    e, digits = (jnp.pad(x, ((0, tokens - x.shape[0]), (0, 0))) for x in (e, digits))
+    e = jnp.where(e == NOT_A_NUMBER, LEAST_EXPONENT, e)
+    return Values(e, power_of_two(e), digits.T)
+
+
+@dataclass(frozen=True)
+class _ChunkOfRows:
+    """Some queries with their whole rows of weights, and the four visits to the keys.
+
+    Attributes:
+      key_tokens: S.
+      size: keys of a tile.
+    """
+
+    problem: Problem
+    values: Values
+    queries: Tokens
+    key_tokens: int
+    size: int
+
+    @property
+    def bounds(self) -> tuple[Any, Any]:
+        """Half-open range of the keys that some of the queries may attend to."""
+        return self.problem.spec.keys_of(self.queries, self.key_tokens)
+
+    def for_tiles(self, step: Callable[[Tokens, Any], Any], carry: Any) -> Any:
+        """`carry = step(keys, carry)` for the tiles of keys within the bounds."""
+        low, high = self.bounds
+        tokens, size = self.values.exponents.shape[0], self.size
+        tiles = (0, 1) if tokens == size else (low // size, (high + size - 1) // size)
+        return for_range(*tiles, lambda i, carry: step(Tokens(i * size, size), carry), carry)
+
+    def logits(self) -> tuple[Array, Array]:
+        """`[S', t]` in float32, -inf where nobody attends, and the largest of each row."""
+        S, full = self.key_tokens, self.problem.full
+
+        def fill(keys: Tokens, _, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            logits, largest = carry
+            z, _ = self.problem.logits(self.queries, keys)
+            # A maximum that passes over a NaN is what some libraries under XLA:CPU give.
+            of_tile = jnp.where(jnp.isnan(z), jnp.inf, z).max(0)
+            return write(logits, z, keys, 0), jnp.maximum(largest, of_tile)
+
+        shapes = (self.values.exponents.shape[0], self.queries.size), (self.queries.size,)
+        start = tuple(full(*shape, value=-jnp.inf, dtype=jnp.float32) for shape in shapes)
+        return for_blocks(S, min(self.size, S), self.bounds, fill, start)
+
+    def weights(self, logits: Array, m: Array, sink: Array) -> tuple[Array, Array, Array]:
+        """`p` in float32, the two halves of `L`, and the largest `E(p) + E(v)` of each row."""
+
+        def weigh(keys: Tokens, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            weights, total, largest = carry
+            p = exp(keys.slice(weights, 0) - m[None])
+            total = total + halves(as_integers(p).sum(0))
+            p = self.problem.kept(p, self.queries, keys)
+            exponents_of_p = jnp.where(p == 0, LEAST_EXPONENT * 4, _exponent(p))
+            w = exponents_of_p + keys.slice(self.values.exponents, 0)
+            return write(weights, p, keys, 0), total, jnp.maximum(largest, w.max(0))
+
+        t, full = self.queries.size, self.problem.full
+        nothing = full(t, value=LEAST_EXPONENT, dtype=jnp.int32)
+        return self.for_tiles(weigh, (logits, full(2, t) + halves(sink), nothing))
+
+    def weight_count(self, weights: Array, largest: Array) -> Array:
+        """`t - 1`: the weights times the powers of their values, counted in a coarse unit."""
+
+        def count(keys: Tokens, sums: Array) -> Array:
+            w = self._on_values(weights, keys)
+            return sums + jnp.ceil(w * power_of_two(NORM_BITS - largest)[None]).sum(0)
+
+        return self.for_tiles(count, self.problem.full(self.queries.size))
+
+    def weighted_values(self, weights: Array, bits: Array) -> Array:
+        """The two halves of `S1` and `S0` of every channel, `[2, 2 V, t]`."""
+
+        def add(keys: Tokens, sums: Array) -> Array:
+            integers = jnp.rint(self._on_values(weights, keys) * power_of_two(bits)[None])
+            return sums + halves(keys.slice(self.values.columns, 1) @ integers)
+
+        start = self.problem.full(2, self.values.columns.shape[0], self.queries.size)
+        return self.for_tiles(add, start)
+
+    def _on_values(self, weights: Array, keys: Tokens) -> Array:
+        """`w`, `[s, t]`."""
+        return keys.slice(weights, 0).astype(jnp.float64) * keys.slice(self.values.powers, 0)
 
 
 def _with_sink(problem: Problem, largest_logit: Array) -> tuple[Array, Array]:
