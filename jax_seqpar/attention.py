@@ -27,7 +27,7 @@ from .mesh import (
 from .order import Contiguous, TokenOrder
 from .program_cache import compiled_with
 from .strategies import Strategy, Ulysses
-from .strategies.choice import choose
+from .strategies.choice import Call, choose
 from .strategies.strategy import check_has_tokens, check_strategy
 from .varying_axes import varying_axes
 
@@ -108,9 +108,11 @@ def dot_product_attention(
     else:
         mesh = mesh_of_operands(layout, operands, to_flat(spec))
     q, k, v = (_of_sequence(x, degree) for x in (query, key, value))
+    # Inside a jax.shard_map types say what varies over its axes.
+    check_vma = bool(varying_axes((query, key, value, spec)))
     if strategy == "auto":
-        alone = layout.tokens is None
-        strategy = Ulysses() if alone else choose(q, k, v, spec, mesh, layout, kernel).strategy
+        call = Call(q, k, v, spec, mesh, layout, kernel, return_residual, check_vma)
+        strategy = Ulysses() if layout.tokens is None else choose(call).strategy
     check_has_tokens(strategy, layout)
     keeps_sequence = layout.tokens is None or strategy.sees_all_tokens
     kernel = kernel_of_call(
@@ -122,8 +124,7 @@ def dot_product_attention(
         platform=platform_of(mesh),
         whole=keeps_sequence and not return_residual,  # which no kernel of a platform gives
         runs=layout.tokens is None or _gives_runs(strategy, layout),
-        # Inside a jax.shard_map types say what varies over its axes.
-        check_vma=bool(varying_axes((query, key, value, spec))),
+        check_vma=check_vma,
     )
     check_residual(kernel, value, return_residual)
     # None given means all; to name them all forbids a vmap over one more sharded axis.

@@ -34,7 +34,10 @@ class MeshLayout:
       mesh: the mesh; if None, that of `jax.set_mesh`, otherwise the one that the arrays are
         sharded over.
       check_vma: of `jax.shard_map`: whether JAX checks how arrays vary over the mesh. It cannot
-        under `jax.vmap(spmd_axis_name=)`, for which the axes should be Auto (JAX 0.10.2).
+        under `jax.vmap(spmd_axis_name=)`, for which the axes should be Auto (JAX 0.10.2). Without
+        it JAX divides the gradient of the output by the size of each mesh axis that nothing names,
+        and adds as many up: roundings that cost exact attention the bits of its gradients. Name
+        every axis of the mesh, or make a mesh without the others.
     """
 
     tokens: MeshAxes = "seq"

@@ -43,6 +43,14 @@ class TokenOrder:
                 f"jax_seqpar.pad_to_degree(..., degree={multiple}) does, or write "
                 f"MeshLayout(order=Contiguous())."
             )
+        if type(self) not in (Contiguous, Zigzag, Striped) and tokens:
+            size = tokens // degree
+            dealt = np.concatenate([self.numbers(size, index, degree) for index in range(degree)])
+            if not np.array_equal(np.sort(dealt), np.arange(tokens)):
+                raise ValueError(
+                    f"{self!r}.numbers deals {tokens} tokens to {degree} devices as {dealt[:8]} "
+                    f"and so on: not each of 0 to {tokens - 1} once. Write numbers that do."
+                )
 
     def tokens(self, size: int, index: Any, degree: int) -> AnyTokens:
         """The tokens of a device, for a kernel."""
@@ -157,6 +165,11 @@ def check_order(order: Any) -> None:
         raise ValueError(
             f"order must be Contiguous(), Zigzag() or Striped(), got {order!r}. Write "
             f"MeshLayout(order=jax_seqpar.Zigzag())."
+        )
+    if isinstance(order, Contiguous) and type(order) is not Contiguous:
+        raise ValueError(
+            f"{type(order).__name__} is a subclass of Contiguous, which does not read `numbers`. "
+            f"Write class {type(order).__name__}(TokenOrder)."
         )
     # A compiled program is used again for orders that are equal.
     if hidden := vars(order).keys() - {field.name for field in fields(order)}:

@@ -102,6 +102,25 @@ def test_the_default_mesh_and_another_axis_name():
     assert all(x.sharding.is_equivalent_to(tokens, 4) for x in got)
 
 
+def test_a_kernel_may_write_into_its_operands():
+    """As one that scales its query in place does, where nothing asks for a gradient of it."""
+    mesh = jax.make_mesh((2,), ("seq",))
+    operands = [jnp.asarray(x) for x in CASES["grouped"].inputs().values()]
+
+    def in_place(query, key, value):
+        query = query * 2 if query.requires_grad else query.mul_(2)
+        return sdpa(query, key, value)
+
+    def apart(query, key, value):
+        return sdpa(query * 2, key, value)
+
+    got, expected = (
+        jax_side(partial(staged_attention, attention=x, mesh=mesh), operands)
+        for x in (in_place, apart)
+    )
+    assert compare_bits(tuple(got), tuple(expected)).equal
+
+
 def test_a_pytorch_kernel_that_is_wrong_shows():
     """The comparison can fail: the same attention, not causal."""
     mesh = jax.make_mesh((4,), ("seq",))

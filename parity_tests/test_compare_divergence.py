@@ -80,6 +80,17 @@ def hint_of(change, name=QUERY, **options) -> str:
     return hints.pop()
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("dtype", (jnp.float16, jnp.float32))
+def test_a_narrow_rtol_does_not_overflow(dtype):
+    """As `jnp.finfo(dtype).eps` is of that dtype, in which the bound would be infinite."""
+    largest = 2 * float(jnp.finfo(dtype).max)
+    rtol: Any = jnp.finfo(dtype).eps
+    a = {"x": np.array([largest, 1.0])}
+    for b in ({"x": -a["x"]}, {"x": np.array([np.inf, 1.0])}):
+        assert first_divergence(a, b, rtol=rtol) is not None
+
+
 @pytest.mark.parametrize("rtol", [0.0, 1e-3])
 def test_equal_runs_do_not_part(rtol):
     assert first_divergence(recorded(), recorded(), rtol=rtol) is None

@@ -620,6 +620,22 @@ def claiming(shape, *, unpacked=None):
     return file.getvalue()
 
 
+def test_a_damaged_header_of_an_npz_is_named(tmp_path):
+    """One flipped bit, which moves the data or changes a size: the rest would go unread."""
+    path = tmp_path / "a.npz"
+    write(path, SINGLE)
+    good = path.read_bytes()
+    begin = good.index(b"\x93NUMPY")
+    size = good.index(b"(1, 4", begin) - begin + 1
+    for place, bit in ((8, 4), (8, 6), (size, 0), (size + 3, 0)):
+        bad = bytearray(good)
+        bad[begin + place] ^= 1 << bit
+        path.write_bytes(bad)
+        result = seqpar("--input", path, "--degree=2")
+        assert result.exit_code == 2, (place, bit)
+        assert "is not what its name says" in " ".join(result.output.split())
+
+
 # The file, what is in it, and the error.
 MISFITS = {
     "no key": ("a.npz", {n: SINGLE[n] for n in ("query", "value")}, r"a\.npz has no 'key'; it has"),

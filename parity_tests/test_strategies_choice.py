@@ -32,6 +32,7 @@ from jax_seqpar import (
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.plan.compiled_text import received_bytes
 from jax_seqpar.strategies import choice as choice_module
+from jax_seqpar.strategies.chips import chip_of
 from jax_seqpar.strategies.cost import Group, Layer, cost_of, pairs
 from torch_ref.masks import attends
 
@@ -242,6 +243,58 @@ def test_what_cannot_be_taken_says_why():
     assert "no: exact attention takes queries in the order of the sequence" in str(found)
     found = choose_strategy(q, k, k, layout=on(4), kernel=Fused(interpret=True))
     assert [(x.strategy, x.kernel) for x in found.candidates if x.cost] == [(Ulysses(), "splash")]
+
+
+def test_heads_of_exact_attention_are_counted_as_they_are_sent():
+    """Of 40 query heads on 5 KV heads each of 8 devices has 8, as no KV head is on two of them."""
+    q, k = shape(1, 1 << 14, 40, 128), shape(1, 1 << 15, 5, 128)
+    options = {"is_causal": True, "mask": Mask(query_offset=1 << 14), "chip": V5E}
+    exact, other = (
+        choose_strategy(q, k, k, layout=on(8), kernel=kernel, **options)
+        for kernel in (Exact(), Blockwise())
+    )
+    costs: list[Any] = [
+        next(x.cost for x in found.candidates if x.strategy == Ulysses())
+        for found in (exact, other)
+    ]
+    assert costs[0].attention / costs[1].attention == pytest.approx(8 / 5)
+    assert costs[0].inside < costs[1].inside  # no copies of KV heads
+    assert exact.strategy == AllGatherKV()
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_what_the_call_would_refuse_is_refused():
+    q, k = shape(1, 64, 8, 16), shape(1, 64, 4, 16)
+    with pytest.raises(TypeError, match=r"choose_strategy\(\) got an unexpected .*'causal'\. Use"):
+        choose_strategy(q, k, k, layout=on(4), causal=True)
+    with pytest.raises(ValueError, match=r"query heads N = 8 must be a multiple"):
+        choose_strategy(q, shape(1, 64, 3, 16), shape(1, 64, 3, 16), layout=on(4))
+    with pytest.raises(ValueError, match=r"bias must broadcast|bias"):
+        choose_strategy(q, k, k, layout=on(4), bias=shape(3, 3))
+    with pytest.raises(ValueError, match=r"60 tokens"):
+        choose_strategy(*[shape(1, 60, 4, 16)] * 3, layout=on(4, order=Zigzag()))
+
+
+def test_a_residual_takes_the_kernel_of_the_platform_away():
+    """Which has none: so the choice is among strategies that all have the blockwise kernel."""
+    device = jax.sharding.AbstractDevice("TPU v5p", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((8,), ("seq",), abstract_device=device)
+    q, k = shape(1, 1 << 17, 32, 128), shape(1, 1 << 17, 8, 128)
+    layout = MeshLayout(mesh=mesh, order=Zigzag())
+    for asked, kernel in ((False, "splash"), (True, "blockwise")):
+        found = choose_strategy(q, k, k, layout=layout, is_causal=True, return_residual=asked)
+        assert found.chip.name == "v5p"
+        assert {x.strategy: x.kernel for x in found.candidates}[Ulysses()] == kernel
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    (("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"),
+     ("NVIDIA H100 80GB HBM3", "H100"), ("cpu", "unknown chip")),
+)  # fmt: skip
+def test_chips_by_their_kind(kind, name):
+    device = jax.sharding.AbstractDevice(kind, num_cores=1, platform="tpu")
+    assert chip_of(AbstractMesh((8,), ("seq",), abstract_device=device)).name == name
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -3,7 +3,7 @@
 Its values with every feature, order and degree are in the table of `test_attention_features`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -403,5 +403,20 @@ def test_an_order_must_be_one():
         def __init__(self, by: int) -> None:
             self.by = by
 
+    @dataclass(frozen=True)
+    class Rotated(Contiguous):
+        pass
+
+    @dataclass(frozen=True)
+    class FromOne(TokenOrder):
+        def numbers(self, size: int, index: Any, degree: int) -> Any:
+            return 1 + Contiguous().numbers(size, index, degree)
+
+    with pytest.raises(ValueError, match=r"Rotated is a subclass of Contiguous, .*TokenOrder"):
+        MeshLayout(order=Rotated())
+    x = jnp.zeros((1, 16, 2, 4))
+    for strategy in (Ulysses(), AllGatherKV(), Ring()):
+        with pytest.raises(ValueError, match=r"deals 16 tokens to 4 devices as \[1 2"):
+            ring(4, FromOne(), strategy=strategy)(x, x, x)
     with pytest.raises(ValueError, match=r"Shifted has \['by'\], by which two orders are not comp"):
         MeshLayout(order=Shifted(1))

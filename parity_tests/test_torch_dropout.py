@@ -1,5 +1,7 @@
 """Dropout in PyTorch: its random words against others' and its bits in both attentions."""
 
+from typing import Any
+
 import integer_oracle
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,29 @@ from torch_ref.dropout import WORD, gain, head_keys, keep, limit, threefry2x32
 from torch_ref.exact import exact_attention
 
 RNG = torch.tensor([0x13198A2E, 0xF3707344])
+
+
+@pytest.mark.parametrize("attention", (dense_attention, exact_attention))
+def test_a_mask_of_integers_is_refused(attention):
+    """2 and True are 0, bit by bit."""
+    x = torch.ones(1, 4, 2, 3)
+    mask = torch.full((1, 1, 4, 4), 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"mask must be boolean, got torch\.uint8"):
+        attention(x, x, x, mask=mask, is_causal=True)
+
+
+def test_the_oracle_takes_one_batch():
+    x, three = torch.ones(1, 4, 2, 3), torch.ones(3, 4, 2, 3)
+    with pytest.raises(ValueError, match=r"must have one batch, got 3, 1 and 1"):
+        dense_attention(three, x, x)
+    others: dict[str, Any] = {
+        "key_value_seq_lengths": torch.tensor([4, 3, 2]),
+        "bias": torch.ones(3, 1, 4, 4),
+        "segment_ids": torch.ones(3, 4, dtype=torch.int32),
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=r"are of another batch .* logits \(3, 2, 4, 4\)"):
+            dense_attention(x, x, x, **{name: other})
 
 
 def words(*numbers: int) -> tuple[torch.Tensor, torch.Tensor]:

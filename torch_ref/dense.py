@@ -60,10 +60,15 @@ def dense_attention(
       `[B, T, N, V]`, float64, differentiable, also in bias, slopes and sinks.
 
     Raises:
-      ValueError: as `masks.attends` and `dropout.given_keys`.
+      ValueError: as `masks.attends` and `dropout.given_keys`, or for two batches.
     """
     (B, T, N, H), S = query.shape, key.shape[1]
     groups = N // key.shape[2]
+    if not B == key.shape[0] == value.shape[0]:
+        raise ValueError(
+            f"query, key and value must have one batch, got {B}, {key.shape[0]} and "
+            f"{value.shape[0]}. Write key.expand({B}, -1, -1, -1) for one of all."
+        )
     q = query.double()
     k, v = (x.double().repeat_interleave(groups, dim=2) for x in (key, value))
 
@@ -92,6 +97,12 @@ def dense_attention(
     )
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -math.inf)
+    if logits.shape != (B, N, T, S):
+        raise ValueError(
+            f"bias, mask, lengths, positions or segments are of another batch or other heads than "
+            f"the query {tuple(query.shape)}: logits {tuple(logits.shape)}. Give those of B = {B} "
+            f"and N = {N}."
+        )
     no_key = (logits == -math.inf).all(-1, keepdim=True)
     # The softmax of a row of -inf is NaN, forward and backward: such a row is replaced before it.
     logits = logits.masked_fill(no_key, 0.0)

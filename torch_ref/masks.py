@@ -48,8 +48,11 @@ def attends(
       Boolean, broadcastable to `[B, N, T, S]`.
 
     Raises:
-      ValueError: as `places`, or lengths that are not `[B]`.
+      ValueError: as `places`, or lengths that are not `[B]`, or a mask that is not boolean.
     """
+    if mask is not None and mask.dtype != torch.bool:
+        # Of integers, & takes bits: 2 and True are 0.
+        raise ValueError(f"mask must be boolean, got {mask.dtype}. Write mask.bool().")
     allowed = [] if mask is None else [mask]
     p_query, p_key = places(query_tokens, key_tokens, query_offset, positions, device, numbers)
     if is_causal:

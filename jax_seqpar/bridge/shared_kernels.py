@@ -119,7 +119,8 @@ def _on_shards(attention: TorchAttention) -> LocalAttention:
 
     def run(query: Any, key: Any, value: Any) -> Any:
         with torch.no_grad():
-            return attention(query, key, value)
+            # Copies: what a kernel writes into its operands the backward pass would read.
+            return attention(*(x.clone() for x in (query, key, value)))
 
     def run_backward(query: Any, key: Any, value: Any, grad: Any) -> tuple[Any, ...]:
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]

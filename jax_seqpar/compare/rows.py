@@ -60,7 +60,8 @@ def _row(name: str, x: Any, y: Any, rtol: float) -> Row:
     magnitude = np.abs(wide(a))
     largest = float(magnitude[np.isfinite(magnitude)].max(initial=0))
     # A product that overflows would let every pair of numbers agree, infinities included.
-    bound = min(rtol * largest, sys.float_info.max) if rtol else None
+    # So would one of the dtype of a 16-bit rtol.
+    bound = min(float(rtol) * largest, sys.float_info.max) if rtol else None
     distance = float(report.max_abs or 0)
     relative = distance / largest if largest else math.inf if distance else 0.0
     parts = np.zeros(a.shape, bool) if equal else parting(a, b, bound)

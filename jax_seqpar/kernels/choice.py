@@ -62,12 +62,28 @@ def choose_kernel(
       print(choice.name, choice.reason)
       out = choice.kernel(query, key, value, is_causal=True, logits=Logits(sinks=sinks))
     """
+    spec = checked_spec("choose_kernel", query, key, value, keywords)
+    if platform is not None:
+        check_platform(platform, ("tpu", "gpu", "cpu"))
+    return choose(query, key, value, spec, platform)
+
+
+def checked_spec(caller: str, query: Any, key: Any, value: Any, keywords: dict[str, Any]) -> Spec:
+    """The Spec of an attention's keywords, of arrays or `jax.ShapeDtypeStruct`s.
+
+    Args:
+      caller: the function that was given them, for messages.
+
+    Raises:
+      TypeError: for a keyword that the attention does not have.
+      ValueError: for what does not fit together.
+    """
     known = inspect.signature(AttentionFunction.__call__).parameters
     taken = [name for name in known if name not in ("self", "options", "return_residual")]
     unknown = keywords.keys() - set(taken)
     if unknown:
         raise TypeError(
-            f"choose_kernel() got an unexpected keyword argument {min(unknown)!r}. Use "
+            f"{caller}() got an unexpected keyword argument {min(unknown)!r}. Use "
             f"{', '.join(taken)}."
         )
     check_arrays(query, key, value)
@@ -80,9 +96,7 @@ def choose_kernel(
 
     # Only a traced key of no value tells its implementation.
     (partial(jax.eval_shape, check) if isinstance(rng, jax.ShapeDtypeStruct) else check)(rng)
-    if platform is not None:
-        check_platform(platform, ("tpu", "gpu", "cpu"))
-    return choose(query, key, value, spec, platform)
+    return spec
 
 
 def kernel_of_call(

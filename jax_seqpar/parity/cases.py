@@ -1,5 +1,6 @@
 """The inputs of one attention: their sizes, generated numbers, or a file of the user's."""
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -191,7 +192,7 @@ def _read(path: Path) -> Arrays:
         ) from None
     # RuntimeError: a .zip that is encrypted, or compressed in a way that Python has not.
     except (
-        *(SafetensorError, zipfile.BadZipFile, zlib.error, EOFError),
+        *(SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, tokenize.TokenError),
         *(RuntimeError, TypeError, ValueError),
     ) as error:
         raise ValueError(

@@ -16,7 +16,8 @@ from .._checks import check_count
 AnyProgram = jax.stages.Compiled | str
 
 COLLECTIVES = (
-    "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|collective-broadcast"
+    "ragged-all-to-all|all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    "|collective-broadcast"
 )
 # What a compiled program has for each call of a kernel that is not XLA's.
 KERNELS = {

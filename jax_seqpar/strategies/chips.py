@@ -36,6 +36,7 @@ class Chip:
 # 400 Gb/s for each (200 for A100), between slices of TPUs a chip's share of its host's network.
 CHIPS = {
     "TPU v5 lite": Chip("v5e", 197e12, 45e9, 3.1e9),
+    "TPU v5e": Chip("v5e", 197e12, 45e9, 3.1e9),
     "TPU v5": Chip("v5p", 459e12, 90e9, 6.2e9),
     "TPU v6": Chip("v6e", 918e12, 90e9, 12.5e9),
     "TPU v4": Chip("v4", 275e12, 45e9, 6.2e9),

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from ..kernels.choice import kernel_of_call
-from ..kernels.function_kernel import as_kernel
-from ..layout import MeshLayout, axes_size, names
+from ..kernels import Kernel
+from ..kernels.choice import checked_spec, kernel_of_call
+from ..layout import MeshLayout, axes_size, check_division, check_is_layout, check_mesh, names
 from ..mask import Spec, Tokens
-from ..mask.keywords import from_keywords
 from ..mesh import AnyMesh, find_mesh, platform_of
 from ..order import Contiguous
 from .all_gather import AllGatherKV
@@ -81,6 +80,7 @@ def choose_strategy(
     layout: MeshLayout = MeshLayout(),
     kernel: Any = None,
     gradients: bool = True,
+    return_residual: bool = False,
     chip: Chip | None = None,
     **keywords: Any,
 ) -> StrategyChoice:
@@ -98,132 +98,125 @@ def choose_strategy(
     Args:
       query, key, value: global arrays, or `jax.ShapeDtypeStruct`s.
       layout: as for the call. With two mesh axes of tokens hybrids are candidates.
-      kernel: as for the call; None is each strategy's own choice.
+      kernel, return_residual: as for the call; a kernel of None is each strategy's own choice.
       gradients: whether the backward pass counts.
       chip: the speeds to assume; None looks up the devices of the mesh.
       keywords: those that the attention will be called with.
 
     Raises:
-      ValueError: for a layout without tokens, a mesh that lacks its axes, or if no strategy fits.
+      TypeError: for a keyword that the attention does not have.
+      ValueError: for what does not fit together, a layout without tokens, a mesh that lacks its
+        axes, or if no strategy fits.
 
     Example:
       choice = choose_strategy(query, key, value, layout=layout, is_causal=True)
       print(choice)
       attend = partial(dot_product_attention, layout=layout, strategy=choice.strategy)
     """
+    check_is_layout(layout)
+    spec = checked_spec("choose_strategy", query, key, value, keywords)
     mesh = find_mesh(layout.mesh, query)
-    return choose(
-        query, key, value, from_keywords(**keywords), mesh, layout, kernel, gradients, chip
-    )
+    check_mesh(layout, mesh.shape, ())
+    check_division(query.shape, key.shape, layout, mesh.shape)
+    call = Call(query, key, value, spec, mesh, layout, kernel, return_residual)
+    return choose(call, gradients=gradients, chip=chip)
 
 
-def choose(
-    query: Any,
-    key: Any,
-    value: Any,
-    spec: Spec,
-    mesh: AnyMesh,
-    layout: MeshLayout,
-    kernel: Any = None,
-    gradients: bool = True,
-    chip: Chip | None = None,
-) -> StrategyChoice:
-    """`choose_strategy` of a Spec."""
-    if layout.tokens is None:
-        raise ValueError(
-            f"{layout!r} shards no tokens, so there is no strategy to choose. Name the mesh axis "
-            f"in MeshLayout(tokens=)."
+@dataclass(frozen=True)
+class Call:
+    """A call of the attention, checked, of which the strategy is open.
+
+    Attributes:
+      query, key, value: of the whole sequence; shapes and dtypes matter.
+      kernel: that of the call; None is each strategy's own choice.
+      check_vma: as for `kernel_of_call`.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    spec: Spec
+    mesh: AnyMesh
+    layout: MeshLayout
+    kernel: Any = None
+    return_residual: bool = False
+    check_vma: bool = False
+
+    @property
+    def strategies(self) -> Iterator[Strategy]:
+        yield from (Ulysses(), AllGatherKV(), Ring())
+        if len(names(self.layout.tokens)) == 2:
+            yield from (Hybrid(Ring()), Hybrid(AllGatherKV()))
+
+    def kernel_of(self, strategy: Strategy) -> tuple[Kernel, str | None]:
+        """The kernel that the strategy would have, and why it cannot have it."""
+        operands = self.query, self.key, self.value
+        in_order = strategy.sees_all_tokens or self.layout.order == Contiguous()
+        kernel = kernel_of_call(
+            self.kernel,
+            *operands,
+            self.spec,
+            platform=platform_of(self.mesh),
+            whole=strategy.sees_all_tokens and not self.return_residual,
+            runs=strategy.sees_all_keys and in_order,
+            check_vma=self.check_vma,
         )
-    chip = chip or chip_of(mesh)
-    group = _group(layout, mesh)
-    layer = _layer(query, key, value, spec, layout, mesh, gradients)
-    efficiencies = ON_GPU if platform_of(mesh) == "gpu" else EFFICIENCY
-    found = []
-    for strategy in _strategies(layout):
-        why_not, name = _kernel_for(strategy, kernel, query, key, value, spec, layout, mesh)
-        if why_not is not None:
-            found.append(Candidate(strategy, why_not=why_not))
-            continue
-        cost = cost_of(strategy, layer, group, chip, efficiencies.get(name, efficiencies[""]))
-        found.append(Candidate(strategy, name, cost))
-    able = [x for x in found if x.cost is not None]
-    if not able:
-        reasons = "; ".join(f"{x.strategy!r}: {x.why_not}" for x in found)
+        if not strategy.sees_all_keys and not kernel.gives_parts:
+            return kernel, f"{kernel!r} does not attend to a part of the keys"
+        spec = self.spec
+        if strategy.sees_all_keys and not strategy.sees_all_tokens:
+            # Any share of the queries stands for all: kernels ask of what kind it is.
+            degree = axes_size(self.layout.tokens, self.mesh.shape)
+            share = self.query.shape[1] // degree
+            held = Tokens(0, share) if in_order else self.layout.order.tokens(share, 0, degree)
+            spec = replace(spec, held_queries=held)
+        return kernel, kernel.why_not(*operands, spec)
+
+    def layer(self, gradients: bool) -> Layer:
+        """What one device of the other mesh axes has of the arrays."""
+        layout, mesh = self.layout, self.mesh
+        batch, heads = (axes_size(axes, mesh.shape) for axes in (layout.batch, layout.heads))
+
+        def part(x: Any) -> Shape:
+            B, tokens, N, H = x.shape
+            return (max(B // batch, 1), tokens, max(N // heads, 1), H)
+
+        parts = part(self.query), part(self.key), part(self.value)
+        size = np.dtype(self.query.dtype).itemsize
+        return Layer(*parts, size, self.spec.mask, layout.order, gradients)
+
+
+def choose(call: Call, gradients: bool = True, chip: Chip | None = None) -> StrategyChoice:
+    """`choose_strategy` of a checked call."""
+    if call.layout.tokens is None:
         raise ValueError(
-            f"no strategy fits kernel={kernel!r}: {reasons}. Write kernel=jax_seqpar.Blockwise()."
+            f"{call.layout!r} shards no tokens, so there is no strategy to choose. Name the mesh "
+            f"axis in MeshLayout(tokens=)."
+        )
+    chip = chip or chip_of(call.mesh)
+    group, layer = _group(call.layout, call.mesh), call.layer(gradients)
+    efficiencies = ON_GPU if platform_of(call.mesh) == "gpu" else EFFICIENCY
+    able: list[Candidate] = []
+    unable: list[Candidate] = []
+    for strategy in call.strategies:
+        kernel, why_not = call.kernel_of(strategy)
+        if why_not is not None:
+            unable.append(Candidate(strategy, why_not=why_not))
+            continue
+        own = replace(layer, may_copy=not kernel.sums_exactly)
+        efficiency = efficiencies.get(kernel.name, efficiencies[""])
+        able.append(
+            Candidate(strategy, kernel.name, cost_of(strategy, own, group, chip, efficiency))
+        )
+    if not able:
+        reasons = "; ".join(f"{x.strategy!r}: {x.why_not}" for x in unable)
+        raise ValueError(
+            f"no strategy fits kernel={call.kernel!r}: {reasons}. Write "
+            f"kernel=jax_seqpar.Blockwise()."
         )
     # Of equals the first, which is Ulysses.
     able.sort(key=lambda x: x.cost.seconds if x.cost else 0.0)
-    unable = [x for x in found if x.cost is None]
     return StrategyChoice(able[0].strategy, _reason(able, group), (*able, *unable), chip)
-
-
-def _strategies(layout: MeshLayout) -> Iterator[Strategy]:
-    yield from (Ulysses(), AllGatherKV(), Ring())
-    if len(names(layout.tokens)) == 2:
-        yield from (Hybrid(Ring()), Hybrid(AllGatherKV()))
-
-
-def _kernel_for(
-    strategy: Strategy,
-    kernel: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    spec: Spec,
-    layout: MeshLayout,
-    mesh: AnyMesh,
-) -> tuple[str | None, str]:
-    """Why the strategy cannot be taken, or the name of its kernel."""
-    in_order = strategy.sees_all_tokens or layout.order == Contiguous()
-    chosen = as_kernel(kernel) if kernel is not None else None
-    if chosen is None:
-        chosen = kernel_of_call(
-            None,
-            query,
-            key,
-            value,
-            spec,
-            platform=platform_of(mesh),
-            whole=strategy.sees_all_tokens,
-            runs=strategy.sees_all_keys and in_order,
-        )
-    if not strategy.sees_all_keys and not chosen.gives_parts:
-        return f"{chosen!r} does not attend to a part of the keys", ""
-    if strategy.sees_all_keys and not strategy.sees_all_tokens:
-        # Any share of the queries stands for all: kernels ask of what kind it is.
-        degree = axes_size(layout.tokens, mesh.shape)
-        held = (
-            Tokens(0, query.shape[1] // degree)
-            if in_order
-            else layout.order.tokens(query.shape[1] // degree, 0, degree)
-        )
-        if reason := chosen.why_not(query, key, value, replace(spec, held_queries=held)):
-            return reason, ""
-    elif reason := chosen.why_not(query, key, value, spec):
-        return reason, ""
-    return None, chosen.name
-
-
-def _layer(
-    query: Any,
-    key: Any,
-    value: Any,
-    spec: Spec,
-    layout: MeshLayout,
-    mesh: AnyMesh,
-    gradients: bool,
-) -> Layer:
-    """What one device of the other mesh axes has of the arrays."""
-    batch, heads = (axes_size(axes, mesh.shape) for axes in (layout.batch, layout.heads))
-
-    def part(x: Any) -> Shape:
-        B, tokens, N, H = x.shape
-        return (max(B // batch, 1), tokens, max(N // heads, 1), H)
-
-    size = np.dtype(query.dtype).itemsize
-    parts = part(query), part(key), part(value)
-    return Layer(*parts, size, spec.mask, layout.order, gradients)
 
 
 def _group(layout: MeshLayout, mesh: AnyMesh) -> Group:

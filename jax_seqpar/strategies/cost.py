@@ -10,11 +10,12 @@ from ..mask import Mask
 from ..order import TokenOrder
 from .all_gather import AllGatherKV
 from .chips import Chip
-from .heads import plan_heads
+from .heads import HeadPlan, plan_heads
 from .hops import hops
 from .hybrid import Hybrid
 from .ring import Ring
 from .strategy import Shape, Strategy
+from .ulysses import traffic_of_plan
 
 # Of a chip's FLOP/s: cuDNN's and blockwise attention's on a GPU as measured (`examples/README.md`),
 # the others by their likes. Only ratios matter, and only where strategies have other kernels.
@@ -60,6 +61,7 @@ class Layer:
       query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`.
       itemsize: bytes of one number.
       gradients: whether the backward pass counts.
+      may_copy: whether Ulysses may split the group of a KV head, as `plan_heads` has it.
     """
 
     query: Shape
@@ -69,6 +71,15 @@ class Layer:
     mask: Mask
     order: TokenOrder
     gradients: bool
+    may_copy: bool = True
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape, Shape]:
+        return self.query, self.key, self.value
+
+    def plan(self, degree: int) -> HeadPlan:
+        """The heads that Ulysses gives each of so many devices."""
+        return plan_heads(self.query[2], self.key[2], degree, self.may_copy)
 
 
 @dataclass(frozen=True)
@@ -108,17 +119,17 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
     slow = near < degree
     if isinstance(strategy, Ring):
         return _of_ring(layer, work, degree, slow, chip, seconds_per_pair * layer.query[2])
-    shapes = layer.query, layer.key, layer.value
-    forward = strategy.traffic(*shapes, degree=degree, itemsize=layer.itemsize)
-    received = forward * (2 if layer.gradients else 1)
-    between = received * (degree - near) // max(degree - 1, 1)
     if isinstance(strategy, AllGatherKV):
+        forward = strategy.traffic(*layer.shapes, degree=degree, itemsize=layer.itemsize)
         busiest, held = work.sum(1).max() * layer.query[2], _kv_bytes(layer)
     else:
-        plan = plan_heads(layer.query[2], layer.key[2], degree)
+        plan = layer.plan(degree)
+        forward = traffic_of_plan(plan, degree, *layer.shapes, layer.itemsize)
         busiest = work.sum() * plan.query_heads / degree
         copies = plan.padded_kv_heads * plan.copies / layer.key[2]
         held = int(_kv_bytes(layer) * copies / degree)
+    received = forward * (2 if layer.gradients else 1)
+    between = received * (degree - near) // max(degree - 1, 1)
     waiting = (received - between) / chip.inside + between / chip.between
     attention = busiest * seconds_per_pair * (1 + GRADIENT_PRODUCTS * layer.gradients)
     return Cost(received - between, between, held, attention, waiting)
@@ -188,10 +199,10 @@ def _of_hybrid(
 ) -> Cost:
     """Ulysses of a group's tokens, around the other strategy of one device's heads."""
     (R, U), (near_outer, near_inner) = group.sizes, group.near
-    shapes = layer.query, layer.key, layer.value
-    _, inner = strategy.traffic_by_axis(*shapes, degree=(R, U), itemsize=layer.itemsize)
+    plan = layer.plan(U)
+    q, k, v = ((B, tokens // R, N, H) for B, tokens, N, H in layer.shapes)
+    inner = traffic_of_plan(plan, U, q, k, v, layer.itemsize)
     inner *= 2 if layer.gradients else 1
-    plan = plan_heads(layer.query[2], layer.key[2], U)
     heads, kv_heads = plan.query_heads // U, plan.padded_kv_heads * plan.copies // U
     B, T, _, H = layer.query
     S, V = layer.key[1], layer.value[3]

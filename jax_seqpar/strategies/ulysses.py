@@ -114,12 +114,17 @@ class Ulysses:
         self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
     ) -> int:
         P = check_traffic(query, key, degree)
-        B, T, N, H = query
-        S, K, V = key[1], key[2], value[3]
-        plan = plan_heads(N, K, P)
-        kv_heads = plan.padded_kv_heads * plan.copies
-        moved = B * (T * plan.query_heads * (H + V) + S * kv_heads * (H + V))
-        return moved * itemsize * (P - 1) // P**2
+        return traffic_of_plan(plan_heads(query[2], key[2], P), P, query, key, value, itemsize)
+
+
+def traffic_of_plan(
+    plan: HeadPlan, degree: int, query: Shape, key: Shape, value: Shape, itemsize: int
+) -> int:
+    """Bytes that one device receives forward, with the heads of the plan."""
+    (B, T, _, H), S, V = query, key[1], value[3]
+    kv_heads = plan.padded_kv_heads * plan.copies
+    moved = B * (T * plan.query_heads + S * kv_heads) * (H + V)
+    return moved * itemsize * (degree - 1) // degree**2
 
 
 def _own_heads(
