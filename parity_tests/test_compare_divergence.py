@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
