@@ -31,12 +31,11 @@ class Exact(Kernel):
     bit to `torch_ref.exact.exact_attention`, compiled or not, on any number of devices, on every
     backend that `jax_seqpar.exact.certify` passes. Causal to the last bit: what a query may not
     attend to changes no bit of its row. Not equal to a stock kernel, and nearer to float64 than
-    float32 kernels are, but for channels far larger than the others. Memory grows linearly with
-    the tokens. Float64 inside, whatever `jax_enable_x64` says. Reverse-mode
-    derivatives, once; of query, key and value alone. JAX raises TypeError for one in forward mode.
-
-    Operands, bias, slopes and sinks are float32, bfloat16 or float16; scale and soft cap are
-    rounded to float32. Other dtypes, and sequences of 2^21 tokens and more, are refused.
+    float32 kernels are, but for channels far larger than the others. Memory is linear in the
+    tokens. Float64 inside, whatever `jax_enable_x64` says. Reverse-mode derivatives, once, of
+    query, key and value alone; JAX raises TypeError in forward mode. Operands, bias, slopes and
+    sinks are float32, bfloat16 or float16; scale and soft cap are rounded to float32. Other dtypes,
+    and sequences of 2^21 tokens and more, are refused.
 
     Args:
       query_chunk: queries whose whole rows of weights the forward pass holds at a time, in float32;
