@@ -1,14 +1,16 @@
 """Inputs of causal attentions that are hard for an arithmetic; `accuracy_exact.py` takes them.
 
-gaussian          standard normal
-heavy tails       Student's t of 2 degrees of freedom
-long rows         standard normal, 16 384 tokens, one head
-outlier channels  standard normal; 2 channels of query, key and value 100 times as large
-far channels      the same, 10 000 times: the weakness of exact attention
-outlier tokens    standard normal; 4 tokens of query, key and value 300 times as large
-peak              every logit is about 21 below that of key 0, with a value like the others'
-empty peak        the same, but the value of key 0 is 0: the output is what the tail holds
-sink              every logit is about 10 below that of key 0, whose value is 0
+Each is query, key, value and the gradient of the output, float64:
+
+    gaussian          standard normal
+    heavy tails       Student's t of 2 degrees of freedom
+    long rows         standard normal, 16 384 tokens, one head
+    outlier channels  standard normal; 2 channels of query, key and value 100 times as large
+    far channels      the same, 10 000 times: the weakness of exact attention
+    outlier tokens    standard normal; 4 tokens of query, key and value 300 times as large
+    peak              every logit is about 21 below that of key 0, with a value like the others'
+    empty peak        the same, but the value of key 0 is 0: the output is what the tail holds
+    sink              every logit is about 10 below that of key 0, whose value is 0
 """
 
 import math
