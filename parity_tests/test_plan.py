@@ -129,6 +129,8 @@ ENTRY %main () -> f32[2] {
 
 def test_the_text_of_asynchronous_transfers():
     assert collectives(SCHEDULED) == {"all-to-all": 4, "all-gather": 1}
+    ragged = SCHEDULED.replace(" all-to-all(%a)", " ragged-all-to-all(%a)")
+    assert collectives(ragged) == {"ragged-all-to-all": 1, "all-to-all": 3, "all-gather": 1}
     assert all_to_all_bytes(SCHEDULED) == 2 * (4 * 8 * 2) + 2 * (4 * 8)
     assert received_bytes(SCHEDULED, 4) == (3 * (4 * 8 * 2) + 2 * (4 * 8)) * 3 // 4
     assert kernel_calls(SCHEDULED) == 2
