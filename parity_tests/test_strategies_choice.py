@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import strategy_costs
 from cases import ONE_AXIS, MeshCase
 from jax.sharding import AbstractMesh
 from questions import compiled, output_and_gradients, permuted_bytes
@@ -260,6 +261,17 @@ def test_heads_of_exact_attention_are_counted_as_they_are_sent():
     assert costs[0].attention / costs[1].attention == pytest.approx(8 / 5)
     assert costs[0].inside < costs[1].inside  # no copies of KV heads
     assert exact.strategy == AllGatherKV()
+
+
+def test_the_table_of_costs(capsys):
+    strategy_costs.main(tokens=1 << 12)
+    rows = [x.split() for x in capsys.readouterr().out.splitlines() if x.split()]
+    assert rows[0][:4] == ["K", "P", "Ring", "Ulysses"]
+    assert [x[:2] for x in rows[2:]] == [
+        [kv_heads, degree]
+        for kv_heads in ("1", "4", "8", "16")
+        for degree in ("2", "4", "8", "16", "32", "64")
+    ]
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

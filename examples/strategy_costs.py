@@ -1,0 +1,73 @@
+"""What each strategy sends, holds and waits for, by degree and KV heads: formulas, nothing is run.
+
+    python examples/strategy_costs.py
+    python examples/strategy_costs.py --tokens 1048576 --window 4096 --forward
+
+One causal attention of 32 query heads of 128 channels in bfloat16, in zigzag order (in contiguous
+order with a window), blockwise attention in all. Bytes are those of compiled programs
+(`parity_tests/test_strategies_choice.py`). A hybrid is of groups of eight; waiting is at the speed
+of a TPU v5e.
+"""
+
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import typer
+from jax.sharding import AbstractMesh
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jax_seqpar import Blockwise, Contiguous, Hybrid, MeshLayout, Zigzag, choose_strategy
+from jax_seqpar.strategies.chips import CHIPS
+
+HEADS, CHANNELS, GROUP = 32, 128, 8
+DEGREES = (2, 4, 8, 16, 32, 64)
+
+
+def main(
+    tokens: int = 1 << 17,
+    window: Annotated[int | None, typer.Option(help="Keys that a query sees; all if none.")] = None,
+    forward: Annotated[bool, typer.Option(help="Without the backward pass.")] = False,
+) -> None:
+    """MB that a device receives / MB of keys and values that it holds / ms that it waits."""
+    order = Zigzag() if window is None else Contiguous()
+    keywords: dict[str, Any] = {"kernel": Blockwise(), "gradients": not forward, "is_causal": True}
+    if window is not None:
+        keywords["local_window_size"] = (window - 1, 0)
+    columns: dict[str, None] = {}
+    rows = []
+    for kv_heads in (1, 4, 8, 16):
+        query, key = (
+            jax.ShapeDtypeStruct((1, tokens, heads, CHANNELS), jnp.bfloat16)
+            for heads in (HEADS, kv_heads)
+        )
+        for degree in DEGREES:
+            groups = degree // GROUP
+            axes = ("seq",) if groups < 2 else ("outer", "inner")
+            mesh = AbstractMesh((degree,) if groups < 2 else (groups, GROUP), axes)
+            layout = MeshLayout(tokens=axes, mesh=mesh, order=order)
+            chip = CHIPS["TPU v5 lite"]
+            found = choose_strategy(query, key, key, layout=layout, chip=chip, **keywords)
+            cells = {}
+            for x in found.candidates:
+                assert x.cost is not None
+                name = type(x.strategy).__name__
+                if isinstance(x.strategy, Hybrid):
+                    name = f"Hybrid({type(x.strategy.outer).__name__})"
+                columns[name] = None
+                held, waiting = x.cost.held / 1e6, 1e3 * x.cost.waiting
+                cells[name] = f"{x.cost.inside / 1e6:,.0f} / {held:,.0f} / {waiting:,.1f}"
+            rows.append((str(kv_heads), str(degree), cells))
+    names = sorted(columns, key=len)
+    table = Table("K", "P", *names, box=box.SIMPLE)
+    for kv_heads, degree, cells in rows:
+        table.add_row(kv_heads, degree, *(cells.get(name, "") for name in names))
+        if degree == str(DEGREES[-1]):
+            table.add_section()
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
