@@ -688,7 +688,7 @@ def test_the_kernel_is_chosen_for_the_mesh(monkeypatch, platform):
     mesh = jax.sharding.AbstractMesh((4,), ("seq",), abstract_device=device)
     asked = []
 
-    def choose(query, key, value, spec, platform):
+    def choose(query, key, value, spec, platform, **options):
         asked.append(platform)
         return KernelChoice(dense_attention, "dense", "")
 
