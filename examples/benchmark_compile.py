@@ -51,6 +51,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def forward(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the attention itself."""
     return attend
 
 

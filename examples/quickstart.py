@@ -13,6 +13,7 @@ from jax_seqpar import MeshLayout, dot_product_attention
 
 
 def main() -> None:
+    """Prints the shardings of an attention, of its gradient, and the all-to-alls between."""
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = jax.make_mesh((2, 4), ("data", "seq"))
     layout = MeshLayout(batch="data", tokens="seq")

@@ -1,4 +1,4 @@
-"""What each strategy sends, holds and waits for, by degree and KV heads: formulas, nothing is run.
+"""A table of the bytes, memory and waiting of each strategy, by degree and KV heads, from formulas.
 
     python examples/strategy_costs.py
     python examples/strategy_costs.py --tokens 1048576 --window 4096 --forward
@@ -27,12 +27,19 @@ DEGREES = (2, 4, 8, 16, 32, 64)
 
 
 def main(
-    tokens: int = 1 << 17,
-    window: Annotated[int | None, typer.Option(help="Keys that a query sees; all if none.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="A multiple of 128, for 64 devices.")] = 1
+    << 17,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Keys that a query sees; all if left out.")
+    ] = None,
     forward: Annotated[bool, typer.Option(help="Without the backward pass.")] = False,
 ) -> None:
     """MB that a device receives / MB of keys and values that it holds / ms that it waits."""
     order = Zigzag() if window is None else Contiguous()
+    if tokens % (2 * DEGREES[-1]):
+        raise typer.BadParameter(
+            f"{tokens} tokens are no multiple of {2 * DEGREES[-1]}. Write --tokens 131072."
+        )
     keywords: dict[str, Any] = {"kernel": Blockwise(), "gradients": not forward, "is_causal": True}
     if window is not None:
         keywords["local_window_size"] = (window - 1, 0)

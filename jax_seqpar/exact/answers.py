@@ -23,6 +23,7 @@ def on_grid(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def norm(x: np.ndarray) -> np.ndarray:
+    """N of each row: the power of two above its Euclidean length, as an exponent."""
     e = exponent(x, axis=1)
     magnitudes = ceil(np.abs(x), arithmetic.NORM_BITS - e)
     squares = 256 + np.sum(magnitudes * magnitudes, axis=1, keepdims=True)
