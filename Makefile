@@ -17,7 +17,7 @@ NEWEST_CORE := $(addprefix parity_tests/test_, $(addsuffix .py, project_imports 
 
 # At least one test of every folder, and a planted bug that has to be caught.
 CHECK := $(addprefix parity_tests/test_, project_imports.py kernels_dense.py compare_bits.py \
-    strategies_reshard.py bridge_convert.py training_batch.py torch_history.py exact_arithmetic.py \
+    strategies_reshard.py bridge_convert.py training_batch.py torch_wrong_versions.py exact_arithmetic.py \
     kernels_blockwise.py::test_the_blocks_that_are_left_out \
     attention_values.py::test_lengths_are_padding flax_attention.py::test_output \
     parity_command.py::test_plain_kernels_differ \

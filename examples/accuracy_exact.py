@@ -38,8 +38,8 @@ from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
 from jax_seqpar import exact_attention
-from jax_seqpar.compare.arrays import numpy_to_torch, torch_to_numpy
-from jax_seqpar.parity.cases import NAMES, Arrays, Case
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch, torch_to_numpy
+from jax_seqpar.parity.inputs import NAMES, Arrays, Case
 from torch_ref.dense import dense_attention
 
 RESULTS = ("out", "dq", "dk", "dv")

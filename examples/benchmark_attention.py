@@ -67,7 +67,7 @@ from benchmark_ulysses import peak_growth
 from jax.sharding import NamedSharding
 
 from jax_seqpar import Mask, MeshLayout, Ulysses, blockwise_attention, dot_product_attention
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.inputs import Case
 
 OURS, TORCH, JAX_NN = "blockwise", "torch flash", "jax.nn"
 KERNELS = {OURS: blockwise_attention, JAX_NN: jax.nn.dot_product_attention}

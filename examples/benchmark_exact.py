@@ -30,9 +30,9 @@ from rich.progress import track
 from rich.table import Table
 
 from jax_seqpar import exact_attention
-from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from jax_seqpar.exact import arithmetic, certify
-from jax_seqpar.parity.cases import Arrays, Case
+from jax_seqpar.parity.inputs import Arrays, Case
 from torch_ref.exact import exact_attention as torch_exact_attention
 
 DENSE_TOKENS = 4096  # `jax.nn` holds tokens x tokens weights for every head

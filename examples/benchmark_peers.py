@@ -18,9 +18,9 @@ from benchmark_ulysses import sdpa
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jax_seqpar.bridge.ranks import run_ranks
-from jax_seqpar.compare.arrays import numpy_to_torch
-from jax_seqpar.parity.cases import NAMES, Case
+from jax_seqpar.bridge.torch_ranks import run_ranks
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
+from jax_seqpar.parity.inputs import NAMES, Case
 from torch_ref.ulysses import DistributedAttention
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.inputs import Case
 
 PASSES = ("forward", "both")
 # Columns of the tables: a path into the row, and a heading.

@@ -45,9 +45,9 @@ from rich.table import Table
 
 from jax_seqpar import MeshLayout, dense_attention, dot_product_attention
 from jax_seqpar._checks import check_arrays
-from jax_seqpar.bridge.ranks import run_ranks
-from jax_seqpar.layout import check_division
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.bridge.torch_ranks import run_ranks
+from jax_seqpar.mesh_layout import check_division
+from jax_seqpar.parity.inputs import Case
 from jax_seqpar.parity.plan import check_ranks
 from torch_ref.ulysses import DistributedAttention
 

@@ -16,7 +16,7 @@ from jax import Array
 
 from jax_seqpar import Mask, MeshLayout, Ulysses
 from jax_seqpar.flax import Attention, ParameterOptions, Projection, Rotary, gather, parameter
-from jax_seqpar.layout import MeshAxes
+from jax_seqpar.mesh_layout import MeshAxes
 from jax_seqpar.strategies import Strategy
 from jax_seqpar.training import Batch, cross_entropy, map_tiles, tiled_cross_entropy
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jax_seqpar.parity.cases import NAMES, Arrays, Case
+from jax_seqpar.parity.inputs import NAMES, Arrays, Case
 
 Draw = Callable[[np.random.Generator, Case], Arrays]
 

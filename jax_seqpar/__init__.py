@@ -22,13 +22,13 @@ from .kernels import blockwise_attention as blockwise_attention
 from .kernels import choose_kernel as choose_kernel
 from .kernels import dense_attention as dense_attention
 from .kernels import fused_attention as fused_attention
-from .layout import MeshLayout as MeshLayout
 from .mask import Dropout as Dropout
 from .mask import Logits as Logits
 from .mask import Mask as Mask
 from .mask import head_keys as head_keys
-from .mask.padding import Padded as Padded
-from .mask.padding import pad_to_degree as pad_to_degree
+from .mask.sequence_padding import Padded as Padded
+from .mask.sequence_padding import pad_to_degree as pad_to_degree
+from .mesh_layout import MeshLayout as MeshLayout
 from .order import Contiguous as Contiguous
 from .order import Striped as Striped
 from .order import TokenOrder as TokenOrder

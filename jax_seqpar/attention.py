@@ -13,7 +13,6 @@ from ._checks import axis_size
 from .kernels import Kernel
 from .kernels.choice import kernel_of_call
 from .kernels.kernel import check_residual
-from .layout import MeshLayout, axes_size, check_is_layout, names
 from .mask import Spec, accumulated, keyword_form
 from .mask.array_fields import Axes
 from .mask.keywords import canonical, to_flat
@@ -24,6 +23,7 @@ from .mesh import (
     platform_of,
     set_explicit_sharding,
 )
+from .mesh_layout import MeshLayout, axes_size, check_is_layout, names
 from .order import Contiguous, TokenOrder
 from .program_cache import compiled_with
 from .strategies import Strategy, Ulysses

@@ -24,14 +24,14 @@ except ImportError as error:
 
 from . import __version__
 from ._extras import require_torch
-from .bridge.ranks import RankError
+from .bridge.torch_ranks import RankError
 from .mask.keywords import from_flat
-from .parity.cases import DTYPES, OPTIONAL, Case
-from .parity.certify import certificate_table, certificates
 from .parity.checks import Check
+from .parity.inputs import DTYPES, OPTIONAL, Case
 from .parity.plan import Kernels, inputs_by_label, plan, understood
 from .parity.report import parity_table, summary
 from .parity.run import Result, run_parity
+from .parity.torch_self_test import certificate_table, certificates
 
 # Without rich's panels, which cut the names of options and break paths at the width of a terminal.
 app = typer.Typer(

@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from .layout import MeshLayout, axes_size, check_division, check_mesh, check_sharding, names
+from .mesh_layout import MeshLayout, axes_size, check_division, check_mesh, check_sharding, names
 
 AnyMesh = Mesh | AbstractMesh
 

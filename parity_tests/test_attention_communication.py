@@ -11,7 +11,7 @@ from cases import CASES, FEWER_ON_MESHES, MESHES, ONE_AXIS, slow
 from questions import attend, bytes_by_formula, compiled, right_communication, sharded_inputs
 
 from jax_seqpar import MeshLayout, dot_product_attention
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.inputs import Case
 from jax_seqpar.plan import all_to_all_bytes, collectives
 
 # XLA:CPU widens 16-bit cotangents; forward their bytes are counted below.

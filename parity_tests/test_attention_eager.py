@@ -26,7 +26,7 @@ from jax_seqpar import (
     pad_to_degree,
 )
 from jax_seqpar.flax import Attention, SequenceParallel
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.inputs import Case
 from jax_seqpar.plan import collectives
 
 CASE = Case(batch=2, tokens=16, heads=8, kv_heads=4, head_dim=4)

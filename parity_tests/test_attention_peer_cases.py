@@ -21,7 +21,7 @@ from jax.sharding import AxisType
 from questions import QUICK, error, right_values
 
 from jax_seqpar import Blockwise, MeshLayout, blockwise_attention, dot_product_attention
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.inputs import Case
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from jax_seqpar import (
     dot_product_attention,
 )
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.compare.arrays import numpy_to_torch
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
+from jax_seqpar.parity.inputs import Case
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 both_kinds = pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from jax_seqpar.mask import Mask, Spec
-from jax_seqpar.parity.cases import NAMES, load_inputs
 from jax_seqpar.parity.checks import PipelineCheck, history_checks
+from jax_seqpar.parity.inputs import NAMES, load_inputs
 from jax_seqpar.parity.run import COLUMNS, run_parity
 from torch_ref.dense import dense_attention
 

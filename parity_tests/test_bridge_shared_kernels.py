@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from jax_seqpar import dense_attention
 from jax_seqpar.bridge import as_torch_attention, staged_attention
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.compare.arrays import numpy_to_torch, torch_to_numpy
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch, torch_to_numpy
+from jax_seqpar.parity.inputs import Case
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 

@@ -41,7 +41,7 @@ from jax_seqpar.bridge import (
 )
 from jax_seqpar.bridge.weights.arrange import _fitting
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 
 D, N, K, H, LAYERS = 24, 6, 2, 4, 3
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jax_seqpar.compare import Divergence, compare_bits, divergence_table, first_divergence
-from jax_seqpar.compare.arrays import numpy_to_torch
-from jax_seqpar.compare.rows import parting
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
+from jax_seqpar.compare.tensor_comparison import parting
 
 B, S, N, H, V = 2, 12, 6, 4, 10
 SHAPES = {

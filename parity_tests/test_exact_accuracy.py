@@ -17,7 +17,7 @@ from flat_names import keywords_of
 from questions import error, output_and_gradients
 
 from jax_seqpar import dense_attention
-from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "accuracy_exact.py"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_seqpar.exact import arithmetic, elementary, exact_dot
-from jax_seqpar.exact.questions import EXP_HARD_CASES
+from jax_seqpar.exact.self_test.questions import EXP_HARD_CASES
 from torch_ref import exact_arithmetic as reference
 
 LEAST = -300  # the floor of an exponent

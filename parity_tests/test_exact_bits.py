@@ -46,10 +46,10 @@ from jax_seqpar import (
 )
 from jax_seqpar.bridge import run_ranks
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.compare.arrays import numpy_to_torch, torch_to_numpy
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch, torch_to_numpy
 from jax_seqpar.exact import arithmetic
-from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
-from jax_seqpar.parity.cases import Arrays, Case, adversarial
+from jax_seqpar.parity.inputs import NAMES as INPUT_NAMES
+from jax_seqpar.parity.inputs import Arrays, Case, adversarial
 from jax_seqpar.plan import collectives, temporaries
 
 pytestmark = pytest.mark.usefixtures("less_optimised", "one_torch_thread")

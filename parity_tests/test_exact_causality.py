@@ -17,8 +17,8 @@ from questions import output_and_gradients
 
 from jax_seqpar import AllGatherKV, Exact, Ulysses, dot_product_attention
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.exact import blocks, forward
-from jax_seqpar.parity.cases import Arrays, Case
+from jax_seqpar.exact import forward, token_blocks
+from jax_seqpar.parity.inputs import Arrays, Case
 from torch_ref import exact_arithmetic
 
 pytestmark = pytest.mark.usefixtures("less_optimised", "one_torch_thread")
@@ -278,7 +278,7 @@ def test_later_tokens_on_a_mesh(strategy):
 
 
 def one_exponent_in_jax(patch):
-    for module in (forward, blocks):
+    for module in (forward, token_blocks):
         patch.setattr(module, "token_digits", digits_of_one_exponent)
 
 

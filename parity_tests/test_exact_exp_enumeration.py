@@ -17,7 +17,7 @@ from integer_oracle import exp_bounds, magnitude, power, round_to
 from rich.progress import track
 
 from jax_seqpar.exact import elementary
-from jax_seqpar.exact.questions import EXP_HARD_CASES
+from jax_seqpar.exact.self_test.questions import EXP_HARD_CASES
 from torch_ref import exact_arithmetic as reference
 
 CHUNK = 1 << 22

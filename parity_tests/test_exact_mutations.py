@@ -28,11 +28,11 @@ from questions import output_and_gradients
 import torch_ref.exact
 from jax_seqpar import AllGatherKV, Exact, Ulysses, dot_product_attention, exact_attention
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.exact import arithmetic, attention, backward, blocks, forward, problem
+from jax_seqpar.exact import arithmetic, attention, backward, block_logits, forward, token_blocks
 from jax_seqpar.exact.kv_replicas import SharedHeads
 from jax_seqpar.mask import Dropout, Tokens, threefry
-from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
-from jax_seqpar.parity.cases import Arrays, Case, adversarial
+from jax_seqpar.parity.inputs import NAMES as INPUT_NAMES
+from jax_seqpar.parity.inputs import Arrays, Case, adversarial
 from jax_seqpar.strategies import ulysses
 from torch_ref import exact_arithmetic, exact_head
 from torch_ref.dropout import gain, is_kept
@@ -227,7 +227,7 @@ def keys_of_the_first_device(x, axes, *, axis_name, true=ulysses._own_heads, **p
 
 # A question, and what to put in place of what.
 MUTATIONS = {
-    "dot products in float32": (output_alone, problem, "dots", float32_dots),
+    "dot products in float32": (output_alone, block_logits, "dots", float32_dots),
     "sums over tokens in float32": (output_alone, forward, "halves", float32_halves),
     "sums above 2^53 in one float64": (
         output_of_many_keys,
@@ -258,7 +258,7 @@ MUTATIONS = {
     ),
     "a last bit of the logits": (
         output_alone,
-        problem,
+        block_logits,
         "round32",
         lambda x: (arithmetic.flush(x) * (1 + 2.0**-25)).astype(jnp.float32),
     ),
@@ -284,7 +284,7 @@ MUTATIONS = {
     ),
     "one exponent for all tokens of the gradients": (
         alone,
-        blocks,
+        token_blocks,
         "token_digits",
         digits_of_one_exponent,
     ),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from cases import slow
 from decoder import Config
-from loss_curves import planted_bug
+from loss_by_degree import planted_bug
 from train_long_context import Run, Text, app, read, train
 from typer.testing import CliRunner
 

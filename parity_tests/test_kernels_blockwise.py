@@ -20,7 +20,7 @@ from questions import QUICK, error, output_and_gradients
 
 from jax_seqpar import Blockwise, Logits, dense_attention, exact_attention
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from jax_seqpar.mask import Mask, Tokens
 from jax_seqpar.plan import temporaries
 from torch_ref.dense import dense_attention as torch_dense_attention

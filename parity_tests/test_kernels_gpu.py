@@ -43,7 +43,7 @@ from jax_seqpar import (
 )
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import certify
-from jax_seqpar.parity.cases import Case, adversarial
+from jax_seqpar.parity.inputs import Case, adversarial
 from jax_seqpar.training import TokenLayout
 
 pytestmark = pytest.mark.gpu

@@ -49,7 +49,7 @@ from jax_seqpar import Dense, Dropout, Logits, Mask, MeshLayout, dot_product_att
 from jax_seqpar.mask import Tokens
 from jax_seqpar.mask.keywords import from_keywords, to_flat
 from torch_ref import dropout as torch_dropout
-from torch_ref import layout as torch_layout
+from torch_ref import rank_layout as torch_layout
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 pytestmark = pytest.mark.usefixtures("less_optimised", "one_torch_thread")

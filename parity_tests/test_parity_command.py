@@ -28,20 +28,20 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from jax_seqpar import cli, dot_product_attention, sequence_to_heads
-from jax_seqpar.bridge.ranks import RankError
+from jax_seqpar.bridge.torch_ranks import RankError
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.compare.arrays import numpy_to_torch
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from jax_seqpar.compare.report import BitsReport
-from jax_seqpar.exact import certificate, questions
+from jax_seqpar.exact.self_test import certificate, questions
 from jax_seqpar.mask import Mask, Spec
-from jax_seqpar.parity import cases, certify
+from jax_seqpar.parity import inputs, torch_self_test
 from jax_seqpar.parity import run as parity
-from jax_seqpar.parity.cases import DTYPES, OPTIONAL, Case, keywords
 from jax_seqpar.parity.checks import pipeline, reshard
 from jax_seqpar.parity.golden import digest, expected_digest
+from jax_seqpar.parity.inputs import DTYPES, OPTIONAL, Case, keywords
 from jax_seqpar.parity.plan import Kernels, inputs_by_label, plan
 from jax_seqpar.parity.report import parity_table, summary
-from torch_ref import history
+from torch_ref import wrong_versions
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
@@ -387,13 +387,13 @@ def different(monkeypatch):
     # Not the programs that other tests have compiled, nor any for them.
     monkeypatch.setattr(pipeline, "_jax_program", pipeline._jax_program.__wrapped__)
     monkeypatch.setattr(pipeline, "dot_product_attention", reversed_value)
-    expected = history.expected_outcome
+    expected = wrong_versions.expected_outcome
 
     def v5_too(name, layout, *sizes):
         wrong = (name, layout) == ("v5", "bshd")
         return "scrambled" if wrong else expected(name, layout, *sizes)
 
-    monkeypatch.setattr(history, "expected_outcome", v5_too)
+    monkeypatch.setattr(wrong_versions, "expected_outcome", v5_too)
 
 
 def test_a_difference_is_reported_and_saved(different, tmp_path):
@@ -777,7 +777,7 @@ def test_a_file_that_needs_too_much_memory(planned, error, tmp_path, monkeypatch
     def read(*_):
         raise error("too much")
 
-    monkeypatch.setattr(cases, "npz_array", read)
+    monkeypatch.setattr(inputs, "npz_array", read)
     write(tmp_path / "a.npz", SINGLE)
     assert_refused(
         seqpar("--degree=2", "--input", tmp_path / "a.npz"), rf"a\.npz needs .*{error.__name__}"
@@ -789,7 +789,7 @@ def test_arrays_that_nobody_asked_for_are_not_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
         archive.writestr("other.npy", b"no array")
     with pytest.raises(ValueError, match=r"a\.npz has 'other', of which"):
-        cases.load_inputs(tmp_path / "a.npz")
+        inputs.load_inputs(tmp_path / "a.npz")
 
 
 def test_help_lists_every_option():
@@ -1082,10 +1082,10 @@ def test_the_version():
 
 
 def test_without_pytorch_jax_alone_is_certified(monkeypatch):
-    monkeypatch.setattr(certify, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch_self_test, "find_spec", lambda name: None)
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     trusted = certificate.Certificate("JAX", ())
-    monkeypatch.setattr(certify, "certify", lambda backend: trusted)
+    monkeypatch.setattr(torch_self_test, "certify", lambda backend: trusted)
     result = seqpar_certify()
     assert result.exit_code == 0, result.output
     assert "PyTorch is not installed, so it was not asked" in result.output
@@ -1145,7 +1145,7 @@ def test_this_machine_is_certified(monkeypatch):
     found = []
 
     def certificates(backend):
-        found.extend(certify.certificates(backend))
+        found.extend(torch_self_test.certificates(backend))
         return found
 
     monkeypatch.setattr(cli, "certificates", certificates)
@@ -1163,7 +1163,7 @@ def test_this_machine_is_certified(monkeypatch):
 def test_one_wrong_answer_is_not_trusted(monkeypatch, framework):
     module, name = {
         "JAX": (certificate, "_jax_operations"),
-        "PyTorch": (certify, "_operations"),
+        "PyTorch": (torch_self_test, "_operations"),
     }[framework]
     operations = getattr(module, name)()
 

@@ -32,14 +32,14 @@ ADVICE = re.compile(
 MADE_OF_OTHERS = {
     "jax_seqpar/bridge/tensor_files.py npz_array": "parity.cases._read says what to write",
     "jax_seqpar/bridge/weights/arrange.py refuse": "the problems joined",
-    "jax_seqpar/compare/rows.py _check_runs": "the problems joined",
-    "jax_seqpar/parity/cases.py _read": "an _UnknownNameError as a ValueError",
+    "jax_seqpar/compare/tensor_comparison.py _check_runs": "the problems joined",
+    "jax_seqpar/parity/inputs.py _read": "an _UnknownNameError as a ValueError",
     "jax_seqpar/parity/plan.py plan": "the name of a file before the text of an error",
 }
 # Messages with nothing to name.
 NOTHING_TO_NAME = {
     "jax_seqpar/bridge/shared_kernels.py backward": "a second derivative",
-    "jax_seqpar/compare/rows.py _check_runs": "no tensor",
+    "jax_seqpar/compare/tensor_comparison.py _check_runs": "no tensor",
     "jax_seqpar/exact/attention.py _no_second_derivative": "a second derivative",
     "jax_seqpar/flax/__init__.py <module>": "no Flax",
     "jax_seqpar/flax/attention_fn.py check_makes_instance": "a class for its instance",

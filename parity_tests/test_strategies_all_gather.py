@@ -28,7 +28,7 @@ from jax_seqpar import (
     exact_attention,
 )
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.inputs import Case
 from jax_seqpar.plan import collectives, received_bytes
 
 pytestmark = pytest.mark.usefixtures("less_optimised")

@@ -19,7 +19,7 @@ from jax_seqpar import (
     exact_attention,
 )
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.inputs import Case
 from jax_seqpar.plan import all_to_all_bytes, collectives, temporaries
 
 CASES = {

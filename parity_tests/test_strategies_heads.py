@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from questions import QUICK, attend, compiled, right_values, sharded_inputs
 
 from jax_seqpar import MeshLayout, blockwise_attention, dot_product_attention
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.inputs import Case
 from jax_seqpar.plan import all_to_all_bytes, collectives
 from jax_seqpar.strategies.heads import plan_heads
 

@@ -24,7 +24,7 @@ from ring_cases import (
 
 from jax_seqpar.bridge import run_ranks
 from torch_ref.dense import dense_attention
-from torch_ref.layout import join, split, split_tokens, token_numbers
+from torch_ref.rank_layout import join, split, split_tokens, token_numbers
 
 # Whole on every rank: a rank's gradient is a term of a sum.
 LEARNED = ("alibi_slopes", "sinks")

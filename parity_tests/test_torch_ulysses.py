@@ -34,12 +34,12 @@ from rank_functions import (
 )
 
 from jax_seqpar.bridge import run_ranks
-from torch_ref import history, layout
+from torch_ref import rank_layout, wrong_versions
 from torch_ref.dense import dense_attention
 
 ORACLES = {
-    "sequence_to_heads": layout.sequence_to_heads,
-    "heads_to_sequence": layout.heads_to_sequence,
+    "sequence_to_heads": rank_layout.sequence_to_heads,
+    "heads_to_sequence": rank_layout.heads_to_sequence,
 }
 NAMES = ("out", "dq", "dk", "dv", "second dq", "second dk", "second dv", "second dgrad")
 
@@ -253,14 +253,14 @@ def test_refusals_state_the_sizes(ranks, degree, what):
 
 @by_op
 @by_layout
-@pytest.mark.parametrize("version", history.WRONG_VERSIONS)
+@pytest.mark.parametrize("version", wrong_versions.WRONG_VERSIONS)
 def test_wrong_versions_are_as_wrong_over_ranks_as_simulated(
     ranks, degree, version, layout_name, op
 ):
     held = historical_inputs(layout_name, op, degree)
     try:
-        expected = history.simulate(
-            history.WRONG_VERSIONS[version], held, *axis_indices(op, layout_name)
+        expected = wrong_versions.simulate(
+            wrong_versions.WRONG_VERSIONS[version], held, *axis_indices(op, layout_name)
         )
     except RuntimeError:
         expected = None
@@ -280,12 +280,12 @@ def test_the_oracle_is_the_index_formula(cell):
     """out_q[b, r*s + t, j] = in_r[b, t, q*hl + j], and its inverse."""
     P, b, s, hl, d = cell
     by_tokens = torch.arange(P * b * s * P * hl * d).reshape(P, b, s, P * hl, d)
-    by_heads = layout.sequence_to_heads(by_tokens)
+    by_heads = rank_layout.sequence_to_heads(by_tokens)
     assert by_heads.shape == (P, b, P * s, hl, d)
     for r, q, t, j in product(range(P), range(P), range(s), range(hl)):
         assert torch.equal(by_heads[q, :, r * s + t, j], by_tokens[r, :, t, q * hl + j])
     labels = torch.arange(by_heads.numel()).reshape(by_heads.shape)
-    back = layout.heads_to_sequence(labels)
+    back = rank_layout.heads_to_sequence(labels)
     assert back.shape == by_tokens.shape
     for r, q, t, j in product(range(P), range(P), range(s), range(hl)):
         assert torch.equal(back[r, :, t, q * hl + j], labels[q, :, r * s + t, j])
@@ -295,10 +295,10 @@ def test_the_oracle_is_the_index_formula(cell):
 def test_round_trips_of_the_oracle(cell):
     P, b, s, hl, d = cell
     x = torch.arange(b * P * s * P * hl * d).reshape(b, P * s, P * hl, d)
-    by_tokens = layout.split_tokens(x, P)
+    by_tokens = rank_layout.split_tokens(x, P)
     assert torch.equal(by_tokens, torch.stack(x.chunk(P, TOKENS)))
-    by_heads = layout.sequence_to_heads(by_tokens)
+    by_heads = rank_layout.sequence_to_heads(by_tokens)
     # The whole array is the same before and after: only who holds what has changed.
     assert torch.equal(by_heads, torch.stack(x.chunk(P, HEADS)))
-    assert torch.equal(layout.heads_to_sequence(by_heads), by_tokens)
-    assert torch.equal(layout.join_tokens(by_tokens), x)
+    assert torch.equal(rank_layout.heads_to_sequence(by_heads), by_tokens)
+    assert torch.equal(rank_layout.join_tokens(by_tokens), x)

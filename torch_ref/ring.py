@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import gain, given_keys, is_kept
-from .layout import Order, token_numbers
 from .masks import Numbers, Positions, Window, attends, distance, places
+from .rank_layout import Order, token_numbers
 
 
 def ring_attention(

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import Sharding
 
 from .._extras import require_torch
-from ..compare.arrays import check_leaf
+from ..compare.numpy_conversion import check_leaf
 
 # Exactly these: np.float64 is a float by inheritance, but an array to compare and convert.
 _SCALARS = (bool, int, float, complex)

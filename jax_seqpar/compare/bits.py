@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree_util
 
-from .arrays import check_leaf, torch_to_numpy
+from .numpy_conversion import check_leaf, torch_to_numpy
 from .report import BitsReport, LeafReport, Scalar
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from .._text import listed
 from .hints import hint
 from .report import LeafReport, Scalar
-from .rows import AXES, Row, along, axis_names, first_index, parting, rows_of
+from .tensor_comparison import AXES, Row, along, axis_names, first_index, parting, rows_of
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._extras import require
-from .rows import AXES, Row, along, axis_names, first_index, rows_of
+from .tensor_comparison import AXES, Row, along, axis_names, first_index, rows_of
 
 
 def divergence_table(

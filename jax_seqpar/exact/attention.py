@@ -13,14 +13,14 @@ from jaxtyping import Array, Float
 
 from .._checks import check_chunk_sizes
 from ..kernels.kernel import Kernel
-from ..layout import AxisName
 from ..mask import Logits, Spec, TokenList
 from ..mask.array_fields import arrays_of
+from ..mesh_layout import AxisName
 from . import arithmetic
 from .backward import gradients
+from .block_logits import Options, Problem, key_operand
 from .forward import Rows, output
 from .kv_replicas import SharedHeads
-from .problem import Options, Problem, key_operand
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..mask import Spec, Tokens
-from ..mask.tokens import write
+from ..mask.token_numbers import write
 from . import arithmetic
-from .anchors import find_anchors
 from .arithmetic import flush, left_digits, on_unit, pinned, right_on_grid, slices
-from .blocks import Blocks, Operand, in_both, write_head
+from .block_logits import Options, Problem, columns, dots, key_operand, scale_of, scaled_query
+from .blocks_across_devices import SplitBlocks
 from .elementary import exp
 from .forward import Rows, kept_normaliser
+from .gradient_exponents import find_anchors
 from .kv_replicas import SharedHeads
-from .problem import Options, Problem, columns, dots, key_operand, scale_of, scaled_query
-from .split_blocks import SplitBlocks
+from .token_blocks import Blocks, Operand, in_both, write_head
 
 
 @dataclass(frozen=True)

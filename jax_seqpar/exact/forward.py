@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..mask import Tokens
-from ..mask.tokens import for_blocks, write
+from ..mask.token_numbers import for_blocks, write
 from . import arithmetic
 from .arithmetic import (
     LEAST_EXPONENT,
@@ -29,8 +29,8 @@ from .arithmetic import (
     row_value,
     token_digits,
 )
+from .block_logits import Options, Problem, for_range
 from .elementary import exp
-from .problem import Options, Problem, for_range
 
 
 class Rows(NamedTuple):

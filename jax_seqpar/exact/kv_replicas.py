@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
-from ..layout import AxisName
+from ..mesh_layout import AxisName
 
 
 # Static, so that it passes through a kernel that is compiled or rematerialised by itself.

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Integer
 
 from ..attention import dot_product_attention
 from ..kernels import Kernel
-from ..layout import MeshLayout, axes_size
 from ..mask import Dropout, Logits, Mask, accumulated
 from ..mesh import find_mesh
+from ..mesh_layout import MeshLayout, axes_size
 from ..order import Contiguous
 from ..strategies import Strategy, Ulysses
 from .cache import (

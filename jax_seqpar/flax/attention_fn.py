@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Shaped
 from .._checks import check_flag
 from ..attention import dot_product_attention
 from ..kernels import Kernel
-from ..layout import MeshLayout, axes_size, check_mesh
 from ..mask import Dropout, Logits, Window, head_keys
-from ..mask.padding import pad_to_degree
+from ..mask.sequence_padding import pad_to_degree
 from ..mesh import find_mesh
+from ..mesh_layout import MeshLayout, axes_size, check_mesh
 from ..order import Contiguous
 from ..strategies import Strategy, Ulysses
 from .checks import check_array

@@ -8,8 +8,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from ..layout import MeshLayout, axes_size, names
 from ..mesh import AnyMesh, place
+from ..mesh_layout import MeshLayout, axes_size, names
 from ..order import Contiguous
 
 

@@ -13,8 +13,8 @@ from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from ..layout import MeshAxes, MeshLayout, names
 from ..mesh import AnyMesh, find_mesh, place
+from ..mesh_layout import MeshAxes, MeshLayout, names
 from .checks import check_floats
 
 # Where an axis of a parameter lies: its letter, and the mesh axes that share it.

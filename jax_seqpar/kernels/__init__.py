@@ -8,8 +8,8 @@ from .dense import Dense as Dense
 from .dense import dense_attention as dense_attention
 from .function_kernel import FunctionKernel as FunctionKernel
 from .function_kernel import as_kernel as as_kernel
-from .fused import Fused as Fused
-from .fused import fused_attention as fused_attention
 from .kernel import Kernel as Kernel
-from .residual import Residual as Residual
+from .softmax_residual import Residual as Residual
+from .splash_or_cudnn import Fused as Fused
+from .splash_or_cudnn import fused_attention as fused_attention
 from .triton import Triton as Triton

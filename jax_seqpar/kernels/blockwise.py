@@ -19,7 +19,7 @@ from .blockwise_head import Plan
 from .dense import dense_rows
 from .kernel import Kernel
 from .parts import Part
-from .residual import Residual
+from .softmax_residual import Residual
 
 # Tokens. On two CPU cores blocks of 1024 take 1.4 times as long forward and 1.5 with gradients at
 # 1K tokens, where half of the one block is masked, and 1.02 to 1.14 times at 2K and 4K.

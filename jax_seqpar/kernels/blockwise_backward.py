@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..mask import AnyTokens, Spec, Tokens, accumulated
-from ..mask.tokens import for_blocks
+from ..mask.token_numbers import for_blocks
 from ..varying_axes import full_varying
 from .blockwise_head import Head, Plan, add_slice, read_head, read_rows, split, write_rows
 from .parts import output_products, residual_products
-from .residual import Residual
+from .softmax_residual import Residual
 
 
 class GradientHead(NamedTuple):

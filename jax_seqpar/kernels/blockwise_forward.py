@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..mask import Spec, Tokens, accumulated
-from ..mask.tokens import for_blocks
+from ..mask.token_numbers import for_blocks
 from ..varying_axes import full_varying
 from .blockwise_head import Head, Plan, split, write_rows
-from .residual import Residual, finite
+from .softmax_residual import Residual, finite
 
 
 # Compiled in an eager call, too: a loop that is traced anew each time would compile each time.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..mask import Spec, Terms, Tokens, accumulated
-from ..mask.tokens import for_blocks
+from ..mask.token_numbers import for_blocks
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 
-from .._checks import check_arrays, check_platform
+from .._checks import check_platform
 from ..mask import AttentionFunction, Mask, Spec
-from ..mask.checks import check_spec
+from ..mask.checks import check_call
 from ..mask.keywords import from_keywords
 from .blockwise import Blockwise
 from .cudnn import compute_capability
 from .function_kernel import as_kernel
-from .fused import Fused
 from .kernel import Kernel
+from .splash_or_cudnn import Fused
 from .triton import Triton
 
 # A100 and H100, with 163 KB of shared memory and more. Others have 99 KB, or were not tried.
@@ -86,13 +86,12 @@ def checked_spec(caller: str, query: Any, key: Any, value: Any, keywords: dict[s
             f"{caller}() got an unexpected keyword argument {min(unknown)!r}. Use "
             f"{', '.join(taken)}."
         )
-    check_arrays(query, key, value)
     spec = from_keywords(**keywords)
     rng = spec.dropout.rng
 
     def check(rng: Any) -> None:
         dropout = replace(spec.dropout, rng=rng)
-        check_spec(query.shape, key.shape, replace(spec, dropout=dropout))
+        check_call(query, key, value, replace(spec, dropout=dropout), shapes_suffice=True)
 
     # Only a traced key of no value tells its implementation.
     (partial(jax.eval_shape, check) if isinstance(rng, jax.ShapeDtypeStruct) else check)(rng)

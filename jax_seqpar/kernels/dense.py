@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ..mask import Spec, Tokens, accumulated
 from .kernel import Kernel
-from .residual import Residual, finite
+from .softmax_residual import Residual, finite
 
 
 @dataclass(frozen=True)

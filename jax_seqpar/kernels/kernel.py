@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Float
 
 from .._checks import check_flag
-from ..layout import AxisName
 from ..mask import Spec, keyword_form
 from ..mask.keywords import canonical
+from ..mesh_layout import AxisName
 from .parts import Part
-from .residual import Residual
+from .softmax_residual import Residual
 
 
 class Kernel:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..mask import accumulated
-from .residual import Residual
+from .softmax_residual import Residual
 
 
 class Part(NamedTuple):

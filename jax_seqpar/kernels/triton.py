@@ -14,7 +14,7 @@ from ..varying_axes import varying_axes
 from .cudnn import compute_capability
 from .dense import dense_rows
 from .kernel import Kernel
-from .residual import Residual
+from .softmax_residual import Residual
 from .triton_plan import MOST_CHANNELS, SMALLEST, Plan, make_plan, pad_operands
 
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from ..mask import Spec
-from .residual import Residual
+from .softmax_residual import Residual
 from .triton_blocks import (
     KEY_ROWS,
     QUERY_ROWS,

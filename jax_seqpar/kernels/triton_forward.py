@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from ..mask import Spec
-from .residual import Residual, finite
+from .softmax_residual import Residual, finite
 from .triton_blocks import (
     KEY_ROWS,
     QUERY_ROWS,

@@ -6,16 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import Shape, check_is_array
+from .._checks import Shape, check_arrays, check_has_numbers, check_is_array
+from .attention_spec import Spec
 from .mask import OPEN
-from .spec import Spec
 from .threefry import check_key
 
 
-def check_spec(query: Shape, key: Shape, spec: Spec) -> None:
-    """Raises ValueError unless the arrays of a Spec fit `[B, N, T, S]` and go together."""
+def check_call(
+    query: Any, key: Any, value: Any, spec: Spec, *, degree: int = 1, shapes_suffice: bool = False
+) -> None:
+    """Raises ValueError unless query, key, value and the arrays of a Spec are one attention's.
+
+    Args:
+      degree: devices that share the tokens, where query, key and value have those of one device.
+      shapes_suffice: whether any of the arrays may be a `jax.ShapeDtypeStruct`.
+    """
+    check_arrays(query, key, value)
+    if not shapes_suffice:
+        check_has_numbers({"query": query, "key": key, "value": value} | spec.arrays)
     mask, logits = spec.mask, spec.logits
-    (B, T, N, _), S = query, key[1]
+    B, T, N = query.shape[0], query.shape[1] * degree, query.shape[2]
+    S = key.shape[1] * degree
     full = (B, N, T, S)
     for name, x, kind, kind_name in (
         ("bias", logits.bias, jnp.floating, "floating"),

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool
 
 from . import threefry
 from .array_fields import array_field, is_number, python_number, register, written
-from .tokens import AnyTokens
+from .token_numbers import AnyTokens
 
 
 @register

@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 
-from .. import _checks
 from . import checks, threefry
 from .array_fields import arrays_of, options_of
+from .attention_spec import Spec
 from .dropout import Dropout
 from .logits import Logits
 from .mask import Mask, int32_lengths
-from .spec import Spec
 
 # The keywords of `jax.nn.dot_product_attention`, each with the class and the field that it is
 # short for.
@@ -99,12 +98,8 @@ def canonical(spec: Spec, query: Any, key: Any, value: Any, *, degree: int = 1) 
     Raises:
       ValueError: for anything that does not fit the query, the key and the value, or one another.
     """
-    _checks.check_arrays(query, key, value)
-    operands = {"query": query, "key": key, "value": value}
-    _checks.check_has_numbers(operands | to_flat(spec))
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
-    checks.check_spec((B, T * degree, N, H), (B, S * degree, K, H), spec)
+    checks.check_call(query, key, value, spec, degree=degree)
+    B, N = query.shape[0], query.shape[2]
     lengths = {
         name: int32_lengths(x)
         for name in ("query_seq_lengths", "key_value_seq_lengths")

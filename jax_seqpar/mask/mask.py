@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, Shaped
 
 from .array_fields import AnyArray, array_field, pair_field, python_number, register, written
-from .tokens import AnyTokens, places
+from .token_numbers import AnyTokens, places
 
 # (left, right); None and -1 are an open side, one integer stands for both sides.
 Window = int | Sequence[int | None]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .mask import Mask, check_mask_arrays
-from .tokens import Tokens
+from .token_numbers import Tokens
 
 NOTHING, SOME, ALL = "\u00b7", "\u2592", "\u2588"
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..mask import Spec
 from ..mask.keywords import to_flat
-from .cases import Arrays
+from .inputs import Arrays
 
 FILE = Path(__file__).parent / "golden.json"
 

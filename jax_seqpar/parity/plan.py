@@ -8,10 +8,12 @@ from typing import Literal
 import numpy as np
 
 from .._checks import Shape, check_arrays
-from ..layout import MeshLayout, check_division
 from ..mask import Mask, Spec
 from ..mask.keywords import canonical, from_flat, to_flat
-from .cases import (
+from ..mesh_layout import MeshLayout, check_division
+from .checks import Check, PipelineCheck, history_checks, reshard_checks
+from .checks.pipeline import sdpa_lacks
+from .inputs import (
     DTYPES,
     NAMES,
     OPTIONAL,
@@ -22,8 +24,6 @@ from .cases import (
     keywords,
     load_inputs,
 )
-from .checks import Check, PipelineCheck, history_checks, reshard_checks
-from .checks.pipeline import sdpa_lacks
 
 
 class Kernels(StrEnum):

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ..bridge.ranks import start_ranks
+from ..bridge.torch_ranks import start_ranks
 from ..compare.bits import compare_bits
 from ..compare.report import BitsReport
-from .cases import Arrays
 from .checks import Check, PipelineCheck
-from .checks.sides import Outputs
+from .checks.sharded_arrays import Outputs
 from .golden import digest, expected_digest
+from .inputs import Arrays
 
 COLUMNS = ("forward", "dq", "dk", "dv")
 # Of an output's largest entry, what roundings stay below and a wrong order of tokens or heads does

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from .._checks import Shape, check_flag
 from ..attention import dot_product_attention
 from ..kernels import cudnn
-from ..layout import MeshLayout, axes_size, check_division, check_is_layout, check_mesh
 from ..mask import Dropout, Logits, Mask
+from ..mesh_layout import MeshLayout, axes_size, check_division, check_is_layout, check_mesh
 from ..strategies import Strategy, Ulysses
 from .topology import H100_COMPUTE_CAPABILITY, devices, platform_of
 

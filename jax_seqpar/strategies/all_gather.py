@@ -7,8 +7,8 @@ from jaxtyping import Array
 
 from .._checks import axis_size
 from ..kernels import Kernel, Residual
-from ..layout import AxisName
 from ..mask import Spec
+from ..mesh_layout import AxisName
 from ..order import Contiguous, TokenOrder
 from .strategy import KeepsQueries
 

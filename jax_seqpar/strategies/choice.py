@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from ..kernels import Kernel
 from ..kernels.choice import checked_spec, kernel_of_call
-from ..layout import MeshLayout, axes_size, check_division, check_is_layout, check_mesh, names
 from ..mask import Spec, Tokens
 from ..mesh import AnyMesh, find_mesh, platform_of
+from ..mesh_layout import MeshLayout, axes_size, check_division, check_is_layout, check_mesh, names
 from ..order import Contiguous
 from .all_gather import AllGatherKV
 from .chips import Chip, chip_of

@@ -7,8 +7,8 @@ from jaxtyping import Array
 
 from .._checks import axis_size
 from ..kernels import Kernel, Residual
-from ..layout import AxisName, MeshAxes, names
 from ..mask import Spec
+from ..mesh_layout import AxisName, MeshAxes, names
 from ..order import Contiguous, TokenOrder
 from .all_gather import AllGatherKV
 from .heads import plan_heads

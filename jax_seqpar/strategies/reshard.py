@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from .._checks import axis_size, check_has_numbers, check_is_array, divisors
-from ..layout import AxisName
+from ..mesh_layout import AxisName
 
 
 def sequence_to_heads(

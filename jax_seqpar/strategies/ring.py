@@ -21,9 +21,9 @@ from ..kernels.parts import (
     sinks_gradient,
     with_sinks,
 )
-from ..layout import AxisName, names
 from ..mask import AnyTokens, Spec, accumulated
 from ..mask.array_fields import arrays_of
+from ..mesh_layout import AxisName, names
 from ..order import Contiguous, TokenOrder
 from ..varying_axes import full_varying, match_varying_axes
 from .hops import hops

@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 from .._checks import check_count
 from ..kernels import Kernel, Residual
-from ..layout import AxisName, MeshAxes, MeshLayout
 from ..mask import Spec
+from ..mesh_layout import AxisName, MeshAxes, MeshLayout
 from ..order import Contiguous, TokenOrder
 
 Shape = tuple[int, ...]

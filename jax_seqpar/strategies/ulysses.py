@@ -12,9 +12,9 @@ from jaxtyping import Array
 
 from .._checks import axis_size, check_flag, divisors
 from ..kernels import Kernel, Residual
-from ..layout import AxisName, MeshAxes, names
 from ..mask import Spec
 from ..mask.array_fields import Axes as ArrayAxes
+from ..mesh_layout import AxisName, MeshAxes, names
 from ..order import Contiguous, TokenOrder
 from .heads import HeadPlan, merge_heads, plan_heads, split_heads
 from .reshard import heads_to_sequence, sequence_to_heads

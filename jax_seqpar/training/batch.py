@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Integer
 
 from .._checks import Shape, as_numbers, check_int32
-from ..layout import MeshLayout, axes_size, check_is_layout, check_mesh, names
+from ..mesh_layout import MeshLayout, axes_size, check_is_layout, check_mesh, names
 from .loss import IGNORE
 
 

@@ -9,8 +9,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Integer
 
 from .._checks import check_is_array
-from ..layout import MeshAxes, MeshLayout, names
 from ..mask.logits import check_soft_cap
+from ..mesh_layout import MeshAxes, MeshLayout, names
 from ..varying_axes import varying_axes
 from .tiles import map_tiles
 

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from .._checks import Shape, check_count
-from ..layout import MeshLayout, axes_size, check_mesh, names
 from ..mesh import find_mesh, set_explicit_sharding
+from ..mesh_layout import MeshLayout, axes_size, check_mesh, names
 
 
 def map_tiles(

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from jax_seqpar import MeshLayout
-from jax_seqpar.layout import axes_size
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.mesh_layout import axes_size
+from jax_seqpar.parity.inputs import Case
 
 DEGREES = (1, 2, 4, 8)
 

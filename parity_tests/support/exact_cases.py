@@ -11,9 +11,9 @@ from cases import CASES, is_array
 from flat_names import keywords_of
 
 from jax_seqpar import Exact
-from jax_seqpar.compare.arrays import numpy_to_torch, torch_to_numpy
-from jax_seqpar.parity.cases import NAMES as INPUT_NAMES
-from jax_seqpar.parity.cases import Arrays, Case
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch, torch_to_numpy
+from jax_seqpar.parity.inputs import NAMES as INPUT_NAMES
+from jax_seqpar.parity.inputs import Arrays, Case
 from torch_ref.exact import exact_attention as torch_exact_attention
 
 NAMES = ("forward", "dq", "dk", "dv")

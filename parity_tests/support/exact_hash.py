@@ -12,7 +12,7 @@ import numpy as np
 from flat_names import keywords_of
 
 from jax_seqpar import Exact, MeshLayout, dot_product_attention, exact_attention
-from jax_seqpar.parity.cases import Case, adversarial
+from jax_seqpar.parity.inputs import Case, adversarial
 
 CASE = Case(batch=2, tokens=40, heads=8, kv_heads=2, head_dim=24)
 OPTIONS = {

@@ -27,8 +27,8 @@ from jax_seqpar import (
     dense_attention,
     exact_attention,
 )
-from jax_seqpar.compare.arrays import numpy_to_torch
-from jax_seqpar.parity.cases import NAMES
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
+from jax_seqpar.parity.inputs import NAMES
 from torch_ref.dense import dense_attention as torch_dense_attention
 from torch_ref.masks import attends
 

@@ -19,11 +19,11 @@ from flat_names import keywords_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_seqpar
-from jax_seqpar.compare.arrays import numpy_to_torch
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
+from jax_seqpar.parity.inputs import Case
 from jax_seqpar.plan import all_to_all_bytes, collectives
 from jax_seqpar.strategies import ulysses
-from torch_ref import layout as torch_layout
+from torch_ref import rank_layout as torch_layout
 from torch_ref.dense import dense_attention as torch_dense_attention
 
 RESHARDS = {

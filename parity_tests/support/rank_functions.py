@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_ref import history
+from torch_ref import wrong_versions
 from torch_ref.dense import dense_attention
 from torch_ref.dropout import head_keys
 from torch_ref.exact import exact_attention
@@ -430,12 +430,12 @@ def refusals(degree: int) -> dict[str, str]:
 def historical(rank: int, degree: int) -> dict[Any, Tensor | str]:
     """The wrong versions over real ranks, of local parts of integers that are all different."""
     outputs: dict[Any, Tensor | str] = {}
-    for (version, layout), op in product(product(history.WRONG_VERSIONS, LAYOUTS), OPS):
+    for (version, layout), op in product(product(wrong_versions.WRONG_VERSIONS, LAYOUTS), OPS):
         x = historical_inputs(layout, op, degree)[rank]
         arguments = axis_indices(op, layout)
         try:
-            outputs[version, layout, op] = history.single_all_to_all(
-                history.WRONG_VERSIONS[version], x, *arguments
+            outputs[version, layout, op] = wrong_versions.single_all_to_all(
+                wrong_versions.WRONG_VERSIONS[version], x, *arguments
             )
         except RuntimeError as error:
             outputs[version, layout, op] = str(error)

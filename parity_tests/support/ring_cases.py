@@ -26,7 +26,7 @@ from wrong_torch_rings import (
     wrong_second_half,
 )
 
-from torch_ref.layout import Order, split
+from torch_ref.rank_layout import Order, split
 from torch_ref.ring import ring_attention
 
 ORDERS: tuple[Order, ...] = ("contiguous", "zigzag", "striped")

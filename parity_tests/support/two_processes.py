@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from jax_seqpar import MeshLayout, dense_attention, dot_product_attention, exact_attention
-from jax_seqpar.parity.cases import Case
+from jax_seqpar.parity.inputs import Case
 
 
 def main(process: int, processes: int, devices: int, address: str, folder: str) -> None:

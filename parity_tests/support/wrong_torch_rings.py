@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_ref import ring
-from torch_ref.layout import Order, token_numbers
+from torch_ref.rank_layout import Order, token_numbers
 from torch_ref.ring import Sums
 
 

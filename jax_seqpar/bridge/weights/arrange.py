@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..._extras import require
-from ...compare.arrays import check_leaf
+from ...compare.numpy_conversion import check_leaf
 from .mapping import (
     Entry,
     Side,

@@ -17,8 +17,8 @@ from jax.core import Tracer
 from ..._checks import check_count
 from ..._extras import require_torch
 from ..._text import count, listed
-from ...compare.arrays import check_leaf
 from ...compare.bits import compare_bits
+from ...compare.numpy_conversion import check_leaf
 from ..convert import to_jax, to_torch
 from ..tensor_files import load_safetensors
 from .arrange import arranged, axes, check_dense, misfits, refuse

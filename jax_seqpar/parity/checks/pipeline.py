@@ -11,16 +11,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from ...attention import dot_product_attention
 from ...bridge.shared_kernels import as_torch_attention, staged_attention
-from ...compare.arrays import numpy_to_torch, torch_to_numpy
+from ...compare.numpy_conversion import numpy_to_torch, torch_to_numpy
 from ...exact import exact_attention
 from ...kernels import dense_attention
-from ...layout import MeshLayout
 from ...mask import Mask, Spec
 from ...mask.array_fields import Axes
 from ...mask.keywords import from_flat, to_flat
+from ...mesh_layout import MeshLayout
 from ...strategies import AllGatherKV, Hybrid, Strategy, Ulysses
-from ..cases import NAMES, Arrays, case_of, keywords
-from .sides import TOKENS, Outputs, join, local_part
+from ..inputs import NAMES, Arrays, case_of, keywords
+from .sharded_arrays import TOKENS, Outputs, join, local_part
 
 # None; PyTorch's or JAX's in both; each framework's own, float32 or exact.
 Kernel = Literal["identity", "sdpa", "dense", "plain", "exact"]
@@ -76,7 +76,7 @@ class PipelineCheck:
             return "rounded"
         if self.version is None:
             return "right"
-        from torch_ref.history import expected_outcome
+        from torch_ref.wrong_versions import expected_outcome
 
         batch, tokens, heads, _ = self.inputs["query"].shape
         kv_heads = max(self.inputs["key"].shape[2] // self.degree, 1)
@@ -88,9 +88,9 @@ class PipelineCheck:
     def run_torch(self, rank: int) -> Outputs | str:
         import torch
 
-        from torch_ref.history import WRONG_VERSIONS
-        from torch_ref.history import single_all_to_all as wrong_all_to_all
         from torch_ref.ulysses import DistributedAttention
+        from torch_ref.wrong_versions import WRONG_VERSIONS
+        from torch_ref.wrong_versions import single_all_to_all as wrong_all_to_all
 
         exchange = None
         if self.version:

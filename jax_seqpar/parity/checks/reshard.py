@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ...compare.arrays import torch_to_numpy
+from ...compare.numpy_conversion import torch_to_numpy
 from ...strategies.reshard import heads_to_sequence, sequence_to_heads
-from ..cases import Arrays
-from .sides import HEADS, SPECS, TOKENS, Outputs, join, local_part
+from ..inputs import Arrays
+from .sharded_arrays import HEADS, SPECS, TOKENS, Outputs, join, local_part
 
 Op = Literal["sequence_to_heads", "heads_to_sequence"]
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from ...compare.arrays import numpy_to_torch
+from ...compare.numpy_conversion import numpy_to_torch
 
 # By column of the table, `forward`, `dq`, `dk`, `dv`: an array, or a dictionary of arrays.
 Outputs = dict[str, Any]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import arithmetic
-from .answers import (
+from .. import arithmetic
+from .integer_answers import (
     gradient_sum,
     integers,
     on_grid,

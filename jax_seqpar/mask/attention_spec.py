@@ -13,7 +13,7 @@ from .array_fields import Axes, arrays_of, map_arrays
 from .dropout import Dropout
 from .logits import Logits
 from .mask import Mask
-from .tokens import AnyTokens, Tokens
+from .token_numbers import AnyTokens, Tokens
 
 
 class Terms(NamedTuple):

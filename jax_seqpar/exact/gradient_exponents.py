@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..mask import Tokens
-from ..mask.tokens import write
+from ..mask.token_numbers import write
 from .arithmetic import LEAST_EXPONENT, NOT_A_NUMBER, exponent, norm
-from .blocks import Blocks, in_both, write_head
-from .problem import Problem
+from .block_logits import Problem
+from .token_blocks import Blocks, in_both, write_head
 
 
 class Anchors(NamedTuple):

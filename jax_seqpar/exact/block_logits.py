@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..layout import AxisName
 from ..mask import Spec, Tokens
-from ..mask.spec import Terms
+from ..mask.attention_spec import Terms
+from ..mesh_layout import AxisName
 from ..varying_axes import full_varying
 from .arithmetic import flush, left_digits, pinned, right_on_grid, round32
 from .elementary import soft_cap, soft_cap_slope

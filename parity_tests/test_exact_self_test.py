@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from jax_seqpar.compare.arrays import numpy_to_torch
-from jax_seqpar.exact import certificate, certify, questions
-from jax_seqpar.exact.questions import Check, Operations
+from jax_seqpar.compare.numpy_conversion import numpy_to_torch
+from jax_seqpar.exact import certify
+from jax_seqpar.exact.self_test import certificate, questions
+from jax_seqpar.exact.self_test.questions import Check, Operations
 from jax_seqpar.kernels import dense_attention
-from jax_seqpar.parity.certify import certify_torch
+from jax_seqpar.parity.torch_self_test import certify_torch
 from torch_ref.dropout import head_keys, limit, threefry2x32
 
 Operation = Callable[..., Any]

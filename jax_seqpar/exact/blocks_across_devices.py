@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._checks import axis_size
-from ..layout import AxisName
 from ..mask import Tokens
+from ..mesh_layout import AxisName
 from .arithmetic import LEAST_EXPONENT, exponent, on_unit, slices
-from .blocks import Blocks, Operand
+from .token_blocks import Blocks, Operand
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The same training at degree 1, 2, 4 and 8, and with the historical bug in the second reshard.
 
-    python examples/loss_curves.py --out loss_curves.png
+    python examples/loss_by_degree.py --out loss_by_degree.png
 
 The four curves coincide; the fifth is that of DeepSpeed 0.12.4 to 0.14.3 (token-first): shapes were
 right, no error was raised, and every activation was scrambled.
@@ -53,7 +53,7 @@ def planted_bug() -> Iterator[None]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="A PNG.")] = Path("loss_curves.png"),
+    out: Annotated[Path, typer.Option(help="A PNG.")] = Path("loss_by_degree.png"),
     tokens: int = 256,
     batch: int = 4,
     steps: int = 120,

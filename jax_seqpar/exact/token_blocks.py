@@ -10,7 +10,7 @@ from jax import Array
 
 from ..mask import Spec, Tokens
 from .arithmetic import finite_power, token_digits
-from .problem import for_range
+from .block_logits import for_range
 
 
 class Operand(NamedTuple):

@@ -9,9 +9,9 @@ from rich import box
 from rich.table import Table
 
 from .._extras import require_torch
-from ..compare.arrays import numpy_to_torch, torch_to_numpy
-from ..exact.certificate import Certificate, certify
-from ..exact.questions import DROPOUT_RATE, DROPOUT_SHAPE, SOFT_CAP, Operations, ask
+from ..compare.numpy_conversion import numpy_to_torch, torch_to_numpy
+from ..exact.self_test.certificate import Certificate, certify
+from ..exact.self_test.questions import DROPOUT_RATE, DROPOUT_SHAPE, SOFT_CAP, Operations, ask
 
 
 def certificates(backend: str | None = None) -> list[Certificate]:

@@ -1,7 +1,7 @@
 """Whether a backend's arithmetic is what exact attention relies on.
 
 Who is asked is a set of operations: those of `jax_seqpar.exact` on the backend at hand, or another
-implementation's (`jax_seqpar.parity.certify` asks PyTorch).
+implementation's (`jax_seqpar.parity.torch_self_test` asks PyTorch).
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..mask import threefry
-from . import arithmetic, elementary
-from .attention import exact_attention
+from ...mask import threefry
+from .. import arithmetic, elementary
+from ..attention import exact_attention
 from .questions import DROPOUT_RATE, DROPOUT_SHAPE, SOFT_CAP, Check, Operations, ask
 
 

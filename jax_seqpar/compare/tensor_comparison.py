@@ -10,9 +10,9 @@ import numpy as np
 from jax import tree_util
 
 from .._text import listed
-from .arrays import check_leaf, torch_to_numpy
 from .bits import compare_bits
 from .hints import wide
+from .numpy_conversion import check_leaf, torch_to_numpy
 from .report import LeafReport
 
 AXES = ("batch", "token", "head", "channel")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from torch_ref.history import (
+from torch_ref.wrong_versions import (
     SPECIFICATION,
     TRUTH_TABLE,
     WRONG_V1,

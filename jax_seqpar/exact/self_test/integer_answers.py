@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arithmetic
+from .. import arithmetic
 
 
 def _elementwise(function: Callable[[int, int], int]) -> Callable[..., Any]:
