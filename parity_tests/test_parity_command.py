@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 
 from jax_seqpar import cli, dot_product_attention, sequence_to_heads
 from jax_seqpar.bridge.torch_ranks import RankError
+from jax_seqpar.cli import certify_command, parity_command
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from jax_seqpar.compare.report import BitsReport
@@ -265,7 +266,7 @@ def test_a_plain_row_without_a_difference_sees_nothing(monkeypatch):
     blind = row("grouped plain", expected="rounded")
     assert (blind.outcome, blind.verdict, blind.passed) == ("right", "SEES NOTHING", False)
     assert blind.must_differ
-    monkeypatch.setattr(cli, "run_parity", lambda *_, **__: [blind])
+    monkeypatch.setattr(parity_command, "run_parity", lambda *_, **__: [blind])
     result = seqpar(*TINY, "--kernel=plain", "--degree=2")
     assert result.exit_code == 1
     assert rows(result.output)["grouped plain", 2][-2:] == ["SEES", "NOTHING"]
@@ -541,7 +542,7 @@ def planned(monkeypatch):
         runs[degree] = SimpleNamespace(checks=checks, **options)
         return []
 
-    monkeypatch.setattr(cli, "run_parity", run_parity)
+    monkeypatch.setattr(parity_command, "run_parity", run_parity)
     return runs
 
 
@@ -886,7 +887,7 @@ def test_the_table_has_hashes_only_where_a_row_has_one():
 
 def test_a_failing_check_is_named_as_it_is(monkeypatch):
     failing = row("[red]acts[/red] sdpa", expected="scrambled")
-    monkeypatch.setattr(cli, "run_parity", lambda *_, **__: [failing])
+    monkeypatch.setattr(parity_command, "run_parity", lambda *_, **__: [failing])
     result = seqpar(*TINY, "--degree=2")
     assert result.exit_code == 1
     assert "[red]acts[/red] sdpa, degree 2: NOT CAUGHT" in result.output
@@ -1052,7 +1053,7 @@ def test_piped_into_a_file_nothing_is_cut(monkeypatch, tmp_path):
     """No terminal and no COLUMNS: lines as long as they are, progress on the other stream."""
     long = "activations-of-layer-17-after-the-first-epoch-" * 3 + "x sdpa"
     failing = replace(row(long, expected="scrambled"), error=None)
-    monkeypatch.setattr(cli, "run_parity", lambda *_, **__: [failing])
+    monkeypatch.setattr(parity_command, "run_parity", lambda *_, **__: [failing])
     environment = {"COLUMNS": None, "TERMINAL_WIDTH": None}
     folder = tmp_path / ("f" * 100)
     arguments = ["parity", *TINY, "--degree=2", "--degree=1", "--save-failing", str(folder)]
@@ -1083,7 +1084,7 @@ def test_the_version():
 
 def test_without_pytorch_jax_alone_is_certified(monkeypatch):
     monkeypatch.setattr(torch_self_test, "find_spec", lambda name: None)
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(certify_command, "find_spec", lambda name: None)
     trusted = certificate.Certificate("JAX", ())
     monkeypatch.setattr(torch_self_test, "certify", lambda backend: trusted)
     result = seqpar_certify()
@@ -1119,7 +1120,7 @@ def test_ranks_that_fail_are_not_a_difference(monkeypatch, tmp_path):
     def fail(*_, **__):
         raise RankError("rank 1 of 2 failed")
 
-    monkeypatch.setattr(cli, "run_parity", fail)
+    monkeypatch.setattr(parity_command, "run_parity", fail)
     file = tmp_path / "results.json"
     file.write_text('{"passed": true}')
     result = seqpar(*TINY, "--degree=2", "--json", file)
@@ -1148,7 +1149,7 @@ def test_this_machine_is_certified(monkeypatch):
         found.extend(torch_self_test.certificates(backend))
         return found
 
-    monkeypatch.setattr(cli, "certificates", certificates)
+    monkeypatch.setattr(certify_command, "certificates", certificates)
     result = seqpar_certify()
     assert result.exit_code == 0, result.output
     expected = [(check.name, check.total) for check in found[0].checks]

@@ -1,68 +1,36 @@
-"""The `seqpar` command."""
+"""`seqpar parity`: the same attention on PyTorch ranks and on JAX devices, every bit compared."""
 
 import json
 import math
-import os
 import platform
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-except ImportError as error:
-    raise SystemExit('The seqpar command needs: pip install "jax-seqpar[cli]"') from error
-
-from . import __version__
-from ._extras import require_torch
-from .bridge.torch_ranks import RankError
-from .mask.keywords import from_flat
-from .parity.checks import Check
-from .parity.inputs import DTYPES, OPTIONAL, Case
-from .parity.plan import Kernels, inputs_by_label, plan, understood
-from .parity.report import parity_table, summary
-from .parity.run import Result, run_parity
-from .parity.torch_self_test import certificate_table, certificates
-
-# Without rich's panels, which cut the names of options and break paths at the width of a terminal.
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+from .._extras import require_torch
+from ..bridge.torch_ranks import RankError
+from ..mask.keywords import from_flat
+from ..parity.checks import Check
+from ..parity.inputs import DTYPES, OPTIONAL, Case
+from ..parity.plan import Kernels, inputs_by_label, plan, understood
+from ..parity.report import parity_table, summary
+from ..parity.run import Result, run_parity
+from .console import say, stdout
+from .interrupt import stop, stop_soon
+from .versions import versions
 
 
 def _size(help: str, default: int) -> Any:
     return typer.Option(min=1, help=f"{help} Default: {default}.")
 
 
-def _print_version(asked: bool | None) -> None:
-    if asked:
-        typer.echo(f"jax-seqpar {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def seqpar(
-    version: Annotated[
-        bool | None,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
-    ] = None,
-) -> None:
-    """Sequence-parallel attention for JAX, compared bit for bit with PyTorch."""
-
-
-@app.command()
 def parity(
     degree: Annotated[
         list[int] | None,
@@ -118,15 +86,11 @@ def parity(
     about = {
         "seed": seed,
         "options": json.loads(json.dumps(asked, default=str)),
-        "versions": _versions(),
+        "versions": versions(),
         "platform": platform.platform(),
     }
-    sizes: dict[str, Any] = dict(
-        batch=batch, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim
-    )
-    given: dict[str, Any] = {
-        name: x for name, x in (sizes | {"dtype": dtype}).items() if x is not None
-    }
+    sizes = ("batch", "tokens", "heads", "kv_heads", "head_dim", "dtype")
+    given: dict[str, Any] = {name: asked[name] for name in sizes if name in asked}
     try:
         if input and given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -154,11 +118,10 @@ def parity(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
 
-    console = _stdout()
-    for label, inputs in (named if input else {"generated": named["grouped"]}).items():
-        for line in understood(label, inputs, spec, kernel):
-            style = "bold yellow" if line.startswith("WARNING") else None
-            _say(console, line, style=style)
+    console = stdout()
+    shown = named if input else {"generated": named["grouped"]}
+    for line in (x for name, case in shown.items() for x in understood(name, case, spec, kernel)):
+        say(console, line, style="bold yellow" if line.startswith("WARNING") else None)
     results = _run(console, plans, timeout, save_failing)
     passed = all(result.passed for result in results)
     _print_results(console, results, save_failing)
@@ -166,34 +129,6 @@ def parity(
         found = [result.to_json() for result in results]
         _write_json(json_file, {"passed": passed, **about, "results": found})
     if not passed:
-        raise typer.Exit(1)
-
-
-@app.command()
-def certify(
-    backend: Annotated[
-        str | None, typer.Option(help="cpu, gpu or tpu. Default: JAX's default.")
-    ] = None,
-) -> None:
-    """Ask JAX's backend, and PyTorch, whether exact attention has its bits on this machine.
-
-    Without PyTorch, JAX alone is asked. Exit status: 0 if all that was asked can be trusted, 1 if
-    not, 2 if JAX has no such backend.
-    """
-    console = _stdout()
-    try:
-        jax.devices(backend)
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error)) from None
-    with console.status("asking"):
-        found = certificates(backend)
-    console.print(certificate_table(found))
-    for certificate in found:
-        style = "bold green" if certificate.trusted else "bold red"
-        _say(console, str(certificate), style=style)
-    if find_spec("torch") is None:
-        _say(console, 'PyTorch is not installed, so it was not asked: "jax-seqpar[parity]" has it.')
-    if not all(certificate.trusted for certificate in found):
         raise typer.Exit(1)
 
 
@@ -213,7 +148,7 @@ def _run(
         for degree, checks in plans.items():
             progress.update(task, description=f"degree {degree}: PyTorch ranks, then JAX devices")
             if not shown:
-                _say(errors, f"degree {degree}: {len(checks)} checks")
+                say(errors, f"degree {degree}: {len(checks)} checks")
             results += run_parity(
                 checks,
                 degree,
@@ -232,68 +167,34 @@ def _print_results(console: Console, results: list[Result], save_failing: Path |
             _explain(console, result)
     passed = all(result.passed for result in results)
     if not passed and save_failing is not None:
-        _say(console, f"Inputs and outputs of what failed are in {save_failing}")
-    _say(console, summary(results), style="bold green" if passed else "bold red")
+        say(console, f"Inputs and outputs of what failed are in {save_failing}")
+    say(console, summary(results), style="bold green" if passed else "bold red")
 
 
 @contextmanager
 def _ranks_may_fail(console: Console) -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, _interrupt)
+    before = signal.signal(signal.SIGINT, stop_soon)
     try:
         yield
     except (RankError, TimeoutError) as error:
-        _say(console, f"The PyTorch ranks failed: {error}")
+        say(console, f"The PyTorch ranks failed: {error}")
         raise typer.Exit(3) from None
     except KeyboardInterrupt:
-        _stop()
+        stop()
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    """Raises KeyboardInterrupt; should nobody see it, the program ends after five seconds.
-
-    What is raised while JAX traces and compiles can be lost: on a busy machine a Ctrl-C was, in two
-    runs of the tests (JAX 0.10.2), and the command went on to its end.
-    """
-    timer = threading.Timer(5, _stop)
-    timer.daemon = True
-    timer.start()
-    raise KeyboardInterrupt
-
-
-def _stop() -> None:
-    """Ends the program; ranks that are still there see it and end, too."""
-    show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
-    os.write(2, show_cursor + b"Interrupted: the PyTorch ranks were stopped.\n")
-    # JAX compiles on a thread of its own. The usual way out destroys the backend that this thread
-    # still uses: SIGSEGV in 5 of 5 interrupted compilations (JAX 0.10.2, CPU).
-    os._exit(130)
-
-
 def _explain(console: Console, result: Result) -> None:
     head = f"\n{result.name}, degree {result.degree}: {result.verdict}"
-    _say(console, head, style="bold red")
+    say(console, head, style="bold red")
     if result.error is not None:
-        _say(console, result.error)
+        say(console, result.error)
     if result.golden not in (None, result.sha256):
-        _say(console, f"SHA-256 {result.sha256}, expected {result.golden}")
+        say(console, f"SHA-256 {result.sha256}, expected {result.golden}")
     for name, report in result.reports.items():
         if not report.equal:
-            _say(console, f"{name}: {report}")
-
-
-def _stdout() -> Console:
-    """Standard output, as wide as its terminal or COLUMNS; a file or a pipe has no width."""
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 10_000
-    return console
-
-
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    """Prints text as it is; a line is broken by the terminal alone, so that paths stay whole."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{name}: {report}")
 
 
 def _refuse_places(json_file: Path | None, save_failing: Path | None) -> None:
@@ -314,17 +215,3 @@ def _refuse_places(json_file: Path | None, save_failing: Path | None) -> None:
 
 def _write_json(file: Path, payload: dict[str, Any]) -> None:
     file.write_text(json.dumps(payload, indent=2) + "\n")
-
-
-def _versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that bits may depend on; None where there is none."""
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "jax-seqpar": __version__,
-    }
-    for package in ("jax", "jaxlib", "numpy", "torch"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
