@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from jax_seqpar.exact import arithmetic, elementary, exact_dot
 from jax_seqpar.exact.self_test.questions import EXP_HARD_CASES
-from torch_ref import exact_arithmetic as reference
+from torch_ref.exact import arithmetic as reference
 
 LEAST = -300  # the floor of an exponent
 NOT_A_NUMBER = math.inf  # as an exponent, whatever a framework writes for it

@@ -31,7 +31,7 @@ from jax.sharding import AxisType
 from questions import compiled, output_and_gradients, sharded_inputs
 from rank_functions import exact_on_ranks
 
-import torch_ref.exact_arithmetic
+import torch_ref.exact.arithmetic
 from jax_seqpar import (
     AllGatherKV,
     Dropout,
@@ -79,7 +79,7 @@ def blocks_of(tokens):
     For programs that are traced here for the first time: one for other blocks would run again.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for module in (arithmetic, torch_ref.exact_arithmetic):
+        for module in (arithmetic, torch_ref.exact.arithmetic):
             patch.setattr(module, "BLOCK", tokens)
         yield
 
@@ -202,7 +202,7 @@ def test_no_bit_depends_on_the_mesh(case, where, strategy):
 @cache
 def single_device(case, block):
     """By PyTorch, whose blocks are of that size at the time."""
-    assert block == torch_ref.exact_arithmetic.BLOCK
+    assert block == torch_ref.exact.arithmetic.BLOCK
     return torch_exact(case.inputs(), is_causal=case.is_causal)
 
 
@@ -439,7 +439,7 @@ def test_sums_above_2_to_the_53():
     ours = jax_exact(inputs, key_chunk=100)
     check_equal(ours, torch_exact(inputs))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_ref.exact_arithmetic, "TILE", 64)
+        patch.setattr(torch_ref.exact.arithmetic, "TILE", 64)
         check_equal(torch_exact(inputs), ours)
 
 

@@ -19,7 +19,7 @@ from jax_seqpar import AllGatherKV, Exact, Ulysses, dot_product_attention
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import forward, token_blocks
 from jax_seqpar.parity.inputs import Arrays, Case
-from torch_ref import exact_arithmetic
+from torch_ref.exact import arithmetic as exact_arithmetic
 
 pytestmark = pytest.mark.usefixtures("less_optimised", "one_torch_thread")
 

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from jax_seqpar.exact import elementary
 from jax_seqpar.exact.self_test.questions import EXP_HARD_CASES
-from torch_ref import exact_arithmetic as reference
+from torch_ref.exact import arithmetic as reference
 
 CHUNK = 1 << 22
 # float32 bits, which grow with the magnitude: -2^-26, -80 and -87.3.

@@ -25,7 +25,6 @@ from flat_names import keywords_of
 from one_exponent import digits_of_one_exponent, token_of_one_exponent
 from questions import output_and_gradients
 
-import torch_ref.exact
 from jax_seqpar import AllGatherKV, Exact, Ulysses, dot_product_attention, exact_attention
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import arithmetic, attention, backward, block_logits, forward, token_blocks
@@ -34,8 +33,10 @@ from jax_seqpar.mask import Dropout, Tokens, threefry
 from jax_seqpar.parity.inputs import NAMES as INPUT_NAMES
 from jax_seqpar.parity.inputs import Arrays, Case, adversarial
 from jax_seqpar.strategies import ulysses
-from torch_ref import exact_arithmetic, exact_head
 from torch_ref.dropout import gain, is_kept
+from torch_ref.exact import arithmetic as exact_arithmetic
+from torch_ref.exact import attention as torch_attention
+from torch_ref.exact import attention_head as exact_head
 from torch_ref.masks import places
 
 pytestmark = pytest.mark.usefixtures("less_optimised", "one_torch_thread")
@@ -448,7 +449,7 @@ TORCH_MUTATIONS = {
     "one block": (*PLAIN, exact_arithmetic, "BLOCK", 256),
     "D of the rounded output": (
         *(in_bfloat16, {}),
-        *(torch_ref.exact, "backward"),
+        *(torch_attention, "backward"),
         lambda head, do, o, options: exact_head.backward(head, do, o.bfloat16().float(), options),
     ),
     "dropped weights left out of L": (
@@ -482,7 +483,7 @@ TORCH_MUTATIONS = {
     ),
     "slopes by number": (
         *cross("slopes, positions"),
-        *(torch_ref.exact, "places"),
+        *(torch_attention, "places"),
         lambda T, S, offset, positions, device: places(T, S, 0, None, device),
     ),
 }

@@ -16,8 +16,8 @@ from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import arithmetic
 from jax_seqpar.parity.inputs import NAMES as INPUT_NAMES
 from jax_seqpar.parity.inputs import Case
-from torch_ref import exact_arithmetic
 from torch_ref.dense import dense_attention as torch_dense_attention
+from torch_ref.exact import arithmetic as exact_arithmetic
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 

@@ -43,7 +43,7 @@ def certificate_table(found: list[Certificate]) -> Table:
 def _operations() -> Operations:
     torch = require_torch()
     from torch_ref import dropout
-    from torch_ref import exact_arithmetic as exact
+    from torch_ref.exact import arithmetic as exact
     from torch_ref.exact import exact_attention
 
     def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import torch
 
 from jax_seqpar.exact import arithmetic
-from torch_ref import exact_arithmetic
+from torch_ref.exact import arithmetic as exact_arithmetic
 
 
 def digits_of_one_exponent(x):

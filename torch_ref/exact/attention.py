@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dropout import given_keys
-from .exact_arithmetic import flush, narrow, nearest32
-from .exact_head import Beside, Options, backward, by_kv_head, by_token, forward, heads
-from .masks import Positions, Window, attends, places
+from ..dropout import given_keys
+from ..masks import Positions, Window, attends, places
+from .arithmetic import flush, narrow, nearest32
+from .attention_head import Beside, Options, backward, by_kv_head, by_token, forward, heads
 
 # Below here the sum of the weights, up to 2^41 each, is below 2^63, with a sink.
 TOO_MANY_TOKENS = 2**21

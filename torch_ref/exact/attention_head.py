@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import exact_arithmetic
-from .dropout import gain, is_kept
-from .exact_arithmetic import (
+from ..dropout import gain, is_kept
+from ..masks import distance
+from . import arithmetic
+from .arithmetic import (
     dot,
     exp,
     exponent,
@@ -27,7 +28,6 @@ from .exact_arithmetic import (
     value,
     weighted_sum,
 )
-from .masks import distance
 
 # Bits of a weight in the sum that divides it.
 SUM_BITS = 41
@@ -142,7 +142,7 @@ def backward(head: Head, do: Tensor, o: Tensor, options: Options) -> tuple[Tenso
 
 def _blocks_of_queries(head: Head) -> Iterator[slice]:
     """The blocks `I`, as rows: none has queries of two query heads."""
-    block = exact_arithmetic.BLOCK
+    block = arithmetic.BLOCK
     for first in range(0, len(head.rows.q), head.T):
         for start in range(first, first + head.T, block):
             yield slice(start, min(start + block, first + head.T))
