@@ -1,0 +1,94 @@
+"""Linear layers whose output and gradients are sums of integers."""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float32
+
+from . import rounding
+from .matmul import Engine, balanced_matmul, matmul
+from .sharding import explicit_sharding
+
+
+def linear(
+    letters: str,
+    x: Float32[Array, "..."],
+    kernel: Float32[Array, "..."],
+    *,
+    engine: Engine | None = None,
+    out_sharding: Any = None,
+) -> Float32[Array, "..."]:
+    """`einsum(letters, x, kernel)`: `y = mm(x, W)`, `dx = mm(dy, W^T)`, `dW = mmT(x, dy)`.
+
+    Args:
+      letters: an einsum such as "BSD,DNH->BSNH"; what the kernel lacks are the tokens.
+      engine, out_sharding: as for `jax_seqpar.exact.matmul.matmul`.
+    """
+    return _linear(letters.replace(" ", ""), engine, out_sharding, x, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _linear(letters: str, engine: Engine | None, out_sharding: Any, x: Array, kernel: Array):
+    with jax.enable_x64(True):
+        return matmul(letters, x, kernel, engine=engine, out_sharding=out_sharding)
+
+
+def _forward(letters: str, engine: Engine | None, out_sharding: Any, x: Array, kernel: Array):
+    return _linear(letters, engine, out_sharding, x, kernel), (x, kernel)
+
+
+def _backward(letters: str, engine: Engine | None, out_sharding: Any, saved: Any, dy: Array):
+    x, kernel = saved
+    operands, output = letters.split("->")
+    of_x, of_kernel = operands.split(",")
+    with jax.enable_x64(True):
+        dx = matmul(
+            f"{output},{of_kernel}->{of_x}",
+            dy,
+            kernel,
+            engine=engine,
+            out_sharding=explicit_sharding(x),
+        )
+        dkernel = balanced_matmul(
+            f"{of_x},{output}->{of_kernel}",
+            x,
+            dy,
+            engine=engine,
+            out_sharding=explicit_sharding(kernel),
+        )
+    return dx, dkernel
+
+
+_linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def add(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """`a (+) b`, a residual connection: the gradient of both is that of the sum."""
+    with jax.enable_x64(True):
+        return rounding.add(a, b)
+
+
+add.defvjp(lambda a, b: (add(a, b), None), lambda _, dy: (dy, dy))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def fork(x: Float32[Array, "..."], uses: int) -> tuple[Float32[Array, "..."], ...]:
+    """x, once for each of its uses, whose gradients are added from the first to the last.
+
+    Where an array is used twice JAX adds the gradients in an order of its own, which a third use
+    would show in the last bit.
+    """
+    return (x,) * uses
+
+
+def _add_in_order(uses: int, _: None, gradients: tuple[Array, ...]) -> tuple[Array]:
+    total = gradients[0]
+    with jax.enable_x64(True):
+        for gradient in gradients[1:]:
+            total = rounding.add(total, gradient)
+    return (total,)
+
+
+fork.defvjp(lambda x, uses: (fork(x, uses), None), _add_in_order)
