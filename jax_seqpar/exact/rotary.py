@@ -58,8 +58,11 @@ def _sines(positions: Array, frequencies: tuple[int, ...]) -> tuple[Array, Array
     beside = angles - (quarter << quarter_bits)
     radians = beside.astype(jnp.float64) * (2 * math.pi / 2**ANGLE_BITS)
     s, c = nearest(jnp.sin(radians)), nearest(jnp.cos(radians))
-    sine = jnp.select([quarter % 4 == n for n in range(3)], [s, c, -s], -c)
-    cosine = jnp.select([quarter % 4 == n for n in range(3)], [c, -s, -c], s)
+    # By quarters (s, c), (c, -s), (-s, -c), (-c, s).
+    odd, back = quarter % 2 == 1, quarter % 4 >= 2
+    sine = jnp.where(odd, c, s)
+    cosine = jnp.where(odd, -s, c)
+    sine, cosine = jnp.where(back, -sine, sine), jnp.where(back, -cosine, cosine)
     return no_negative_zero(sine), no_negative_zero(cosine)
 
 
