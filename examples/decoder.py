@@ -15,10 +15,18 @@ from flax import nnx
 from jax import Array
 
 from jax_seqpar import Mask, MeshLayout, Ulysses
-from jax_seqpar.flax import Attention, ParameterOptions, Projection, Rotary, gather, parameter
+from jax_seqpar.flax import (
+    Arithmetic,
+    Attention,
+    ParameterOptions,
+    Projection,
+    Rotary,
+    gather,
+    parameter,
+)
 from jax_seqpar.mesh_layout import MeshAxes
 from jax_seqpar.strategies import Strategy
-from jax_seqpar.training import Batch, cross_entropy, map_tiles, tiled_cross_entropy
+from jax_seqpar.training import Batch, map_tiles, tiled_cross_entropy
 
 Sharding = Mapping[str, MeshAxes]
 Record = Callable[[str, Array], None]
@@ -58,6 +66,7 @@ class Placement:
       tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole.
       remat: computes each block again for the gradient, instead of keeping what is in it.
       dtype: of the computation; parameters are float32.
+      arithmetic: of all layers; `ExactArithmetic()` has the same bits on every mesh.
     """
 
     layout: MeshLayout = MeshLayout()
@@ -67,11 +76,21 @@ class Placement:
     tiles: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
+    arithmetic: Arithmetic = Arithmetic()
+
+    def __post_init__(self) -> None:
+        if self.tiles > 1 and self.arithmetic != Arithmetic():
+            raise ValueError(
+                f"tiles = {self.tiles} add up gradients in float32, which {self.arithmetic!r} does "
+                f"not. Write tiles=1."
+            )
 
     @property
     def parameters(self) -> ParameterOptions:
-        """The sharding of the parameters of attention and MLP, and the dtype to compute in."""
-        return ParameterOptions(sharding=self.sharding, dtype=self.dtype)
+        """How the parameters of attention and MLP lie on the mesh, and are computed with."""
+        return ParameterOptions(
+            sharding=self.sharding, dtype=self.dtype, arithmetic=self.arithmetic
+        )
 
 
 class MLP(nnx.Module):
@@ -87,7 +106,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array, decode: bool) -> Array:
         if self.place.tiles == 1 or decode:
-            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+            of_gate, of_up = self.place.arithmetic.fork(x, 2)
+            return self.down(self.place.arithmetic.swiglu(self.gate(of_gate), self.up(of_up)))
         kernels = [p.kernel[...] for p in (self.gate, self.up, self.down)]
 
         def tile(kernels: list[Array], x: Array) -> Array:
@@ -119,16 +139,19 @@ class Block(nnx.Module):
         )
         self.mlp_norm = _norm(config, place, rngs)
         self.mlp = MLP(config, place, rngs)
+        self.arithmetic = place.arithmetic
 
     def __call__(self, x: Array, record: Record, **attention: Any) -> Array:
-        normed = self.attention_norm(x)
+        x, of_norm = self.arithmetic.fork(x, 2)
+        normed = self.arithmetic.norm(self.attention_norm, of_norm)
         record("attention_norm", normed)
         mixed = self.attention(normed, record=record, **attention)
         record("attention", mixed)
-        x = x + mixed
-        fed = self.mlp(self.mlp_norm(x), decode=attention.get("decode", False))
+        x, of_norm = self.arithmetic.fork(self.arithmetic.add(x, mixed), 2)
+        normed = self.arithmetic.norm(self.mlp_norm, of_norm)
+        fed = self.mlp(normed, decode=attention.get("decode", False))
         record("mlp", fed)
-        return x + fed
+        return self.arithmetic.add(x, fed)
 
 
 class Decoder(nnx.Module):
@@ -148,9 +171,9 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Array, *, record: Record | None = None, **attention: Any) -> Array:
         """Logits `[B, S, V]`, float32, of tokens `[B, S]`; arguments as for `hidden`."""
-        hidden = self.hidden(tokens, record=record, **attention)
-        table = self._table(self.unembedding or self.embedding).astype(hidden.dtype)
-        logits = jnp.einsum("BSD,VD->BSV", hidden, table, preferred_element_type=jnp.float32)
+        embedding, unembedding = self._tables()
+        hidden = self._hidden(embedding, tokens, record=record, **attention)
+        logits = self.place.arithmetic.unembed(hidden, unembedding)
         if record:
             record("logits", logits)
         return logits
@@ -163,18 +186,16 @@ class Decoder(nnx.Module):
           record: called with the name of each tensor, layer by layer, and the tensor.
           attention: `positions`, `segment_ids`, `decode`, as for `jax_seqpar.flax.Attention`.
         """
-        table, layout, dtype = self._table(self.embedding), self.place.layout, self.place.dtype
+        return self._hidden(self._tables()[0], tokens, record=record, **attention)
+
+    def _hidden(
+        self, table: Array, tokens: Array, *, record: Record | None, **attention: Any
+    ) -> Array:
+        layout, arithmetic = self.place.layout, self.place.arithmetic
         if attention.get("decode"):  # a token has no devices to lie on
             layout = replace(layout, tokens=None)
 
-        def embed(table: Array, tokens: Array) -> Array:
-            # A token outside of the vocabulary is NaN: JAX would take the last row.
-            rows = table.at[tokens].get(
-                mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-            )
-            return rows.astype(dtype)
-
-        x = map_tiles(embed, table, tokens, tiles=1, layout=layout)
+        x = arithmetic.embed(table, tokens, layout=layout, dtype=self.place.dtype)
         note: Record = record or (lambda name, x: None)
         note("embedding", x)
         for i, block in enumerate(self.blocks):
@@ -186,7 +207,7 @@ class Decoder(nnx.Module):
             again = self.place.remat and record is None and not attention.get("decode")
             x = (nnx.remat(run) if again else run)(block, x)
             note(f"layers.{i}/output", x)
-        x = self.norm(x)
+        x = arithmetic.norm(self.norm, x)
         note("norm", x)
         return x
 
@@ -195,18 +216,27 @@ class Decoder(nnx.Module):
         attention |= {"positions": batch.positions, "segment_ids": batch.segment_ids}
         if self.place.tiles == 1:
             logits = self(batch.tokens, **attention)
-            return cross_entropy(logits, batch.labels, normaliser=batch.normaliser)
+            return self.place.arithmetic.cross_entropy(logits, batch.labels, batch.normaliser)
+        embedding, unembedding = self._tables()
         return tiled_cross_entropy(
-            self.hidden(batch.tokens, **attention),
-            self._table(self.unembedding or self.embedding).T,
+            self._hidden(embedding, batch.tokens, record=None, **attention),
+            unembedding.T,
             batch.labels,
             tiles=self.place.tiles,
             layout=self.place.layout,
             normaliser=batch.normaliser,
         )
 
-    def _table(self, table: nnx.Param[Array]) -> Array:
-        return gather(table[...], "VD", self.place.sharding, self.place.layout)
+    def _tables(self) -> tuple[Array, Array]:
+        """Those of embedding and unembedding, gathered; one table twice where they are tied."""
+
+        def gathered(table: nnx.Param[Array]) -> Array:
+            return gather(table[...], "VD", self.place.sharding, self.place.layout)
+
+        if self.unembedding is not None:
+            return gathered(self.embedding), gathered(self.unembedding)
+        embedding, unembedding = self.place.arithmetic.fork(gathered(self.embedding), 2)
+        return embedding, unembedding
 
 
 def _norm(config: Config, place: Placement, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -17,7 +17,11 @@ def embed(table: Float32[Array, "V D"], tokens: Integer[Array, "B S"]) -> Float3
     Gradient: `T = grid(dx, E, 32)`, E of each feature over all tokens, the int64 sum of the rows of
     one token, rounded once.
     """
-    return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    def rows(table: Array, tokens: Array) -> Array:
+        return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    return call_with_sharding(rows, rows_sharding(table, tokens), table, tokens)
 
 
 def _forward(table: Array, tokens: Array) -> tuple[Array, Any]:
@@ -30,8 +34,12 @@ def _backward(saved: Any, dx: Array) -> tuple[Array, None]:
         dx = flush(dx)
         e = exponent(dx, (0, 1))
         integers = jnp.rint(dx * power_of_two(TOTAL_BITS - e)).astype(jnp.int64)
-        zeros = jnp.zeros(table.shape, jnp.int64)
-        sums = zeros.at[tokens].add(integers, mode="drop", wrap_negative_indices=False)
+
+        def added(integers: Array, tokens: Array) -> Array:
+            zeros = jnp.zeros(table.shape, jnp.int64)
+            return zeros.at[tokens].add(integers, mode="drop", wrap_negative_indices=False)
+
+        sums = call_with_sharding(added, explicit_sharding(table), integers, tokens)
         return nearest(sums.astype(jnp.float64) * power_of_two(e[0] - TOTAL_BITS)), None
 
 

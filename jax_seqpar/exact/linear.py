@@ -92,3 +92,25 @@ def _add_in_order(uses: int, _: None, gradients: tuple[Array, ...]) -> tuple[Arr
 
 
 fork.defvjp(lambda x, uses: (fork(x, uses), None), _add_in_order)
+
+
+@jax.custom_vjp
+def add_bias(
+    y: Float32[Array, "*tokens F"], bias: Float32[Array, "*features"]
+) -> Float32[Array, "*tokens F"]:
+    """`y (+) bias` for each token; the gradient of the bias is the total over the tokens."""
+    with jax.enable_x64(True):
+        return rounding.add(y, bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape))
+
+
+def _bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
+    return add_bias(y, bias), bias
+
+
+def _bias_backward(bias: Array, dy: Array) -> tuple[Array, Array]:
+    with jax.enable_x64(True):
+        tokens = tuple(range(dy.ndim - bias.ndim))
+        return dy, rounding.total(dy, tokens).reshape(bias.shape)
+
+
+add_bias.defvjp(_bias_forward, _bias_backward)

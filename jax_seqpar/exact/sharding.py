@@ -1,9 +1,10 @@
 """The sharding that a gradient takes from its primal, where types have one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
@@ -14,3 +15,21 @@ def explicit_sharding(x: Array) -> Any:
     """
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def rows_sharding(table: Array, tokens: Array) -> Any:
+    """The sharding of the rows `[*tokens, D]` of a table `[V, D]`; None as above."""
+    of_table, of_tokens = explicit_sharding(table), explicit_sharding(tokens)
+    if of_table is None or of_tokens is None:
+        return None
+    return NamedSharding(of_table.mesh, PartitionSpec(*of_tokens.spec, of_table.spec[1]))
+
+
+def call_with_sharding(function: Callable[..., Array], sharding: Any, *arrays: Array) -> Array:
+    """`function(*arrays)`, its axes Auto inside where they are Explicit and the result is sharded so.
+
+    For indexing, which JAX does not shard by its types (0.10.2).
+    """
+    if sharding is None:
+        return function(*arrays)
+    return jax.sharding.auto_axes(function, out_sharding=sharding)(*arrays)

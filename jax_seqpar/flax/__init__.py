@@ -8,6 +8,8 @@ if find_spec("flax") is None:
         "pip install 'jax-seqpar[flax]'."
     )
 
+from .arithmetic import Arithmetic as Arithmetic
+from .arithmetic import ExactArithmetic as ExactArithmetic
 from .attention import Attention as Attention
 from .attention_fn import SequenceParallel as SequenceParallel
 from .projection import ParameterOptions as ParameterOptions

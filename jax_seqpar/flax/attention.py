@@ -27,7 +27,7 @@ from .cache import (
     place_heads,
 )
 from .checks import check_tokens
-from .norm import check_qk_norm, rms_norm
+from .norm import check_qk_norm
 from .precision import kernel_precision
 from .projection import ParameterOptions, Projection, parameter
 from .rotary import Rotary
@@ -109,8 +109,10 @@ class Attention(nnx.Module):
         self.features, self.num_heads, self.num_kv_heads = features, num_heads, num_kv_heads
         self.head_dim, self.rotary, self.qk_norm = head_dim, rotary, qk_norm
         self.mask, self.logits = mask, logits
-        self.kernel, self.strategy, self.layout = kernel, strategy, layout
+        self.kernel = parameters.arithmetic.kernel if kernel is None else kernel
+        self.strategy, self.layout = strategy, layout
         self.dropout_rate, self.precision = dropout_rate, parameters.precision
+        self.arithmetic = parameters.arithmetic
         self.deterministic: bool | None = None
 
         sizes = {"D": features, "N": num_heads, "K": num_kv_heads, "H": head_dim}
@@ -219,13 +221,15 @@ class Attention(nnx.Module):
         return jnp.asarray(order.permutation(T, degree), jnp.int32)[None]
 
     def _project(self, x: Array, positions: Array | np.ndarray) -> tuple[Array, Array, Array]:
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        of_query, of_key, of_value = self.arithmetic.fork(x, 3)
+        query, key, value = self.query(of_query), self.key(of_key), self.value(of_value)
         if self.query_scale is not None and self.key_scale is not None:
             assert self.qk_norm is not None
-            query = rms_norm(query, self.query_scale[...], self.qk_norm)
-            key = rms_norm(key, self.key_scale[...], self.qk_norm)
+            query = self.arithmetic.head_norm(query, self.query_scale[...], self.qk_norm)
+            key = self.arithmetic.head_norm(key, self.key_scale[...], self.qk_norm)
         if self.rotary is not None:
-            query, key = self.rotary(query, positions), self.rotary(key, positions)
+            query = self.arithmetic.rotate(self.rotary, query, positions)
+            key = self.arithmetic.rotate(self.rotary, key, positions)
         return query, key, value
 
     def init_cache(self, batch: int, tokens: int, dtype: Any = jnp.float32) -> None:

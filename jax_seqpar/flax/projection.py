@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ..mesh import AnyMesh, find_mesh, place
 from ..mesh_layout import MeshAxes, MeshLayout, names
+from .arithmetic import Arithmetic
 from .checks import check_floats
 
 # Where an axis of a parameter lies: its letter, and the mesh axes that share it.
@@ -37,6 +38,8 @@ class ParameterOptions:
       dtype: of the computation; if None, that of input and parameters together.
       param_dtype: of the parameters.
       precision: of the products, forward and backward, as for `jnp.einsum`.
+      arithmetic: of products, norms and rotary embeddings: `Arithmetic()` computes as XLA does,
+        `ExactArithmetic()` gives the same bits on every mesh.
     """
 
     sharding: ParameterSharding | None = None
@@ -45,6 +48,7 @@ class ParameterOptions:
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: jax.lax.PrecisionLike = None
+    arithmetic: Arithmetic = Arithmetic()
 
 
 class Projection(nnx.Module):
@@ -84,6 +88,7 @@ class Projection(nnx.Module):
         flat = tuple(math.prod(sizes[c] for c in part) for part in (summed, kept))
         self.letters = letters
         self.dtype, self.precision = parameters.dtype, parameters.precision
+        self.arithmetic = parameters.arithmetic
         sharding, param_dtype = parameters.sharding, parameters.param_dtype
         rules = dict(get_logical_axis_rules()) if sharding is None else sharding
         self.gather = partial(gather, sharding=rules, layout=layout)
@@ -109,11 +114,10 @@ class Projection(nnx.Module):
         kernel = self.gather(self.kernel[...], self.kernel_letters)
         dtype = jnp.promote_types(x.dtype, kernel.dtype) if self.dtype is None else self.dtype
         out_sharding = _out_sharding(self.letters, x, kernel)
-        x, kernel = x.astype(dtype), kernel.astype(dtype)
-        y = jnp.einsum(self.letters, x, kernel, precision=self.precision, out_sharding=out_sharding)
+        options = {"dtype": dtype, "precision": self.precision, "out_sharding": out_sharding}
+        y = self.arithmetic.project(self.letters, x, kernel, **options)
         if self.bias is not None:
-            bias = self.gather(self.bias[...], self.bias_letters).astype(dtype)
-            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+            y = self.arithmetic.add_bias(y, self.gather(self.bias[...], self.bias_letters))
         return y
 
 
