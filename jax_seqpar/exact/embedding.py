@@ -8,6 +8,7 @@ from jaxtyping import Array, Float32, Integer
 
 from .arithmetic import exponent, flush, power_of_two
 from .rounding import TOTAL_BITS, nearest
+from .sharding import call_with_sharding, explicit_sharding, rows_sharding
 
 
 @jax.custom_vjp

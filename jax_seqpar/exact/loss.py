@@ -98,7 +98,8 @@ def _backward(z_loss: float, ignore_index: int, saved: Any, g: Array):
             doubled = jnp.float64(np.float32(2 * np.float32(z_loss)))
             w = multiply(w, nearest(1.0 + doubled * flush(token.lse)))
         is_label = _vocabulary(logits) == label
-        dz = multiply(nearest(flush(w) - is_label.astype(jnp.float64)), divide(g, number))
+        share = multiply(divide(one, number), g)
+        dz = multiply(nearest(flush(w) - is_label.astype(jnp.float64)), share)
         valid = (label >= 0) & (label < logits.shape[-1])
         dz = jnp.where(valid, dz, jnp.float32(jnp.nan))
         return jnp.where(label != ignore_index, dz, jnp.float32(0)), None, None

@@ -26,7 +26,7 @@ def rows_sharding(table: Array, tokens: Array) -> Any:
 
 
 def call_with_sharding(function: Callable[..., Array], sharding: Any, *arrays: Array) -> Array:
-    """`function(*arrays)`, its axes Auto inside where they are Explicit and the result is sharded so.
+    """`function(*arrays)`, sharded so; Explicit mesh axes are Auto inside of it.
 
     For indexing, which JAX does not shard by its types (0.10.2).
     """
