@@ -1,4 +1,4 @@
-"""Bugs of real ports, planted into PyTorch's exact training: each changes bits, most of them few."""
+"""Bugs of real ports, for PyTorch's exact training: some change few bits, and each is seen."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
