@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Integer
 
-from .arithmetic import exponent, flush, power_of_two
+from .arithmetic import SMALLEST_NORMAL, exponent, flush, power_of_two
 from .rounding import TOTAL_BITS, nearest
 from .sharding import call_with_sharding, explicit_sharding, rows_sharding
 
 
 @jax.custom_vjp
 def embed(table: Float32[Array, "V D"], tokens: Integer[Array, "B S"]) -> Float32[Array, "B S D"]:
-    """The rows of the tokens; NaN for one outside of the vocabulary.
+    """The rows of the tokens, flushed; NaN for one outside of the vocabulary.
 
     Gradient: `T = grid(dx, E, 32)`, E of each feature over all tokens, the int64 sum of the rows of
     one token, rounded once.
@@ -22,7 +22,8 @@ def embed(table: Float32[Array, "V D"], tokens: Integer[Array, "B S"]) -> Float3
     def rows(table: Array, tokens: Array) -> Array:
         return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
-    return call_with_sharding(rows, rows_sharding(table, tokens), table, tokens)
+    found = call_with_sharding(rows, rows_sharding(table, tokens), table, tokens)
+    return jnp.where(jnp.abs(found) < SMALLEST_NORMAL, jnp.float32(0), found)
 
 
 def _forward(table: Array, tokens: Array) -> tuple[Array, Any]:
