@@ -23,7 +23,7 @@ def narrow(x: Float32[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~jnp.uint32(0xFFFF)
     # What is left fits 16 bits: the conversion is exact.
     exact = jax.lax.bitcast_convert_type(rounded, jnp.float32)
-    return narrowed(jnp.where(jnp.isfinite(x), exact, x), dtype)
+    return narrowed(jnp.where(jnp.isfinite(x), exact, x), jnp.dtype(dtype))
 
 
 narrow.defvjp(

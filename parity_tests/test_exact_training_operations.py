@@ -1,0 +1,254 @@
+"""Operations of exact training in JAX, against IEEE arithmetic, PyTorch and planted bugs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_seqpar.compare import compare_bits
+from jax_seqpar.exact import activation, elementary, embedding, linear, loss, norm, rotary, rounding
+from jax_seqpar.exact import matmul as matmul_module
+from jax_seqpar.exact.matmul import float64_products, int8_products, matmul
+from jax_seqpar.exact.narrow import narrow
+from torch_ref.exact import activation as torch_activation
+from torch_ref.exact import elementary as torch_elementary
+from torch_ref.exact import embedding as torch_embedding
+from torch_ref.exact import linear as torch_linear
+from torch_ref.exact import loss as torch_loss
+from torch_ref.exact import norm as torch_norm
+from torch_ref.exact import rotary as torch_rotary
+
+B, S, D, F, V = 2, 64, 32, 48, 16
+
+
+def wild(seed: int, *shape: int) -> np.ndarray:
+    """Float32 of magnitudes 2^-20 to 2^20, with zeros, -0 and subnormals among them."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(shape) * 2.0 ** rng.integers(-20, 20, shape)).astype(np.float32)
+    flat = x.reshape(-1)
+    flat[::17], flat[1::170] = 0, -0.0
+    flat[2::31] *= np.float32(2.0**-110)
+    return x
+
+
+def flushed(x: np.ndarray) -> np.ndarray:
+    """Without subnormals and -0."""
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.float32(0), x)
+
+
+BINARY: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "add": (rounding.add, np.add),
+    "subtract": (rounding.subtract, np.subtract),
+    "multiply": (rounding.multiply, np.multiply),
+    "divide": (rounding.divide, np.divide),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", BINARY)
+def test_elementary_operations_are_ieee_rounded(name, jitted):
+    ours, ieee = BINARY[name]
+    a, b = flushed(wild(0, 10**6)), flushed(wild(1, 10**6))
+    b = np.where(b == 0, np.float32(1), b) if name == "divide" else b
+    with jax.enable_x64(True):
+        out = (jax.jit(ours) if jitted else ours)(jnp.asarray(a), jnp.asarray(b))
+    assert compare_bits(np.asarray(out), flushed(ieee(a, b))).equal
+
+
+def test_square_root_is_ieee_rounded():
+    x = np.abs(flushed(wild(2, 10**6)))
+    with jax.enable_x64(True):
+        assert compare_bits(rounding.square_root(jnp.asarray(x)), np.sqrt(x)).equal
+
+
+def test_hard_cases_of_log_and_reciprocal_root():
+    """Those of the specification; PyTorch's version is asked the same and a million others."""
+    rng = np.random.default_rng(3)
+    hard = np.array([0x41178FEB, 0x4665A9A6, 0x464D5B2B, 0x3FD364D7], np.uint32).view(np.float32)
+    x = np.concatenate([hard, np.exp(rng.uniform(0, 14.5, 10**6)).astype(np.float32)])
+    root = np.array([0x403A18E3], np.uint32).view(np.float32)
+    with jax.enable_x64(True):
+        logs = np.asarray(elementary.log(jnp.asarray(x)))
+        found = np.asarray(norm.reciprocal_root(jnp.asarray(root)))
+    right = [0x400FE5E7, 0x41198725, 0x4117BCF1, 0x3F006EF3]
+    assert logs[:4].view(np.uint32).tolist() == right
+    assert found.view(np.uint32).tolist() == [0x3F16209E]
+    assert compare_bits(logs, torch_elementary.log(torch.from_numpy(x))).equal
+
+
+def test_bfloat16_is_rounded_half_to_even():
+    x = flushed(wild(4, 10**6))
+    assert compare_bits(
+        jax.jit(partial(narrow, dtype=jnp.bfloat16))(x), torch.from_numpy(x).bfloat16()
+    ).equal
+
+
+def of_torch(function: Callable[..., Any], arrays: list[np.ndarray], cotangent: np.ndarray) -> Any:
+    leaves = [torch.from_numpy(x).requires_grad_() for x in arrays]
+    out = function(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, torch.from_numpy(cotangent))
+
+
+def of_jax(function: Callable[..., Any], arrays: list[Any], cotangent: np.ndarray) -> Any:
+    @jax.jit
+    def run(*arrays: Any) -> Any:
+        out, pull = jax.vjp(function, *arrays)
+        return out, *pull(jnp.asarray(cotangent))
+
+    return run(*arrays)
+
+
+IDS = np.random.default_rng(5).integers(0, V, (B, S))
+LABELS = np.where(np.arange(S) < S - 3, IDS, -100)
+POSITIONS = np.arange(10**6, 10**6 + S)
+TABLES = torch_rotary.rotary_tables(torch.from_numpy(POSITIONS), 16, 10_000.0)
+
+# A function of JAX, the same one of PyTorch, their operands, and the shape of the output.
+LAYERS: dict[str, tuple[Any, Any, list[np.ndarray], tuple[int, ...]]] = {
+    "linear": (
+        partial(linear.linear, "BSD,DF->BSF"),
+        torch_linear.linear,
+        [wild(6, B, S, D), wild(7, D, F)],
+        (B, S, F),
+    ),
+    "norm": (
+        lambda x, scale: norm.rms_norm(x, scale, 1e-5),
+        lambda x, scale: torch_norm.rms_norm(x, scale, 1e-5),
+        [wild(8, B, S, D), wild(9, D)],
+        (B, S, D),
+    ),
+    "swiglu": (
+        activation.swiglu,
+        torch_activation.swiglu,
+        [8 * wild(10, B, S, D).clip(-4, 4), wild(11, B, S, D)],
+        (B, S, D),
+    ),
+    "embedding": (
+        lambda table: embedding.embed(table, jnp.asarray(IDS)),
+        lambda table: torch_embedding.embedding(table, torch.from_numpy(IDS)),
+        [wild(12, V, D)],
+        (B, S, D),
+    ),
+    "loss": (
+        lambda z: loss.cross_entropy(z, jnp.asarray(LABELS), z_loss=1e-3),
+        lambda z: torch_loss.cross_entropy(z, torch.from_numpy(LABELS), z_loss=1e-3),
+        [wild(13, B, S, V).clip(-30, 30)],
+        (),
+    ),
+    "rotary": (
+        lambda x: rotary.rotary(x, jnp.asarray(POSITIONS)[None]),
+        lambda x: torch_rotary.rotary(x, *(table[:, None] for table in TABLES)),
+        [wild(14, B, S, 4, 16)],
+        (B, S, 4, 16),
+    ),
+}
+
+
+def both(name: str) -> tuple[Any, Any]:
+    ours, theirs, arrays, shape = LAYERS[name]
+    cotangent = wild(15, *shape) if shape else np.float32(0.7)
+    return of_jax(ours, arrays, cotangent), of_torch(theirs, arrays, np.asarray(cotangent))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_have_the_bits_of_pytorch(name):
+    ours, theirs = both(name)
+    report = compare_bits(ours, theirs)
+    assert report.equal, str(report)
+
+
+def float32_total(x: Any, axis: Any) -> Any:
+    return jnp.sum(x, axis=axis, keepdims=True)
+
+
+def balanced_the_other_way(letters: str, x: Any, dy: Any, **options: Any) -> Any:
+    """The floor of the balance is that of the gradient's exponent less the activation's."""
+    first, second = letters.split("->")[0].split(",")
+    swapped = f"{second},{first}->{letters.split('->')[1]}"
+    return matmul_module.balanced_matmul(swapped, dy, x, **options)
+
+
+def rounded_by_library(x: Any) -> Any:
+    return elementary.round32(jnp.log(x.astype(jnp.float64)))
+
+
+MUTATIONS = {
+    "a sum in float32": ("norm", norm, "total", float32_total),
+    "the balance rounded up": ("linear", linear, "balanced_matmul", balanced_the_other_way),
+    "operands of 22 bits": ("linear", matmul_module, "OPERAND_BITS", 22),
+    "a mean without its rounding": ("loss", loss, "divide", lambda a, b: a / b + a * 0 + 1e-7),
+    "a slope without 1 +": ("swiglu", activation, "add", lambda a, b: a - b),
+    "angles of 23 bits": ("rotary", rotary, "ANGLE_BITS", 23),
+    "rows summed on 31 bits": ("embedding", embedding, "TOTAL_BITS", 31),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutations_are_caught(mutation, monkeypatch):
+    name, module, attribute, wrong = MUTATIONS[mutation]
+    monkeypatch.setattr(module, attribute, wrong)
+    jax.clear_caches()
+    ours, theirs = both(name)
+    assert not compare_bits(ours, theirs).equal
+    jax.clear_caches()
+
+
+def test_gradients_of_several_uses_are_added_in_order():
+    x = jnp.zeros(1000)
+    _, pull = jax.vjp(lambda x: linear.fork(x, 3), x)
+    a, b, c = (jnp.asarray(flushed(wild(seed, 1000))) for seed in (20, 21, 22))
+    assert compare_bits(pull((a, b, c))[0], flushed(flushed(np.add(a, b)) + np.asarray(c))).equal
+    assert not compare_bits(
+        pull((a, b, c))[0], flushed(np.asarray(a) + flushed(np.add(b, c)))
+    ).equal
+
+
+@pytest.mark.parametrize("K", [1, 512, 2**14])
+def test_engines_find_the_same_integers(K):
+    """Against Python integers, at the largest operands too."""
+    rng = np.random.default_rng(K)
+    a = rng.integers(-(2**24), 2**24, (3, K), endpoint=True)
+    b = rng.integers(-(2**24), 2**24, (K, 2), endpoint=True)
+    a[0], b[:, 0] = 2**24, -(2**24)
+    expected = a.astype(object) @ b.astype(object)
+    with jax.enable_x64(True):
+        for engine in (float64_products, int8_products):
+            operands = (jnp.asarray(x, jnp.float64) for x in (a, b))
+            high, low, bits = engine("MK,KN->MN", *operands, None)
+            whole = np.vectorize(int)(high) * 2**bits + np.vectorize(int)(low)
+            assert (whole == expected).all(), engine.__name__
+
+
+def test_a_product_of_too_many_terms_is_refused():
+    shape = jax.ShapeDtypeStruct((1, 2**17 + 1), jnp.float32)
+    with jax.enable_x64(True), pytest.raises(ValueError, match="has no room in the 53 bits"):
+        jax.eval_shape(partial(matmul, "MK,NK->MN"), shape, shape)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["linear", "norm", "embedding", "loss"])
+def test_layers_have_the_same_bits_on_a_mesh(name, kind):
+    """Tokens over four devices, batch over two."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), (kind,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("data", "seq"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    ids, labels = (jax.device_put(jnp.asarray(x), sharding) for x in (IDS, LABELS))
+    functions = {
+        "embedding": lambda table: embedding.embed(table, ids),
+        "loss": lambda z: loss.cross_entropy(z, labels, z_loss=1e-3),
+    }
+    ours, _, arrays, shape = LAYERS[name]
+    cotangent: Any = wild(15, *shape) if shape else np.float32(0.7)
+    alone = of_jax(ours, arrays, cotangent)
+    placed = [jax.device_put(x, sharding if x.ndim == 3 else whole) for x in arrays]
+    if shape:
+        cotangent = jax.device_put(cotangent, sharding)
+    with jax.set_mesh(mesh):
+        spread = of_jax(functions.get(name, ours), placed, cotangent)
+    assert compare_bits(jax.device_get(alone), jax.device_get(spread)).equal
