@@ -47,7 +47,7 @@ def frequencies(theta: float, channels: int) -> tuple[int, ...]:
 
 def _sines(positions: Array, frequencies: tuple[int, ...]) -> tuple[Array, Array]:
     """Sine and cosine of each position's angles, `[B, T, H/2]`, float32."""
-    steps = jnp.asarray(np.array(frequencies, np.uint64))
+    steps = jnp.asarray(np.array(frequencies, np.uint64))[None, None]
     # Whole turns overflow, and are meant to.
     turns = positions.astype(jnp.uint64)[:, :, None] * steps
     half = 1 << (TURN_BITS - ANGLE_BITS - 1)
