@@ -101,6 +101,19 @@ def _as_array(name: str, x: Any) -> str:
     return f"jnp.asarray({name})"
 
 
+def as_boolean(name: str, dtype: Any) -> str:
+    """What makes a mask of numbers boolean, for a message: `write {as_boolean("mask", dtype)}`.
+
+    A floating mask may hide by large negative numbers, which `astype(bool)` would let attend.
+    """
+    if jnp.issubdtype(dtype, jnp.floating):
+        return (
+            f"{name} == 0 if 0 attends and large negative numbers hide (bias={name} adds them to "
+            f"the logits), {name} != 0 if 1 attends and 0 hides"
+        )
+    return f"{name}.astype(bool), or bias= for numbers added to the logits"
+
+
 def check_has_numbers(tree: Mapping[str, Any]) -> None:
     """Raises ValueError if an array is a `jax.ShapeDtypeStruct`."""
     for name, x in tree.items():

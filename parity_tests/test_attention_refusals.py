@@ -153,10 +153,16 @@ CALLS = {
         {"layout": MeshLayout(tokens="seq", heads="seq", mesh=MESH)},
         r"uses mesh axis 'seq' for more than one array axis",
     ),
-    "a mask of numbers": (
+    "a mask of floats": (
         qkv(),
         {"mask": array(1, 1, 16, 16)},
-        r"mask must be boolean, got dtype float32; write mask.astype\(bool\), or bias=",
+        r"mask must be boolean, got dtype float32; write mask == 0 if 0 attends .*"
+        r"\(bias=mask adds .*\), mask != 0 if 1 attends and 0 hides",
+    ),
+    "a mask of integers": (
+        qkv(),
+        {"mask": array(1, 1, 16, 16, dtype=jnp.int32)},
+        r"mask must be boolean, got dtype int32; write mask.astype\(bool\), or bias=",
     ),
     "a bias of booleans": (
         qkv(),

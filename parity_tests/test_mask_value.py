@@ -83,7 +83,7 @@ def test_what_an_attention_has_once():
 ARRAYS_OF_NO_ATTENTION = {
     "added to the logits": (
         lambda: Mask(array=jnp.zeros((1, 1, T, S))),
-        r"not boolean .*Logits\(bias=\)",
+        r"not boolean; write array == 0 if 0 attends .*bias=array",
     ),
     "of two axes": (lambda: Mask(array=jnp.ones((T, S), bool)), r"bool\[12, 12\]\) has an array"),
     "lengths of floats": (

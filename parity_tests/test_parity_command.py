@@ -719,7 +719,7 @@ MISFITS |= {
     "a mask of numbers": (
         "a.npz",
         {**SINGLE, "mask": np.zeros((1, 1, 4, 4), np.float32)},
-        r"a: mask must be boolean, got dtype float32; write mask\.astype\(bool\)",
+        r"a: mask must be boolean, got dtype float32; write mask == 0 if 0 attends",
     ),
     "float64": (
         "a.npz",

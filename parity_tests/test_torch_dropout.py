@@ -25,6 +25,17 @@ def test_a_mask_of_integers_is_refused(attention):
         attention(x, x, x, mask=mask, is_causal=True)
 
 
+@pytest.mark.parametrize("hidden", (torch.finfo(torch.float32).min, -torch.inf))
+def test_the_advice_for_a_mask_of_floats(hidden):
+    x, causal = torch.randn(1, 4, 2, 3), torch.ones(4, 4).tril()[None, None]
+    with pytest.raises(ValueError, match=r"mask.bool\(\) if 1 attends .* mask == 0 if 0 attends"):
+        dense_attention(x, x, x, mask=causal)
+    expected = dense_attention(x, x, x, is_causal=True)
+    added = torch.zeros_like(causal).masked_fill(causal == 0, hidden)
+    for mask in (causal.bool(), added == 0):
+        assert torch.equal(dense_attention(x, x, x, mask=mask), expected)
+
+
 def test_the_oracle_takes_one_batch():
     x, three = torch.ones(1, 4, 2, 3), torch.ones(3, 4, 2, 3)
     with pytest.raises(ValueError, match=r"must have one batch, got 3, 1 and 1"):

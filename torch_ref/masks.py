@@ -52,7 +52,10 @@ def attends(
     """
     if mask is not None and mask.dtype != torch.bool:
         # Of integers, & takes bits: 2 and True are 0.
-        raise ValueError(f"mask must be boolean, got {mask.dtype}. Write mask.bool().")
+        raise ValueError(
+            f"mask must be boolean, got {mask.dtype}. Write mask.bool() if 1 attends and 0 hides, "
+            f"mask == 0 if 0 attends and large negative numbers hide."
+        )
     allowed = [] if mask is None else [mask]
     p_query, p_key = places(query_tokens, key_tokens, query_offset, positions, device, numbers)
     if is_causal:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import Shape, check_arrays, check_has_numbers, check_is_array
+from .._checks import Shape, as_boolean, check_arrays, check_has_numbers, check_is_array
 from .attention_spec import Spec
 from .mask import OPEN
 from .threefry import check_key
@@ -42,7 +42,7 @@ def check_call(
                     "mask= takes a boolean array, True attends. Write bias.astype(jnp.float32) for "
                     "numbers added to the logits."
                     if name == "bias"
-                    else "write mask.astype(bool), or bias= for numbers added to the logits."
+                    else f"write {as_boolean(name, x.dtype)}."
                 )
             )
         fits = len(x.shape) == 4 and all(n in (1, m) for n, m in zip(x.shape, full, strict=True))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, Shaped
 
+from .._checks import as_boolean
 from .array_fields import AnyArray, array_field, pair_field, python_number, register, written
 from .token_numbers import AnyTokens, places
 
@@ -314,11 +315,14 @@ def _have_two(name: str, a: Mask, b: Mask) -> ValueError:
 def check_mask_arrays(mask: Mask) -> None:
     """Raises ValueError for arrays of a dtype or of axes that no attention takes."""
     x = mask.array
-    if x is not None and (x.dtype != bool or len(x.shape) != 4):
+    if x is not None and x.dtype != bool:
         raise ValueError(
-            f"{mask} has an array that is not boolean [B, N, T, S], each axis that or 1. Write "
-            f"array.astype(bool), and [None] for an axis that it lacks; what is added to the "
-            f"logits is Logits(bias=)."
+            f"{mask} has an array that is not boolean; write {as_boolean('array', x.dtype)}."
+        )
+    if x is not None and len(x.shape) != 4:
+        raise ValueError(
+            f"{mask} has an array that is not [B, N, T, S], each axis that or 1. Write "
+            f"array[None] for an axis that it lacks."
         )
     for name in ("query_seq_lengths", "key_value_seq_lengths"):
         x = getattr(mask, name)
