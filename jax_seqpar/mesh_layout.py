@@ -141,21 +141,27 @@ def check_division(
     ) -> None:
         parts = axes_size(mesh_axes, mesh_shape)
         if size % parts:
+            price = " (no sequence parallelism)" if field == "tokens" else ""
             raise ValueError(
                 f"{tensor} {size_name} = {size} is not divisible by the {parts} devices of mesh "
                 f"axis {mesh_axes!r}. {got} {advice.format(-(-size // parts) * parts)} "
-                f"Or write MeshLayout({field}=None), which leaves it whole."
+                f"Or write MeshLayout({field}=None), which leaves it whole{price}."
             )
 
     B, T, N, _ = query
     S, K = key[1:3]
     degree = axes_size(layout.tokens, mesh_shape)
-    pad = f"Use jax_seqpar.pad_to_degree(query, key, value, degree={degree}), which pads to {{}}."
+    # Without the keywords of the padding its tokens would be attended to.
+    pad = (
+        f"Write x = jax_seqpar.pad_to_degree(query, key, value, degree={degree}), which pads to "
+        f"{{}}, with mask=, bias= and logits= there where the call has them; then call with "
+        f"x.query, x.key, x.value, **x.keywords, and write x.unpad(out)."
+    )
     divide("query", "batch B", B, "batch", layout.batch, "Pad to {} and cut the output.")
-    divide("query", "tokens T", T, "tokens", layout.tokens, pad)
-    divide("key", "tokens S", S, "tokens", layout.tokens, pad)
-    for name, tokens in (("query", T), ("key", S)):
-        if layout.tokens is not None:
+    for name, size_name, tokens in (("query", "tokens T", T), ("key", "tokens S", S)):
+        if layout.order == Contiguous():
+            divide(name, size_name, tokens, "tokens", layout.tokens, pad)
+        elif layout.tokens is not None:
             layout.order.check(name, tokens, degree)
     divide("query", "heads N", N, "heads", layout.heads, "Use a mesh axis whose size divides it.")
     tensor_parallel = axes_size(layout.heads, mesh_shape)

@@ -39,8 +39,9 @@ class TokenOrder:
             multiple = self.multiple(degree)
             raise ValueError(
                 f"{name} has {tokens} tokens, which is no multiple of {multiple}, as {self!r} "
-                f"needs on {degree} devices. Pad them to {-(-tokens // multiple) * multiple}, as "
-                f"jax_seqpar.pad_to_degree(..., degree={multiple}) does, or write "
+                f"needs on {degree} devices. Pad them to {-(-tokens // multiple) * multiple} "
+                f"before the order's reorder: x = jax_seqpar.pad_to_degree(..., degree={multiple}),"
+                f" whose x.keywords hide the added tokens and need the order, too. Or write "
                 f"MeshLayout(order=Contiguous())."
             )
         if type(self) not in (Contiguous, Zigzag, Striped) and tokens:

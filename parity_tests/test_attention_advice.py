@@ -1,6 +1,7 @@
 """Advice of error messages, followed word for word: what it says to write is right."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_seqpar import Mask, MeshLayout, dot_product_attention
+import jax_seqpar
+from jax_seqpar import Contiguous, Mask, MeshLayout, Striped, Zigzag, dot_product_attention
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
@@ -71,3 +73,29 @@ def test_a_mask_of_numbers(mask, follows, made_by):
         assert "astype(bool)" not in message
         out = attend(*inputs, mask=array.astype(bool))
         assert np.abs(out - truth(*inputs, CAUSAL)).max() > 0.1
+
+
+@pytest.mark.parametrize("order", (Contiguous(), Zigzag(), Striped()), ids=repr)
+@pytest.mark.parametrize("is_causal", (False, True))
+def test_tokens_that_do_not_divide(is_causal, order):
+    """Without the keywords of the padding 18 tokens would attend to the 2 that are added."""
+    query, key, value = operands(18)
+    layout = replace(ON_SEQ, order=order)
+    call = partial(dot_product_attention, layout=layout, is_causal=is_causal)
+    pattern = r"x = (jax_seqpar\.pad_to_degree\(.*?\))"
+    names = {"jax_seqpar": jax_seqpar, "query": query, "key": key, "value": value}
+    (code,) = advice(lambda: call(query, key, value), pattern)
+    x = eval(code.replace("...", "query, key, value"), names)
+    degree = 4
+    dealt = partial(jax.tree.map, lambda array: order.reorder(array, 1, degree))
+
+    def in_sequence(out):
+        return x.unpad(jnp.asarray(order.restore(np.asarray(out), 1, degree)))
+
+    args, keywords = dealt((x.query, x.key, x.value)), dealt(x.keywords)
+    out = in_sequence(call(*args, **keywords))
+    allowed = np.tril(np.ones((18, 18), bool)) if is_causal else True
+    assert np.abs(out - truth(query, key, value, allowed)).max() < 1e-5
+    if not is_causal:
+        out = in_sequence(call(*args))
+        assert np.abs(out - truth(query, key, value)).max() > 1e-2

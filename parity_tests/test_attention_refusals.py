@@ -119,7 +119,9 @@ CALLS = {
         qkv(tokens=18),
         {},
         r"query tokens T = 18 is not divisible by the 4 devices of mesh axis 'seq'.*"
-        r"Use jax_seqpar.pad_to_degree\(query, key, value, degree=4\), which pads to 20",
+        r"Write x = jax_seqpar.pad_to_degree\(query, key, value, degree=4\), which pads to 20, .*"
+        r"call with x.query, x.key, x.value, \*\*x.keywords, and write x.unpad\(out\). Or write "
+        r"MeshLayout\(tokens=None\), which leaves it whole \(no sequence parallelism\)",
     ),
     "key tokens": (
         (qkv()[0], *qkv(tokens=18)[1:]),
