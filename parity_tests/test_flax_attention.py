@@ -722,3 +722,22 @@ def _at(tree, path):
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_advice_for_tokens_that_do_not_divide():
+    """Padded tokens, told apart by their segment, against one device without them."""
+    options = {"mask": Mask(), "rotary": None}
+    (layer, mesh), (alone, one) = make(**options), make(shape=(1, 1), **options)
+    more = 2
+    x, ids = jnp.asarray(X[:, :-more]), np.ones((B, S), np.int32)
+    ids[:, -more:] = 0
+    padded = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
+    with jax.set_mesh(one):
+        expected = alone(x)
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match=rf"Pad x to {S} tokens, with segment_ids .*\.shard"):
+            layer(x)
+        told, untold = layer(padded, segment_ids=jnp.asarray(ids)), layer(padded)
+    told, untold, expected = (np.asarray(y, np.float64) for y in (told, untold, expected))
+    assert np.abs(told[:, :-more] - expected).max() < 1e-5
+    assert np.abs(untold[:, :-more] - expected).max() > 1e-2

@@ -27,12 +27,19 @@ from .cache import (
     place_heads,
 )
 from .checks import check_tokens
+from .layer_checks import (
+    PROJECTIONS,
+    check_dropout,
+    check_head_dim,
+    check_layer,
+    check_own_rules,
+    check_token_division,
+    check_use_bias,
+)
 from .norm import check_qk_norm
 from .precision import kernel_precision
 from .projection import ParameterOptions, Projection, parameter
 from .rotary import Rotary
-
-PROJECTIONS = ("query", "key", "value", "out")
 
 
 class Attention(nnx.Module):
@@ -205,6 +212,7 @@ class Attention(nnx.Module):
             if decode:
                 out = self._decode(query, key, value, numbers, attend)
             else:
+                check_token_division(x.shape, self.layout, find_mesh(self.layout.mesh, query))
                 mask = self.mask & Mask(segment_ids=segment_ids)
                 out = attend(
                     query, key, value, mask=mask, strategy=self.strategy, layout=self.layout
@@ -286,65 +294,3 @@ class Attention(nnx.Module):
 def _widened(x: Array) -> Array:
     """In the dtype of logits: 16 bits are rounded once, in the gradient."""
     return x.astype(accumulated(x.dtype))
-
-
-def check_layer(features: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Raises ValueError unless the KV heads divide the query heads."""
-    if min(features, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}, and all "
-            f"sizes at least 1, got features = {features}, head_dim = {head_dim}. Give positive "
-            f"sizes, and a num_kv_heads that divides num_heads."
-        )
-
-
-def check_head_dim(features: int, num_heads: int) -> None:
-    """Raises ValueError unless the heads divide the features."""
-    if features % num_heads:
-        raise ValueError(
-            f"features = {features} is not divisible by num_heads = {num_heads}: give head_dim."
-        )
-
-
-def check_dropout(rate: float, deterministic: bool | None, rngs: Any) -> None:
-    """Raises ValueError if dropout is neither on nor off, or has no key."""
-    if rate == 0 or deterministic:
-        return
-    if deterministic is None:
-        raise ValueError(
-            f"dropout_rate = {rate}: say deterministic=True (evaluation) or False (training) at "
-            f"the call, or write model.eval() or model.train()."
-        )
-    if rngs is None:
-        raise ValueError(
-            f"dropout_rate = {rate} needs rngs=nnx.Rngs(dropout=...) at the call. Give it, or "
-            f"write deterministic=True."
-        )
-
-
-def check_own_rules(mask: Any, logits: Any) -> None:
-    """Raises ValueError unless a layer can hold the mask and the logits: options, no arrays."""
-    for name, value, kind in (("mask", mask, Mask), ("logits", logits, Logits)):
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"{name} of an Attention must be a jax_seqpar.{kind.__name__}, got {value!r}. "
-                f"Write {name}={kind.__name__}(...)."
-            )
-        if jax.tree.leaves(value):
-            raise ValueError(
-                f"{name}={value} has arrays, which are those of one call. Give positions and "
-                f"segment_ids at the call, sinks=True for learned sinks; anything else to "
-                f"jax_seqpar.dot_product_attention."
-            )
-
-
-def check_use_bias(use_bias: Any) -> None:
-    """Raises ValueError unless it is True, False, or names of projections."""
-    if isinstance(use_bias, bool):
-        return
-    named = isinstance(use_bias, Sequence) and not isinstance(use_bias, str)
-    if not named or not set(use_bias) <= set(PROJECTIONS):
-        raise ValueError(
-            f"use_bias must be True, False, or some of {PROJECTIONS}, got {use_bias!r}. Write "
-            f"use_bias=('query', 'key', 'value') for all but the output."
-        )
