@@ -106,7 +106,10 @@ def axes_size(mesh_axes: MeshAxes, mesh_shape: Mapping[str, int]) -> int:
 def check_is_layout(layout: Any) -> None:
     """Raises ValueError unless it is a MeshLayout."""
     if not isinstance(layout, MeshLayout):
-        raise ValueError(f"layout must be a MeshLayout, got {layout!r}. Write MeshLayout(tokens=).")
+        tokens = repr(layout) if isinstance(layout, str) else "..."
+        raise ValueError(
+            f"layout must be a MeshLayout, got {layout!r}. Write MeshLayout(tokens={tokens})."
+        )
 
 
 def check_mesh(layout: MeshLayout, mesh_shape: Mapping[str, int], manual: Sequence[str]) -> None:

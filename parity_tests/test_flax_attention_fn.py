@@ -320,6 +320,15 @@ def test_refusals(options, message):
         SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((4,), ("seq",))))(x, x, x, **options)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_string_as_layout_is_refused_at_once():
+    message = r"layout must be a MeshLayout, got 'seq'. Write MeshLayout\(tokens='seq'\)"
+    with pytest.raises(ValueError, match=message):
+        SequenceParallel("seq")  # pyright: ignore
+    with pytest.raises(ValueError, match=message):
+        Attention(8, num_heads=2, layout="seq", rngs=nnx.Rngs(0))  # pyright: ignore
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     x = jnp.ones((3, S, 8, 4))
     mesh = jax.make_mesh((2, 4), ("data", "seq"))

@@ -15,7 +15,7 @@ from ..attention import dot_product_attention
 from ..kernels import Kernel
 from ..mask import Dropout, Logits, Mask, accumulated
 from ..mesh import find_mesh
-from ..mesh_layout import MeshLayout, axes_size
+from ..mesh_layout import MeshLayout, axes_size, check_is_layout
 from ..order import Contiguous
 from ..strategies import Strategy, Ulysses
 from .cache import (
@@ -104,6 +104,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_own_rules(mask, logits)
+        check_is_layout(layout)
         kernel_precision("Attention", parameters.precision)
         if head_dim is None:
             check_head_dim(features, num_heads)

@@ -16,7 +16,7 @@ from ..kernels import Kernel
 from ..mask import Dropout, Logits, Window, head_keys
 from ..mask.sequence_padding import pad_to_degree
 from ..mesh import find_mesh
-from ..mesh_layout import MeshLayout, axes_size, check_mesh
+from ..mesh_layout import MeshLayout, axes_size, check_is_layout, check_mesh
 from ..order import Contiguous
 from ..strategies import Strategy, Ulysses
 from .checks import check_array
@@ -61,6 +61,9 @@ class SequenceParallel(_Instances):
     local_window_size: Window | None = None
     logits_soft_cap: float | None = None
     strategy: Strategy | Literal["auto"] = Ulysses()
+
+    def __post_init__(self) -> None:
+        check_is_layout(self.layout)
 
     def __call__(
         self,
