@@ -134,11 +134,23 @@ def check_strategy(strategy: Any) -> None:
     """Raises ValueError unless the strategy is one, or "auto"."""
     if isinstance(strategy, str) and strategy == "auto":
         return
-    if not isinstance(strategy, Strategy) or isinstance(strategy, type):
+    is_class = isinstance(strategy, type)
+    if not isinstance(strategy, Strategy) or is_class:
+        got = f"the class {strategy.__name__}" if is_class else repr(strategy)
         raise ValueError(
             f"strategy must be Ulysses(...), AllGatherKV(), Ring(), Hybrid(...) or 'auto', got "
-            f"{strategy!r}. Write strategy=jax_seqpar.Ulysses()."
+            f"{got}. Write strategy=jax_seqpar.{_meant(strategy)}()."
         )
+
+
+def _meant(strategy: Any) -> str:
+    """The strategy that a class or a string names, such as "all_gather"; else the default."""
+    word = strategy.__name__ if isinstance(strategy, type) else str(strategy)
+    letters = "".join(c for c in word.lower() if c.isalnum())
+    for name in ("AllGatherKV", "Ring", "Hybrid"):
+        if letters and name.lower().startswith(letters):
+            return name
+    return "Ulysses"
 
 
 def check_has_tokens(strategy: Strategy, layout: MeshLayout) -> None:
