@@ -1,5 +1,6 @@
 """Right refusal: what does not fit is named, with its sizes and what to write instead."""
 
+import re
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -17,6 +18,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_seqpar import (
+    AllGatherKV,
     Blockwise,
     Dropout,
     Exact,
@@ -25,6 +27,7 @@ from jax_seqpar import (
     Logits,
     Mask,
     MeshLayout,
+    Ring,
     Triton,
     Ulysses,
     blockwise_attention,
@@ -275,7 +278,11 @@ CALLS = {
         {},
         r"query must be an array of JAX or NumPy, got list. Write jnp.asarray\(query\)",
     ),
-    "a string as layout": (qkv(), {"layout": "seq"}, r"layout must be a MeshLayout, got 'seq'"),
+    "a string as layout": (
+        qkv(),
+        {"layout": "seq"},
+        r"layout must be a MeshLayout, got 'seq'. Write MeshLayout\(tokens='seq'\)",
+    ),
     "a kernel of another dtype": (
         tuple(x.astype(jnp.bfloat16) for x in qkv()),
         {"kernel": lambda query, key, value: query.astype(jnp.float32)},
@@ -383,6 +390,46 @@ def test_inside_a_shard_map():
 def test_unknown_keywords(name):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         partial(dot_product_attention, *qkv(), layout=LAYOUT, **{name: 1})()
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    (
+        ("causal", "is_causal=True"),
+        ("window", "local_window_size=(W - 1, 0)"),
+        ("sliding_window", "local_window_size=(W - 1, 0)"),
+        ("mesh", "layout=MeshLayout(mesh=mesh)"),
+        ("segment_ids", "mask=Mask(segment_ids=...)"),
+    ),
+)
+def test_keywords_of_other_libraries(name, written):
+    with pytest.raises(TypeError) as caught:
+        partial(dot_product_attention, *qkv(), layout=LAYOUT, **{name: 1})()
+    assert f" Write {written}" in str(caught.value)
+    if name == "mesh":  # of one device: there is no layout to write it in
+        with pytest.raises(TypeError, match="unexpected keyword argument 'mesh'") as caught:
+            partial(dense_attention, *qkv(), mesh=MESH)()
+        assert "Write" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "got", "written"),
+    (
+        ("ring", "'ring'", "Ring()"),
+        (Ring, "the class Ring", "Ring()"),
+        ("all_gather", "'all_gather'", "AllGatherKV()"),
+        (AllGatherKV, "the class AllGatherKV", "AllGatherKV()"),
+        ("hybrid", "'hybrid'", "Hybrid()"),
+        ("Ulysses", "'Ulysses'", "Ulysses()"),
+        (7, "7", "Ulysses()"),
+        ("", "''", "Ulysses()"),
+    ),
+    ids=str,
+)
+def test_a_strategy_by_name_or_class(strategy, got, written):
+    message = re.escape(f"got {got}. Write strategy=jax_seqpar.{written}.")
+    with pytest.raises(ValueError, match=message):
+        dot_product_attention(*qkv(), layout=LAYOUT, strategy=strategy)
 
 
 PER_DEVICE = {

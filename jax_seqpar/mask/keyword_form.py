@@ -1,7 +1,7 @@
 """The keyword form of an attention: one list of keywords for every kernel and for the mesh."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import wraps
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,7 +36,8 @@ class AttentionFunction(Protocol):
       query_seq_lengths: `[B]`; queries `t < length`.
       key_value_seq_lengths: `[B]`; keys `s < length`.
       local_window_size: positions from `left` before the query's to `right` after it; one integer
-        stands for both sides, None or -1 opens a side.
+        stands for both sides, None or -1 opens a side. W tokens with the query's own, as
+        `sliding_window=W` elsewhere, are `(W - 1, 0)`.
       logits: a `jax_seqpar.Logits`: soft cap, ALiBi slopes, sinks.
       dropout: a `jax_seqpar.Dropout` of the weights.
       return_residual: also return the log of the sum of exp of the logits, `[B, T, N]` in float32
@@ -93,7 +94,7 @@ def keyword_form(attend: Callable[..., Any]) -> AttentionFunction:
         try:
             given = dict(signature.bind(*args, **keywords).arguments)
         except TypeError as error:
-            instead = _instead(keywords)
+            instead = _instead(keywords, signature.parameters)
             taken = ", ".join([*signature.parameters][start:])
             raise TypeError(
                 f"{attend.__name__}(): {error}. Use the arguments {taken}.{instead}"
@@ -140,10 +141,26 @@ def _arguments(section: str) -> dict[str, str]:
     return entries
 
 
-def _instead(keywords: Mapping[str, Any]) -> str:
-    """Where to write a field of `Mask`, `Logits` or `Dropout` that is not a keyword."""
+# What other libraries call a keyword, and what to write here; W counts the query's own token.
+_ELSEWHERE = {
+    "causal": "is_causal=True",
+    "window": "local_window_size=(W - 1, 0)",
+    "sliding_window": "local_window_size=(W - 1, 0)",
+    "mesh": "layout=MeshLayout(mesh=mesh)",
+}
+
+
+def _instead(keywords: Mapping[str, Any], taken: Container[str]) -> str:
+    """Where to write what is not a keyword: a field of a value, or a word of other libraries.
+
+    Args:
+      taken: the arguments that the attention has.
+    """
     names = {Mask: "mask", Logits: "logits", Dropout: "dropout"}
     for name in keywords:
+        written = _ELSEWHERE.get(name, "")
+        if written.partition("=")[0] in taken:
+            return f" Write {written} in place of {name}=."
         if name in FLAT_NAMES and name not in JAX_KEYWORDS:
             kind, field = FLAT_NAMES[name]
             return f" Write {names[kind]}={kind.__name__}({field}=...)."

@@ -37,7 +37,8 @@ class Mask:
       is_causal: keys at or before the query's position.
       query_offset: the position of the first query.
       local_window_size: positions from `left` before the query's to `right` after it; one integer
-        stands for both sides, None or -1 opens a side.
+        stands for both sides, None or -1 opens a side. W tokens with the query's own, as
+        `sliding_window=W` elsewhere, are `(W - 1, 0)`.
       array: True attends; each axis that of `[B, N, T, S]` or 1.
       query_seq_lengths: `[B]`; queries `t < length`.
       key_value_seq_lengths: `[B]`; keys `s < length`.
