@@ -153,7 +153,8 @@ def test_two_processes(tmp_path):
     # Not as they are printed: two numbers as near as these can round to different last digits.
     curves = (json.loads((tmp_path / run / "losses.json").read_text()) for run in ("one", "two"))
     assert far(*curves) <= 1e-5
-    assert ["at the first" in output for output in outputs] == [True, False]
+    for line in ("at the first", "step 1 of 3: loss"):
+        assert [line in output for output in outputs] == [True, False]
 
 
 def test_the_command_writes_a_plot(tmp_path):
