@@ -115,6 +115,23 @@ def test_bytes_of_a_hybrid_are_those_of_a_compiled_program(gradients):
     assert cost.between == received_bytes(gathered, 2) > 0
 
 
+@pytest.mark.parametrize("kernel", (Exact(), Blockwise()), ids=("exact", "blockwise"))
+@pytest.mark.usefixtures("optimised")
+def test_bytes_by_kernel(kernel):
+    """Of 12 query and 3 KV heads exact attention sends 16 and 4 to 4 devices, others 12 and 12."""
+    shapes = layer_of(12, 3).shapes
+    arrays = [jnp.ones(x, jnp.float32) for x in shapes]
+    attend = partial(dot_product_attention, kernel=kernel)
+    sent: Any = {"itemsize": 4, "kernel": kernel}
+    text = compiled(partial(attend, layout=ONE_AXIS[4].on()), *arrays)
+    assert Ulysses().traffic(*shapes, degree=4, **sent) == received_bytes(text, 4)
+    strategy = Hybrid(AllGatherKV())
+    text = compiled(partial(attend, layout=TWO_AXES.on(), strategy=strategy), *arrays)
+    exchanged = "\n".join(x for x in text.splitlines() if "all-gather" not in x)
+    _, inner = strategy.traffic_by_axis(*shapes, degree=(2, 4), **sent)
+    assert inner == received_bytes(exchanged, 4)
+
+
 @pytest.mark.parametrize("window", (5, 16, 17, 40))
 def test_a_ring_counts_the_rounds_that_a_window_needs(window):
     mask = Mask(is_causal=True, local_window_size=(window, 0))
@@ -159,6 +176,26 @@ def test_pairs_are_those_that_attend(order, given):
     places = order.permutation(64, 4).reshape(4, 16)
     expected = [[allowed[np.ix_(a, b)].sum() for b in places] for a in places]
     np.testing.assert_array_equal(pairs(mask, order, 64, 64, 4), expected)
+
+
+def test_pairs_are_counted_once():
+    """For all candidates of a choice, and for the next one: an eager "auto" makes one a call."""
+    q, k = shape(1, 1 << 10, 8, 16), shape(1, 1 << 10, 8, 16)
+    for layout, counts in ((on(8), 1), (replace(TWO_AXES.on(), order=Zigzag()), 2)):
+        pairs.cache_clear()
+        for _ in range(3):
+            mask = Mask(is_causal=True, segment_ids=jnp.zeros((1, 1 << 10), jnp.int32))
+            choose_strategy(q, k, k, layout=layout, kernel=Blockwise(), mask=mask)
+        # Hybrids count groups of devices once more.
+        assert pairs.cache_info().misses == counts
+    # Another window is another count.
+    one, other = (
+        choose_strategy(q, k, k, layout=on(8), kernel=Blockwise(), local_window_size=w).candidates
+        for w in (5, 200)
+    )
+    assert one[0].cost is not None
+    assert other[0].cost is not None
+    assert one[0].cost.attention < other[0].cost.attention
 
 
 def test_a_causal_mask_in_order_is_twice_the_work_for_the_last_device():

@@ -203,7 +203,7 @@ def choose(call: Call, gradients: bool = True, chip: Chip | None = None) -> Stra
         if why_not is not None:
             unable.append(Candidate(strategy, why_not=why_not))
             continue
-        own = replace(layer, may_copy=not kernel.sums_exactly)
+        own = replace(layer, kernel=kernel)
         efficiency = efficiencies.get(kernel.name, efficiencies[""])
         able.append(
             Candidate(strategy, kernel.name, cost_of(strategy, own, group, chip, efficiency))

@@ -1,21 +1,22 @@
 """What a strategy costs in one layer: bytes by link, seconds of attention, seconds of waiting."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from ..kernels import Kernel, blockwise_attention
 from ..mask import Mask
 from ..order import TokenOrder
 from .all_gather import AllGatherKV
 from .chips import Chip
-from .heads import HeadPlan, plan_heads
 from .hops import hops
 from .hybrid import Hybrid
 from .ring import Ring
 from .strategy import Shape, Strategy
-from .ulysses import traffic_of_plan
+from .ulysses import head_plan
 
 # Of a chip's FLOP/s: cuDNN's and blockwise attention's on a GPU as measured (`examples/README.md`),
 # the others by their likes. Only ratios matter, and only where strategies have other kernels.
@@ -61,7 +62,7 @@ class Layer:
       query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`.
       itemsize: bytes of one number.
       gradients: whether the backward pass counts.
-      may_copy: whether Ulysses may split the group of a KV head, as `plan_heads` has it.
+      kernel: of one device, by which Ulysses decides how often it sends a KV head.
     """
 
     query: Shape
@@ -71,15 +72,27 @@ class Layer:
     mask: Mask
     order: TokenOrder
     gradients: bool
-    may_copy: bool = True
+    kernel: Kernel = blockwise_attention
 
     @property
     def shapes(self) -> tuple[Shape, Shape, Shape]:
         return self.query, self.key, self.value
 
-    def plan(self, degree: int) -> HeadPlan:
-        """The heads that Ulysses gives each of so many devices."""
-        return plan_heads(self.query[2], self.key[2], degree, self.may_copy)
+    @property
+    def placed(self) -> Mask:
+        """The part of the mask that Python values say: causality and window."""
+        mask = self.mask
+        if mask.positions is not None:
+            return Mask()
+        return Mask(
+            is_causal=mask.is_causal,
+            query_offset=mask.query_offset,
+            local_window_size=mask.local_window_size,
+        )
+
+    def work(self, degree: int) -> Float[np.ndarray, "P P"]:
+        """`pairs` of this layer."""
+        return pairs(self.placed, self.order, self.query[1], self.key[1], degree)
 
 
 @dataclass(frozen=True)
@@ -115,19 +128,17 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
     if isinstance(strategy, Hybrid):
         return _of_hybrid(strategy, layer, group, chip, seconds_per_pair)
     degree, near = group.degree, group.all_near
-    work = pairs(layer.mask, layer.order, layer.query[1], layer.key[1], degree)
-    slow = near < degree
+    N, K, work = layer.query[2], layer.key[2], layer.work(degree)
     if isinstance(strategy, Ring):
-        return _of_ring(layer, work, degree, slow, chip, seconds_per_pair * layer.query[2])
+        return _of_ring(layer, degree, near < degree, chip, seconds_per_pair * N)
     if isinstance(strategy, AllGatherKV):
-        forward = strategy.traffic(*layer.shapes, degree=degree, itemsize=layer.itemsize)
-        busiest, held = work.sum(1).max() * layer.query[2], _kv_bytes(layer)
+        busiest, held = work.sum(1).max() * N, _kv_bytes(layer)
     else:
-        plan = layer.plan(degree)
-        forward = traffic_of_plan(plan, degree, *layer.shapes, layer.itemsize)
+        plan = head_plan(N, K, degree, layer.kernel)
         busiest = work.sum() * plan.query_heads / degree
-        copies = plan.padded_kv_heads * plan.copies / layer.key[2]
-        held = int(_kv_bytes(layer) * copies / degree)
+        held = _kv_bytes(layer) * plan.sent_kv_heads // (K * degree)
+    sent: Any = {"degree": degree, "itemsize": layer.itemsize, "kernel": layer.kernel}
+    forward = strategy.traffic(*layer.shapes, **sent)
     received = forward * (2 if layer.gradients else 1)
     between = received * (degree - near) // max(degree - 1, 1)
     waiting = (received - between) / chip.inside + between / chip.between
@@ -135,14 +146,16 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
     return Cost(received - between, between, held, attention, waiting)
 
 
+# Kept, as all candidates of one choice ask it of one mask, and the next eager call again.
+@lru_cache(maxsize=256)
 def pairs(
     mask: Mask, order: TokenOrder, queries: int, keys: int, degree: int
 ) -> Float[np.ndarray, "P P"]:
     """How many queries of the first device times keys of the second attend, of one head.
 
-    By causality and window alone, from `SAMPLE` queries of each device.
+    From `SAMPLE` queries of each device; of a mask without arrays, see `Layer.placed`.
     """
-    before, after = (None, None) if mask.positions is not None else mask.reach
+    before, after = mask.reach
     of_keys = [np.sort(order.numbers(keys // degree, i, degree)) for i in range(degree)]
     work = np.zeros((degree, degree))
     for a in range(degree):
@@ -158,21 +171,17 @@ def pairs(
         for b, own in enumerate(of_keys):
             seen = np.searchsorted(own, high, "right") - np.searchsorted(own, low, "left")
             work[a, b] = np.maximum(seen, 0).mean() * len(numbers) if len(places) else 0
+    work.flags.writeable = False  # it is kept
     return work
 
 
-def _of_ring(
-    layer: Layer, work: Any, degree: int, slow: bool, chip: Chip, seconds_per_pair: float
-) -> Cost:
+_rounds = lru_cache(maxsize=256)(hops)
+
+
+def _of_ring(layer: Layer, degree: int, slow: bool, chip: Chip, seconds_per_pair: float) -> Cost:
     """Each round the next keys and values travel under the attention to those that are here."""
-    own = _kv_bytes(layer) // degree
-    mask = Mask(
-        is_causal=layer.mask.is_causal,
-        query_offset=layer.mask.query_offset,
-        local_window_size=layer.mask.local_window_size,
-        positions=layer.mask.positions,
-    )
-    trips = hops(mask, layer.order, layer.query[1], layer.key[1], degree)
+    own, work = _kv_bytes(layer) // degree, layer.work(degree)
+    trips = _rounds(layer.placed, layer.order, layer.query[1], layer.key[1], degree)
     link = chip.between if slow else chip.inside
     devices = np.arange(degree)
     of_gradients = own * max(4, layer.itemsize) // layer.itemsize  # in float32
@@ -199,22 +208,11 @@ def _of_hybrid(
 ) -> Cost:
     """Ulysses of a group's tokens, around the other strategy of one device's heads."""
     (R, U), (near_outer, near_inner) = group.sizes, group.near
-    plan = layer.plan(U)
-    q, k, v = ((B, tokens // R, N, H) for B, tokens, N, H in layer.shapes)
-    inner = traffic_of_plan(plan, U, q, k, v, layer.itemsize)
+    sent: Any = {"degree": (R, U), "itemsize": layer.itemsize, "kernel": layer.kernel}
+    _, inner = strategy.traffic_by_axis(*layer.shapes, **sent)
     inner *= 2 if layer.gradients else 1
-    heads, kv_heads = plan.query_heads // U, plan.padded_kv_heads * plan.copies // U
-    B, T, _, H = layer.query
-    S, V = layer.key[1], layer.value[3]
-    between_groups = Layer(
-        (B, T, heads, H),
-        (B, S, kv_heads, H),
-        (B, S, kv_heads, V),
-        layer.itemsize,
-        layer.mask,
-        layer.order.grouped(U),
-        layer.gradients,
-    )
+    _, (q, k, v) = strategy.divide(*layer.shapes, degree=(R, U), kernel=layer.kernel)
+    between_groups = replace(layer, query=q, key=k, value=v, order=layer.order.grouped(U))
     groups = Group((R,), (near_outer,))
     efficiency = _flops_of_pair(layer) / (seconds_per_pair * chip.flops)
     outer = cost_of(strategy.outer, between_groups, groups, chip, efficiency)

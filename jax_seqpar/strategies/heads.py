@@ -38,6 +38,11 @@ class HeadPlan:
         return self.padded_kv_heads * self.padded_group
 
     @property
+    def sent_kv_heads(self) -> int:
+        """With those added and all copies; every device gets an equal part."""
+        return self.padded_kv_heads * self.copies
+
+    @property
     def is_trivial(self) -> bool:
         """Whether the query heads stay as they are."""
         return self.query_heads == self.kv_heads * self.group
@@ -95,7 +100,7 @@ def plan_heads(heads: int, kv_heads: int, degree: int, may_copy: bool = True) ->
             copies = lcm(padded, degree) // padded
             plan = HeadPlan(kv_heads, group, first, padded, -(-rest // copies) * copies, copies)
             plans.append(plan)
-    return min(plans, key=lambda p: (p.query_heads, p.padded_kv_heads * p.copies, p.first_copies))
+    return min(plans, key=lambda p: (p.query_heads, p.sent_kv_heads, p.first_copies))
 
 
 def repeat_heads(x: Shaped[Array, "B S K H"], copies: int) -> Shaped[Array, "B S K2 H"]:

@@ -6,15 +6,14 @@ from typing import Any
 from jaxtyping import Array
 
 from .._checks import axis_size
-from ..kernels import Kernel, Residual
+from ..kernels import Kernel, Residual, blockwise_attention
 from ..mask import Spec
 from ..mesh_layout import AxisName, MeshAxes, names
 from ..order import Contiguous, TokenOrder
 from .all_gather import AllGatherKV
-from .heads import plan_heads
 from .ring import Ring
 from .strategy import Axes, Degree, Shape, Strategy, check_traffic
-from .ulysses import Ulysses
+from .ulysses import Ulysses, head_plan
 
 
 @dataclass(frozen=True)
@@ -75,36 +74,54 @@ class Hybrid:
         return self.inner(between, query, key, value, spec, **asked)
 
     def traffic(
-        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        kernel: Kernel = blockwise_attention,
     ) -> int:
-        return sum(self.traffic_by_axis(query, key, value, degree=degree, itemsize=itemsize))
+        options: Any = {"degree": degree, "itemsize": itemsize, "kernel": kernel}
+        return sum(self.traffic_by_axis(query, key, value, **options))
 
     def traffic_by_axis(
-        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        kernel: Kernel = blockwise_attention,
     ) -> tuple[int, int]:
         """Bytes that a device receives over the outer and over the inner axis; see `traffic`.
 
         Args:
           degree: (devices of the outer axis, devices of the inner one).
         """
-        check_traffic(query, key, degree)
-        if not isinstance(degree, tuple) or len(degree) != 2:
-            raise ValueError(
-                f"{self!r} works on two mesh axes, got degree = {degree!r}. Write degree=(outer, "
-                f"inner), as (2, 4)."
-            )
-        R, U = degree
-        plan = plan_heads(query[2], key[2], U)
-
-        def part(shape: Shape, tokens: int, heads: int) -> Shape:
-            return (shape[0], shape[1] // tokens, heads, shape[3])
-
-        of_group = [part(x, R, x[2]) for x in (query, key, value)]
-        heads = (plan.query_heads // U, *[plan.padded_kv_heads * plan.copies // U] * 2)
-        gathered = [part(x, 1, n) for x, n in zip((query, key, value), heads, strict=True)]
+        options: Any = {"itemsize": itemsize, "kernel": kernel}
+        of_group, of_device = self.divide(query, key, value, degree=degree, kernel=kernel)
+        R, U = _two_sizes(degree)
         return (
-            self.outer.traffic(*gathered, degree=R, itemsize=itemsize),
-            self.inner.traffic(*of_group, degree=U, itemsize=itemsize),
+            self.outer.traffic(*of_device, degree=R, **options),
+            self.inner.traffic(*of_group, degree=U, **options),
+        )
+
+    def divide(
+        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, kernel: Kernel
+    ) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+        """Shapes of query, key and value that Ulysses shares within a group, and the outer strategy
+        between groups: all heads of the group's tokens, and all tokens of one device's heads."""
+        check_traffic(query, key, degree)
+        R, U = _two_sizes(degree)
+        plan = head_plan(query[2], key[2], U, kernel)
+        heads = (plan.query_heads // U, *[plan.sent_kv_heads // U] * 2)
+        shapes = query, key, value
+        return (
+            tuple((B, tokens // R, N, H) for B, tokens, N, H in shapes),
+            tuple((B, tokens, n, H) for (B, tokens, _, H), n in zip(shapes, heads, strict=True)),
         )
 
 
@@ -164,3 +181,13 @@ def _two_axes(tokens: MeshAxes) -> tuple[str, str]:
             f'MeshLayout(tokens=("outer", "inner")).'
         )
     return axes
+
+
+def _two_sizes(degree: Degree) -> tuple[int, int]:
+    """Devices along the outer and along the inner axis."""
+    if not isinstance(degree, tuple) or len(degree) != 2:
+        raise ValueError(
+            f"Hybrid() works on two mesh axes, got degree = {degree!r}. Write degree=(outer, "
+            f"inner), as (2, 4)."
+        )
+    return degree

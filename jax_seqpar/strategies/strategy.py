@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array
 
 from .._checks import check_count
-from ..kernels import Kernel, Residual
+from ..kernels import Kernel, Residual, blockwise_attention
 from ..mask import Spec
 from ..mesh_layout import AxisName, MeshAxes, MeshLayout
 from ..order import Contiguous, TokenOrder
@@ -76,13 +76,16 @@ class Strategy(Protocol):
         ...
 
     def traffic(
-        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        kernel: Kernel = blockwise_attention,
     ) -> int:
         """Bytes that one device receives from others in a forward pass.
-
-        Of every kernel but `Exact()` where Ulysses adds KV heads for the others (as 40 query heads
-        on 5 KV heads over 8 devices): it adds up the gradients of the KV heads that there are, and
-        receives less.
 
         Args:
           query, key, value: shapes of the global arrays; where other mesh axes share batch or
@@ -90,6 +93,8 @@ class Strategy(Protocol):
           degree: devices that share the tokens, which they divide; of several mesh axes the sizes,
             major to minor.
           itemsize: bytes of one number.
+          kernel: the attention of one device, by which Ulysses plans how often it sends a KV head;
+            `Exact()` is given other copies than the rest (`plan_heads(may_copy=False)`).
 
         Raises:
           ValueError: for tokens that the degree does not divide.
@@ -107,7 +112,14 @@ class KeepsQueries:
         return spec
 
     def traffic(
-        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        kernel: Kernel = blockwise_attention,
     ) -> int:
         """Bytes of all keys and values but a device's own; a ring leaves out what nobody needs."""
         devices = check_traffic(query, key, degree)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._checks import axis_size, check_flag, divisors
-from ..kernels import Kernel, Residual
+from ..kernels import Kernel, Residual, blockwise_attention
 from ..mask import Spec
 from ..mask.array_fields import Axes as ArrayAxes
 from ..mesh_layout import AxisName, MeshAxes, names
@@ -54,7 +54,7 @@ class Ulysses:
         return names(tokens)
 
     def pad_heads(self, spec: Spec, heads: int, kv_heads: int, axes: Axes, kernel: Kernel) -> Spec:
-        plan = _plan(heads, kv_heads, math.prod(axes.values()), kernel)
+        plan = head_plan(heads, kv_heads, math.prod(axes.values()), kernel)
         return spec.map(partial(_with_added_heads, plan=plan, heads=heads, kernel=kernel))
 
     def __call__(
@@ -70,8 +70,8 @@ class Ulysses:
         return_residual: bool = False,
     ) -> tuple[Array, Residual | None]:
         degree = axis_size(axis_name)
-        plan = _plan(query.shape[2], key.shape[2], degree, kernel)
-        heads, kv_heads = plan.query_heads // degree, plan.padded_kv_heads * plan.copies // degree
+        plan = head_plan(query.shape[2], key.shape[2], degree, kernel)
+        heads, kv_heads = plan.query_heads // degree, plan.sent_kv_heads // degree
         _check_head_chunks(self.head_chunks, heads, kv_heads, sums_exactly=kernel.sums_exactly)
         spec = spec.map(
             partial(_own_heads, plan=plan, heads=heads, axis_name=axis_name, kernel=kernel)
@@ -111,20 +111,25 @@ class Ulysses:
         return out, residual
 
     def traffic(
-        self, query: Shape, key: Shape, value: Shape, *, degree: Degree, itemsize: int
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        kernel: Kernel = blockwise_attention,
     ) -> int:
+        (B, T, N, H), (_, S, K, V) = query, value
         P = check_traffic(query, key, degree)
-        return traffic_of_plan(plan_heads(query[2], key[2], P), P, query, key, value, itemsize)
+        plan = head_plan(N, K, P, kernel)
+        moved = B * (T * plan.query_heads + S * plan.sent_kv_heads) * (H + V)
+        return moved * itemsize * (P - 1) // P**2
 
 
-def traffic_of_plan(
-    plan: HeadPlan, degree: int, query: Shape, key: Shape, value: Shape, itemsize: int
-) -> int:
-    """Bytes that one device receives forward, with the heads of the plan."""
-    (B, T, _, H), S, V = query, key[1], value[3]
-    kv_heads = plan.padded_kv_heads * plan.copies
-    moved = B * (T * plan.query_heads + S * kv_heads) * (H + V)
-    return moved * itemsize * (degree - 1) // degree**2
+def head_plan(heads: int, kv_heads: int, degree: int, kernel: Kernel) -> HeadPlan:
+    """The heads that Ulysses gives each of so many devices, with this kernel on each."""
+    return plan_heads(heads, kv_heads, degree, may_copy=not kernel.sums_exactly)
 
 
 def _own_heads(
@@ -199,10 +204,6 @@ def _padded(x: Array, axes: ArrayAxes, plan: HeadPlan, kernel: Kernel, axis: int
         return plan.pad_queries(x, axis)
     allowed, forbidden = (True, False) if x.dtype == jnp.bool_ else (0.0, -jnp.inf)
     return plan.pad_queries(x, axis, fill=allowed if kernel.needs_a_key else forbidden)
-
-
-def _plan(heads: int, kv_heads: int, degree: int, kernel: Kernel) -> HeadPlan:
-    return plan_heads(heads, kv_heads, degree, may_copy=not kernel.sums_exactly)
 
 
 def _check_head_chunks(chunks: Any, heads: int, kv_heads: int, *, sums_exactly: bool) -> None:
