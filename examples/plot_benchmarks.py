@@ -5,6 +5,7 @@ python examples/plot_benchmarks.py ratios kernels.json
 python examples/accuracy_exact.py --json accuracy.json
 python examples/plot_benchmarks.py accuracy accuracy.json
 python examples/plot_benchmarks.py traffic
+python examples/plot_benchmarks.py break-even
 """
 
 import json
@@ -15,12 +16,16 @@ from typing import Annotated, Any
 
 import typer
 
-from jax_seqpar import AllGatherKV, Ulysses
+from jax_seqpar import AllGatherKV, Contiguous, Mask, Ring, Ulysses
+from jax_seqpar.strategies.chips import UNKNOWN
+from jax_seqpar.strategies.cost import Group, Layer, cost_of
 
 # Of `traffic`: the attention of a Llama 3 8B layer with 32K tokens, in bfloat16.
 TOKENS, HEADS, HEAD_DIM, ITEMSIZE = 32_768, 32, 128, 2
 DEGREES = (2, 4, 8, 16, 32)
 KV_HEADS = (8, 2, 1)
+# Of `break-even`.
+ALL_DEGREES, ALL_KV_HEADS = (2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Found = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What --json wrote.")]
@@ -81,6 +86,62 @@ def traffic(out: Out = Path("examples/strategy_traffic.png")) -> None:
             label_with_numbers(axes)
         panels[0].set(ylabel="MB received by a device")
         panels[0].legend(frameon=False)
+
+
+@app.command()
+def break_even(out: Out = Path("examples/strategy_break_even.png")) -> None:
+    """Draws what strategies receive as a multiple of what Ulysses does, by degree and KV heads.
+
+    Forward it is less where K P < N + K': of N query and K KV heads, P devices, and the K' KV heads
+    that Ulysses sends.
+    """
+    titles = {
+        (AllGatherKV(), False): "AllGatherKV, and Ring forward: less where K P < N + K'",
+        (Ring(), True): "Ring, forward and backward",
+    }
+    with figure(out, columns=2) as panels:
+        for axes, ((strategy, gradients), title) in zip(panels, titles.items(), strict=True):
+            ratios = [
+                [
+                    received(strategy, K, P, gradients) / received(Ulysses(), K, P, gradients)
+                    for P in ALL_DEGREES
+                ]
+                for K in ALL_KV_HEADS
+            ]
+            draw_ratios(axes, ratios)
+            axes.set(title=title, xlabel="devices P")
+        panels[0].set(ylabel="KV heads K")
+        panels[0].figure.suptitle(
+            f"Bytes that a device receives, as a multiple of Ulysses' ({HEADS} query heads): "
+            f"below the line they are fewer"
+        )
+
+
+def received(strategy: Any, kv_heads: int, degree: int, gradients: bool) -> int:
+    """Bytes that a device receives in one layer."""
+    query, key = ((1, TOKENS, heads, HEAD_DIM) for heads in (HEADS, kv_heads))
+    layer = Layer(query, key, key, ITEMSIZE, Mask(), Contiguous(), gradients)
+    return cost_of(strategy, layer, Group((degree,), (degree,)), UNKNOWN, 1.0).inside
+
+
+def draw_ratios(axes: Any, ratios: list[list[float]]) -> None:
+    """Numbers in cells, blue below 1 and red above, with a line between the two."""
+    from math import log2
+
+    logs = [[max(min(log2(x), 3), -3) for x in row] for row in ratios]
+    axes.imshow(logs, cmap="RdBu_r", vmin=-4.5, vmax=4.5, origin="lower", aspect="auto")
+    for k, row in enumerate(ratios):
+        for p, x in enumerate(row):
+            axes.text(p, k, f"{x:.2f}" if x < 0.995 else f"{x:.2g}", ha="center", va="center")
+            right = p + 1 < len(row) and (x < 1) != (row[p + 1] < 1)
+            above = k + 1 < len(ratios) and (x < 1) != (ratios[k + 1][p] < 1)
+            if right:
+                axes.plot([p + 0.5] * 2, [k - 0.5, k + 0.5], color="black", linewidth=2)
+            if above:
+                axes.plot([p - 0.5, p + 0.5], [k + 0.5] * 2, color="black", linewidth=2)
+    axes.set_xticks(range(len(ALL_DEGREES)), ALL_DEGREES)
+    axes.set_yticks(range(len(ALL_KV_HEADS)), ALL_KV_HEADS)
+    axes.tick_params(length=0)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def main(
     ] = None,
     forward: Annotated[bool, typer.Option(help="Without the backward pass.")] = False,
 ) -> None:
-    """MB that a device receives / MB of keys and values that it holds / ms that it waits."""
+    """MB that a device receives / MB that it holds at most / ms that it waits."""
     order = Zigzag() if window is None else Contiguous()
     if tokens % (2 * DEGREES[-1]):
         raise typer.BadParameter(
@@ -64,7 +64,7 @@ def main(
                 if isinstance(x.strategy, Hybrid):
                     name = f"Hybrid({type(x.strategy.outer).__name__})"
                 columns[name] = None
-                held, waiting = x.cost.held / 1e6, 1e3 * x.cost.waiting
+                held, waiting = x.cost.memory / 1e6, 1e3 * x.cost.waiting
                 cells[name] = f"{x.cost.inside / 1e6:,.0f} / {held:,.0f} / {waiting:,.1f}"
             rows.append((str(kv_heads), str(degree), cells))
     names = sorted(columns, key=len)
@@ -73,7 +73,7 @@ def main(
         table.add_row(kv_heads, degree, *(cells.get(name, "") for name in names))
         if degree == str(DEGREES[-1]):
             table.add_section()
-    Console(width=120).print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

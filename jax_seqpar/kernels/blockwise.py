@@ -91,6 +91,26 @@ class Blockwise(Kernel):
         plan = self._plan(query, key, parts=True)
         return part_gradients(plan, query, key, value, spec, D, residual, out_gradient)
 
+    def workspace(
+        self,
+        query: tuple[int, ...],
+        key: tuple[int, ...],
+        value: tuple[int, ...],
+        *,
+        itemsize: int,
+        gradients: bool,
+    ) -> int:
+        """One head of query, key and value, and blocks of its logits.
+
+        With gradients of the output's gradient as well, transposes of this one and the query, and
+        the sums of the gradients of key and value.
+        """
+        (_, T, _, H), (_, S, _, V), wide = query, value, max(itemsize, 4)
+        block = wide * _block_size(T, self.query_chunk) * _block_size(S, self.key_chunk)
+        if not gradients:
+            return itemsize * (T * H + S * (H + V)) + 2 * block
+        return (2 * itemsize * T + (itemsize + wide) * S) * (H + V) + 3 * block
+
     def _plan(self, query: Array, key: Array, *, parts: bool = False) -> Plan:
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore
         return Plan(

@@ -103,6 +103,25 @@ class Kernel:
         """
         return None
 
+    def workspace(
+        self,
+        query: tuple[int, ...],
+        key: tuple[int, ...],
+        value: tuple[int, ...],
+        *,
+        itemsize: int,
+        gradients: bool,
+    ) -> int:
+        """Bytes that the kernel holds besides operands and results, by formula.
+
+        0 of a kernel that does not say. For `Strategy.memory`.
+
+        Args:
+          query, key, value: shapes of what the kernel is given.
+          gradients: whether the backward pass follows.
+        """
+        return 0
+
     def sharing(
         self,
         axes: tuple[tuple[AxisName, int], ...],

@@ -97,6 +97,23 @@ class Fused(Kernel):
         out = splash.splash_attention(query, key, value, spec, interpret=self.interpret)
         return out, None
 
+    def workspace(
+        self,
+        query: tuple[int, ...],
+        key: tuple[int, ...],
+        value: tuple[int, ...],
+        *,
+        itemsize: int,
+        gradients: bool,
+    ) -> int:
+        """A float32 number for each row: the positions of keys, or the log of the sums of heads.
+
+        Splash has each number in all 128 lanes of a register.
+        """
+        B, T, N, _ = query
+        lanes = 128 if self._platform == "tpu" else 1
+        return 4 * lanes * (B * T * N if gradients else key[1])
+
     def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
         if self._platform not in KERNELS:
             return f"{self._platform} has no fused kernel"

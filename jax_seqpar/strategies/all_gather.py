@@ -6,11 +6,11 @@ import jax
 from jaxtyping import Array
 
 from .._checks import axis_size
-from ..kernels import Kernel, Residual
+from ..kernels import Kernel, Residual, blockwise_attention
 from ..mask import Spec
 from ..mesh_layout import AxisName
 from ..order import Contiguous, TokenOrder
-from .strategy import KeepsQueries
+from .strategy import Degree, KeepsQueries, Shape, array_bytes, check_traffic, output, share
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,24 @@ class AllGatherKV(KeepsQueries):
 
         local = kernel.sharing(((axis_name, degree),), queries_over=axis_name)
         return local.attend(query, gather(key), gather(value), part)
+
+    def memory(
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        gradients: bool = False,
+        kernel: Kernel = blockwise_attention,
+    ) -> int:
+        """All keys and values, this device's output, and its queries in the layout of the kernel.
+
+        With gradients each of these has one of its own beside it.
+        """
+        own = query[1] // check_traffic(query, key, degree)
+        query = share(query, own, query[2])
+        arrays = array_bytes(query, key, value, output(query, value), itemsize=itemsize)
+        options = {"itemsize": itemsize, "gradients": gradients}
+        return (1 + gradients) * arrays + kernel.workspace(query, key, value, **options)

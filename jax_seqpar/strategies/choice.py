@@ -57,7 +57,7 @@ class StrategyChoice:
     chip: Chip
 
     def __str__(self) -> str:
-        head = ("strategy", "kernel", "MB near", "MB far", "K, V MB", "attend ms", "wait ms")
+        head = ("strategy", "kernel", "MB near", "MB far", "peak MB", "attend ms", "wait ms")
         rows = [head, *(_cells(candidate) for candidate in self.candidates)]
         widths = [max(len(row[i]) for row in rows if len(row) == len(head)) for i in range(7)]
         lines = [
@@ -87,10 +87,11 @@ def choose_strategy(
     """The strategy that takes the least time for one attention, by formula.
 
     Of each candidate it counts the bytes that a device receives, within a slice or host and from
-    others (`Strategy.traffic`, confirmed by compiled programs), the work of the slowest device, and
-    the transfers under which no attention runs: all of Ulysses' and of an all-gather, those of a
-    ring that take longer than the attention of a round. Seconds are for the ranking: they come from
-    data sheets. Compile the best two with `jax_seqpar.plan` before a long run.
+    others (`Strategy.traffic`), those that it holds at most (`Strategy.memory`; compiled programs
+    confirm both), the work of the slowest device, and the transfers under which no attention runs:
+    all of Ulysses' and of an all-gather, those of a ring that take longer than the attention of a
+    round. Seconds are for the ranking: they come from data sheets. Compile the best two with
+    `jax_seqpar.plan` before a long run.
 
     Masks that are arrays and documents are counted as if they allowed everything: a ring finds at
     run time how many rounds documents need.
@@ -244,7 +245,7 @@ def _cells(candidate: Candidate) -> tuple[str, ...]:
     cost = candidate.cost
     if cost is None:
         return (repr(candidate.strategy), f"no: {candidate.why_not}")
-    megabytes = (f"{x / 1e6:,.1f}" for x in (cost.inside, cost.between, cost.held))
+    megabytes = (f"{x / 1e6:,.1f}" for x in (cost.inside, cost.between, cost.memory))
     milliseconds = (f"{1e3 * x:,.2f}" for x in (cost.attention, cost.waiting))
     return (repr(candidate.strategy), candidate.kernel, *megabytes, *milliseconds)
 
@@ -259,9 +260,20 @@ def _reason(able: list[Candidate], group: Group) -> str:
         assert second is not None
         less = "attention" if cost.waiting > second.waiting else "waiting"
         reason += f", {able[1].strategy!r} {1e3 * second.seconds:,.2f} ms, with more {less}"
-    if group.all_near < group.degree and len(group.sizes) == 1:
-        reason += (
-            f". The token axis crosses slices or hosts: {group.all_near} of its {group.degree} "
-            f"devices are of one. As two mesh axes, the last within one, it could have a Hybrid"
+    return reason + _hint(group) + "."
+
+
+def _hint(group: Group) -> str:
+    """How mesh axes could be laid out better over slices or hosts; empty where they are good."""
+    near, size = group.near[-1], group.sizes[-1]
+    if near == size:
+        return ""
+    if len(group.sizes) == 1:
+        return (
+            f". The token axis crosses slices or hosts: {near} of its {size} devices are of one. "
+            f"As two mesh axes, the last within one, it could have a Hybrid"
         )
-    return reason + "."
+    return (
+        f". The last token axis crosses slices or hosts: {near} of its {size} devices are of one. "
+        f"Ulysses of a Hybrid works along it, so name an axis within one last"
+    )

@@ -15,7 +15,7 @@ from .chips import Chip
 from .hops import hops
 from .hybrid import Hybrid
 from .ring import Ring
-from .strategy import Shape, Strategy
+from .strategy import Degree, Shape, Strategy, array_bytes
 from .ulysses import head_plan
 
 # Of a chip's FLOP/s: cuDNN's and blockwise attention's on a GPU as measured (`examples/README.md`),
@@ -90,6 +90,11 @@ class Layer:
             local_window_size=mask.local_window_size,
         )
 
+    def memory(self, strategy: Strategy, degree: Degree) -> int:
+        """`Strategy.memory` of this layer."""
+        options: Any = {"gradients": self.gradients, "kernel": self.kernel}
+        return strategy.memory(*self.shapes, degree=degree, itemsize=self.itemsize, **options)
+
     def work(self, degree: int) -> Float[np.ndarray, "P P"]:
         """`pairs` of this layer."""
         return pairs(self.placed, self.order, self.query[1], self.key[1], degree)
@@ -101,14 +106,14 @@ class Cost:
 
     Attributes:
       inside, between: bytes received from devices of the same slice or host, and from others.
-      held: bytes of the keys and values that a device holds at once.
+      memory: bytes that a device holds at most, as `Strategy.memory`.
       attention: seconds, of the slowest device where they have unequal work.
       waiting: seconds of transfers under which no attention runs.
     """
 
     inside: int
     between: int
-    held: int
+    memory: int
     attention: float
     waiting: float
 
@@ -128,22 +133,21 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
     if isinstance(strategy, Hybrid):
         return _of_hybrid(strategy, layer, group, chip, seconds_per_pair)
     degree, near = group.degree, group.all_near
-    N, K, work = layer.query[2], layer.key[2], layer.work(degree)
+    N, work = layer.query[2], layer.work(degree)
     if isinstance(strategy, Ring):
         return _of_ring(layer, degree, near < degree, chip, seconds_per_pair * N)
     if isinstance(strategy, AllGatherKV):
-        busiest, held = work.sum(1).max() * N, _kv_bytes(layer)
+        busiest = work.sum(1).max() * N
     else:
-        plan = head_plan(N, K, degree, layer.kernel)
+        plan = head_plan(N, layer.key[2], degree, layer.kernel)
         busiest = work.sum() * plan.query_heads / degree
-        held = _kv_bytes(layer) * plan.sent_kv_heads // (K * degree)
     sent: Any = {"degree": degree, "itemsize": layer.itemsize, "kernel": layer.kernel}
     forward = strategy.traffic(*layer.shapes, **sent)
     received = forward * (2 if layer.gradients else 1)
     between = received * (degree - near) // max(degree - 1, 1)
     waiting = (received - between) / chip.inside + between / chip.between
     attention = busiest * seconds_per_pair * (1 + GRADIENT_PRODUCTS * layer.gradients)
-    return Cost(received - between, between, held, attention, waiting)
+    return Cost(received - between, between, layer.memory(strategy, degree), attention, waiting)
 
 
 # Kept, as all candidates of one choice ask it of one mask, and the next eager call again.
@@ -200,7 +204,8 @@ def _of_ring(layer: Layer, degree: int, slow: bool, chip: Chip, seconds_per_pair
                 received += sent
             if backward and rounds:
                 received += of_gradients  # the way home, under a device's own attention
-    return Cost(0 if slow else received, received if slow else 0, 3 * own, attention, waiting)
+    links = (0, received) if slow else (received, 0)
+    return Cost(*links, layer.memory(Ring(), degree), attention, waiting)
 
 
 def _of_hybrid(
@@ -218,9 +223,8 @@ def _of_hybrid(
     outer = cost_of(strategy.outer, between_groups, groups, chip, efficiency)
     slow = inner * (U - near_inner) // max(U - 1, 1)
     waiting = outer.waiting + (inner - slow) / chip.inside + slow / chip.between
-    return Cost(
-        outer.inside + inner - slow, outer.between + slow, outer.held, outer.attention, waiting
-    )
+    links = outer.inside + inner - slow, outer.between + slow
+    return Cost(*links, layer.memory(strategy, (R, U)), outer.attention, waiting)
 
 
 def _flops_of_pair(layer: Layer) -> float:
@@ -230,4 +234,4 @@ def _flops_of_pair(layer: Layer) -> float:
 
 
 def _kv_bytes(layer: Layer) -> int:
-    return sum(int(np.prod(shape)) for shape in (layer.key, layer.value)) * layer.itemsize
+    return array_bytes(layer.key, layer.value, itemsize=layer.itemsize)

@@ -109,6 +109,22 @@ class Hybrid:
             self.inner.traffic(*of_group, degree=U, **options),
         )
 
+    def memory(
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        gradients: bool = False,
+        kernel: Kernel = blockwise_attention,
+    ) -> int:
+        """What the outer strategy holds, of one device's heads and all tokens of its group."""
+        _, of_device = self.divide(query, key, value, degree=degree, kernel=kernel)
+        options: Any = {"itemsize": itemsize, "gradients": gradients, "kernel": kernel}
+        return self.outer.memory(*of_device, degree=_two_sizes(degree)[0], **options)
+
     def divide(
         self, query: Shape, key: Shape, value: Shape, *, degree: Degree, kernel: Kernel
     ) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
@@ -178,7 +194,7 @@ def _two_axes(tokens: MeshAxes) -> tuple[str, str]:
     if len(axes) != 2:
         raise ValueError(
             f"Hybrid() works on two mesh axes of the tokens, got tokens = {tokens!r}. Write "
-            f'MeshLayout(tokens=("outer", "inner")).'
+            f'MeshLayout(tokens=("outer", "inner")), or strategy=jax_seqpar.Ulysses().'
         )
     return axes
 

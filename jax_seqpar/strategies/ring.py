@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._checks import axis_size
-from ..kernels import Kernel, Residual
+from ..kernels import Kernel, Residual, blockwise_attention
 from ..kernels.parts import (
     Part,
     merge,
@@ -27,7 +27,7 @@ from ..mesh_layout import AxisName, names
 from ..order import Contiguous, TokenOrder
 from ..varying_axes import full_varying, match_varying_axes
 from .hops import hops
-from .strategy import KeepsQueries
+from .strategy import Degree, KeepsQueries, Shape, array_bytes, check_traffic, output, share
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,34 @@ class Ring(KeepsQueries):
         small = {n: x for n, x in arrays_of(spec.logits) if n != "bias"}
         spec = spec.with_logits(**{n: x.astype(accumulated(x.dtype)) for n, x in small.items()})
         return _attention(plan, *match_varying_axes((query, key, value, spec)))
+
+    def memory(
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        gradients: bool = False,
+        kernel: Kernel = blockwise_attention,
+    ) -> int:
+        """Keys and values of three devices, and the output twice in float32: so far, and of a part.
+
+        The three are a device's own, those that are attended to and those on their way. With
+        gradients each has its gradient beside it in float32, and the gradient of the queries has
+        two arrays as the output has. Of two devices a ring has one round, and one of each less.
+        """
+        P = check_traffic(query, key, degree)
+        q, k, v = (share(x, x[1] // P, x[2]) for x in (query, key, value))
+        out, wide = output(q, v), max(itemsize, 4)
+        slices = min(P, 3)
+        held = array_bytes(*[k, v] * slices, out, itemsize=itemsize)
+        held += array_bytes(out, out, itemsize=wide)
+        if gradients:
+            held += array_bytes(*[k, v] * slices, q, q, itemsize=wide)
+        options = {"itemsize": itemsize, "gradients": gradients}
+        return held + kernel.workspace(q, k, v, **options)
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,29 @@ class Strategy(Protocol):
         """
         ...
 
+    def memory(
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        gradients: bool = False,
+        kernel: Kernel = blockwise_attention,
+    ) -> int:
+        """Bytes that one device holds at most, besides query, key, value and the output's gradient.
+
+        By formula, of the arrays that are there at one time, results included, and of
+        `Kernel.workspace`. `parity_tests/test_strategies_memory.py` has what compilers add and
+        save. A mask that makes rounds of a ring needless may save more.
+
+        Args:
+          query, key, value, degree, itemsize, kernel: as in `traffic`.
+          gradients: whether the backward pass follows.
+        """
+        ...
+
 
 class KeepsQueries:
     """What strategies share whose devices keep their queries, and receive the others' keys."""
@@ -123,8 +146,23 @@ class KeepsQueries:
     ) -> int:
         """Bytes of all keys and values but a device's own; a ring leaves out what nobody needs."""
         devices = check_traffic(query, key, degree)
-        whole = sum(math.prod(shape) for shape in (key, value)) * itemsize
-        return whole * (devices - 1) // devices
+        return array_bytes(key, value, itemsize=itemsize) * (devices - 1) // devices
+
+
+def array_bytes(*shapes: Shape, itemsize: int) -> int:
+    """Bytes of arrays of these shapes."""
+    return sum(math.prod(shape) for shape in shapes) * itemsize
+
+
+def share(shape: Shape, tokens: int, heads: int) -> Shape:
+    """The shape of an array of so many tokens and heads."""
+    B, _, _, H = shape
+    return (B, tokens, heads, H)
+
+
+def output(query: Shape, value: Shape) -> Shape:
+    """The shape of an attention's output."""
+    return (*query[:3], value[3])
 
 
 def check_traffic(query: Shape, key: Shape, degree: Degree) -> int:

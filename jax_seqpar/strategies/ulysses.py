@@ -18,7 +18,7 @@ from ..mesh_layout import AxisName, MeshAxes, names
 from ..order import Contiguous, TokenOrder
 from .heads import HeadPlan, merge_heads, plan_heads, split_heads
 from .reshard import heads_to_sequence, sequence_to_heads
-from .strategy import Axes, Degree, Shape, check_traffic
+from .strategy import Axes, Degree, Shape, array_bytes, check_traffic, output, share
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,32 @@ class Ulysses:
         plan = head_plan(N, K, P, kernel)
         moved = B * (T * plan.query_heads + S * plan.sent_kv_heads) * (H + V)
         return moved * itemsize * (P - 1) // P**2
+
+    def memory(
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        gradients: bool = False,
+        kernel: Kernel = blockwise_attention,
+    ) -> int:
+        """All tokens of a device's heads of query, key, value and output.
+
+        With gradients each of these has one of its own beside it. Chunks that follow one another
+        hold one chunk of all that, and the output of the earlier ones.
+        """
+        P, (_, S, K, _) = check_traffic(query, key, degree), key
+        plan = head_plan(query[2], K, P, kernel)
+        chunks = 1 if self.overlap else self.head_chunks
+        heads, kv_heads = (max(n // P // chunks, 1) for n in (plan.query_heads, plan.sent_kv_heads))
+        q, k, v = share(query, query[1], heads), share(key, S, kv_heads), share(value, S, kv_heads)
+        arrays = array_bytes(q, k, v, output(q, v), itemsize=itemsize)
+        earlier = array_bytes(output(query, value), itemsize=itemsize) // P if chunks > 1 else 0
+        options = {"itemsize": itemsize, "gradients": gradients}
+        return (1 + gradients) * arrays + earlier + kernel.workspace(q, k, v, **options)
 
 
 def head_plan(heads: int, kv_heads: int, degree: int, kernel: Kernel) -> HeadPlan:

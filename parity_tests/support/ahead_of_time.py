@@ -62,7 +62,8 @@ def most_bytes(program: Program) -> int:
 
 
 def compiled(*programs: Program) -> list[dict[str, Any]]:
-    """For each: "text", the optimised program, and "temporaries", bytes on a device."""
+    """For each: "text", the optimised program, and bytes on a device: "temporaries", and "held",
+    those that it holds at most besides its arguments."""
     done = subprocess.run(
         [sys.executable, __file__],
         input=pickle.dumps(programs),
@@ -82,7 +83,10 @@ def main() -> None:
     results = []
     for program in pickle.load(sys.stdin.buffer):
         found = program.compile()
-        results.append({"text": found.as_text(), "temporaries": temporaries(found)})
+        sizes: Any = found.memory_analysis()
+        held = sizes.peak_memory_in_bytes - sizes.argument_size_in_bytes
+        sizes = {"temporaries": temporaries(found), "held": held}
+        results.append({"text": found.as_text(), **sizes})
     print(json.dumps(results))
 
 
