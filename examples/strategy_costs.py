@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_seqpar import Blockwise, Contiguous, Hybrid, MeshLayout, Zigzag, choose_strategy
-from jax_seqpar.strategies.chips import CHIPS
+from jax_seqpar.chips import CHIPS
 
 HEADS, CHANNELS, GROUP = 32, 128, 8
 DEGREES = (2, 4, 8, 16, 32, 64)

@@ -124,6 +124,7 @@ ORDER = (
     *("_text", "_extras", "_checks", "compiler_options", "varying_axes", "mask", "order"),
     *(
         "mesh_layout",
+        "chips",
         "mesh",
         "kernels",
         "exact",

@@ -137,11 +137,18 @@ def _text(program: AnyProgram) -> str:
 
 
 def _result_bytes(program: AnyProgram, kinds: str) -> Iterator[int]:
-    """Bytes of each array that collectives give.
+    """Bytes of what each collective gives.
 
     The type of a start has operands and contexts in it, too; that of its end has the result alone.
     """
     for results in re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", _text(program)):
-        for dtype, bits, sizes in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", results):
-            size = math.prod(int(n) for n in sizes.split(",") if n)
-            yield size * (8 if dtype == "pred" else int(bits)) // 8
+        yield bytes_of_types(results)
+
+
+def bytes_of_types(types: str) -> int:
+    """Bytes of all the arrays that are named in the type of an instruction."""
+    found = 0
+    for dtype, bits, sizes in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", types):
+        size = math.prod(int(n) for n in sizes.split(",") if n)
+        found += size * (8 if dtype == "pred" else int(bits)) // 8
+    return found

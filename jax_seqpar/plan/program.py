@@ -16,7 +16,8 @@ from ..kernels import cudnn
 from ..mask import Dropout, Logits, Mask
 from ..mesh_layout import MeshLayout, axes_size, check_division, check_is_layout, check_mesh
 from ..strategies import Strategy, Ulysses
-from .topology import H100_COMPUTE_CAPABILITY, devices, platform_of
+from .gpu_targets import gpu_target
+from .topology import devices, platform_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Program:
         # Of an absent GPU cuDNN's limits cannot be asked.
         assumed: Any = nullcontext()
         if platform == "gpu":
-            assumed = cudnn.assume_compute_capability(H100_COMPUTE_CAPABILITY)
+            assumed = cudnn.assume_compute_capability(gpu_target(self.topology).compute_capability)
             # Which of several kernels is fastest, a GPU would have to try.
             options = {"xla_gpu_autotune_level": 0, **options}
         with assumed:

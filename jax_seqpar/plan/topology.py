@@ -9,38 +9,12 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-# What a GPU's compiler asks a GPU for, where there is one.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-H100_COMPUTE_CAPABILITY = (9, 0)
+from .._checks import check_count
+from .gpu_targets import gpu_target
 
 _FORMS = {
     "cpu": r"cpu:[1-9]\d*",
-    "gpu": r"h100:[1-8]",
+    "gpu": r"(h100|.+\.json):[1-8]",
     "tpu": r"(?!cpu|h100)\w+:[1-9]\d*(x[1-9]\d*)+",
 }
 
@@ -71,7 +45,7 @@ def missing_compiler(topology: str) -> str | None:
     return None
 
 
-def devices(topology: str) -> list[Any]:
+def devices(topology: str, slices: int = 1) -> list[Any]:
     """The devices of a topology: to compile for, not to run on, but for those of "cpu:<n>".
 
     `jax.make_mesh(shape, names, devices=devices(topology))` is their mesh, and a
@@ -79,8 +53,10 @@ def devices(topology: str) -> list[Any]:
 
     Args:
       topology: "v4", "v5e", "v5p", "v6e" or "tpu7x" with the chips along each axis, as "v5e:2x4"
-        (v4 and tpu7x have two devices on a chip); "h100:<n>", GPUs of one host; or "cpu:<n>", the
-        first of the simulated devices.
+        (tpu7x has two devices on a chip); "h100:<n>", GPUs of one host, or
+        "FILE.json:<n>" for other GPUs, as `gpu_targets.py` describes; or "cpu:<n>", the first of
+        the simulated devices.
+      slices: of a TPU, or hosts of GPUs, each of that topology, joined by the slower network.
 
     Raises:
       ImportError: if the compiler is missing.
@@ -92,14 +68,21 @@ def devices(topology: str) -> list[Any]:
             f"no other compiler."
         )
     platform, (_, _, size) = platform_of(topology), topology.partition(":")
+    check_count("slices", slices)
     if platform == "cpu":
-        return _simulated(topology, int(size))
+        return _simulated(topology, int(size) * slices)
     if platform == "gpu":
         # Slices, hosts of each, GPUs of each.
-        how: Any = {"platform": "cuda", "topology": f"1x1x{size}", "target_config": H100}
+        how: Any = {"platform": "cuda", "topology": f"{slices}x1x{size}"}
+        how["target_config"] = gpu_target(topology).config
         return list(topologies.get_topology_desc(**how).devices)
+    options: Any = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        # One device a chip, as on a v4 itself; libtpu 0.0.42.1 gives two without, of which
+        # `jax.make_mesh` makes no mesh.
+        options["chip_config_name"] = "megacore"
     try:
-        return list(topologies.get_topology_desc(topology, "tpu").devices)
+        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise _unknown(topology, f"is unknown to libtpu: {error}") from None
 

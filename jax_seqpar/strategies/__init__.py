@@ -1,7 +1,7 @@
 """How the devices share one attention: the communication, for use inside `jax.shard_map`."""
 
+from ..chips import Chip as Chip
 from .all_gather import AllGatherKV as AllGatherKV
-from .chips import Chip as Chip
 from .choice import StrategyChoice as StrategyChoice
 from .choice import choose_strategy as choose_strategy
 from .hybrid import Hybrid as Hybrid

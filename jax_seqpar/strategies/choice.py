@@ -14,7 +14,7 @@ from ..mesh import AnyMesh, find_mesh, platform_of
 from ..mesh_layout import MeshLayout, axes_size, check_division, check_is_layout, check_mesh, names
 from ..order import Contiguous
 from .all_gather import AllGatherKV
-from .chips import Chip, chip_of
+from ..chips import Chip, chip_of
 from .cost import EFFICIENCY, ON_GPU, Cost, Group, Layer, cost_of
 from .hybrid import Hybrid
 from .ring import Ring

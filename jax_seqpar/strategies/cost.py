@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from ..chips import Chip
 from ..kernels import Kernel, blockwise_attention
 from ..mask import Mask
 from ..order import TokenOrder
 from .all_gather import AllGatherKV
-from .chips import Chip
 from .hops import hops
 from .hybrid import Hybrid
 from .ring import Ring

@@ -1,0 +1,164 @@
+"""Machine: slices of a topology, what one device of them is, and their mesh with or without one."""
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+
+from .._checks import check_count
+from ..chips import UNKNOWN, Chip, chip_of_kind, kind_of_name
+from .gpu_targets import gpu_target
+from .topology import devices, missing_compiler, platform_of
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Slices of a TPU, or hosts of GPUs, of one topology.
+
+    Args:
+      topology: as for `jax_seqpar.plan.devices`.
+      slices: of that topology, joined by the slower network.
+      mesh: size of each mesh axis by name, major to minor.
+
+    Raises:
+      ValueError: for a topology that cannot be, or a mesh of another number of devices.
+    """
+
+    topology: str
+    slices: int
+    mesh: Sizes
+
+    def __post_init__(self) -> None:
+        check_count("slices", self.slices)
+        sizes = dict(self.mesh)
+        for name, size in sizes.items():
+            check_count(f"mesh axis {name!r}", size)
+        count = devices_of_slice(self.topology) * self.slices
+        if math.prod(sizes.values()) != count:
+            raise ValueError(
+                f"mesh {sizes} does not have the {count} devices of {self.slices} x "
+                f"{self.topology!r}. Write sizes whose product is {count}."
+            )
+        _ = self.between
+
+    @property
+    def platform(self) -> str:
+        return platform_of(self.topology)
+
+    @property
+    def missing(self) -> str | None:
+        """What has to be installed for its compiler; None if nothing."""
+        return missing_compiler(self.topology)
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.mesh.values())
+
+    @property
+    def chip(self) -> Chip:
+        """What one device of it is."""
+        return chip_of_kind(device_kind(self.topology)).of_one_device
+
+    @property
+    def between(self) -> dict[str, int]:
+        """How many slices each mesh axis spans: the slices are shared out to the major axes."""
+        left, found = self.slices, {}
+        for name, size in self.mesh.items():
+            found[name] = math.gcd(size, left)
+            left //= found[name]
+        if left > 1:
+            raise ValueError(
+                f"the {self.slices} slices do not fit the mesh {dict(self.mesh)}. Write a first "
+                f"axis whose size {self.slices} divides."
+            )
+        return found
+
+    def devices(self) -> Mesh:
+        """The mesh of its devices, as `jax.make_mesh` has it; of several slices the hybrid one."""
+        found, names = devices(self.topology, self.slices), tuple(self.mesh)
+        types = (AxisType.Auto,) * len(names)
+        if self.slices == 1 or self.platform == "cpu":
+            return jax.make_mesh(tuple(self.mesh.values()), names, types, devices=found)
+        between = tuple(self.between.values())
+        inside = tuple(n // m for n, m in zip(self.mesh.values(), between, strict=True))
+        return Mesh(create_hybrid_device_mesh(inside, between, found), names, axis_types=types)
+
+    @property
+    def without_devices(self) -> AbstractMesh:
+        """The mesh for tracing where the compiler is missing: it tells its platform."""
+        device = AbstractDevice(device_kind(self.topology), 1, self.platform)
+        names, sizes = tuple(self.mesh), tuple(self.mesh.values())
+        types = (AxisType.Auto,) * len(names)
+        return AbstractMesh(sizes, names, types, abstract_device=device)
+
+    def entered(self) -> AbstractContextManager[Any]:
+        """The context to trace and compile in."""
+        if self.missing is None:
+            return jax.set_mesh(self.devices())
+        return jax.sharding.use_abstract_mesh(self.without_devices)
+
+    @cached_property
+    def groups(self) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
+        """Mesh axes by the groups of devices that differ along them alone, fewest axes first."""
+        numbers, found = np.arange(self.count).reshape(tuple(self.mesh.values())), {}
+        for many in range(1, len(self.mesh) + 1):
+            for axes in combinations(range(len(self.mesh)), many):
+                moved = np.moveaxis(numbers, axes, range(-many, 0))
+                rows = moved.reshape(-1, math.prod(moved.shape[-many:]))
+                key = frozenset(frozenset(map(int, row)) for row in rows)
+                found.setdefault(key, tuple(list(self.mesh)[i] for i in axes))
+        return found
+
+    def far(self, axes: tuple[str, ...]) -> float:
+        """The part of what a device receives along mesh axes that is from other slices."""
+        size = math.prod(self.mesh[name] for name in axes)
+        near = size // math.prod(self.between[name] for name in axes)
+        return (size - near) / max(size - 1, 1)
+
+
+def device_kind(topology: str) -> str:
+    """The `device_kind` of a topology's devices, that of no chip for "cpu".
+
+    Raises:
+      ValueError: for a chip that is not in the table.
+    """
+    if platform_of(topology) == "cpu":
+        return "cpu"
+    name = topology.partition(":")[0]
+    if platform_of(topology) == "gpu":
+        name = gpu_target(topology).name
+    kind = kind_of_name(name)
+    if kind is None:
+        raise ValueError(
+            f"topology {topology!r} is of a chip {name!r} that the table in jax_seqpar/chips.py "
+            f"lacks. Write v4, v5e, v5p, v6e, tpu7x or h100."
+        )
+    return kind
+
+
+def devices_of_slice(topology: str) -> int:
+    """How many JAX devices a slice has.
+
+    Raises:
+      ValueError: for an unknown topology, or one of other dimensions than the chip's slices.
+    """
+    _, _, sizes = topology.rpartition(":")
+    chips = [int(n) for n in sizes.split("x")] if platform_of(topology) else []
+    chip = chip_of_kind(device_kind(topology))
+    if chip is not UNKNOWN and chip.axes not in (0, len(chips)):
+        raise ValueError(
+            f"topology {topology!r} has {len(chips)} dimensions, but slices of {chip.name} have "
+            f"{chip.axes}. Write {chip.name}:{'x'.join(['2', '4', '4'][: chip.axes])}, or other "
+            f"sizes."
+        )
+    return math.prod(chips) * chip.devices

@@ -1,0 +1,21 @@
+"""Which part of a program an instruction is of: the `jax.named_scope` that it was written in."""
+
+import re
+
+# Names that JAX gives; what is between them is the user's.
+OF_JAX = {
+    *("jit", "pjit", "jvp", "transpose", "vmap", "shard_map", "checkpoint", "closed_call", "while"),
+    *("rematted_computation", "cond", "body", "scan", "remat", "custom_vjp", "custom_jvp"),
+}
+DEPTH = 2
+
+
+def part_of(scope: str) -> str:
+    """The outermost two scopes, "layer/mlp" of `jvp(layer)/mlp/...`; "" outside of any."""
+    names = []
+    for name in re.split(r"[/()]+", re.sub(r"\b(?:jit|pjit)\([^()]*\)", "", scope)):
+        if "->" in name:  # an einsum's
+            break
+        if name and name not in OF_JAX and not name.startswith("branch_"):
+            names.append(name)
+    return "/".join(names[:DEPTH])
