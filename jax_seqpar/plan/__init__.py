@@ -21,8 +21,11 @@ from .compiled_text import kernel_calls as kernel_calls
 from .compiled_text import kernels_under_transfers as kernels_under_transfers
 from .compiled_text import layout_cycles as layout_cycles
 from .compiled_text import received_bytes as received_bytes
+from .decoder import Decoder as Decoder
+from .make_plan import plan as plan
 from .memory import temporaries as temporaries
 from .program import Program as Program
+from .report import Plan as Plan
 from .topology import compiler_environment as compiler_environment
 from .topology import devices as devices
 from .topology import missing_compiler as missing_compiler

@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 
@@ -79,6 +80,38 @@ def layout_cycles(program: AnyProgram) -> int:
     kernel and of the all-to-alls. Only libtpu writes such estimates; elsewhere it is 0.
     """
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', _text(program))))
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies and conversions that only bring arrays into other layouts, as libtpu estimates them.
+
+    Attributes:
+      cycles: of the copies, each loop's once.
+      all_cycles: of everything that libtpu estimates: neither kernels nor transfers.
+    """
+
+    cycles: int
+    all_cycles: int
+
+    @property
+    def share(self) -> float:
+        return self.cycles / max(self.all_cycles, 1)
+
+
+def layout_copies(program: AnyProgram) -> Copies | None:
+    """The copies of a program by libtpu, and what they are a share of; None of another compiler.
+
+    A copy is an instruction named so: libtpu calls a fusion by what is in it, as
+    `copy_bitcast_fusion`.
+    """
+    estimated = r'^\s+(?:ROOT )?%?([\w.-]+) = .*"estimated_cycles":"(\d+)"'
+    found = re.findall(estimated, _text(program), re.MULTILINE)
+    if not found:
+        return None
+    copies = r"(copy|transpose|bitcast|convert)([._-](copy|transpose|bitcast|convert|fusion))*[.\d]*"
+    cycles = sum(int(n) for name, n in found if re.fullmatch(copies, name))
+    return Copies(cycles, sum(int(n) for _, n in found))
 
 
 def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import combinations
 from typing import Any
 
@@ -85,13 +85,8 @@ class Machine:
 
     def devices(self) -> Mesh:
         """The mesh of its devices, as `jax.make_mesh` has it; of several slices the hybrid one."""
-        found, names = devices(self.topology, self.slices), tuple(self.mesh)
-        types = (AxisType.Auto,) * len(names)
-        if self.slices == 1 or self.platform == "cpu":
-            return jax.make_mesh(tuple(self.mesh.values()), names, types, devices=found)
-        between = tuple(self.between.values())
-        inside = tuple(n // m for n, m in zip(self.mesh.values(), between, strict=True))
-        return Mesh(create_hybrid_device_mesh(inside, between, found), names, axis_types=types)
+        between = self.between if self.platform != "cpu" else dict.fromkeys(self.mesh, 1)
+        return _mesh(self.topology, self.slices, tuple(self.mesh.items()), tuple(between.values()))
 
     @property
     def without_devices(self) -> AbstractMesh:
@@ -121,9 +116,25 @@ class Machine:
 
     def far(self, axes: tuple[str, ...]) -> float:
         """The part of what a device receives along mesh axes that is from other slices."""
+        if axes == ():  # of devices that no axes describe
+            axes = tuple(self.mesh)
         size = math.prod(self.mesh[name] for name in axes)
         near = size // math.prod(self.between[name] for name in axes)
         return (size - near) / max(size - 1, 1)
+
+
+@cache
+def _mesh(
+    topology: str, slices: int, sizes: tuple[tuple[str, int], ...], between: tuple[int, ...]
+) -> Mesh:
+    """One object for each: two descriptions of a topology have devices that are not equal."""
+    found = devices(topology, slices)
+    names, shape = zip(*sizes, strict=True)
+    types = (AxisType.Auto,) * len(names)
+    if math.prod(between) == 1:
+        return jax.make_mesh(shape, names, types, devices=found)
+    inside = tuple(n // m for n, m in zip(shape, between, strict=True))
+    return Mesh(create_hybrid_device_mesh(inside, between, found), names, axis_types=types)
 
 
 def device_kind(topology: str) -> str:

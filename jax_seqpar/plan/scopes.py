@@ -7,6 +7,8 @@ OF_JAX = {
     *("jit", "pjit", "jvp", "transpose", "vmap", "shard_map", "checkpoint", "closed_call", "while"),
     *("rematted_computation", "cond", "body", "scan", "remat", "custom_vjp", "custom_jvp"),
 }
+# And those of the kernels of JAX.
+OF_KERNELS = re.compile(r"branch_\d+|(static|dynamic)_sparsity_splash|splash_|dot_product_attention")
 DEPTH = 2
 
 
@@ -16,6 +18,6 @@ def part_of(scope: str) -> str:
     for name in re.split(r"[/()]+", re.sub(r"\b(?:jit|pjit)\([^()]*\)", "", scope)):
         if "->" in name:  # an einsum's
             break
-        if name and name not in OF_JAX and not name.startswith("branch_"):
+        if name and name not in OF_JAX and not OF_KERNELS.match(name):
             names.append(name)
     return "/".join(names[:DEPTH])

@@ -82,7 +82,7 @@ def across_slices(text: str) -> dict[str, int]:
     A collective over several slices vanishes into `send` and `recv`; what is left of it is inside.
     """
     kinds = re.findall(r' send\(.*?_xla_megascale_transfer_type="?(\w+)', text)
-    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    return {kind.lower().replace("_", "-"): kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
 def _instructions(text: str) -> list[tuple[str, str]]:

@@ -1,0 +1,237 @@
+"""The answer to a request: traced, counted, compiled and read, in this process."""
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from .. import __version__
+from ..kernels import cudnn
+from ..mesh_layout import MeshLayout
+from .collective_rows import collectives_of
+from .compiled_text import layout_copies
+from .count import Counts, count
+from .gpu_targets import gpu_target
+from .machine import Machine
+from .report import Chosen, Memory, Plan
+from .roofline import parts
+from .targets import HasStrategy, Target
+from .transfers import across_slices, transfers
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+# libtpu's two sentences, of temporaries alone and of all.
+OUT_OF_MEMORY = re.compile(
+    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned, and where.
+
+    Attributes:
+      compiler_options: of `jax.jit`.
+      compiled: whether the compiler is to be asked, too.
+      automatic: whether the strategy is the one that `choose_strategy` takes.
+      dump: a folder for the program: traced, lowered and compiled.
+    """
+
+    target: Target
+    machine: Machine
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)
+    compiled: bool = True
+    automatic: bool = False
+    dump: str | None = None
+
+    @property
+    def start(self) -> Plan:
+        """The plan of which nothing is known yet."""
+        machine = self.machine
+        return Plan(
+            self.target.name,
+            machine.topology,
+            machine.slices,
+            dict(machine.mesh),
+            machine.count,
+            machine.chip,
+            self.target.tokens,
+            versions=versions(),
+        )
+
+
+def answer(request: Request) -> Plan:
+    """The plan of a request; what goes wrong is its `failure`."""
+    plan = request.start
+    machine, target = request.machine, request.target
+    seconds: dict[str, float] = {}
+    with machine.entered():
+        chosen = None
+        if isinstance(target, HasStrategy) and _layout(target).tokens is not None:
+            choice = target.choice(_layout(target).on(_mesh_with_devices(machine)))
+            chosen = _chosen(choice)
+            target = target.with_strategy(choice.strategy) if request.automatic else target
+        with _timed(seconds, "tracing"), _assumed(machine):
+            function, shapes = target.build()
+            jitted = function if hasattr(function, "trace") else jax.jit(function)
+            traced = jitted.trace(*_placed(shapes, machine))
+        counts = count(traced.jaxpr, machine.mesh)
+        plan = replace(plan, choice=chosen, kernels=dict(counts.kernels), seconds=seconds)
+        plan = _with_transfers(plan, counts, None, machine, _notes(counts, request))
+        if not request.compiled or machine.missing is not None:
+            return plan
+        with _timed(seconds, "compiling"), _assumed(machine):
+            try:
+                lowered = traced.lower()
+                _dump(request.dump, "lowered.mlir", lowered.as_text)
+                compiled = lowered.compile(compiler_options=_options(request) or None)
+            except jax.errors.JaxRuntimeError as error:
+                return _without_program(plan, str(error))
+    text = compiled.as_text() or ""
+    _dump(request.dump, "compiled.txt", lambda: text)
+    plan = replace(plan, memory=_memory(compiled), copies=layout_copies(text))
+    return _with_transfers(plan, counts, text, machine, plan.notes)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that an answer depends on."""
+    found = {"jax-seqpar": __version__}
+    for package in ("jax", "jaxlib", "libtpu"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _layout(target: Any) -> MeshLayout:
+    return getattr(target, "layout", None) or target.decoder.layout
+
+
+def _mesh_with_devices(machine: Machine) -> Any:
+    """Whose links `choose_strategy` sees; without a compiler the mesh of the context."""
+    return machine.devices() if machine.missing is None else machine.without_devices
+
+
+def _chosen(choice: Any) -> Chosen:
+    able = [x for x in choice.candidates if x.cost is not None]
+    second = able[1] if len(able) > 1 else None
+    return Chosen(
+        repr(choice.strategy),
+        None if second is None else repr(second.strategy),
+        choice.reason,
+        able[0].cost.seconds,
+        None if second is None else second.cost.seconds,
+    )
+
+
+def _placed(shapes: Any, machine: Machine) -> Any:
+    """The shapes, with their shardings on the mesh of the machine."""
+    mesh = _mesh_with_devices(machine)
+
+    def placed(x: Any) -> Any:
+        if not isinstance(getattr(x, "sharding", None), NamedSharding):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+
+    return jax.tree.map(placed, shapes)
+
+
+def _assumed(machine: Machine) -> Any:
+    """Of an absent GPU cuDNN's limits cannot be asked."""
+    if machine.platform != "gpu":
+        return nullcontext()
+    return cudnn.assume_compute_capability(gpu_target(machine.topology).compute_capability)
+
+
+def _options(request: Request) -> dict[str, Any]:
+    # Which of several kernels is fastest, a GPU would have to try.
+    of_platform = {"xla_gpu_autotune_level": 0} if request.machine.platform == "gpu" else {}
+    return {**of_platform, **request.compiler_options}
+
+
+def _notes(counts: Counts, request: Request) -> tuple[str, ...]:
+    """What could not be checked, and what counts less than it should."""
+    found = []
+    if request.machine.missing is not None:
+        found.append(
+            f"not checked: memory, layouts, what the compiler adds and what hides under what: "
+            f"{request.machine.missing}"
+        )
+    if counts.open_loops:
+        found.append(
+            f"{counts.open_loops} loops have a length that is known when they run: what is in "
+            f"them counts once, so FLOPs, bytes and collectives are a lower bound"
+        )
+    if counts.whole_grids:
+        found.append(
+            f"{counts.whole_grids} kernels may skip blocks that are counted: FLOPs are an upper "
+            f"bound"
+        )
+    return tuple(found)
+
+
+def _with_transfers(
+    plan: Plan, counts: Counts, text: str | None, machine: Machine, notes: tuple[str, ...]
+) -> Plan:
+    compiled = None if text is None else transfers(text)
+    across = {} if text is None else across_slices(text)
+    rows, received = collectives_of(counts.sent, compiled, machine, across)
+    if compiled is not None and any(x.in_loop and not x.written for x in compiled):
+        notes += ("collectives that the compiler adds inside of loops count once",)
+    if across:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in across.items())
+        notes += (f"between slices the compiler sends by {kinds}",)
+    return replace(plan, collectives=rows, parts=parts(counts, received, plan.chip), notes=notes)
+
+
+def _memory(compiled: Any) -> Memory | None:
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return Memory(
+        found.peak_memory_in_bytes,
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.output_size_in_bytes,
+        found.alias_size_in_bytes,
+    )
+
+
+def _without_program(plan: Plan, error: str) -> Plan:
+    """The plan of a program that the compiler refused: too large, mostly."""
+    said = re.search(OUT_OF_MEMORY, error)
+    if "RESOURCE_EXHAUSTED" not in error:
+        return replace(plan, failure=f"the compiler refused the program: {first_line(error)}")
+    if said is None:
+        return replace(plan, failure=f"out of memory: {first_line(error)}")
+    number, unit = said[1] or said[3], said[2] or said[4]
+    needed = int(float(number) * UNITS[unit or ""])
+    sentence = (
+        f"out of memory: a device needs {needed / 2**30:.2f} GiB of the "
+        f"{plan.chip.memory / 2**30:.2f} GiB of a {plan.chip.name}"
+    )
+    return replace(plan, needed=needed, failure=sentence)
+
+
+def first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no word")
+
+
+def _dump(folder: str | None, name: str, text: Any) -> None:
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / name).write_text(text())
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - began

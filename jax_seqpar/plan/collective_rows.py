@@ -1,0 +1,139 @@
+"""The collectives of a plan: what the program writes, with its loops, and what the compiler adds."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from .count import RECEIVED, Sent
+from .machine import Machine
+from .roofline import Received
+from .transfers import Transfer
+
+# XLA's factor is of the operand, and a compiled program states the result.
+OF_RESULT = {"reduce-scatter": lambda n: float(n - 1)}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind along the same mesh axes, of one origin.
+
+    Attributes:
+      kind: "all-to-all".
+      axes: of the mesh; () for devices that no axes describe.
+      count: runs in a call of the function, loops multiplied out.
+      inside, between: bytes that a device receives from devices of its slice and of others, in all.
+      written: whether the program writes them; otherwise the compiler's partitioner adds them, and
+        a loop's count once.
+      compiled: instructions of them in the compiled program; None if nothing was compiled.
+      asynchronous: of these, those beside which other work may run.
+      hidden: of these, those that a kernel, a loop or a fusion runs under.
+      under: the names of such kernels and loops.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    inside: float
+    between: float
+    written: bool
+    compiled: int | None = None
+    asynchronous: int = 0
+    hidden: int = 0
+    under: tuple[str, ...] = ()
+
+    @property
+    def link(self) -> str:
+        """The slowest link that they use: "between" slices or "inside" one."""
+        return "between" if self.between else "inside"
+
+
+@dataclass(frozen=True)
+class _One:
+    """One collective of either origin."""
+
+    kind: str
+    axes: tuple[str, ...]
+    part: str
+    received: float
+    count: int
+    written: bool
+
+
+def collectives_of(
+    sent: Iterable[Sent],
+    compiled: list[Transfer] | None,
+    machine: Machine,
+    across: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[tuple[Collective, ...], list[Received]]:
+    """The rows of a plan, and what each named part receives.
+
+    Args:
+      across: by kind, the sends between slices that libtpu makes of a collective, as
+        `across_slices` finds them; a send is awaited by an instruction of its own.
+    """
+    ones = [_One(x.kind, x.axes, x.part, x.received, x.count, True) for x in sent]
+    ones += [_added(x, machine) for x in compiled or () if not x.written]
+    rows = tuple(
+        _row(key, [x for x in ones if (x.kind, x.axes, x.written) == key], compiled, machine)
+        for key in dict.fromkeys((x.kind, x.axes, x.written) for x in ones)
+    )
+    received = []
+    for x in ones:
+        far = machine.far(x.axes)
+        received.append(Received(x.part, x.received * (1 - far), x.received * far))
+    return tuple(_sent_across(row, across) for row in rows), received
+
+
+def _sent_across(row: Collective, across: Mapping[str, int]) -> Collective:
+    if not row.between or row.compiled != 0 or row.kind not in across:
+        return row
+    return replace(row, compiled=across[row.kind], asynchronous=across[row.kind])
+
+
+def _added(transfer: Transfer, machine: Machine) -> _One:
+    axes, size = axes_of(transfer, machine), group_size(transfer, machine)
+    factor = OF_RESULT.get(transfer.kind) or RECEIVED.get(transfer.kind, lambda n: 1.0)
+    received = transfer.nbytes * factor(size) if size > 1 else 0.0
+    return _One(transfer.kind, axes, transfer.part, received, 1, False)
+
+
+def axes_of(transfer: Transfer, machine: Machine) -> tuple[str, ...]:
+    """The mesh axes of a transfer's groups; () where no axes describe them."""
+    groups = transfer.groups or frozenset([frozenset(range(machine.count))])
+    if transfer.kind != "collective-permute":
+        return machine.groups.get(groups, ())
+    for along, axes in machine.groups.items():
+        if all(any(pair <= group for group in along) for pair in groups):
+            return axes
+    return ()
+
+
+def group_size(transfer: Transfer, machine: Machine) -> int:
+    return max(map(len, transfer.groups), default=machine.count)
+
+
+def _row(
+    key: tuple[str, tuple[str, ...], bool],
+    ones: list[_One],
+    compiled: list[Transfer] | None,
+    machine: Machine,
+) -> Collective:
+    kind, axes, written = key
+    received, far = sum(x.received for x in ones), machine.far(axes)
+    count = sum(x.count for x in ones)
+    row = Collective(kind, axes, count, received * (1 - far), received * far, written)
+    if compiled is None:
+        return row
+    mine = [
+        x
+        for x in compiled
+        if (x.kind, axes_of(x, machine), x.written) == (kind, axes, written)
+    ]
+    under = dict.fromkeys(name for x in mine for name in x.under)
+    return Collective(
+        *(kind, axes, count, row.inside, row.between, written),
+        compiled=len(mine),
+        asynchronous=sum(x.asynchronous for x in mine),
+        hidden=sum(bool(x.under) for x in mine),
+        under=tuple(under),
+    )

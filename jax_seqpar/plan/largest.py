@@ -1,0 +1,74 @@
+"""The longest sequence that fits: predicted from what was compiled, confirmed by compiling it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .report import Plan
+
+MOST_PROBES = 16
+
+
+def largest(plan_of: Callable[[int], Plan], start: int, step: int) -> tuple[int, list[Plan]]:
+    """The largest multiple of `step` whose plan fits, so that one step more does not.
+
+    A device's memory grows in proportion to the tokens, but for what does not depend on them: a
+    line through what is known predicts the limit, and the answer and the next step are compiled.
+
+    Args:
+      plan_of: the plan of so many tokens.
+      start: tokens of the first one.
+      step: tokens, which the devices must divide.
+
+    Returns:
+      the tokens, 0 if not even one step fits; and all plans that were made, the fewest tokens first.
+
+    Raises:
+      RuntimeError: for a plan that neither fits nor is too large, with its failure.
+    """
+    known: dict[int, Plan] = {}
+    fits, fails, stride = 0, None, step
+    guess = max(start // step, 1) * step
+    while fails is None or fails - fits > step:
+        if len(known) == MOST_PROBES:
+            raise RuntimeError(
+                f"{MOST_PROBES} programs were compiled, and the limit is between {fits} and "
+                f"{fails} tokens. Give a larger step than {step}."
+            )
+        plan = known[guess] = plan_of(guess)
+        if plan.fits is None:
+            said = plan.failure or "; ".join(plan.notes) or "the compiler states no memory"
+            raise RuntimeError(f"of {guess} tokens: {said}. Give other sizes, or a compiler.")
+        if plan.fits:
+            fits = guess
+        else:
+            fails = guess
+        predicted = int(predict(list(known.values())) // step) * step
+        if predicted > fits and (fails is None or predicted < fails):
+            guess, stride = predicted, step
+            continue
+        # Of what is known the line is wrong: away from it, in growing strides.
+        guess = fits + stride if predicted <= fits else (fails or fits) - stride
+        guess = max(guess, fits + step)
+        guess = guess if fails is None else min(guess, fails - step)
+        stride *= 2
+    return fits, [known[tokens] for tokens in sorted(known)]
+
+
+def predict(plans: Sequence[Plan]) -> float:
+    """The tokens at which a line through the peaks of plans meets the memory of the chip.
+
+    Through the two plans nearest to the limit; of one plan from its arguments, at 0 tokens.
+    """
+    points = [(float(x.tokens or 0), float(_peak(x))) for x in plans]
+    limit = plans[0].chip.memory
+    if len(points) == 1:
+        memory = plans[0].memory
+        points.append((0.0, float(memory.arguments if memory else 0)))
+    (a, peak_a), (b, peak_b) = sorted(points, key=lambda x: abs(x[1] - limit))[:2]
+    slope = (peak_b - peak_a) / (b - a)
+    return a + (limit - peak_a) / slope if slope > 0 else float(np.finfo(np.float32).max)
+
+
+def _peak(plan: Plan) -> int:
+    return plan.needed or (plan.memory.peak if plan.memory else 0)

@@ -1,0 +1,158 @@
+"""Plan: what a program costs on a machine that need not be there; as a value, and as JSON."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..chips import Chip
+from .collective_rows import Collective
+from .compiled_text import Copies
+from .roofline import Part, together
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, as the compiler of a platform states them.
+
+    Attributes:
+      peak: the most at once. Less than arguments and temporaries together: not all temporaries are
+        there at the same time, and what is donated is counted once.
+      arguments, temporaries, results: of the program.
+      donated: of the results, those that take the place of arguments.
+    """
+
+    peak: int
+    arguments: int
+    temporaries: int
+    results: int
+    donated: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `choose_strategy` says of a plan's attention.
+
+    Attributes:
+      strategy, runner_up: by their reprs; None where there is no second one.
+      reason: in one sentence.
+      seconds: of one layer, by formula.
+    """
+
+    strategy: str
+    runner_up: str | None
+    reason: str
+    seconds: float
+    runner_up_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a function costs on a machine, per device.
+
+    Attributes:
+      name: what was asked.
+      topology, slices, mesh: the machine, and its mesh.
+      devices: how many.
+      chip: of one device: its speeds and memory.
+      tokens: of a sequence, where the question has them.
+      memory: None unless it was compiled.
+      needed: bytes that the compiler missed memory for, where it ran out of it.
+      failure: why there is no answer, in one sentence; None if there is one.
+      collectives, kernels, parts: kernels are calls by name, all loops multiplied out.
+      copies: only of TPUs.
+      choice: of the strategy, where it was asked for.
+      notes: what could not be checked, or counts less than it should.
+      seconds: that tracing and compiling took, by name.
+      versions: of the packages that the answer depends on.
+    """
+
+    name: str
+    topology: str
+    slices: int
+    mesh: dict[str, int]
+    devices: int
+    chip: Chip
+    tokens: int | None = None
+    memory: Memory | None = None
+    needed: int | None = None
+    failure: str | None = None
+    collectives: tuple[Collective, ...] = ()
+    kernels: dict[str, int] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    copies: Copies | None = None
+    choice: Chosen | None = None
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the chip's memory; None if nothing was compiled."""
+        if self.needed is not None:
+            return False
+        if self.memory is None or not self.chip.memory:
+            return None
+        return self.memory.peak <= self.chip.memory
+
+    @property
+    def step(self) -> Part:
+        """The whole program as one part."""
+        return together("step", self.parts, self.chip)
+
+    @property
+    def flops(self) -> float:
+        return self.step.flops
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of transfers that nothing is known to run under."""
+        return sum(
+            (x.inside / self.chip.inside + x.between / self.chip.between)
+            * (1 - x.hidden / x.compiled if x.compiled else 1)
+            for x in self.collectives
+        )
+
+    @property
+    def at_least(self) -> float:
+        """Seconds of a step at full speed: computation or memory, and transfers that are waited for."""
+        return max(self.step.compute, self.step.memory) + self.exposed
+
+    def to_json(self) -> str:
+        """The plan as JSON, which `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+          ValueError: for JSON that is no plan.
+        """
+        try:
+            found: dict[str, Any] = json.loads(text)
+            return cls(**(found | _nested(found)))
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"the JSON {text[:40]!r}... is not a plan ({error}). Give what Plan.to_json wrote."
+            ) from None
+
+
+def _nested(found: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a plan that are values of classes."""
+
+    def one(name: str, kind: Any) -> Any:
+        return None if found[name] is None else kind(**found[name])
+
+    def row(x: dict[str, Any]) -> Collective:
+        return Collective(**(x | {"axes": tuple(x["axes"]), "under": tuple(x["under"])}))
+
+    return {
+        "chip": Chip(**found["chip"]),
+        "memory": one("memory", Memory),
+        "copies": one("copies", Copies),
+        "choice": one("choice", Chosen),
+        "collectives": tuple(row(x) for x in found["collectives"]),
+        "parts": tuple(Part(**x) for x in found["parts"]),
+        "notes": tuple(found["notes"]),
+    }

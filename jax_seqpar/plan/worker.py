@@ -1,0 +1,105 @@
+"""A process of its own for each plan: with the compiler's environment, a limit, and an end.
+
+A compiler may abort, run out of the machine's memory or not come back; then the answer says so. The
+process reads a pickled `Request` and writes the plan as JSON, both in a folder of its own.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from .answer import Request, answer, first_line
+from .report import Plan
+from .topology import compiler_environment
+
+REQUEST, PLAN, LOG = "request.pickle", "plan.json", "log.txt"
+
+
+def ask(request: Request, timeout: float = 600.0) -> Plan:
+    """The plan of a request, by a process of its own; what goes wrong is its `failure`.
+
+    Args:
+      timeout: seconds after which the process is stopped.
+
+    Raises:
+      ValueError: for a function that cannot travel to another process.
+    """
+    try:
+        pickled = pickle.dumps(request)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{request.target.name} cannot travel to another process ({error}). Write it at the "
+            f"top of a module, or timeout=None, which compiles in this one."
+        ) from None
+    with tempfile.TemporaryDirectory(prefix="seqpar-plan-") as folder:
+        (Path(folder) / REQUEST).write_bytes(pickled)
+        ended = _run(folder, timeout)
+        if (Path(folder) / PLAN).exists():
+            return Plan.from_json((Path(folder) / PLAN).read_text())
+        log = (Path(folder) / LOG).read_text(errors="replace").strip().splitlines()
+    if ended is None:
+        failure = f"it was not compiled in {timeout:g} s: give more with --timeout or timeout="
+    else:
+        how = signal.Signals(-ended).name if ended < 0 else f"exit status {ended}"
+        failure = f"the process of the compiler ended with {how}: {' '.join(log[-1:]) or 'no word'}"
+    return replace(request.start, failure=failure)
+
+
+def _run(folder: str, timeout: float) -> int | None:
+    """The exit status; None if it had to be stopped for its time."""
+    path = os.pathsep.join(x for x in sys.path if x)
+    environment = os.environ | compiler_environment() | {"PYTHONPATH": path}
+    with (Path(folder) / LOG).open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jax_seqpar.plan.worker", folder],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # so that what it starts ends with it
+        )
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def main(folder: str) -> None:
+    """The process: the plan of the request in a folder, or why there is none, in a sentence."""
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    request: Request = pickle.loads((Path(folder) / REQUEST).read_bytes())
+    if request.machine.platform == "cpu":
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", request.machine.count)
+    try:
+        plan = answer(request)
+    except Exception as error:
+        said = first_line(str(error)) if str(error) else type(error).__name__
+        plan = replace(request.start, failure=said)
+    written = Path(folder) / f"{PLAN}.part"
+    written.write_text(plan.to_json())
+    written.rename(Path(folder) / PLAN)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process once nobody waits for it any more."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
