@@ -65,18 +65,14 @@ CHIPS = {
     "TPU v6": Chip(
         "v6e", 918e12, 90e9, 12.5e9, 1638e9, 31.25 * GiB, axes=2, source=TPU.format("v6e")
     ),
-    "TPU v4": Chip(
-        "v4", 275e12, 45e9, 6.2e9, 1228e9, 30.75 * GiB, axes=3, source=TPU.format("v4")
-    ),
+    "TPU v4": Chip("v4", 275e12, 45e9, 6.2e9, 1228e9, 30.75 * GiB, axes=3, source=TPU.format("v4")),
     "TPU7x": Chip(
         "tpu7x", 2307e12, 100e9, 12.5e9, 7380e9, 94.75 * GiB, 2, axes=3, source=TPU.format("tpu7x")
     ),
     "NVIDIA A100": Chip(
         "A100", 312e12, 300e9, 25e9, 2039e9, 80e9, source=GPU.format("A100 80GB SXM")
     ),
-    "NVIDIA H100": Chip(
-        "H100", 989e12, 450e9, 50e9, 3350e9, 80e9, source=GPU.format("H100 SXM")
-    ),
+    "NVIDIA H100": Chip("H100", 989e12, 450e9, 50e9, 3350e9, 80e9, source=GPU.format("H100 SXM")),
     "NVIDIA H200": Chip("H200", 989e12, 450e9, 50e9, 4800e9, 141e9, source=GPU.format("H200 SXM")),
     "NVIDIA B200": Chip("B200", 2250e12, 900e9, 50e9, 8000e9, 180e9, source=GPU.format("HGX B200")),
 }

@@ -30,10 +30,10 @@ from jax_seqpar import (
     choose_strategy,
     dot_product_attention,
 )
+from jax_seqpar.chips import chip_of
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.plan.compiled_text import received_bytes
 from jax_seqpar.strategies import choice as choice_module
-from jax_seqpar.chips import chip_of
 from jax_seqpar.strategies.cost import Group, Layer, cost_of, pairs
 from torch_ref.masks import attends
 

@@ -11,6 +11,7 @@ except ImportError as error:
 from .. import __version__
 from .certify_command import certify
 from .parity_command import parity
+from .plan_command import plan
 
 # Without rich's panels, which cut the names of options and break paths at the width of a terminal.
 app = typer.Typer(
@@ -39,3 +40,4 @@ def seqpar(
 
 app.command()(parity)
 app.command()(certify)
+app.command()(plan)

@@ -36,8 +36,10 @@ def verdict(plan: Plan) -> str:
     """Whether it fits, in one line."""
     if plan.failure is not None:
         return plan.failure
-    if plan.memory is None or plan.fits is None:
+    if plan.memory is None:
         return "memory: not checked"
+    if plan.fits is None:
+        return f"peak {_gib(plan.memory.peak)} GiB on each device, of a {plan.chip.name}"
     word = "fits" if plan.fits else "does not fit"
     return (
         f"{word}: peak {_gib(plan.memory.peak)} of {_gib(plan.chip.memory)} GiB on each device "
@@ -149,5 +151,5 @@ def _style(plan: Plan) -> str | None:
     return {True: "green", False: "red", None: None}[plan.fits]
 
 
-def _gib(n: float) -> str:
+def _gib(n: int | float) -> str:
     return f"{n / 2**30:.2f}"

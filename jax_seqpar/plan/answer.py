@@ -13,12 +13,11 @@ import jax
 from jax.sharding import NamedSharding
 
 from .. import __version__
-from ..kernels import cudnn
 from ..mesh_layout import MeshLayout
+from .assumed_gpu import assumed_gpu
 from .collective_rows import collectives_of
 from .compiled_text import layout_copies
 from .count import Counts, count
-from .gpu_targets import gpu_target
 from .machine import Machine
 from .report import Chosen, Memory, Plan
 from .roofline import parts
@@ -74,7 +73,7 @@ def answer(request: Request) -> Plan:
     with machine.entered():
         chosen = None
         if isinstance(target, HasStrategy) and _layout(target).tokens is not None:
-            choice = target.choice(_layout(target).on(_mesh_with_devices(machine)))
+            choice = target.choice(_layout(target).on(machine.links))
             chosen = _chosen(choice)
             target = target.with_strategy(choice.strategy) if request.automatic else target
         with _timed(seconds, "tracing"), _assumed(machine):
@@ -114,11 +113,6 @@ def _layout(target: Any) -> MeshLayout:
     return getattr(target, "layout", None) or target.decoder.layout
 
 
-def _mesh_with_devices(machine: Machine) -> Any:
-    """Whose links `choose_strategy` sees; without a compiler the mesh of the context."""
-    return machine.devices() if machine.missing is None else machine.without_devices
-
-
 def _chosen(choice: Any) -> Chosen:
     able = [x for x in choice.candidates if x.cost is not None]
     second = able[1] if len(able) > 1 else None
@@ -133,7 +127,7 @@ def _chosen(choice: Any) -> Chosen:
 
 def _placed(shapes: Any, machine: Machine) -> Any:
     """The shapes, with their shardings on the mesh of the machine."""
-    mesh = _mesh_with_devices(machine)
+    mesh = machine.devices() if machine.missing is None else machine.without_devices
 
     def placed(x: Any) -> Any:
         if not isinstance(getattr(x, "sharding", None), NamedSharding):
@@ -144,10 +138,7 @@ def _placed(shapes: Any, machine: Machine) -> Any:
 
 
 def _assumed(machine: Machine) -> Any:
-    """Of an absent GPU cuDNN's limits cannot be asked."""
-    if machine.platform != "gpu":
-        return nullcontext()
-    return cudnn.assume_compute_capability(gpu_target(machine.topology).compute_capability)
+    return assumed_gpu(machine.topology) if machine.platform == "gpu" else nullcontext()
 
 
 def _options(request: Request) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The collectives of a plan: what the program writes, with its loops, and what the compiler adds."""
+"""The collectives of a plan: those that the program writes, and those that the compiler adds."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -125,9 +125,7 @@ def _row(
     if compiled is None:
         return row
     mine = [
-        x
-        for x in compiled
-        if (x.kind, axes_of(x, machine), x.written) == (kind, axes, written)
+        x for x in compiled if (x.kind, axes_of(x, machine), x.written) == (kind, axes, written)
     ]
     under = dict.fromkeys(name for x in mine for name in x.under)
     return Collective(

@@ -109,7 +109,9 @@ def layout_copies(program: AnyProgram) -> Copies | None:
     found = re.findall(estimated, _text(program), re.MULTILINE)
     if not found:
         return None
-    copies = r"(copy|transpose|bitcast|convert)([._-](copy|transpose|bitcast|convert|fusion))*[.\d]*"
+    copies = (
+        r"(copy|transpose|bitcast|convert)([._-](copy|transpose|bitcast|convert|fusion))*[.\d]*"
+    )
     cycles = sum(int(n) for name, n in found if re.fullmatch(copies, name))
     return Copies(cycles, sum(int(n) for _, n in found))
 

@@ -1,12 +1,11 @@
 """Counts of a traced program: FLOPs, bytes, collectives, loops multiplied out.
 
-A walk over the jaxpr. What is inside a `jax.shard_map` is that of one device; what is outside of it
-is global and counts as shared out evenly. `cost_analysis` of a compiled program is not asked: it has
-a loop's body once, and nothing of a kernel (5.6e12 FLOPs of a train step that has 8.8e13).
+A walk over the jaxpr. What is inside a `jax.shard_map` is that of one device; what is outside is
+global and counts as shared out evenly. `cost_analysis` of a compiled program is not asked: it has a
+loop's body once, and nothing of a kernel (5.6e12 FLOPs of a train step that has 8.8e13).
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -76,26 +75,27 @@ class Counts:
       whole_grids: kernels of which it is not known which blocks they skip; all count.
     """
 
-    flops: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
+    flops: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, float] = field(default_factory=dict)
     sent: list[Sent] = field(default_factory=list)
-    kernels: Counter[str] = field(default_factory=Counter)
+    kernels: dict[str, int] = field(default_factory=dict)
     open_loops: int = 0
     whole_grids: int = 0
 
     def add(self, other: "Counts") -> None:
         for name in ("flops", "bytes", "sent", "kernels", "open_loops", "whole_grids"):
             mine, more = getattr(self, name), getattr(other, name)
-            if isinstance(mine, Counter):
-                mine.update(more)
+            if isinstance(mine, dict):
+                for key, number in more.items():
+                    mine[key] = mine.get(key, 0) + number
             else:
                 setattr(self, name, mine + more)
 
     @property
     def work(self) -> tuple[float, float, float]:
         """By which the branch of a condition that has most of it is found."""
-        sent = sum(x.received for x in self.sent)
-        return sum(self.flops.values()), sent, sum(self.bytes.values())
+        sent = sum((x.received for x in self.sent), 0.0)
+        return sum(self.flops.values(), 0.0), sent, sum(self.bytes.values(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,11 @@ class _Walk:
             found.open_loops += 1
             return found
         if name == "shard_map":
-            inside = math.prod(place.mesh[axis] for axis in params["manual_axes"]) if (
-                "manual_axes" in params
-            ) else math.prod(place.mesh[axis] for axis in params["newly_manual_axes"])
+            inside = (
+                math.prod(place.mesh[axis] for axis in params["manual_axes"])
+                if ("manual_axes" in params)
+                else math.prod(place.mesh[axis] for axis in params["newly_manual_axes"])
+            )
             place = replace(place, share=place.share * inside)
         found = Counts()
         for jaxpr in _jaxprs(params):
@@ -210,7 +212,7 @@ def _product(equation: Any, place: Place) -> Counts:
     flops = 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
     moved = sum(nbytes(x.aval) for x in (*equation.invars, *equation.outvars))
     times, part = place.times * place.share, part_of(place.scope)
-    return Counts(Counter({part: flops * times}), Counter({part: moved * times}))
+    return Counts({part: flops * times}, {part: moved * times})
 
 
 def _collective(equation: Any, place: Place) -> Counts:
@@ -229,9 +231,9 @@ def _collective(equation: Any, place: Place) -> Counts:
 def _kernel(kernel: Kernel, place: Place) -> Counts:
     part, times = part_of(place.scope), place.times
     return Counts(
-        Counter({part: kernel.flops * times}),
-        Counter({part: kernel.bytes * times}),
-        kernels=Counter({kernel.name: times}),
+        {part: kernel.flops * times},
+        {part: float(kernel.bytes * times)},
+        kernels={kernel.name: times},
         whole_grids=int(kernel.whole_grid),
     )
 

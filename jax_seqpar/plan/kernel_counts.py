@@ -86,10 +86,12 @@ def _inner(equation: Any) -> Iterator[Any]:
 def _cudnn(equation: Any, products: float) -> Kernel:
     """Of `[B, T, N, H]` and `[B, S, K, H]`; a causal mask leaves half of the pairs."""
     (B, T, N, H), (_, S, _, _) = (x.aval.shape for x in equation.invars[:2])
-    mask = str(equation.params.get("mask_type", "")).lower()
-    part = 0.5 if "causal" in mask else 1.0
-    flops = 4.0 * B * N * T * S * H * part * products
-    return Kernel(equation.primitive.name, flops, _moved(equation))
+    params = equation.params
+    pairs = T * S * (0.5 if "causal" in str(params.get("mask_type", "")).lower() else 1.0)
+    if params.get("sliding_window_length"):
+        pairs = min(pairs, T * params["sliding_window_length"])
+    name = equation.primitive.name.removesuffix("_wrapper")
+    return Kernel(f"cuDNN {name}", 4.0 * B * N * pairs * H * products, _moved(equation))
 
 
 def _moved(equation: Any) -> int:

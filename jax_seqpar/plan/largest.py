@@ -21,7 +21,7 @@ def largest(plan_of: Callable[[int], Plan], start: int, step: int) -> tuple[int,
       step: tokens, which the devices must divide.
 
     Returns:
-      the tokens, 0 if not even one step fits; and all plans that were made, the fewest tokens first.
+      the tokens, 0 if not even one step fits; and all plans that were made, by their tokens.
 
     Raises:
       RuntimeError: for a plan that neither fits nor is too large, with its failure.

@@ -49,7 +49,6 @@ class Machine:
                 f"mesh {sizes} does not have the {count} devices of {self.slices} x "
                 f"{self.topology!r}. Write sizes whose product is {count}."
             )
-        _ = self.between
 
     @property
     def platform(self) -> str:
@@ -76,11 +75,6 @@ class Machine:
         for name, size in self.mesh.items():
             found[name] = math.gcd(size, left)
             left //= found[name]
-        if left > 1:
-            raise ValueError(
-                f"the {self.slices} slices do not fit the mesh {dict(self.mesh)}. Write a first "
-                f"axis whose size {self.slices} divides."
-            )
         return found
 
     def devices(self) -> Mesh:
@@ -95,6 +89,18 @@ class Machine:
         names, sizes = tuple(self.mesh), tuple(self.mesh.values())
         types = (AxisType.Auto,) * len(names)
         return AbstractMesh(sizes, names, types, abstract_device=device)
+
+    @property
+    def links(self) -> Mesh:
+        """The mesh of devices that tell their slice, for `choose_strategy`; nothing runs on it."""
+        kind, each = device_kind(self.topology), self.count // self.slices
+        absent = [AbsentDevice(i, self.platform, kind, i // each) for i in range(self.count)]
+        between = tuple(self.between.values())
+        inside = tuple(n // m for n, m in zip(self.mesh.values(), between, strict=True))
+        # Slices first, then each axis gets its part of them: [m0, m1, n0, n1] -> [m0, n0, m1, n1].
+        grid, axes = np.array(absent).reshape(between + inside), range(len(between))
+        grid = grid.transpose([i for axis in axes for i in (axis, axis + len(between))])
+        return Mesh(grid.reshape(tuple(self.mesh.values())), tuple(self.mesh))
 
     def entered(self) -> AbstractContextManager[Any]:
         """The context to trace and compile in."""
@@ -121,6 +127,17 @@ class Machine:
         size = math.prod(self.mesh[name] for name in axes)
         near = size // math.prod(self.between[name] for name in axes)
         return (size - near) / max(size - 1, 1)
+
+
+@dataclass(frozen=True)
+class AbsentDevice:
+    """What `choose_strategy` asks of a device."""
+
+    id: int
+    platform: str
+    device_kind: str
+    slice_index: int
+    process_index: int = 0
 
 
 @cache

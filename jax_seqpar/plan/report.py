@@ -107,15 +107,15 @@ class Plan:
     @property
     def exposed(self) -> float:
         """Seconds of transfers that nothing is known to run under."""
-        return sum(
-            (x.inside / self.chip.inside + x.between / self.chip.between)
-            * (1 - x.hidden / x.compiled if x.compiled else 1)
-            for x in self.collectives
-        )
+        found = 0.0
+        for x in self.collectives:
+            seconds = x.inside / self.chip.inside + x.between / self.chip.between
+            found += seconds * (1 - x.hidden / x.compiled if x.compiled else 1)
+        return found
 
     @property
     def at_least(self) -> float:
-        """Seconds of a step at full speed: computation or memory, and transfers that are waited for."""
+        """Seconds of a step at full speed: computation or memory, and the exposed transfers."""
         return max(self.step.compute, self.step.memory) + self.exposed
 
     def to_json(self) -> str:
@@ -145,7 +145,8 @@ def _nested(found: dict[str, Any]) -> dict[str, Any]:
         return None if found[name] is None else kind(**found[name])
 
     def row(x: dict[str, Any]) -> Collective:
-        return Collective(**(x | {"axes": tuple(x["axes"]), "under": tuple(x["under"])}))
+        fields: dict[str, Any] = x | {name: tuple(x[name]) for name in ("axes", "under")}
+        return Collective(**fields)
 
     return {
         "chip": Chip(**found["chip"]),

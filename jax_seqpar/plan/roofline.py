@@ -5,7 +5,7 @@ the slice at the speed of one link, of another slice at that of the network. Nob
 an attention kernel has half of the peak, or less.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..chips import Chip
@@ -63,8 +63,8 @@ def parts(counts: Counts, received: Iterable[Received], chip: Chip) -> tuple[Par
     return tuple(
         part(
             name,
-            counts.flops[name],
-            counts.bytes[name],
+            counts.flops.get(name, 0.0),
+            counts.bytes.get(name, 0.0),
             inside.get(name, 0.0),
             between.get(name, 0.0),
             chip,
@@ -73,18 +73,17 @@ def parts(counts: Counts, received: Iterable[Received], chip: Chip) -> tuple[Par
     )
 
 
-def part(
-    name: str, flops: float, nbytes: float, inside: float, between: float, chip: Chip
-) -> Part:
+def part(name: str, flops: float, nbytes: float, inside: float, between: float, chip: Chip) -> Part:
     """A part with its seconds on a chip."""
     memory = nbytes / chip.bandwidth if chip.bandwidth else 0.0
     link = inside / chip.inside + between / chip.between
     return Part(name, flops, nbytes, inside, between, flops / chip.flops, memory, link)
 
 
-def together(name: str, several: Iterable[Part], chip: Chip) -> Part:
+def together(name: str, several: Sequence[Part], chip: Chip) -> Part:
     """Several parts as one."""
-    sums = [0.0] * 4
-    for x in several:
-        sums = [a + b for a, b in zip(sums, (x.flops, x.bytes, x.inside, x.between), strict=True)]
-    return part(name, *sums, chip)
+    fields = ("flops", "bytes", "inside", "between")
+    flops, nbytes, inside, between = (
+        sum((getattr(x, field) for x in several), 0.0) for field in fields
+    )
+    return part(name, flops, nbytes, inside, between, chip)

@@ -8,7 +8,9 @@ OF_JAX = {
     *("rematted_computation", "cond", "body", "scan", "remat", "custom_vjp", "custom_jvp"),
 }
 # And those of the kernels of JAX.
-OF_KERNELS = re.compile(r"branch_\d+|(static|dynamic)_sparsity_splash|splash_|dot_product_attention")
+OF_KERNELS = re.compile(
+    r"branch_\d+|(static|dynamic)_sparsity_splash|splash_|dot_product_attention"
+)
 DEPTH = 2
 
 

@@ -1,7 +1,7 @@
 """What is planned: a function and shapes, one attention, a decoder, or a function of a file.
 
-A target travels to the process of the compiler, so it is a value that can be pickled, and builds its
-function there, under the mesh.
+A target travels to the process of the compiler, so it is a value that can be pickled, and builds
+its function there, under the mesh.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
-"""The collectives of a compiled program, one by one: groups, bytes, asynchronous or not, under what.
+"""The collectives of a compiled program, one by one: groups, bytes, asynchronous, under what.
 
-By libtpu, XLA for GPUs and XLA for CPUs, which write groups in three forms. libtpu fuses gathers that
-it makes asynchronous into other work, and prints each several times: those are counted by channel.
+By libtpu, XLA for GPUs and XLA for CPUs, which write groups in three forms. libtpu fuses gathers
+that it makes asynchronous into other work, and prints each several times: they count by channel.
 """
 
 import re

@@ -46,7 +46,9 @@ def ask(request: Request, timeout: float = 600.0) -> Plan:
             return Plan.from_json((Path(folder) / PLAN).read_text())
         log = (Path(folder) / LOG).read_text(errors="replace").strip().splitlines()
     if ended is None:
-        failure = f"it was not compiled in {timeout:g} s: give more with --timeout or timeout="
+        failure = (
+            f"{request.target.name} was not compiled in {timeout:g} s: give it a longer timeout"
+        )
     else:
         how = signal.Signals(-ended).name if ended < 0 else f"exit status {ended}"
         failure = f"the process of the compiler ended with {how}: {' '.join(log[-1:]) or 'no word'}"

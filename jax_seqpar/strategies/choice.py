@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from ..chips import Chip, chip_of
 from ..kernels import Kernel
 from ..kernels.choice import checked_spec, kernel_of_call
 from ..mask import Spec, Tokens
@@ -14,7 +15,6 @@ from ..mesh import AnyMesh, find_mesh, platform_of
 from ..mesh_layout import MeshLayout, axes_size, check_division, check_is_layout, check_mesh, names
 from ..order import Contiguous
 from .all_gather import AllGatherKV
-from ..chips import Chip, chip_of
 from .cost import EFFICIENCY, ON_GPU, Cost, Group, Layer, cost_of
 from .hybrid import Hybrid
 from .ring import Ring
@@ -238,6 +238,8 @@ def _group(layout: MeshLayout, mesh: AnyMesh) -> Group:
 def _place(device: Any) -> tuple[Any, ...]:
     """The slice of a TPU, the host of any other device."""
     slice_index = getattr(device, "slice_index", None)
+    if slice_index is None and device.platform == "tpu":
+        slice_index = 0  # libtpu numbers the slices of a topology only if there are several
     return ("host", device.process_index) if slice_index is None else ("slice", slice_index)
 
 

@@ -1,0 +1,258 @@
+"""`seqpar plan` and its process: answers for simulated devices, and a sentence where there is none.
+
+`test_plan_machines.py` asks libtpu.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from typer.testing import CliRunner
+
+from jax_seqpar import MeshLayout, dot_product_attention
+from jax_seqpar.cli import app
+from jax_seqpar.plan import Plan, plan
+
+SMALL = ("--heads", "8", "--kv-heads", "4", "--head-dim", "8", "--dtype", "f32")
+DECODER = (
+    *("--features", "32", "--hidden", "48", "--vocabulary", "64", "--tiles", "2"),
+    *SMALL,
+)
+
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
+
+def seqpar(*options: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *options])
+
+
+def test_a_decoder_for_simulated_devices(tmp_path):
+    """Twice, with equal plans but for the seconds that it took; JSON and program are written."""
+    found = []
+    for name in ("one", "two"):
+        file = tmp_path / f"{name}.json"
+        options = ("--topology", "cpu:8", "--mesh", "data=2,seq=4", "--tokens", "64", "--train")
+        result = seqpar("decoder", *options, *DECODER, "--json", str(file), "--dump", str(tmp_path))
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(file.read_text()) | {"seconds": {}})
+    assert found[0] == found[1]
+    made = Plan.from_json(json.dumps(found[0]))
+    assert (made.tokens, made.mesh, made.failure) == (64, {"data": 2, "seq": 4}, None)
+    assert made.memory is not None
+    assert 0 < made.memory.donated < made.memory.arguments
+    rows = {(x.kind, x.axes): x for x in made.collectives if x.written}
+    assert (rows["all-to-all", ("seq",)].count, rows["all-to-all", ("seq",)].compiled) == (12, 12)
+    assert any(not x.written for x in made.collectives)  # weights are gathered
+    assert "HloModule" in (tmp_path / "compiled.txt").read_text()
+    assert "stablehlo" in (tmp_path / "lowered.mlir").read_text()
+    for word in ("12", "all-to-all", "layer/attention", "step", "choose_strategy", "GiB"):
+        assert word in result.output
+
+
+def test_a_sweep_of_degrees_with_its_chart(tmp_path):
+    """Tokens in more parts take less memory; the last chart has them all."""
+    png, file = tmp_path / "a.png", tmp_path / "a.json"
+    options = ("--topology", "cpu:4", "--tokens", "256", "--sweep", "degree", "--batch", "4")
+    result = seqpar("layer", *options, *SMALL, "--png", str(png), "--json", str(file))
+    assert result.exit_code == 0, result.output
+    plans = [Plan.from_json(json.dumps(x)) for x in json.loads(file.read_text())]
+    assert [x.mesh for x in plans] == [{"data": 4 // d, "seq": d} for d in (1, 2, 4)]
+    assert png.stat().st_size > 1000
+
+
+def step(x: Any) -> Any:
+    return x * 2.0, x.sum()
+
+
+@pytest.mark.parametrize("timeout", (None, 100.0))
+def test_a_plan_of_a_function(timeout):
+    """In this process or another; what is donated is counted once."""
+    mesh = AbstractMesh((4,), ("seq",))
+    x = jax.ShapeDtypeStruct(
+        (64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("seq"))
+    )
+    whole = plan(step, x, topology="cpu:4", timeout=timeout)
+    assert whole.memory is not None
+    assert (whole.memory.arguments, whole.memory.donated) == (64 * 64 * 4 // 4, 0)
+    (row,) = whole.collectives
+    assert (row.kind, row.axes, row.written) == ("all-reduce", ("seq",), False)
+    if timeout is None:
+        donated = plan(jax.jit(step, donate_argnums=0), x, topology="cpu:4", timeout=None)
+        assert donated.memory is not None
+        assert donated.memory.donated == donated.memory.arguments
+        assert donated.memory.peak < whole.memory.peak
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_function_that_cannot_travel():
+    with pytest.raises(ValueError, match=r"<lambda> cannot travel .*Write it at the top of a mod"):
+        plan(lambda x: x, topology="cpu:8")
+
+
+REFUSED = {
+    "a topology that cannot be": (("--topology", "v5e:2x2x2"), "3 dimensions"),
+    "an unknown topology": (("--topology", "v5e"), "is unknown. Write the chips"),
+    "an unknown chip": (("--topology", "v9:2x2"), "lacks. Write v4"),
+    "a size": (("--topology", "v5e:2x4", "--tokens", "12T"), "is no size. Write"),
+    "a mesh": (("--topology", "v5e:2x4", "--mesh", "seq=4"), "does not have the 8 devices"),
+    "a strategy": (("--topology", "v5e:2x4", "--strategy", "x"), "--strategy 'x' is unknown"),
+    "a sweep": (("--topology", "v5e:2x4", "--sweep", "x"), "Write tokens or degree"),
+    "a chart of one": (("--topology", "v5e:2x4", "--png", "x.png"), "Add --sweep tokens"),
+    "a time": (("--topology", "v5e:2x4", "--timeout", "0"), "Write --timeout 600"),
+    "slices": (("--topology", "v5e:2x4", "--slices", "0"), "slices must be a positive integer"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_what_is_refused_at_once(options, message):
+    refused(seqpar("layer", *options), message)
+
+
+def refused(result: Any, message: str) -> None:
+    """One sentence, exit status 2."""
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    (
+        ("aborts", "the process of the compiler ended with SIGABRT: the compiler's last words"),
+        ("exits", "ended with exit status 3"),
+        ("raises", "tokens 7 are odd"),
+        ("wrong", "returns int where a function"),
+    ),
+)
+def test_what_goes_wrong_in_the_process(function, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("""
+def aborts(tokens):
+    os.write(2, b"the compiler's last words\\n")
+    os.abort()
+def exits(tokens):
+    os._exit(3)
+def raises(tokens):
+    raise ValueError(f"tokens {tokens} are odd.\\nmore")
+def wrong(tokens):
+    return tokens
+""")
+    result = seqpar(f"{file}:{function}", "--topology", "cpu:8", "--tokens", "7")
+    refused(result, message)
+
+
+def test_tokens_that_do_not_divide():
+    result = seqpar("layer", "--topology", "cpu:8", "--tokens", "100")
+    refused(result, "query tokens T = 100 is not divisible by the 8 devices")
+
+
+def test_nothing_is_left_running_after_its_time(tmp_path):
+    """Neither the process nor what it started."""
+    file, pids = tmp_path / "slow.py", tmp_path / "pids"
+    file.write_text(f"""
+import os, subprocess, time
+def waits(tokens):
+    child = subprocess.Popen(["sleep", "600"])
+    open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+    time.sleep(600)
+""")
+    began = time.monotonic()
+    result = seqpar(f"{file}:waits", "--topology", "cpu:8", "--timeout", "25")
+    refused(result, "was not compiled in 25 s: give it a longer timeout")
+    assert time.monotonic() - began < 60
+    for pid in map(int, pids.read_text().split()):
+        assert not alive(pid)
+
+
+def test_the_process_ends_with_its_parent(tmp_path):
+    """A command that is killed leaves none behind."""
+    file, pids = tmp_path / "slow.py", tmp_path / "pid"
+    file.write_text(f"""
+import os, time
+def waits(tokens):
+    open({str(pids)!r}, "w").write(str(os.getpid()))
+    time.sleep(600)
+""")
+    command = [sys.executable, "-m", "jax_seqpar", "plan", f"{file}:waits", "--topology", "cpu:8"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: pids.exists() and pids.read_text() != "")
+        process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not alive(int(pids.read_text())))
+
+
+def wait_for(condition: Any) -> None:
+    limit = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("topology", "install"), (("v5e:4x4", "pip install libtpu"), ("h100:8", "[cuda]"))
+)
+def test_without_the_compiler_it_counts(topology, install, monkeypatch, tmp_path):
+    """And says what was not checked."""
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "nowhere.so"))
+    file = tmp_path / "plan.json"
+    result = seqpar("layer", "--topology", topology, "--train", "--json", str(file))
+    if topology == "h100:8" and Plan.from_json(file.read_text()).memory is not None:
+        pytest.skip("the compiler for GPUs is here")
+    assert result.exit_code == 0, result.output
+    assert "note: not checked: memory" in result.output
+    assert install in result.output
+    made = Plan.from_json(file.read_text())
+    assert (made.fits, made.memory, made.flops > 1e13) == (None, None, True)
+    assert sum(x.count for x in made.collectives) == 8
+    result = seqpar("layer", "--topology", topology, "--largest")
+    refused(result, "of 131072 tokens: not checked: memory")
+
+
+def exported(platform: str) -> Any:
+    """The front door with a named kernel, for four devices."""
+    from jax import export
+
+    from jax_seqpar import Blockwise
+
+    layout = MeshLayout()
+    mesh = jax.make_mesh((4,), ("seq",), devices=jax.devices()[:4])
+    x = jax.ShapeDtypeStruct((1, 64, 8, 16), jnp.float32, sharding=NamedSharding(mesh, layout.spec))
+    attend = jax.jit(
+        lambda q, k, v: dot_product_attention(
+            q, k, v, is_causal=True, kernel=Blockwise(), layout=layout.on(mesh)
+        )
+    )
+    return export.export(attend, platforms=(platform,))(x, x, x)
+
+
+def test_an_exported_program_runs_again():
+    """With the kernel named: one that is left open is chosen for the machine that exports."""
+    pytest.importorskip("flatbuffers")
+    from jax import export
+
+    made = exported("cpu")
+    again = export.deserialize(made.serialize())
+    assert (again.nr_devices, again.platforms) == (4, ("cpu",))
+    assert exported("tpu").platforms == ("tpu",)
+    mesh = jax.make_mesh((4,), ("seq",), devices=jax.devices()[:4])
+    sharding = NamedSharding(mesh, MeshLayout().spec)
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (1, 64, 8, 16)), sharding)
+    expected = jax.nn.dot_product_attention(x, x, x, is_causal=True)
+    assert jnp.allclose(jax.jit(again.call)(x, x, x), expected, atol=1e-5)

@@ -1,0 +1,265 @@
+"""What the planner reads in compiled programs, and what it makes of it: values, JSON, charts."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from jax_seqpar.chips import CHIPS, Chip
+from jax_seqpar.cli.plan_chart import chart
+from jax_seqpar.cli.plan_command import layout_of
+from jax_seqpar.cli.plan_sizes import mesh_of, size_of, tokens_as_text
+from jax_seqpar.cli.plan_table import sweep_table, verdict
+from jax_seqpar.plan import Plan
+from jax_seqpar.plan.answer import OUT_OF_MEMORY
+from jax_seqpar.plan.collective_rows import Collective, collectives_of
+from jax_seqpar.plan.compiled_text import Copies, layout_copies
+from jax_seqpar.plan.count import Sent
+from jax_seqpar.plan.largest import largest, predict
+from jax_seqpar.plan.machine import Machine
+from jax_seqpar.plan.report import Chosen, Memory
+from jax_seqpar.plan.roofline import part
+from jax_seqpar.plan.scopes import part_of
+from jax_seqpar.plan.transfers import across_slices, transfers
+
+MACHINE = Machine("v5e:2x4", 1, {"data": 2, "seq": 4})
+CHIP = Chip("c", flops=100.0, inside=10.0, between=1.0, bandwidth=50.0, memory=1000.0)
+# As libtpu and XLA write them, shortened: groups in each of their forms, along "seq" and "data".
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%body (p: f32[2]) -> f32[2] {
+  %all-gather.9 = bf16[8]{0} all-gather(%p), channel_id=9, replica_groups={{0,4},{1,5},{2,6},{3,7}}, metadata={op_name="jit(f)/jvp(layer/mlp)/while/body/dot_general"}
+}
+
+%async_collective_fusion.1 (p: f32[2]) -> f32[2] {
+  %all-gather.1 = bf16[64]{0} all-gather(%p), channel_id=12, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, frontend_attributes={chain_id="0"}, metadata={op_name="jit(f)/jvp(loss)/convert_element_type"}
+}
+
+%async_collective_fusion.2 (p: f32[2]) -> f32[2] {
+  %all-gather.2 = bf16[64]{0} all-gather(%p), channel_id=12, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, frontend_attributes={chain_id="0"}, metadata={op_name="jit(f)/jvp(loss)/convert_element_type"}
+}
+
+ENTRY %main () -> f32[2] {
+  %all_to_all.1 = bf16[4,8]{1,0} all-to-all(%a), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, metadata={op_name="jit(f)/jvp(layer/attention)/shard_map/all_to_all"}
+  %all-to-all-start = ((bf16[4,8]{1,0}), bf16[4,8]{1,0}, u32[]) all-to-all-start(%b), channel_id=1, replica_groups=[2,4]<=[8], metadata={op_name="jit(f)/layer/attention/all_to_all"}
+  %splash.1 = bf16[4,8] custom-call(%d), custom_call_target="tpu_custom_call"
+  %all-to-all-done = bf16[4,8]{1,0} all-to-all-done(%all-to-all-start)
+  %w = f32[2] while(%t), condition=%cond, body=%body
+  %collective-permute-start = (f32[4]{0}, f32[4]{0}) collective-permute-start(%c), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, metadata={op_name="jit(f)/ppermute"}, backend_config={"is_sync":true}
+  %collective-permute-done = f32[4]{0} collective-permute-done(%collective-permute-start)
+  %all-reduce.1 = f32[8]{0} all-reduce(%c), replica_groups=[4,2]<=[2,4]T(1,0), metadata={op_name="jit(f)/psum_invariant"}
+  %all-reduce.2 = (f32[8]{0}, bf16[2]{0}) all-reduce(%c, %d), replica_groups={}, metadata={op_name="jit(f)/dot_general"}
+  ROOT %copy.1 = f32[2]{0} copy(%w), backend_config={"estimated_cycles":"30"}
+  %fusion.1 = f32[2]{0} fusion(%w), backend_config={"estimated_cycles":"70"}
+}
+"""  # noqa: E501
+
+
+def found() -> list[Any]:
+    return transfers(TEXT)
+
+
+def test_the_groups_of_every_form_are_mesh_axes():
+    axes = {x.name: MACHINE.groups.get(x.groups) for x in found() if "permute" not in x.kind}
+    assert axes == {
+        "all-gather.9": ("data",),
+        "all-gather.1": ("seq",),
+        "all_to_all.1": ("seq",),
+        "all-to-all-start": ("seq",),
+        "all-reduce.1": ("data",),
+        "all-reduce.2": None,  # those of all devices are not written
+    }
+
+
+def test_a_fused_gather_counts_once_by_its_channel():
+    gathers = [x for x in found() if x.kind == "all-gather"]
+    assert [(x.name, x.nbytes, x.asynchronous, x.in_loop) for x in gathers] == [
+        ("all-gather.9", 16, False, True),
+        ("all-gather.1", 128, True, False),
+    ]
+    assert [x.part for x in gathers] == ["layer/mlp", "loss"]
+
+
+def test_what_is_asynchronous_in_truth():
+    by_name = {x.name: (x.asynchronous, x.under) for x in found()}
+    assert by_name["all-to-all-start"] == (True, ("splash.1",))
+    assert by_name["all_to_all.1"] == (False, ())
+    assert by_name["collective-permute-start"] == (False, ())  # "is_sync" says so
+
+
+def test_the_rows_of_a_plan():
+    """Counts of what the program writes are those of its loops; of what is added, of the text."""
+    sent = [Sent("all-to-all", ("seq",), "layer/attention", 96.0, 2)]
+    rows, received = collectives_of(sent, found(), MACHINE)
+    by_key = {(x.kind, x.axes, x.written): x for x in rows}
+    assert by_key["all-to-all", ("seq",), True] == Collective(
+        *("all-to-all", ("seq",), 2, 96.0, 0.0, True),
+        compiled=2,
+        asynchronous=1,
+        hidden=1,
+        under=("splash.1",),
+    )
+    assert by_key["all-gather", ("seq",), False].inside == 128 * 3 / 4
+    assert by_key["all-reduce", ("data", "seq"), False].inside == 2 * (32 + 4) * 7 / 8
+    assert sum(x.inside for x in received if x.part == "loss") == 96.0
+
+
+def test_a_plan_of_slices_has_sends():
+    machine = Machine("v5e:2x4", 2, {"seq": 16})
+    text = (
+        ' %s = (f32[2]) send(%a), frontend_attributes={_xla_megascale_transfer_type="ALL_TO_ALL"}'
+    )
+    assert across_slices(text + "\n" + text) == {"all-to-all": 2}
+    sent = [Sent("all-to-all", ("seq",), "", 15.0, 2)]
+    (row,), _ = collectives_of(sent, [], machine, across_slices(text))
+    assert (row.between, row.inside, row.link) == (pytest.approx(8), pytest.approx(7), "between")
+    assert (row.compiled, row.asynchronous, row.hidden) == (1, 1, 0)
+
+
+def test_layout_copies_are_a_share():
+    assert layout_copies(TEXT) == Copies(30, 100)
+    assert Copies(30, 100).share == 0.3
+    assert layout_copies("HloModule a\n") is None
+
+
+@pytest.mark.parametrize(
+    ("scope", "part"),
+    (
+        ("jit(f)/jvp(layer/mlp)/shard_map/while/body", "layer/mlp"),
+        ("transpose(jvp(jvp()))/checkpoint/rematted_computation/layer/mlp/x", "layer/mlp"),
+        ("jvp(attention)/vmap(static_sparsity_splash)/splash_mha", "attention"),
+        ("jvp(loss)/bsd,dv->bsv", "loss"),
+        ("jit(f)/jit(g)", ""),
+    ),
+)
+def test_the_part_of_a_scope(scope, part):
+    assert part_of(scope) == part
+
+
+def test_the_roofline_says_what_bounds():
+    assert part("a", 200.0, 50.0, 0.0, 0.0, CHIP).bound == "compute"
+    assert part("a", 100.0, 100.0, 0.0, 0.0, CHIP).bound == "memory"
+    slow = part("a", 100.0, 50.0, 5.0, 3.0, CHIP)
+    assert (slow.bound, slow.link, slow.seconds) == ("link", 3.5, 3.5)
+
+
+def plan_of(tokens: int, *, peak: int, **fields: Any) -> Plan:
+    memory = Memory(peak, 100, peak, 50, 20)
+    plan = Plan("f", "v5e:2x4", 1, {"seq": 8}, 8, CHIP, tokens, memory)
+    return replace(plan, **({"parts": (part("a", 10.0 * tokens, 9.0, 8.0, 7.0, CHIP),)} | fields))
+
+
+def test_a_plan_fits_by_its_peak():
+    """Arguments and temporaries together are more: 100 + 950 of 1000."""
+    assert plan_of(1, peak=950).fits is True
+    assert plan_of(1, peak=1001).fits is False
+    assert replace(plan_of(1, peak=1), memory=None).fits is None
+    assert replace(plan_of(1, peak=1), memory=None, needed=2000).fits is False
+    assert "fits: peak 0.00 of 0.00 GiB on each device (95 %)" in verdict(plan_of(1, peak=950))
+
+
+def test_a_transfer_under_a_kernel_is_not_exposed():
+    row = Collective("all-to-all", ("seq",), 2, 20.0, 0.0, True, compiled=2, hidden=1)
+    plan = plan_of(1, peak=1, collectives=(row,), parts=(part("a", 500.0, 1.0, 20.0, 0.0, CHIP),))
+    assert (plan.exposed, plan.at_least) == (1.0, 6.0)
+    assert replace(plan, collectives=(replace(row, hidden=2),)).at_least == 5.0
+
+
+def test_json_round_trips():
+    row = Collective("all-to-all", ("data", "seq"), 2, 20.0, 1.0, True, 2, 1, 1, ("splash.1",))
+    chosen = Chosen("Ulysses()", None, "alone", 1.0, None)
+    plan = plan_of(7, peak=9, collectives=(row,), copies=Copies(1, 2), choice=chosen, notes=("n",))
+    for one in (plan, replace(plan, memory=None, copies=None, choice=None, failure="no")):
+        assert Plan.from_json(one.to_json()) == one
+    with pytest.raises(ValueError, match=r"is not a plan .*Give what Plan.to_json wrote"):
+        Plan.from_json('{"name": 1}')
+
+
+@pytest.mark.parametrize("limit", (1000, 5000, 12_345))
+@pytest.mark.parametrize("curve", (0.0, 0.02, -0.01))
+def test_the_largest_is_that_of_brute_force(limit, curve):
+    """Whatever the line misses: the answer fits, and one step more does not."""
+    asked: list[int] = []
+
+    def peak(tokens: int) -> int:
+        return int(100 + 1.5 * tokens + curve * tokens * min(tokens, 400) ** 0.5)
+
+    def plan(tokens: int) -> Plan:
+        asked.append(tokens)
+        chip = replace(CHIP, memory=float(limit))
+        found = replace(plan_of(tokens, peak=peak(tokens)), chip=chip)
+        return found if peak(tokens) <= limit else replace(found, memory=None, needed=peak(tokens))
+
+    answer, plans = largest(plan, 64, 16)
+    assert answer == max(n for n in range(0, 20_000, 16) if peak(n) <= limit)
+    assert len(asked) == len(set(asked)) == len(plans) <= 8
+    assert {answer, answer + 16} <= set(asked)
+
+
+def test_nothing_fits():
+    def plan(tokens: int) -> Plan:
+        return replace(plan_of(tokens, peak=1), memory=None, needed=2000 + tokens)
+
+    assert largest(plan, 64, 16)[0] == 0
+
+
+def test_a_largest_that_cannot_be_found():
+    failed = replace(plan_of(64, peak=1), memory=None, failure="the compiler is missing")
+    with pytest.raises(RuntimeError, match=r"of 64 tokens: the compiler is missing. Give other"):
+        largest(lambda tokens: failed, 64, 16)
+
+
+def test_the_prediction_is_a_line():
+    assert predict([plan_of(10, peak=110)]) == pytest.approx(900)
+    assert predict([plan_of(10, peak=110), plan_of(20, peak=310)]) == pytest.approx(54.5)
+
+
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    (
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (57.00G) exceeds available HBM (15.75G).", ("57.00", "G")),
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+         "hbm. Used 20.10G of 15.75G hbm.", ("20.10", "G")),
+    ),
+)  # fmt: skip
+def test_the_words_of_a_compiler_without_memory(said, needed):
+    match = OUT_OF_MEMORY.search(said)
+    assert match is not None
+    assert (match[1] or match[3], match[2] or match[4]) == needed
+
+
+def test_a_chart_is_drawn(tmp_path):
+    plans = [plan_of(64, peak=200), plan_of(128, peak=600), plan_of(256, peak=1)]
+    plans[2] = replace(plans[2], memory=None, needed=1400)
+    for against in ("tokens", "degree"):
+        chart(plans, against, tmp_path / f"{against}.png")
+        assert (tmp_path / f"{against}.png").read_bytes().startswith(b"\x89PNG")
+    assert sweep_table(plans, "tokens").row_count == 3
+
+
+def test_sizes_as_people_write_them():
+    assert [size_of(x) for x in ("128K", "1M", "4096", " 2g ")] == [1 << 17, 1 << 20, 4096, 1 << 31]
+    assert [tokens_as_text(n) for n in (1 << 17, 1 << 20, 100, 96 << 10)] == [
+        *("128K", "1M", "100", "96K")
+    ]
+    assert mesh_of("data=2,seq=8") == {"data": 2, "seq": 8}
+    for text in ("12T", "x", "0", "-4", "1.5M"):
+        with pytest.raises(ValueError, match=r"is no size. Write a number as 4096, 128K or 1M"):
+            size_of(text)
+    with pytest.raises(ValueError, match=r"is no mesh. Write"):
+        mesh_of("seq:8")
+
+
+def test_the_layout_of_named_axes():
+    assert layout_of({"data": 2, "seq": 4, "tensor": 2}).axis_names == ("data", "seq", "tensor")
+    assert layout_of({"ring": 2, "seq": 8}).tokens == ("ring", "seq")
+    assert layout_of({"data": 8}).tokens is None
+
+
+def test_every_chip_of_the_table_has_a_source():
+    assert {chip.source == "" for chip in CHIPS.values()} == {False}
+    assert all(chip.bandwidth > chip.inside > chip.between > 0 for chip in CHIPS.values())
+    assert all(chip.memory > 10e9 for chip in CHIPS.values())
+    assert json.dumps([chip.source for chip in CHIPS.values()])
