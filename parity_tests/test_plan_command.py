@@ -137,6 +137,7 @@ def refused(result: Any, message: str) -> None:
 def test_what_goes_wrong_in_the_process(function, message, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("""
+import os
 def aborts(tokens):
     os.write(2, b"the compiler's last words\\n")
     os.abort()

@@ -88,6 +88,18 @@ def test_the_decoder_of_the_examples_has_kernels_for_tpus():
     assert plan.flops == pytest.approx(ours.flops, rel=0.02)
 
 
+def test_a_kernel_without_a_schedule_computes_every_block():
+    """At a million tokens that of dq does not fit into scalar memory: three products of all pairs.
+
+    Forward has two, and the other gradients have four, of the half that is allowed.
+    """
+    tokens = 1 << 20
+    plan = counted(AttentionLayer(tokens, train=True), Machine("v5p:4x4x4", 1, {"seq": 64}))
+    product = 2 * tokens**2 * 128 * 64 / 64  # a head for each device
+    assert plan.flops == pytest.approx((2 / 2 + 4 / 2 + 3) * product, rel=0.01)
+    assert not any("skip blocks" in note for note in plan.notes)
+
+
 @pytest.mark.parametrize("train", (False, True))
 def test_cudnn_by_its_formula(train):
     plan = counted(AttentionLayer(TOKENS, train=train), Machine("h100:8", 1, {"seq": 8}))

@@ -53,11 +53,18 @@ def _pallas(equation: Any, value: Callable[[Any], Any]) -> Kernel:
     grid = params["grid_mapping"]
     blocks = math.prod(int(n) for n in grid.grid)
     part: float | None = None
-    if name.startswith("splash") and grid.num_index_operands > SPLASH_BLOCKS:
-        meets = value(equation.invars[SPLASH_BLOCKS])
-        part = None if meets is None else float(np.mean(np.asarray(meets) != 0))
+    if name.startswith("splash"):
+        part = _computed_part(equation, grid.num_index_operands, value)
     flops = _products(params["jaxpr"]) * blocks * (1 if part is None else part)
     return Kernel(name, flops, _moved(equation), whole_grid=part is None)
+
+
+def _computed_part(equation: Any, scalars: int, value: Callable[[Any], Any]) -> float | None:
+    """Of splash attention's grid; None where nobody knows before it runs."""
+    if scalars <= SPLASH_BLOCKS:
+        return 1.0  # without a schedule every block is computed, and masked
+    meets = value(equation.invars[SPLASH_BLOCKS])
+    return None if meets is None else float(np.mean(np.asarray(meets) != 0))
 
 
 def _products(jaxpr: Any) -> float:

@@ -1,0 +1,212 @@
+"""The planner with the compiler for TPUs: memory, what it adds, machines, the largest sequence."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from jax_seqpar import MeshLayout, compiler_options
+from jax_seqpar.chips import CHIPS
+from jax_seqpar.cli import app
+from jax_seqpar.plan import Decoder, Plan, compiler_environment, missing_compiler
+from jax_seqpar.plan.answer import Request
+from jax_seqpar.plan.machine import Machine
+from jax_seqpar.plan.targets import AttentionLayer, DecoderStep, FromFile
+from jax_seqpar.plan.worker import ask
+from jax_seqpar.strategies import Hybrid, Ring
+
+MISSING = missing_compiler("v5e:2x4")
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+]
+TOKENS = 1 << 16
+EIGHT = Machine("v5e:2x4", 1, {"seq": 8})
+
+
+@pytest.fixture(scope="module")
+def layer() -> Plan:
+    """One attention with gradients on eight devices: one compilation for many questions."""
+    asked = Request(AttentionLayer(TOKENS, train=True), EIGHT, compiler_options("tpu"))
+    made = ask(asked)
+    assert made.failure is None
+    return made
+
+
+def test_memory_is_the_peak(layer):
+    """At least arguments and results; a device has 8192 tokens, of 32 and 8 heads in bfloat16."""
+    assert layer.fits is True
+    memory = layer.memory
+    head = TOKENS // 8 * 128 * 2
+    assert memory.arguments == (2 * 32 + 2 * 8) * head
+    assert memory.arguments + memory.results <= memory.peak < 16 << 30
+    assert memory.donated == 0
+
+
+def test_its_collectives_and_kernels(layer):
+    (row,) = layer.collectives
+    head = TOKENS // 8 * 128 * 2
+    assert (row.kind, row.axes, row.count, row.compiled) == ("all-to-all", ("seq",), 8, 8)
+    assert row.inside == 2 * (2 * 32 + 2 * 8) * head * 7 / 8
+    assert row.asynchronous == 8
+    assert row.hidden < 8  # one slice of the heads has little to hide them under
+    assert sum(layer.kernels.values()) == 3
+    assert all(name.startswith("splash") for name in layer.kernels)
+
+
+def test_layout_copies_have_a_share(layer):
+    assert 0 < layer.copies.cycles < layer.copies.all_cycles
+    assert layer.step.bound == "compute"
+    assert layer.at_least == layer.step.compute + layer.exposed
+
+
+def test_the_choice_knows_that_a_slice_has_no_slow_links(layer):
+    assert "crosses" not in layer.choice.reason
+
+
+# What libtpu says that it has, of a program that is too large: in a process of its own.
+ASK = """
+import json, re, jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from jax_seqpar.plan import devices
+found = {}
+for name, topology in {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4",
+                       "tpu7x": "tpu7x:2x2x1"}.items():
+    device, *_ = all_devices = devices(topology)
+    x = jax.ShapeDtypeStruct((1 << 36,), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x * 2 + 1).lower(x).compile()
+    except jax.errors.JaxRuntimeError as error:
+        has = re.search(r"available HBM \\(([\\d.]+)G\\)", str(error))[1]
+        found[name] = [float(has), device.device_kind, len(all_devices)]
+print(json.dumps(found))
+"""
+
+
+def test_the_memory_of_the_table_is_what_libtpu_has():
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env=os.environ | compiler_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    chips = {chip.name: (chip, kind) for kind, chip in reversed(CHIPS.items())}
+    for name, (gib, kind, count) in said.items():
+        chip, beginning = chips[name]
+        assert chip.memory / 2**30 == pytest.approx(gib, abs=0.005)
+        assert kind.startswith(beginning)
+        assert count == (8 if name in ("v5e", "v6e") else 4) * chip.devices
+
+
+MESHES = """
+import json, jax
+from jax.experimental import topologies
+from jax.sharding import AxisType
+from jax_seqpar.plan.machine import Machine
+found = []
+for topology, sizes in (("v5e:4x4", {"seq": 16}), ("v5e:4x4", {"data": 4, "seq": 4}),
+                        ("v4:2x2x2", {"seq": 8}), ("tpu7x:2x2x2", {"data": 2, "seq": 8})):
+    if topology != "v4:2x2x2":  # whose devices need an option, as in topology.py
+        devices = topologies.get_topology_desc(topology, "tpu").devices
+        theirs = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
+        found.append([x.id for x in theirs.devices.flat])
+    else:
+        found.append(list(range(8)))
+    ours = Machine(topology, 1, sizes).devices()
+    ids = [x.id for x in ours.devices.flat]
+    found.append(ids if topology != "v4:2x2x2" else sorted(ids))
+two = Machine("v5e:2x4", 2, {"data": 2, "seq": 8})
+mesh, links = two.devices(), two.links
+found.append([x.slice_index for x in mesh.devices.flat])
+found.append([x.slice_index for x in links.devices.flat])
+print(json.dumps(found))
+"""
+
+
+def test_the_mesh_is_that_of_make_mesh():
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES],
+        env=os.environ | compiler_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found[0::2] == found[1::2]
+    assert found[0] != sorted(found[0])  # along the torus, not as they are numbered
+    assert found[-1] == [0] * 8 + [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (("--topology", "v5e:3x3"), "topology 'v5e:3x3' is unknown to libtpu"),
+        (("--topology", "v5e:2x4", "--tokens", "1M", "--mesh", "data=8,seq=1", "--batch", "64"),
+         "out of memory: a device needs"),
+    ),
+)  # fmt: skip
+def test_a_sentence_where_there_is_no_answer(options, message):
+    result = CliRunner().invoke(app, ["plan", "layer", *options])
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_ulysses_and_a_hybrid_across_slices():
+    """Four exchanges that are sent between slices; a hybrid sends keys and values alone."""
+    tokens = 1 << 15
+    machine = Machine("v5e:2x4", 2, {"ring": 2, "seq": 8})
+    layout = MeshLayout(tokens=("ring", "seq"))
+    whole = ask(Request(AttentionLayer(tokens, layout=layout), machine))
+    (row,) = whole.collectives
+    assert (row.count, row.compiled, row.link) == (4, 4, "between")
+    assert any("4 all-to-all" in note for note in whole.notes)
+    both = ask(Request(AttentionLayer(tokens, layout=layout, strategy=Hybrid(Ring())), machine))
+    rows = {x.kind: x for x in both.collectives}
+    assert rows["all-to-all"].link == "inside"
+    assert rows["collective-permute"].between == 2 * 8 * tokens // 16 * 128 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize("own", (True, False), ids=("the planner's", "the example's"))
+def test_a_train_step_has_splash_kernels(own, tmp_path):
+    """One layer, 128K tokens on 16 devices: 12 all-to-alls, and gathers that the compiler adds."""
+    machine, tokens = Machine("v5e:4x4", 1, {"seq": 16}), 1 << 17
+    target: Any = FromFile(os.path.abspath("examples/plan_decoder.py"), "train_step", tokens)
+    if own:
+        target = DecoderStep(Decoder(tokens))
+    made = ask(Request(target, machine, dump=str(tmp_path)), timeout=1800)
+    assert made.failure is None
+    assert made.fits is True
+    rows = {(x.kind, x.written): x for x in made.collectives}
+    assert (rows["all-to-all", True].count, rows["all-to-all", True].compiled) == (12, 12)
+    assert not rows["all-gather", False].written
+    text = (tmp_path / "compiled.txt").read_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 4
+    assert made.memory.arguments + made.memory.temporaries > made.memory.peak
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_largest_sequence_compiles_and_the_next_does_not(tmp_path):
+    file, png = tmp_path / "a.json", tmp_path / "a.png"
+    options = ("--topology", "v5e:2x2", "--tokens", "2M", "--step", "512K", "--largest")
+    result = CliRunner().invoke(
+        app, ["plan", "layer", *options, "--json", str(file), "--png", str(png)]
+    )
+    assert result.exit_code == 0, result.output
+    plans = [Plan.from_json(json.dumps(x)) for x in json.loads(file.read_text())]
+    fit = [x.tokens or 0 for x in plans if x.fits]
+    fail = [x.tokens or 0 for x in plans if x.fits is False]
+    assert min(fail) - max(fit) == 1 << 19
+    assert np.diff([x.memory.peak for x in plans if x.memory is not None]).min() > 0
