@@ -1,4 +1,6 @@
-"""Planning: what an attention sends, holds and hides on devices that need not be there.
+"""Planning: what a program sends, holds, computes and hides on devices that need not be there.
+
+`plan` answers for any function that can be jitted, as the command `seqpar plan` does.
 
 A `Program` describes the attention of one call: a topology, shapes, a mask, a strategy. Its
 `compile` asks the compiler of that topology, which runs on any machine, and returns the
