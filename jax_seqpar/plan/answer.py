@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from .. import __version__
 from ..mesh_layout import MeshLayout
 from .assumed_gpu import assumed_gpu
 from .collective_rows import collectives_of
@@ -100,8 +99,8 @@ def answer(request: Request) -> Plan:
 
 def versions() -> dict[str, str]:
     """Of the packages that an answer depends on."""
-    found = {"jax-seqpar": __version__}
-    for package in ("jax", "jaxlib", "libtpu"):
+    found = {}
+    for package in ("jax-seqpar", "jax", "jaxlib", "libtpu"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

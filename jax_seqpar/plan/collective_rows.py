@@ -9,7 +9,9 @@ from .machine import Machine
 from .roofline import Received
 from .transfers import Transfer
 
-# XLA's factor is of the operand, and a compiled program states the result.
+# What libtpu calls a permute that it sends between slices.
+OF_MEGASCALE = {"collective-permute": "one-to-one"}
+# The factors of a count are of the operand, and a compiled program states the result.
 OF_RESULT = {"reduce-scatter": lambda n: float(n - 1)}
 
 
@@ -71,6 +73,9 @@ def collectives_of(
       across: by kind, the sends between slices that libtpu makes of a collective, as
         `across_slices` finds them; a send is awaited by an instruction of its own.
     """
+    sent = list(sent)
+    if compiled is not None:
+        compiled = _told_apart(compiled, sent, machine)
     ones = [_One(x.kind, x.axes, x.part, x.received, x.count, True) for x in sent]
     ones += [_added(x, machine) for x in compiled or () if not x.written]
     rows = tuple(
@@ -84,10 +89,37 @@ def collectives_of(
     return tuple(_sent_across(row, across) for row in rows), received
 
 
+def _told_apart(compiled: list[Transfer], sent: list[Sent], machine: Machine) -> list[Transfer]:
+    """The same, each either written or added.
+
+    Of those of which the text does not tell, as many are written as the program has more than the
+    others, if what they bring is what one of the program's brings.
+    """
+    left: dict[object, int] = {}
+    for x in sent:
+        left[x.kind, x.axes] = left.get((x.kind, x.axes), 0) + 1
+    for x in compiled:
+        if x.written:
+            key = x.kind, axes_of(x, machine)
+            left[key] = left.get(key, 0) - 1
+    brought = {(x.kind, x.axes, round(x.received / x.count)) for x in sent}
+    found = []
+    for x in compiled:
+        if x.written is None:
+            one = _added(x, machine)
+            mine = (one.kind, one.axes, round(one.received)) in brought
+            written = mine and left.get((one.kind, one.axes), 0) > 0
+            left[one.kind, one.axes] = left.get((one.kind, one.axes), 0) - written
+            x = replace(x, written=written)
+        found.append(x)
+    return found
+
+
 def _sent_across(row: Collective, across: Mapping[str, int]) -> Collective:
-    if not row.between or row.compiled != 0 or row.kind not in across:
+    count = across.get(OF_MEGASCALE.get(row.kind, row.kind), 0)
+    if not row.between or row.compiled != 0:
         return row
-    return replace(row, compiled=across[row.kind], asynchronous=across[row.kind])
+    return replace(row, compiled=count, asynchronous=count)
 
 
 def _added(transfer: Transfer, machine: Machine) -> _One:

@@ -111,13 +111,11 @@ class Machine:
     @cached_property
     def groups(self) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
         """Mesh axes by the groups of devices that differ along them alone, fewest axes first."""
-        numbers, found = np.arange(self.count).reshape(tuple(self.mesh.values())), {}
-        for many in range(1, len(self.mesh) + 1):
-            for axes in combinations(range(len(self.mesh)), many):
-                moved = np.moveaxis(numbers, axes, range(-many, 0))
-                rows = moved.reshape(-1, math.prod(moved.shape[-many:]))
-                key = frozenset(frozenset(map(int, row)) for row in rows)
-                found.setdefault(key, tuple(list(self.mesh)[i] for i in axes))
+        found = _groups(self.mesh)
+        if self.slices > 1:
+            # libtpu writes the program of one slice, whose devices it numbers from 0.
+            inside = {name: n // self.between[name] for name, n in self.mesh.items()}
+            found = {**_groups({k: n for k, n in inside.items() if n > 1}), **found}
         return found
 
     def far(self, axes: tuple[str, ...]) -> float:
@@ -127,6 +125,17 @@ class Machine:
         size = math.prod(self.mesh[name] for name in axes)
         near = size // math.prod(self.between[name] for name in axes)
         return (size - near) / max(size - 1, 1)
+
+
+def _groups(mesh: Sizes) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
+    numbers, found = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values())), {}
+    for many in range(1, len(mesh) + 1):
+        for axes in combinations(range(len(mesh)), many):
+            moved = np.moveaxis(numbers, axes, range(-many, 0))
+            rows = moved.reshape(-1, math.prod(moved.shape[-many:]))
+            key = frozenset(frozenset(map(int, row)) for row in rows)
+            found.setdefault(key, tuple(list(mesh)[i] for i in axes))
+    return found
 
 
 @dataclass(frozen=True)

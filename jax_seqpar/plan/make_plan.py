@@ -17,7 +17,7 @@ def plan(
     slices: int = 1,
     mesh: Mapping[str, int] | None = None,
     compiler_options: Mapping[str, Any] | None = None,
-    timeout: float | None = 600.0,
+    timeout: int | float | None = 600,
 ) -> Plan:
     """What a function costs on a machine: memory, collectives, FLOPs, and seconds at least.
 

@@ -148,7 +148,8 @@ class DecoderStep:
     @property
     def name(self) -> str:
         what = "train step" if self.decoder.train else "loss"
-        return f"decoder of {self.decoder.layers} layers, {what}"
+        layers = "1 layer" if self.decoder.layers == 1 else f"{self.decoder.layers} layers"
+        return f"decoder of {layers}, {what}"
 
     @property
     def tokens(self) -> int:

@@ -25,7 +25,8 @@ class Transfer:
       kind: "all-to-all".
       groups: devices that take part together, by their place in the mesh; pairs of a permute.
       nbytes: of its results.
-      written: whether the program writes it; the compiler's partitioner added it otherwise.
+      written: whether the program writes it; the compiler's partitioner added it otherwise. None
+        where the text does not tell, as that of several slices by libtpu 0.0.42.
       part: the named scope.
       asynchronous: whether other work may run meanwhile.
       under: kernels and loops scheduled between its start and its end.
@@ -36,7 +37,7 @@ class Transfer:
     kind: str
     groups: Groups
     nbytes: int
-    written: bool
+    written: bool | None
     part: str
     asynchronous: bool
     under: tuple[str, ...]
@@ -65,7 +66,7 @@ def transfers(text: str) -> list[Transfer]:
             kind,
             _groups(line),
             bytes_of_types(results.get(name, types)),
-            bool(WRITTEN.search(scope)),
+            bool(WRITTEN.search(scope)) if scope else None,
             part_of(scope.rpartition("/")[0]),
             fused or (start is not None and name in under),
             under.get(name, (("a fusion",) if fused else ())),

@@ -23,7 +23,7 @@ from .topology import compiler_environment
 REQUEST, PLAN, LOG = "request.pickle", "plan.json", "log.txt"
 
 
-def ask(request: Request, timeout: float = 600.0) -> Plan:
+def ask(request: Request, timeout: int | float = 600) -> Plan:
     """The plan of a request, by a process of its own; what goes wrong is its `failure`.
 
     Args:
@@ -55,7 +55,7 @@ def ask(request: Request, timeout: float = 600.0) -> Plan:
     return replace(request.start, failure=failure)
 
 
-def _run(folder: str, timeout: float) -> int | None:
+def _run(folder: str, timeout: int | float) -> int | None:
     """The exit status; None if it had to be stopped for its time."""
     path = os.pathsep.join(x for x in sys.path if x)
     environment = os.environ | compiler_environment() | {"PYTHONPATH": path}
