@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
+from jax._src.cudnn import fused_attention_stablehlo
 
 from ..kernels import cudnn
 from .gpu_targets import gpu_target
 
+JAX_CUDNN: Any = fused_attention_stablehlo
 CUDNN_VERSION = 91000  # 9.10, as in the description of an H100
 
 
@@ -24,11 +26,11 @@ def assumed_gpu(topology: str) -> Iterator[None]:
     JAX asks for cuDNN's version while it traces, and raises "cuDNN is not detected" without its
     CUDA plugin (JAX 0.10.2), though nothing is compiled yet.
     """
-    before = jax_cudnn.cuda_versions
+    before = JAX_CUDNN.cuda_versions
     if before is None:
-        jax_cudnn.cuda_versions = _Versions()
+        JAX_CUDNN.cuda_versions = _Versions()
     try:
         with cudnn.assume_compute_capability(gpu_target(topology).compute_capability):
             yield
     finally:
-        jax_cudnn.cuda_versions = before
+        JAX_CUDNN.cuda_versions = before

@@ -6,7 +6,8 @@ import numpy as np
 
 from .report import Plan
 
-MOST_PROBES = 16
+MOST_PROBES = 20
+TRUSTED = 5  # plans after which the line is no longer asked
 
 
 def largest(plan_of: Callable[[int], Plan], start: int, step: int) -> tuple[int, list[Plan]]:
@@ -27,7 +28,7 @@ def largest(plan_of: Callable[[int], Plan], start: int, step: int) -> tuple[int,
       RuntimeError: for a plan that neither fits nor is too large, with its failure.
     """
     known: dict[int, Plan] = {}
-    fits, fails, stride = 0, None, step
+    fits, fails = 0, None
     guess = max(start // step, 1) * step
     while fails is None or fails - fits > step:
         if len(known) == MOST_PROBES:
@@ -39,20 +40,19 @@ def largest(plan_of: Callable[[int], Plan], start: int, step: int) -> tuple[int,
         if plan.fits is None:
             said = plan.failure or "; ".join(plan.notes) or "the compiler states no memory"
             raise RuntimeError(f"of {guess} tokens: {said}. Give other sizes, or a compiler.")
-        if plan.fits:
-            fits = guess
-        else:
-            fails = guess
-        predicted = int(predict(list(known.values())) // step) * step
-        if predicted > fits and (fails is None or predicted < fails):
-            guess, stride = predicted, step
-            continue
-        # Of what is known the line is wrong: away from it, in growing strides.
-        guess = fits + stride if predicted <= fits else (fails or fits) - stride
-        guess = max(guess, fits + step)
-        guess = guess if fails is None else min(guess, fails - step)
-        stride *= 2
+        fits, fails = (guess, fails) if plan.fits else (fits, guess)
+        guess = _next_guess(list(known.values()), fits, fails, step)
     return fits, [known[tokens] for tokens in sorted(known)]
+
+
+def _next_guess(plans: list[Plan], fits: int, fails: int | None, step: int) -> int:
+    """Tokens to try: where the line says, and where it was wrong too often, halfway."""
+    predicted = int(predict(plans) // step) * step
+    if fails is None:
+        return predicted if predicted > fits else fits + step * 2 ** (len(plans) // 2 - 1)
+    if len(plans) > TRUSTED:
+        return fits + (fails - fits) // (2 * step) * step
+    return min(max(predicted, fits + step), fails - step)
 
 
 def predict(plans: Sequence[Plan]) -> float:
