@@ -1,0 +1,38 @@
+"""Gradients clipped by their global norm."""
+
+import torch
+from torch import Tensor
+
+from .rounding import divide, multiply, square_root
+from .sums import total
+
+
+def global_norm(gradients: dict[str, Tensor]) -> Tensor:
+    """The root of the sum of squares of all tensors, a float32 scalar.
+
+    Of a tensor: the `total` of `g (*) g` along the last axis, then the `total` of those; then the
+    `total` over tensors, and `R(sqrt)`.
+    """
+    squares = [multiply(g, g) for g in gradients.values()]
+    of_tensors = [total(total(x, -1).flatten(), 0) for x in squares]
+    return square_root(total(torch.stack(of_tensors), 0))
+
+
+def clip(gradients: dict[str, Tensor], largest: float) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradients, `g (*) (C (/) norm)` where the norm is above C, and the norm before that.
+
+    Args:
+      gradients: float32 tensors by name.
+      largest: C, as the nearest float32.
+
+    Raises:
+      ValueError: a norm that is not finite; a step with it is not taken, on any rank.
+    """
+    norm = global_norm(gradients)
+    if not norm.isfinite():
+        raise ValueError(
+            f"The norm of the gradients of {len(gradients)} tensors is {norm.item()}. Give a "
+            f"smaller learning rate, or leave this batch out."
+        )
+    factor = torch.where(norm > largest, divide(largest, norm), 1.0)
+    return {name: multiply(g, factor) for name, g in gradients.items()}, norm

@@ -1,0 +1,56 @@
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .arithmetic import flush
+from .elementary import rsqrt
+from .rounding import R, add, divide, multiply, narrow
+from .sums import total
+
+
+def rms_norm(
+    x: Tensor, gamma: Tensor, eps: float, *, dtype: torch.dtype | None = None, group: Any = None
+) -> Tensor:
+    """`x (*) r (*) gamma` with `r = rsqrt((total(x (*) x) (/) D) (+) eps)`.
+
+    Backward: `dgamma = total_t(dy (*) n)`, over the tokens of all ranks; `dn = dy (*) gamma`,
+    `c = total_i(dn (*) n) (/) D`, `dx = R(dn - n c) (*) r`, where `n = x (*) r`.
+
+    Args:
+      x: `[..., D]`, float32 or bfloat16.
+      gamma: `[D]`, float32.
+      eps: as the nearest float32.
+      dtype: of the result, that of x if None.
+      group: the ranks that hold the other tokens.
+
+    Returns:
+      `[..., D]`. Differentiable once.
+    """
+    return _RMSNorm.apply(x, gamma, eps, dtype or x.dtype, group)  # pyright: ignore[reportReturnType]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, eps: float, dtype: torch.dtype, group: Any
+    ) -> Tensor:
+        s = total(multiply(x, x), -1)[..., None]
+        r = rsqrt(add(divide(s, x.shape[-1]), eps))
+        n = multiply(x, r)
+        ctx.dtype, ctx.group = x.dtype, group
+        ctx.save_for_backward(n, r, gamma)
+        return narrow(multiply(n, gamma), dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        n, r, gamma = ctx.saved_tensors
+        dgamma = total(multiply(dy, n).flatten(0, -2), 0, ctx.group)
+        dn = multiply(dy, gamma)
+        c = divide(total(multiply(dn, n), -1)[..., None], n.shape[-1])
+        dx = multiply(R(flush(dn) - flush(n) * flush(c)), r)
+        return narrow(dx, ctx.dtype), dgamma, None, None, None
