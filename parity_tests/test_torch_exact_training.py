@@ -45,17 +45,18 @@ def ranks():
     return run_ranks(on_ranks, 4, STEPS, timeout=500.0)
 
 
+def differing(got, expected):
+    """The names of the tensors that differ in a bit."""
+    return {x for x in expected if np.any(got[x].view(np.uint32) != expected[x].view(np.uint32))}
+
+
 def assert_same_bits(got, expected):
-    """Every loss, weight and moment; the losses are those of a run, that changed its weights."""
-    report = compare_bits(got, expected)
-    assert report.equal, str(report)
+    """Every loss, weight and moment; the losses are those of a run that changed its weights."""
+    assert got.keys() == expected.keys()
+    assert differing(got, expected) == set()
     losses = expected["losses"]
     assert np.all(np.isfinite(losses))
     assert len(set(losses.tolist())) == len(losses)
-
-
-def differing(got, expected):
-    return {name for name in expected if not np.array_equal(got[name], expected[name])}
 
 
 @pytest.mark.parametrize("mesh", [f"{data}x{sequence}" for data, sequence in MESHES])
@@ -91,16 +92,24 @@ def test_an_exponent_of_one_rank_is_found(one_step, ranks):
     assert all(len(differing(rank["mutation"], one_step)) > 10 for rank in ranks)
 
 
+@pytest.fixture(scope="module")
+def twenty_steps():
+    return exact_run(20)
+
+
 @pytest.mark.slow
-def test_twenty_steps(monkeypatch):
-    expected = exact_run(20)
+def test_twenty_steps_of_two_threads(twenty_steps, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     (two,) = run_ranks(in_one_process, 1, 20, threads=2, timeout=580.0)
-    assert_same_bits(two, expected)
+    assert_same_bits(two, twenty_steps)
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_four_ranks(twenty_steps):
     ranks = run_ranks(on_ranks, 4, 20, timeout=580.0)
     for rank in ranks:
         for data, sequence in MESHES:
-            assert_same_bits(rank[f"{data}x{sequence}"], expected)
+            assert_same_bits(rank[f"{data}x{sequence}"], twenty_steps)
     assert "weights.embedding" in differing(ranks[0]["ordinary"], ordinary_run(20))
 
 

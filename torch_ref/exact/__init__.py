@@ -1,6 +1,11 @@
-"""Attention whose bits do not depend on how it is computed: the reference in PyTorch.
+"""Attention and training whose bits do not depend on how they are computed: the reference in
+PyTorch.
 
-Written from `jax_seqpar/exact/SPEC.md`, not from the JAX version of it.
+The attention is written from `jax_seqpar/exact/SPEC.md`, not from the JAX version of it. A module
+for each operation of a transformer, each with its own derivative: `linear`, `norm`, `rotary`,
+`activation`, `embedding`, `residual`, `dropout`, `loss`; of a step, `clip` and `optimizer`. They
+are made of `rounding`, `elementary`, `sums` and `matmul`. `decoder` and `training_step` put them
+together, `ranks` says which rank has which tokens.
 """
 
 from .attention import exact_attention as exact_attention
