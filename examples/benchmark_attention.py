@@ -2,7 +2,7 @@
 
     python examples/benchmark_attention.py kernels    # one device's kernel, by tokens
     python examples/benchmark_attention.py skipping   # what windows, documents and lengths save
-    python examples/benchmark_attention.py pipeline   # four devices against DeepSpeed's four ranks
+    python examples/benchmark_attention.py pipeline   # four devices against four ranks of others
     python examples/benchmark_attention.py memory     # what each device holds, against a formula
 
 Each writes its numbers with `--json FILE`. Causal attention, float32, on the CPU, forward alone and
@@ -48,7 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from benchmark_peers import HAS_DEEPSPEED, PEER, Ranks, flash_runs
+from benchmark_peers import HAS_DEEPSPEED, PEER, PEER_RING, Ranks, flash_runs
 from benchmark_tools import (
     PASSES,
     TIMES,
@@ -66,7 +66,14 @@ from benchmark_tools import (
 from benchmark_ulysses import peak_growth
 from jax.sharding import NamedSharding
 
-from jax_seqpar import Mask, MeshLayout, Ulysses, blockwise_attention, dot_product_attention
+from jax_seqpar import (
+    Mask,
+    MeshLayout,
+    Ring,
+    Ulysses,
+    blockwise_attention,
+    dot_product_attention,
+)
 from jax_seqpar.parity.inputs import Case
 
 OURS, TORCH, JAX_NN = "blockwise", "torch flash", "jax.nn"
@@ -197,26 +204,38 @@ def pipeline(
     repeats: Repeats = 5,
     json_file: Json = None,
 ) -> None:
-    """Times the whole pipeline and DeepSpeed's on gloo; aim: it takes 1.3 times ours or more."""
+    """Times Ulysses, a ring, and others' on gloo; aim: DeepSpeed takes 1.3 times ours or more."""
     jax.config.update("jax_num_cpu_devices", degree)
-    ours, peer = f"jax_seqpar, {degree} devices", f"{PEER}, {degree} ranks"
+    ours, ring = f"jax_seqpar, {degree} devices", f"jax_seqpar ring, {degree} devices"
+    peer, peer_ring = (f"{what}, {degree} ranks" for what in (PEER, PEER_RING))
     cases = [Case(batch, n, heads, heads, head_dim) for n in tokens or (4096, 8192)]
     found = []
     if not HAS_DEEPSPEED:
         console.print(f'No DeepSpeed, so {PEER}: pip install "jax-seqpar[peers]"', markup=False)
-    with progress(len(cases) * 2 * (repeats + 1)) as step:
+    with progress(len(cases) * 4 * (repeats + 1)) as step:
         for case in cases:
             mesh = jax.make_mesh((degree,), ("seq",), devices=jax.devices("cpu")[:degree])
             sharding = NamedSharding(mesh, MeshLayout().spec)
             attention = partial(dot_product_attention, layout=MeshLayout(mesh=mesh))
-            runs = runs_of(programs(attention, case, sharding), case, sharding)
-            with Ranks(degree, case, threads) as ranks:
-                rows = {
-                    ours: [timer(run) for run in runs],
-                    peer: [partial(ranks.seconds, name) for name in PASSES],
+            runs = {
+                what: runs_of(
+                    programs(partial(attention, strategy=strategy), case, sharding), case, sharding
+                )
+                for what, strategy in ((ours, Ulysses()), (ring, Ring()))
+            }
+            with (
+                Ranks(PEER, degree, case, threads) as ulysses_ranks,
+                Ranks(PEER_RING, degree, case, threads) as ring_ranks,
+            ):
+                ranks = {peer: ulysses_ranks, peer_ring: ring_ranks}
+                rows = {what: [timer(run) for run in pair] for what, pair in runs.items()}
+                rows |= {
+                    what: [partial(x.seconds, name) for name in PASSES] for what, x in ranks.items()
                 }
                 lines = take_turns(rows, ours, repeats, step)
-                apart = float(np.abs(np.asarray(runs[0]()) - ranks.output()).max())
+                outputs = [np.asarray(runs[ring][0]()), *(x.output() for x in ranks.values())]
+            out = np.asarray(runs[ours][0]())
+            apart = max(float(np.abs(out - x).max()) for x in outputs)
             found += [{"tokens": case.tokens} | line | {"outputs_apart": apart} for line in lines]
     shape = f"{batch} x tokens x {heads} x {head_dim}"
     show(
@@ -226,7 +245,7 @@ def pipeline(
         section="tokens",
     )
     apart = max(line["outputs_apart"] for line in found)
-    console.print(f"Both give the same output, to {apart:.0e}. Threads of each rank: {threads}.")
+    console.print(f"All give the same output, to {apart:.0e}. Threads of each rank: {threads}.")
     save(json_file, {"baseline": ours, "threads": threads, "rows": found})
 
 

@@ -1,4 +1,12 @@
-"""What `benchmark_attention.py` compares with: PyTorch's kernel, and DeepSpeed's pipeline."""
+"""What `benchmark_attention.py` compares with: PyTorch's kernel, and pipelines on gloo ranks.
+
+Those of others that have a ring do not run on CPUs. Seen with PyTorch 2.13: yunchang 0.6.4 calls
+`aten::_scaled_dot_product_flash_attention`, which PyTorch has for GPUs alone, and for its other
+kernels raises "Not implemented backward for PyTorch attention types" (`kernels/attention.py`);
+ring-flash-attn 0.1.8 imports `flash_attn`, which needs CUDA; PyTorch's own `context_parallel` has
+no sharding strategy for its kernel for CPUs. `torch_ref.ring` is the ring here: written to be read,
+with all weights of a part in memory.
+"""
 
 import datetime
 import importlib.util
@@ -8,6 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +30,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from jax_seqpar.bridge.torch_ranks import run_ranks
 from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from jax_seqpar.parity.inputs import NAMES, Case
+from torch_ref.ring import ring_attention
 from torch_ref.ulysses import DistributedAttention
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-PEER = "DeepSpeed" if HAS_DEEPSPEED else "torch_ref"
+PEER, PEER_RING = "DeepSpeed" if HAS_DEEPSPEED else "torch_ref", "torch_ref ring"
 TIMEOUT = 3600.0
 
 
@@ -42,12 +52,16 @@ def flash_runs(case: Case) -> list[Run]:
 
 class Ranks:
     """Processes with a part of the tokens each; idle until they are asked, so that others may take
-    turns with them."""
+    turns with them.
 
-    def __init__(self, degree: int, case: Case, threads: int):
+    Args:
+      what: the pipeline, `PEER` or `PEER_RING`.
+    """
+
+    def __init__(self, what: str, degree: int, case: Case, threads: int):
         self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.degree, self.asked = degree, 0
-        arguments = (run_ranks, rank_main, degree, case, degree, self.store.port)
+        arguments = (run_ranks, rank_main, degree, what, case, degree, self.store.port)
         self.executor = ThreadPoolExecutor(1)
         self.answers = self.executor.submit(*arguments, timeout=TIMEOUT, threads=threads)
 
@@ -76,11 +90,11 @@ class Ranks:
         return np.concatenate(self.answers.result(), axis=1)
 
 
-def rank_main(rank: int, case: Case, degree: int, port: int) -> np.ndarray:
+def rank_main(rank: int, what: str, case: Case, degree: int, port: int) -> np.ndarray:
     """Measures one rank when asked, and returns its part of the output."""
     patience = datetime.timedelta(seconds=TIMEOUT)
     store = TCPStore("localhost", port, is_master=False, timeout=patience)
-    attention = deepspeed_attention() if HAS_DEEPSPEED else DistributedAttention(sdpa)
+    attention = pipeline(what)
     inputs = case.inputs()
     *leaves, grad = (
         numpy_to_torch(np.ascontiguousarray(np.split(inputs[name], degree, axis=1)[rank]))
@@ -89,18 +103,26 @@ def rank_main(rank: int, case: Case, degree: int, port: int) -> np.ndarray:
     leaves = [x.requires_grad_() for x in leaves]
 
     def attend() -> torch.Tensor:
-        return attention(*leaves, batch_dim_idx=0)
+        return attention(*leaves)
 
     runs: dict[str, Run] = dict(zip(PASSES, _runs(attend, leaves, grad), strict=True))
     for i in itertools.count():
-        what = store.get(f"ask {i}").decode()
-        if what == "stop":
+        asked = store.get(f"ask {i}").decode()
+        if asked == "stop":
             return attend().detach().numpy()
         dist.barrier()
         start = time.perf_counter()
-        runs[what]()
+        runs[asked]()
         store.set(f"answer {i} {rank}", str(time.perf_counter() - start))
     raise AssertionError
+
+
+def pipeline(what: str) -> Callable[..., torch.Tensor]:
+    """The causal attention of a rank's tokens, `PEER` or `PEER_RING`."""
+    if what == PEER_RING:
+        return partial(ring_attention, is_causal=True)
+    ulysses = deepspeed_attention() if HAS_DEEPSPEED else DistributedAttention(sdpa)
+    return partial(ulysses, batch_dim_idx=0)
 
 
 def deepspeed_attention() -> Any:

@@ -24,7 +24,7 @@ RINGS, GATHERS = Hybrid(Ring()), Hybrid(AllGatherKV())
 ON_CPU = {
     Ulysses(): (0.7, 1.3),
     AllGatherKV(): (0.55, 1.4),
-    Ring(): (0.85, 1.2),
+    Ring(): (0.7, 1.2),
     RINGS: (0.75, 1.5),
     GATHERS: (0.65, 1.4),
 }
