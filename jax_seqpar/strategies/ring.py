@@ -1,14 +1,12 @@
 """Ring: keys and values travel from device to device, each of which attends to what it holds."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from .._checks import axis_size
@@ -23,10 +21,11 @@ from ..kernels.parts import (
 )
 from ..mask import AnyTokens, Spec, accumulated
 from ..mask.array_fields import arrays_of
-from ..mesh_layout import AxisName, names
+from ..mesh_layout import AxisName
 from ..order import Contiguous, TokenOrder
 from ..varying_axes import full_varying, match_varying_axes
 from .hops import hops
+from .send import send
 from .strategy import Degree, KeepsQueries, Shape, array_bytes, check_traffic, output, share
 
 
@@ -69,7 +68,8 @@ class Ring(KeepsQueries):
         if 0 in (*query.shape[:3], *value.shape[1:]):
             return kernel.attend(query, key, value, spec)  # nothing, which no device has to send
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore
-        plan = _RingPlan(kernel, axis_name, axis_size(axis_name), order, precision)
+        sizes = query.shape[1], key.shape[1]
+        plan = _RingPlan(kernel, axis_name, axis_size(axis_name), order, precision, *sizes)
         # Their gradients are added up over the devices, which 16 bits would round each time.
         small = {n: x for n, x in arrays_of(spec.logits) if n != "bias"}
         spec = spec.with_logits(**{n: x.astype(accumulated(x.dtype)) for n, x in small.items()})
@@ -112,6 +112,7 @@ class _RingPlan:
       degree: devices of the ring.
       precision: of matrix products where the attention is called. JAX traces the rules of
         derivatives later, where another may be in force.
+      queries, keys: tokens of a device.
     """
 
     kernel: Kernel
@@ -119,6 +120,8 @@ class _RingPlan:
     degree: int
     order: TokenOrder
     precision: str | None
+    queries: int
+    keys: int
 
     def tokens(self, size: int, distance: Any) -> AnyTokens:
         """Those of the device that is so many places before this one."""
@@ -127,37 +130,26 @@ class _RingPlan:
         index = (jax.lax.axis_index(self.axis_name) - distance) % self.degree
         return self.order.tokens(size, index, self.degree)
 
-    def send(self, x: Array, distance: int) -> Array:
-        """Sends an array so many places on; one of 16 bits as integers where XLA would widen it."""
-        axes, devices = _in_mesh_order(self.axis_name)
-        pairs = list(zip(devices, np.roll(devices, -distance).tolist(), strict=True))
-        permute = partial(jax.lax.ppermute, axis_name=axes, perm=pairs)
-        if x.dtype.itemsize > 2:
-            return permute(x)
+    def send(self, tree: Any, distance: int) -> Any:
+        """Sends the arrays of a tree so many places on."""
+        return jax.tree.map(lambda x: send(x, distance, self.axis_name), tree)
 
-        def as_integers(x: Array) -> Array:
-            unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-            bits = permute(jax.lax.bitcast_convert_type(x, unsigned))
-            return jax.lax.bitcast_convert_type(bits, x.dtype)
-
-        return jax.lax.platform_dependent(x, cpu=as_integers, default=permute)
-
-    def send_home(self, x: Array, distance: Any, direction: int) -> Array:
-        """Sends an array back to where it set out, `distance` places away."""
+    def send_home(self, tree: Any, distance: Any, direction: int) -> Any:
+        """Sends arrays back to where they set out, `distance` places away."""
         if isinstance(distance, int):
-            return self.send(x, -direction * distance)
-        return jax.lax.fori_loop(0, distance, lambda _, x: self.send(x, -direction), x)
+            return self.send(tree, -direction * distance)
+        return jax.lax.fori_loop(0, distance, lambda _, x: self.send(x, -direction), tree)
 
-    def hops(self, spec: Spec, queries: int, keys: int) -> list[tuple[int, Any]]:
+    def hops(self, spec: Spec) -> list[tuple[int, Any]]:
         """Direction and number of rounds of each trip that keys and values make."""
         P = self.degree
-        before, after = hops(spec.mask, self.order, queries * P, keys * P, P)
+        before, after = hops(spec.mask, self.order, self.queries * P, self.keys * P, P)
         return [
             (d, n) for d, n in ((1, before), (-1, after)) if not (isinstance(n, int) and n == 0)
         ]
 
     def circulate(
-        self, direction: int, rounds: Any, kv: Array, visit: Callable[..., Any], carry: Any
+        self, direction: int, rounds: Any, kv: Any, visit: Callable[..., Any], carry: Any
     ) -> Any:
         """`carry = visit(kv, distance, carry)` with the keys and values of each device in turn.
 
@@ -168,11 +160,11 @@ class _RingPlan:
         is.
 
         Args:
-          kv: of this device.
+          kv: a tree of arrays of this device's keys.
           visit: given the distance that they have come, against the direction where negative.
         """
 
-        def one_round(i: Any, state: tuple[Array, Any]) -> tuple[Array, Any]:
+        def one_round(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
             here, carry = state
             following = self.send(here, direction)
             return following, visit(here, direction * (i + 1), carry)
@@ -184,6 +176,46 @@ class _RingPlan:
             state = jax.lax.fori_loop(0, rounds - 1, one_round, state)
         here, carry = state
         return visit(here, direction * rounds, carry)
+
+    def turn(
+        self,
+        visit: Callable[..., tuple[Any, Any]],
+        held: Any,
+        spec: Spec,
+        carry: Any,
+        nothing: Any = None,
+        join: Callable[[Any, Any], Any] = jnp.add,
+    ) -> tuple[Any, Any]:
+        """What the queries of this device make of all keys, and all queries of its keys.
+
+        See `jax_seqpar.kernels.kernel.Turns`. Its own keys last: what belongs to them comes home
+        from the others meanwhile.
+        """
+
+        def at(here: Any, distance: Any, carry: Any) -> tuple[Any, Any]:
+            part = replace(spec, held_keys=self.tokens(self.keys, distance))
+            return visit(here, part, carry)
+
+        def one_way(direction: int, rounds: Any, carry: Any) -> tuple[Any, Any]:
+            """What the devices on one side add to this device's keys, and the carry."""
+
+            def one(here: Any, distance: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+                # What was added so far follows its keys while this device's part is computed.
+                added, carry = state
+                if not (isinstance(rounds, int) and rounds == 1):
+                    added = self.send(added, direction)
+                carry, own = at(here, distance, carry)
+                return jax.tree.map(join, added, own), carry
+
+            added, carry = self.circulate(direction, rounds, held, one, (nothing, carry))
+            return self.send_home(added, rounds, direction), carry
+
+        came_home = []
+        for direction, rounds in self.hops(spec):
+            added, carry = one_way(direction, rounds, carry)
+            came_home.append(added)
+        carry, own = at(held, 0, carry)
+        return carry, reduce(lambda a, b: jax.tree.map(join, a, b), came_home, own)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -247,7 +279,7 @@ def _attend_to_all(plan: _RingPlan, query: Array, key: Array, value: Array, spec
 
     kv = _packed(key, value)
     part = attend(kv, 0)
-    for direction, rounds in plan.hops(spec, query.shape[1], key.shape[1]):
+    for direction, rounds in plan.hops(spec):
         part = plan.circulate(direction, rounds, kv, visit, part)
     return with_sinks(part, spec.logits.sinks)
 
@@ -260,60 +292,25 @@ def _gradients(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
         part.residual, residual_gradient
     )
 
-    def of_part(kv: Array, distance: Any) -> tuple[Array, Array, dict[str, Array]]:
-        """The gradients of the queries, of keys and values packed, and of bias and slopes."""
+    def visit(kv: Array, held: Spec, sums: Any) -> tuple[Any, Array]:
+        """The gradients of queries, bias and slopes so far, and those of keys and values packed."""
         k, v = _unpacked(kv, key.shape[3])
-        held = replace(local, held_keys=plan.tokens(key.shape[1], distance))
         dq, dk, dv, added = plan.kernel.part_gradients(
             query, k, v, held, D, part.residual, out_gradient
         )
-        return dq, _packed(dk, dv), added
+        return jax.tree.map(jnp.add, sums, (dq, added)), _packed(dk, dv)
 
     def zeros(x: Array) -> Array:
         return full_varying(x.shape, 0, part.out.dtype, saved)
 
-    def one_way(direction: int, rounds: Any, sums: Any) -> tuple[Array, Any]:
-        """The gradients of this device's keys and values by the devices on one side of it."""
-
-        def visit(kv: Array, distance: Any, carry: Any) -> Any:
-            # What was added up so far follows its keys and values while this device's is computed.
-            dkv, sums = carry
-            if not (isinstance(rounds, int) and rounds == 1):
-                dkv = plan.send(dkv, direction)
-            dq, own, added = of_part(kv, distance)
-            return dkv + own, jax.tree.map(jnp.add, sums, (dq, added))
-
-        dkv, sums = plan.circulate(direction, rounds, kv, visit, (zeros(kv), sums))
-        return plan.send_home(dkv, rounds, direction), sums
-
     kv = _packed(key, value)
     sums: Any = zeros(query), {name: zeros(x) for name, x in arrays_of(local.logits)}
-    came_home = []
-    for direction, rounds in plan.hops(spec, query.shape[1], key.shape[1]):
-        dkv, sums = one_way(direction, rounds, sums)
-        came_home.append(dkv)
-    # A device's own keys and values last: the others' gradients come home meanwhile.
-    dq, dkv, added = of_part(kv, 0)
-    dq, added = jax.tree.map(jnp.add, sums, (dq, added))
-    dk, dv = _unpacked(sum(came_home, dkv), key.shape[3])
+    (dq, added), dkv = plan.turn(visit, kv, local, sums, zeros(kv))
+    dk, dv = _unpacked(dkv, key.shape[3])
     if spec.logits.sinks is not None:
         added["sinks"] = sinks_gradient(spec.logits.sinks, D, part.residual)
     added = {name: x.astype(getattr(spec.logits, name).dtype) for name, x in added.items()}
     return *(x.astype(query.dtype) for x in (dq, dk, dv)), added
-
-
-def _in_mesh_order(axis_name: AxisName) -> tuple[tuple[str, ...], list[int]]:
-    """The axes as the mesh has them, and what `ppermute` calls each device of the ring.
-
-    `ppermute` of several axes counts devices in the order of the mesh, whatever the order of their
-    names; `axis_index` and all other collectives go by the names (JAX 0.10.2).
-    """
-    axes = names(axis_name)
-    in_mesh = [name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes]
-    sizes = [axis_size(name) for name in in_mesh]
-    numbers = np.arange(math.prod(sizes)).reshape(sizes)
-    numbers = numbers.transpose([in_mesh.index(name) for name in axes])
-    return tuple(in_mesh), numbers.ravel().tolist()
 
 
 def _part_spec(plan: _RingPlan, spec: Spec, queries: int) -> Spec:
