@@ -139,13 +139,18 @@ def token_digits(
     return e, jnp.where(e == NOT_A_NUMBER, 0.0, digits)
 
 
+def finite(e: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Exponents with the least in place of `NOT_A_NUMBER`."""
+    return jnp.where(e == NOT_A_NUMBER, LEAST_EXPONENT, e)
+
+
 def finite_power(e: Int[Array, "..."]) -> Float[Array, "..."]:
     """2^e of a token's exponent; a finite power for one that is not a number, whose digits are 0.
 
     So a weight of 0 leaves it out. What may attend to such a token becomes NaN by its logit, or by
     an anchor.
     """
-    return power_of_two(jnp.where(e == NOT_A_NUMBER, LEAST_EXPONENT, e))
+    return power_of_two(finite(e))
 
 
 def halves(x: Float[Array, "..."]) -> Float[Array, "2 ..."]:

@@ -1,6 +1,6 @@
 """Exact attention of one device: the specification in `SPEC.md`, as a JAX function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,14 +12,18 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from .._checks import check_chunk_sizes
-from ..kernels.kernel import Kernel
-from ..mask import Logits, Spec, TokenList
+from ..kernels.kernel import Kernel, Turns
+from ..mask import Logits, Spec
 from ..mask.array_fields import arrays_of
 from ..mesh_layout import AxisName
 from . import arithmetic
-from .backward import gradients
-from .block_logits import Options, Problem, key_operand
-from .forward import Rows, output
+from .backward import gradients_of_all_keys
+from .backward_in_turns import gradients_in_turns
+from .block_logits import Options
+from .checks import check
+from .forward import Rows, outputs_of_all_keys
+from .forward_in_turns import outputs_in_turns
+from .heads import grouped, heads_first, tokens_first
 from .kv_replicas import SharedHeads
 
 
@@ -44,16 +48,13 @@ class Exact(Kernel):
       shared_heads: other devices with the same KV heads and query heads of their own. Their parts
         of the gradients of key and value are added without rounding, and one of the devices returns
         the sum, the others 0. A strategy sets it where it is needed.
-      queries_over: the mesh axis (or axes) along which devices hold the queries of one head in
-        parts. A strategy sets it, too.
     """
 
     query_chunk: int | None = None
     key_chunk: int | None = None
     shared_heads: SharedHeads | None = None
-    queries_over: AxisName | None = None
 
-    sums_exactly = True
+    sums_exactly = attends_in_turns = True
 
     def __post_init__(self) -> None:
         check_chunk_sizes(query_chunk=self.query_chunk, key_chunk=self.key_chunk)
@@ -63,23 +64,22 @@ class Exact(Kernel):
                 f"float64 sum has room for, got {self.key_chunk}. Write None."
             )
 
+    @property
+    def block(self) -> int:
+        """The tokens that have one unit in the sums of the gradients."""
+        return arithmetic.BLOCK
+
     def sharing(
         self,
         axes: tuple[tuple[AxisName, int], ...],
-        queries_over: AxisName | None = None,
     ) -> "Exact":
-        own = self if queries_over is None else replace(self, queries_over=queries_over)
         known = () if self.shared_heads is None else self.shared_heads.axes
         told = {axis_name for axis_name, _ in known}
         axes = tuple((name, count) for name, count in axes if count > 1 and name not in told)
-        return replace(own, shared_heads=SharedHeads(known + axes)) if axes else own
+        return replace(self, shared_heads=SharedHeads(known + axes)) if axes else self
 
     def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
-        if spec.held_keys is not None:
-            return "exact attention takes all the keys of a row"
-        if isinstance(spec.held_queries, TokenList):
-            return "exact attention takes queries in the order of the sequence"
-        return None
+        return None if spec.held_keys is None else "exact attention takes all the keys of a row"
 
     def attend(
         self,
@@ -90,27 +90,41 @@ class Exact(Kernel):
     ) -> tuple[Array, None]:
         if reason := self.why_not(query, key, value, spec):
             raise ValueError(f"{reason}, got a part. Write kernel=jax_seqpar.Blockwise().")
-        devices = 1 if self.shared_heads is None else self.shared_heads.devices
+        return self._attend(None, query, key, value, spec), None
+
+    def attend_in_turns(
+        self,
+        turns: Turns,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> Float[Array, "B T N V"]:
+        return self._attend(turns, query, key, value, spec)
+
+    def _attend(
+        self, turns: Turns | None, query: Array, key: Array, value: Array, spec: Spec
+    ) -> Array:
         added = dict(arrays_of(spec.logits))
-        _check(query, key, value.shape[3], added, devices)
+        sharing = 1 if self.shared_heads is None else self.shared_heads.devices
+        check(query, key, value.shape[3], added, sharing, 1 if turns is None else turns.degree)
         constants = {
             name: _undifferentiated(partial(_no_gradient, name), x) for name, x in added.items()
         }
         H, S = query.shape[3], key.shape[1]
         if 0 in (*query.shape, *value.shape):
-            return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype), None
-        tile = min(S, self.key_chunk or arithmetic.BLOCK)
+            return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
         options = Options(
             shared_heads=self.shared_heads,
-            queries_over=self.queries_over,
+            turns=turns,
             query_chunk=min(query.shape[1], self.query_chunk or _rows_at_a_time(S)),
-            key_chunk=tile,
+            key_chunk=min(S, self.key_chunk or arithmetic.BLOCK),
             block=arithmetic.BLOCK,
         )
         scale, cap = spec.logits.scale, spec.logits.soft_cap
         cap = None if cap is None else _float32(cap)
         rounded = Logits(_float32(H**-0.5 if scale is None else scale), cap, **constants)
-        return _attention(options, query, key, value, replace(spec, logits=rounded)), None
+        return _attention(options, query, key, value, replace(spec, logits=rounded))
 
 
 exact_attention = Exact()
@@ -187,26 +201,13 @@ def _forward(
       survive outside.
     """
     query, key, value, spec = _as_given((query, key, value, spec))
-    B, T, N, _ = query.shape
-    K, V = value.shape[2:]
-    group = N // K
-
-    def one_kv_head(index: Array, q: Array, k: Array, v: Array):
-        keys = key_operand(k, v)
-        sequence, first = _first_head(index, K, group)
-
-        def one_head(g: Array, q: Array):
-            own = spec.take_heads(sequence, first + g, 1)
-            return output(options, Problem.of(own, q, keys), v)
-
-        return _map_heads(one_head, q)
-
+    K = key.shape[2]
     with jax.enable_x64(True), jax.default_matmul_precision(_PRECISION):
-        out, rows = _map_heads(
-            one_kv_head, _grouped(query, K), _heads_first(key), _heads_first(value)
-        )
+        operands = grouped(query, K), heads_first(key), heads_first(value)
+        outputs = outputs_of_all_keys if options.turns is None else outputs_in_turns
+        out, rows = outputs(options, spec, K, *operands)
         words = jax.lax.bitcast_convert_type(rows.normaliser, jnp.uint32)
-        return out.reshape(B, N, T, V).transpose(0, 2, 1, 3), rows.top, words
+        return tokens_first(out, query), rows.top, words
 
 
 @partial(jax.jit, static_argnums=0)
@@ -225,22 +226,16 @@ def _backward(
     query, key, value, spec, out, top, normaliser, grad = _as_given(
         (query, key, value, spec, out, top, normaliser, grad)
     )
-    N, K = query.shape[2], key.shape[2]
-
-    def one(index: Array, *operands: Array):
-        q, k, v, out, top, normaliser, grad = operands
-        own = spec.take_heads(*_first_head(index, K, N // K), N // K)
-        return gradients(options, own, q, k, v, out, Rows(top, normaliser), grad)
-
+    K = key.shape[2]
     with jax.enable_x64(True), jax.default_matmul_precision(_PRECISION):
-        operands = (_grouped(query, K), _heads_first(key), _heads_first(value), _grouped(out, K))
-        normaliser = jax.lax.bitcast_convert_type(normaliser, jnp.float64)
-        of_all = _map_heads(one, *operands, top, normaliser, _grouped(grad, K))
-        shaped = (
-            x.reshape(like.shape[0], like.shape[2], like.shape[1], like.shape[3])
+        rows = Rows(top, jax.lax.bitcast_convert_type(normaliser, jnp.float64))
+        operands = grouped(query, K), heads_first(key), heads_first(value)
+        gradients = gradients_of_all_keys if options.turns is None else gradients_in_turns
+        of_all = gradients(options, spec, K, *operands, grouped(out, K), rows, grouped(grad, K))
+        return tuple(
+            arithmetic.narrowed(tokens_first(x, like), query.dtype)
             for x, like in zip(of_all, (query, key, value), strict=True)
         )
-        return tuple(arithmetic.narrowed(x.transpose(0, 2, 1, 3), query.dtype) for x in shaped)
 
 
 def _as_given(operands: Any) -> Any:
@@ -252,29 +247,6 @@ def _as_given(operands: Any) -> Any:
     return jax.lax.optimization_barrier(operands)
 
 
-def _map_heads(one: Callable[..., Any], *operands: Array) -> Any:
-    """One head after another: large matrices, and the memory of one."""
-    indices = jnp.arange(operands[0].shape[0])
-    return jax.lax.map(lambda xs: one(*xs), (indices, *operands))
-
-
-def _heads_first(x: Array) -> Array:
-    """`[B, S, K, H]` as `[B K, S, H]`."""
-    B, S, K, H = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(B * K, S, H)
-
-
-def _grouped(x: Array, kv_heads: int) -> Array:
-    """`[B, T, N, H]` as `[B K, G, T, H]`."""
-    B, T, N, H = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(B * kv_heads, N // kv_heads, T, H)
-
-
-def _first_head(index: Array, kv_heads: int, group: int) -> tuple[Array, Array]:
-    """The sequence of a KV head, and the first of its query heads."""
-    return index // kv_heads, index % kv_heads * group
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _undifferentiated(refusal: Callable[[], ValueError], x: Any) -> Any:
     """x, through which no derivative goes."""
@@ -284,49 +256,6 @@ def _undifferentiated(refusal: Callable[[], ValueError], x: Any) -> Any:
 @_undifferentiated.defjvp
 def _refuse(refusal: Callable[[], ValueError], primals: Any, tangents: Any):
     raise refusal()
-
-
-def _check(
-    query: Any,
-    key: Any,
-    channels: int,
-    added: Mapping[str, Any],
-    devices: int,
-) -> None:
-    """Raises ValueError for dtypes and sizes that exact attention is not defined for.
-
-    Args:
-      channels: V.
-      added: bias, slopes and sinks by name, where there are any.
-    """
-    for name, x in added.items():
-        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            raise ValueError(
-                f"{name} of exact attention is float32, bfloat16 or float16, got {x.dtype}. "
-                f"Write {name}.astype(jnp.float32)."
-            )
-    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(
-            f"exact attention takes float32, bfloat16 and float16, got {query.dtype}. "
-            f"Write query.astype(jnp.float32), and key and value alike."
-        )
-    if max(query.shape[3], channels) > arithmetic.DOT_CHANNELS:
-        raise ValueError(
-            f"exact attention has room for {arithmetic.DOT_CHANNELS} channels in a dot product, "
-            f"got {query.shape[3]} of query and key and {channels} of value. Split the heads."
-        )
-    S, rows = key.shape[1], query.shape[1] * (query.shape[2] // key.shape[2]) * devices
-    shared = query.shape[2] // key.shape[2] * devices
-    if shared > 1 << 12:
-        raise ValueError(
-            f"exact attention has room for 4096 query heads of one KV head, got {shared} on "
-            f"{devices} devices. Got query {query.shape}, key {key.shape}. Split the query heads."
-        )
-    if max(S, rows) >= 1 << 21:
-        raise ValueError(
-            f"exact attention has room for fewer than 2^21 keys, and queries of one KV head, got "
-            f"{S} and {rows}. Got query {query.shape}, key {key.shape}. Split the sequence."
-        )
 
 
 def _no_gradient(name: str) -> ValueError:

@@ -12,10 +12,10 @@ from ..mask.token_numbers import write
 from . import arithmetic
 from .arithmetic import flush, left_digits, on_unit, pinned, right_on_grid, slices
 from .block_logits import Options, Problem, columns, dots, key_operand, scale_of, scaled_query
-from .blocks_across_devices import SplitBlocks
 from .elementary import exp
 from .forward import Rows, kept_normaliser
-from .gradient_exponents import find_anchors
+from .gradient_exponents import Anchors, Exponents, exponents_of_keys
+from .heads import first_head, map_heads
 from .kv_replicas import SharedHeads
 from .token_blocks import Blocks, Operand, in_both, write_head
 
@@ -26,7 +26,7 @@ class Head:
 
     Attributes:
       spec: of one sequence and G heads.
-      query: `[G, T, H]`, scaled.
+      query, key, grad: `[G, T, H]`, scaled; `[S, H]`; `[G, T, V]`.
       query_digits, grad_digits: `[G, H, 2, T]`, `[G, V, 2, T]`, left operands.
       key_on_grid, value_on_grid: `[S, H]`, `[S, V]`, right operands.
       correction: D, `[G, T]`.
@@ -34,12 +34,46 @@ class Head:
 
     spec: Spec
     query: Array
+    key: Array
+    grad: Array
     query_digits: Array
     grad_digits: Array
     key_on_grid: Array
     value_on_grid: Array
     rows: Rows
     correction: Array
+
+    @classmethod
+    def of(
+        cls,
+        spec: Spec,
+        query: Array,
+        key: Array,
+        value: Array,
+        out: Array,
+        rows: Rows,
+        grad: Array,
+    ) -> "Head":
+        """Of operands as `gradients` takes them."""
+        query, grad = scaled_query(spec, query), flush(grad)
+        grad_rows = left_digits(grad)
+        high, low = jnp.einsum("dgtv,gtv->dgt", grad_rows, right_on_grid(flush(out)))
+        return cls(
+            spec,
+            query,
+            flush(key),
+            grad,
+            columns(left_digits(query)),
+            columns(grad_rows),
+            key_operand(key, value),
+            right_on_grid(flush(value)),
+            rows,
+            correction=pinned(high + low),
+        )
+
+    def blocks(self, options: Options) -> Blocks:
+        (G, T, _), S = self.query.shape, self.key.shape[0]
+        return Blocks(self.spec, G, T, S, options.block)
 
     def problem(self, g: Any) -> Problem:
         spec = self.spec.take_heads(0, g, 1)
@@ -64,11 +98,26 @@ class Head:
         kept = w
         if problem.spec.dropout.rate:
             dp = problem.kept(pinned(dp * problem.kept_scale), queries, keys)
-            kept = problem.kept(pinned(p * kept_normaliser(problem, normaliser)), queries, keys)
+            kept = problem.kept(
+                pinned(p * kept_normaliser(problem.spec, normaliser)), queries, keys
+            )
         ds = w * (dp - correction)
         if slope is not None:
             ds = pinned(ds) * slope
         return jnp.where(absent, 0.0, ds), jnp.where(absent, 0.0, kept)
+
+
+def gradients_of_all_keys(
+    options: Options, spec: Spec, kv_heads: int, query: Array, *operands: Any
+) -> tuple[Array, Array, Array]:
+    """The gradients of all KV heads, from operands of `gradients` with one axis `B K` more."""
+    G = query.shape[1]
+
+    def one(index: Array, *operands: Any) -> tuple[Array, Array, Array]:
+        own = spec.take_heads(*first_head(index, kv_heads, G), G)
+        return gradients(options, own, *operands)
+
+    return map_heads(one, query, *operands)
 
 
 def gradients(
@@ -89,35 +138,31 @@ def gradients(
       out, grad: `[G, T, V]`, the float32 output and its gradient.
       rows: of the forward pass, `[G, T]`.
     """
-    (G, T, H), (S, V) = query.shape, value.shape
-    shared = options.shared_heads or SharedHeads(())
-    query, key, value, out, grad = (
-        scaled_query(spec, query),
-        *map(flush, (key, value, out, grad)),
-    )
-    grad_rows = left_digits(grad)
-    high, low = jnp.einsum("dgtv,gtv->dgt", grad_rows, right_on_grid(out))
-    head = Head(
-        spec,
-        query,
-        columns(left_digits(query)),
-        columns(grad_rows),
-        key_operand(key, value),
-        right_on_grid(value),
-        rows,
-        correction=pinned(high + low),
-    )
-    blocks = Blocks(spec, G, T, S, options.block)
-    c = head.problem(0).kept_scale
-    anchors = find_anchors(
-        blocks, head.problem, query, key, value, out, rows.normaliser, grad, ceil(log2(c))
-    )
-    anchors = anchors._replace(key=shared.max(anchors.key), value=shared.max(anchors.value))
-    of_dq, *of_sums = map(Operand.of, (key, query, grad))
-    columns_of_keys = of_dq.digits.T
+    head = Head.of(spec, query, key, value, out, rows, grad)
+    blocks = head.blocks(options)
+    of_keys = exponents_of_keys(*map(flush, (key, value)))
+    exponents = Exponents.of(head.query, of_keys, flush(out), rows.normaliser, head.grad)
+    anchors = exponents.anchors(*exponents.maxima(blocks), dropout_bits(spec))
+    anchors = shared_anchors(options, anchors)
+    return rounded_gradients(options, spec, rows, anchors, block_sums(head, blocks, anchors))
 
-    def full(*shape: int, value: float | int = 0, dtype: Any = jnp.float64) -> Array:
-        return head.problem(0).full(*shape, value=value, dtype=dtype)
+
+def dropout_bits(spec: Spec) -> int:
+    """What dropout adds to each anchor."""
+    return ceil(log2(spec.dropout.inverse_keep_probability))
+
+
+def shared_anchors(options: Options, anchors: Anchors) -> Anchors:
+    """The anchors of dk and dv over the devices that share the KV head."""
+    shared = options.shared_heads or SharedHeads(())
+    return anchors._replace(key=shared.max(anchors.key), value=shared.max(anchors.value))
+
+
+def block_sums(head: Head, blocks: Blocks, anchors: Anchors) -> tuple[Array, Array, Array]:
+    """Added slices of dq `[2, G, H, T]`, dk `[2, S, H]` and dv `[2, S, V]`."""
+    of_dq, *of_sums = map(Operand.of, (head.key, head.query, head.grad))
+    columns_of_keys = of_dq.digits.T
+    (G, T, H), (S, V), full = head.query.shape, head.value_on_grid.shape, head.problem(0).full
 
     def block_of_keys(keys: Tokens, of_keys: Array | None, carry: tuple[Array, ...]):
         dq, dk, dv = carry
@@ -125,48 +170,40 @@ def gradients(
         key_digits = keys.slice(columns_of_keys, 1)
         key_anchors = [keys.slice(x, 0)[:, None] for x in (anchors.key, anchors.value)]
 
-        def weights(g: Any, index: Any) -> tuple[Array, Array, Tokens]:
-            queries, belongs = blocks.of_queries(index)
-            ds, w = head.weights(g, queries, keys, in_both(of_keys, belongs))
-            return ds, w, queries
-
-        def add_to_queries(dq: Array, g: Any, ds: Array, queries: Tokens) -> Array:
-            integers, unit = on_unit(ds * key_power, 0)
-            anchor = queries.slice(anchors.query[g], 0)[None]
-            part = slices(key_digits @ integers, unit, anchor, axis=0)
-            return write_head(dq, queries.slice(dq[:, g], 2) + part, g, queries)
-
         def block(g: Any, index: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, *sums = carry
-            ds, w, queries = weights(g, index)
+            queries, belongs = blocks.of_queries(index)
+            ds, w = head.weights(g, queries, keys, in_both(of_keys, belongs))
             for i, (d, operand) in enumerate(zip((ds, w), of_sums, strict=True)):
                 integers, unit = on_unit(d * operand.powers(g, queries), 1)
                 products = integers @ queries.slice(operand.digits[g], 0)
                 sums[i] += slices(products, unit, key_anchors[i], axis=1)
-            return add_to_queries(dq, g, ds, queries), *sums
+            integers, unit = on_unit(ds * key_power, 0)
+            anchor = queries.slice(anchors.query[g], 0)[None]
+            part = slices(key_digits @ integers, unit, anchor, axis=0)
+            dq = write_head(dq, queries.slice(dq[:, g], 2) + part, g, queries)
+            return dq, *sums
 
-        def block_of_queries(g: Any, index: Any, dq: Array) -> Array:
-            ds, _, queries = weights(g, index)
-            return add_to_queries(dq, g, ds, queries)
-
-        if options.queries_over is None or T % blocks.size == 0:
-            start = (dq, full(2, keys.size, H), full(2, keys.size, V))
-            dq, *parts = blocks.for_queries(keys, block, start)
-        else:
-            sums = SplitBlocks(blocks, options.queries_over, keys, of_sums, weights, full)
-            dq = blocks.for_queries(keys, block_of_queries, dq)
-            parts = sums.slices(key_anchors)
+        start = (dq, full(2, keys.size, H), full(2, keys.size, V))
+        dq, *parts = blocks.for_queries(keys, block, start)
         # Tokens of the block before this one are among them, with sums of 0.
         added = (keys.slice(x, 1) + part for x, part in zip((dk, dv), parts, strict=True))
         return dq, *(write(x, part, keys, 1) for x, part in zip((dk, dv), added, strict=True))
 
-    start = (full(2, G, H, T), full(2, S, H), full(2, S, V))
-    dq, dk, dv = blocks.for_keys(block_of_keys, start)
+    return blocks.for_keys(block_of_keys, (full(2, G, H, T), full(2, S, H), full(2, S, V)))
+
+
+def rounded_gradients(
+    options: Options, spec: Spec, rows: Rows, anchors: Anchors, sums: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    """The gradients in float32, from sums over all keys, and over the queries of all devices."""
+    dq, *of_keys = sums
+    shared = options.shared_heads or SharedHeads(())
     dq = arithmetic.value(dq, anchors.query[:, None]) * scale_of(spec)
     dq = arithmetic.out(jnp.where((rows.normaliser == 0)[:, None], 0.0, dq)).transpose(0, 2, 1)
     dk, dv = (
         arithmetic.out(arithmetic.value(shared.sum(x), anchor[:, None]))
-        for x, anchor in ((dk, anchors.key), (dv, anchors.value))
+        for x, anchor in zip(of_keys, (anchors.key, anchors.value), strict=True)
     )
     if shared.devices == 1:
         return dq, dk, dv

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..kernels.kernel import Turns
 from ..mask import Spec, Tokens
 from ..mask.attention_spec import Terms
-from ..mesh_layout import AxisName
 from ..varying_axes import full_varying
 from .arithmetic import flush, left_digits, pinned, right_on_grid, round32
 from .elementary import soft_cap, soft_cap_slope
@@ -27,14 +27,13 @@ class Options:
 
     Attributes:
       shared_heads: the devices that have the same KV head; None if this one alone has it.
-      queries_over: the mesh axis (or axes) along which devices hold the queries of one head in
-        parts; None where each has them all.
+      turns: how the keys of other devices are reached; None where the arrays have them all.
       query_chunk, key_chunk: of the forward pass; no bit depends on them.
       block: of the backward pass. The bits of the gradients depend on it.
     """
 
     shared_heads: SharedHeads | None
-    queries_over: AxisName | None
+    turns: Turns | None
     query_chunk: int
     key_chunk: int
     block: int
@@ -78,10 +77,6 @@ class Problem:
         allowed = _may_attend(terms)
         return z if allowed is None else jnp.where(allowed, z, -jnp.inf), slope
 
-    def may_attend(self, queries: Tokens, keys: Tokens) -> Array | None:
-        """`[s, t]`; None where every query of every block attends to every key."""
-        return _may_attend(self.spec.terms(queries, keys))
-
     def kept(self, x: Array, queries: Tokens, keys: Tokens) -> Array:
         """`[s, t]` with 0 where dropout drops the weight."""
         keep = self.spec.keep(queries, keys)
@@ -111,8 +106,13 @@ def scale_of(spec: Spec) -> float:
 
 def key_operand(key: Array, value: Array) -> Array:
     """`[S, H]`: keys as right operands, NaN where the value has a NaN or infinity."""
+    return right_on_grid(flush(marked(key, value)))
+
+
+def marked(key: Array, value: Array) -> Array:
+    """The keys with NaN in place of those whose value has a NaN or infinity."""
     is_number = jnp.isfinite(value).all(-1, keepdims=True)
-    return jnp.where(is_number, right_on_grid(flush(key)), jnp.nan)
+    return jnp.where(is_number, key, jnp.asarray(jnp.nan, key.dtype))
 
 
 def columns(digits: Array) -> Array:
@@ -129,6 +129,11 @@ def dots(keys: Array, queries: Array) -> Array:
     (s, H), t = keys.shape, queries.shape[2]
     both = (keys @ queries.reshape(H, 2 * t)).reshape(s, 2, t)
     return both[:, 0] + both[:, 1]
+
+
+def may_attend(spec: Spec, queries: Tokens, keys: Tokens) -> Array | None:
+    """`[s, t]`, of one query head; None where every query of every block attends to every key."""
+    return _may_attend(spec.terms(queries, keys))
 
 
 def _may_attend(terms: Terms) -> Array | None:

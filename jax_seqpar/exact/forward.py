@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..mask import Tokens
+from ..mask import Spec, Tokens
 from ..mask.token_numbers import for_blocks, write
 from . import arithmetic
 from .arithmetic import (
     LEAST_EXPONENT,
     NORM_BITS,
-    NOT_A_NUMBER,
     WEIGHT_BITS,
+    finite,
     flush,
     halves,
     joined,
@@ -29,8 +29,9 @@ from .arithmetic import (
     row_value,
     token_digits,
 )
-from .block_logits import Options, Problem, for_range
+from .block_logits import Options, Problem, for_range, key_operand
 from .elementary import exp
+from .heads import first_head, map_heads
 
 
 class Rows(NamedTuple):
@@ -59,6 +60,44 @@ class Values(NamedTuple):
     powers: Array
     columns: Array
 
+    @classmethod
+    def on_grids(cls, value: Array, tile: int) -> "Values":
+        e, digits = token_digits(flush(value))
+        return cls._of(finite(e), digits, tile)
+
+    @classmethod
+    def without_digits(cls, exponents: Array, tile: int) -> "Values":
+        """For the visits that ask how large a value is, and not for the value."""
+        return cls._of(exponents, jnp.zeros((exponents.shape[0], 0)), tile)
+
+    @classmethod
+    def _of(cls, e: Array, digits: Array, tile: int) -> "Values":
+        e, digits = (jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))) for x in (e, digits))
+        return cls(e, power_of_two(e), digits.T)
+
+
+def outputs_of_all_keys(
+    options: Options, spec: Spec, kv_heads: int, query: Array, key: Array, value: Array
+) -> tuple[Array, Rows]:
+    """`[B K, G, T, V]`, and of each row what the gradients read.
+
+    Args:
+      spec: of all sequences and query heads.
+      query, key, value: `[B K, G, T, H]`, `[B K, S, H]`, `[B K, S, V]`.
+    """
+
+    def one_kv_head(index: Array, q: Array, k: Array, v: Array) -> tuple[Array, Rows]:
+        keys = key_operand(k, v)
+        sequence, first = first_head(index, kv_heads, q.shape[0])
+
+        def one_head(g: Array, q: Array) -> tuple[Array, Rows]:
+            own = spec.take_heads(sequence, first + g, 1)
+            return output(options, Problem.of(own, q, keys), v)
+
+        return map_heads(one_head, q)
+
+    return map_heads(one_kv_head, query, key, value)
+
 
 def output(options: Options, problem: Problem, value: Array) -> tuple[Array, Rows]:
     """`[T, V]` in float32, before any rounding to 16 bits.
@@ -68,21 +107,17 @@ def output(options: Options, problem: Problem, value: Array) -> tuple[Array, Row
     """
     (T, _), (S, V) = problem.scaled_query.shape, value.shape
     size = options.key_chunk
-    values = _on_grids(value, -(-S // size) * size)
+    values = Values.on_grids(value, size)
 
     def chunk(queries: Tokens, _, carry: tuple[Array, Rows]) -> tuple[Array, Rows]:
-        rows = _ChunkOfRows(problem, values, queries, S, size)
+        rows = ChunkOfRows(problem, values, queries, S, size)
         logits, largest_logit = rows.logits()
-        is_empty = largest_logit == -jnp.inf
-        m, sink = _with_sink(problem, largest_logit)
+        m, sink = with_sink(problem.spec, largest_logit)
         # The weights take the place of the logits, which nothing reads any more.
-        weights, total, largest = rows.weights(logits, m, sink)
-        normaliser = jnp.where(is_empty, 0.0, reciprocal(joined(total), m))
+        weights, total, largest = rows.weights(logits, m)
         bits = row_bits(largest, 1.0 + rows.weight_count(weights, largest))
-        weighted = row_value(joined(rows.weighted_values(weights, bits)), bits[None], axis=0)
-        weighted = weighted * kept_normaliser(problem, normaliser)[None]
-        out = arithmetic.out(jnp.where(is_empty[None], 0.0, weighted)).T
-        own = (out, Rows(m, normaliser))
+        sums = rows.weighted_values(weights, bits)
+        own = rounded_output(problem.spec, largest_logit, m, total + halves(sink), bits, sums)
         return jax.tree.map(lambda x, part: write(x, part, queries, 0), carry, own)
 
     nothing = Rows(problem.full(T, dtype=jnp.float32), problem.full(T))
@@ -90,16 +125,29 @@ def output(options: Options, problem: Problem, value: Array) -> tuple[Array, Row
     return for_blocks(T, options.query_chunk, (0, T), chunk, start)
 
 
-def _on_grids(value: Array, tokens: int) -> Values:
-    e, digits = token_digits(flush(value))
-    e, digits = (jnp.pad(x, ((0, tokens - x.shape[0]), (0, 0))) for x in (e, digits))
-    e = jnp.where(e == NOT_A_NUMBER, LEAST_EXPONENT, e)
-    return Values(e, power_of_two(e), digits.T)
+def rounded_output(
+    spec: Spec, largest_logit: Array, m: Array, total: Array, bits: Array, sums: Array
+) -> tuple[Array, Rows]:
+    """`[t, V]` in float32, of one query head.
+
+    Args:
+      spec: of that head.
+      largest_logit, m, total, bits: of each row, of all its keys; total is the two halves of L.
+      sums: the two halves of `S1` and `S0`, `[2, 2 V, t]`.
+    """
+    is_empty = largest_logit == -jnp.inf
+    normaliser = jnp.where(is_empty, 0.0, reciprocal(joined(total), m))
+    weighted = row_value(joined(sums), bits[None], axis=0)
+    weighted = weighted * kept_normaliser(spec, normaliser)[None]
+    out = arithmetic.out(jnp.where(is_empty[None], 0.0, weighted)).T
+    return out, Rows(m, normaliser)
 
 
 @dataclass(frozen=True)
-class _ChunkOfRows:
+class ChunkOfRows:
     """Some queries with their whole rows of weights, and the four visits to the keys.
+
+    Given a part of the keys, what each visit returns is of that part: maxima and sums of integers.
 
     Attributes:
       key_tokens: S.
@@ -139,8 +187,11 @@ class _ChunkOfRows:
         start = tuple(full(*shape, value=-jnp.inf, dtype=jnp.float32) for shape in shapes)
         return for_blocks(S, min(self.size, S), self.bounds, fill, start)
 
-    def weights(self, logits: Array, m: Array, sink: Array) -> tuple[Array, Array, Array]:
-        """`p` in float32, the two halves of `L`, and the largest `E(p) + E(v)` of each row."""
+    def weights(self, logits: Array, m: Array) -> tuple[Array, Array, Array]:
+        """`p` in float32, the two halves of `L`, and the largest `E(p) + E(v)` of each row.
+
+        The weight of a sink is not in `L`.
+        """
 
         def weigh(keys: Tokens, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             weights, total, largest = carry
@@ -153,7 +204,7 @@ class _ChunkOfRows:
 
         t, full = self.queries.size, self.problem.full
         nothing = full(t, value=LEAST_EXPONENT, dtype=jnp.int32)
-        return self.for_tiles(weigh, (logits, full(2, t) + halves(sink), nothing))
+        return self.for_tiles(weigh, (logits, full(2, t), nothing))
 
     def weight_count(self, weights: Array, largest: Array) -> Array:
         """`t - 1`: the weights times the powers of their values, counted in a coarse unit."""
@@ -179,10 +230,10 @@ class _ChunkOfRows:
         return keys.slice(weights, 0).astype(jnp.float64) * keys.slice(self.values.powers, 0)
 
 
-def _with_sink(problem: Problem, largest_logit: Array) -> tuple[Array, Array]:
-    """`m` of each row, and `rint(p 2^41)` of the sink."""
+def with_sink(spec: Spec, largest_logit: Array) -> tuple[Array, Array]:
+    """`m` of each row of one query head, and `rint(p 2^41)` of the sink."""
     is_empty = largest_logit == -jnp.inf
-    sinks = problem.spec.logits.sinks
+    sinks = spec.logits.sinks
     if sinks is None:
         return jnp.where(is_empty, 0.0, largest_logit), jnp.zeros_like(largest_logit, jnp.float64)
     sink = flush(sinks)[0].astype(jnp.float32)
@@ -207,6 +258,6 @@ def reciprocal(total: Array, m: Array) -> Array:
     return jnp.where(jnp.isfinite(m), r, jnp.nan)
 
 
-def kept_normaliser(problem: Problem, normaliser: Array) -> Array:
+def kept_normaliser(spec: Spec, normaliser: Array) -> Array:
     """`r c`."""
-    return pinned(normaliser * problem.kept_scale)
+    return pinned(normaliser * spec.dropout.inverse_keep_probability)

@@ -12,9 +12,14 @@ from jax import Array
 
 from ..mask import Tokens
 from ..mask.token_numbers import write
+from ..varying_axes import full_varying
 from .arithmetic import LEAST_EXPONENT, NOT_A_NUMBER, exponent, norm
-from .block_logits import Problem
+from .block_logits import may_attend
 from .token_blocks import Blocks, in_both, write_head
+
+# The maxima over nothing: the least that their terms can be, whose powers of two are normal.
+LEAST_OF_ROWS = (2 * LEAST_EXPONENT, LEAST_EXPONENT)
+LEAST_OF_KEYS = (2 * LEAST_EXPONENT, 3 * LEAST_EXPONENT, LEAST_EXPONENT)
 
 
 class Anchors(NamedTuple):
@@ -25,72 +30,105 @@ class Anchors(NamedTuple):
     value: Array
 
 
-def find_anchors(
-    blocks: Blocks,
-    problem: Callable[[Any], Problem],
-    query: Array,
-    key: Array,
-    value: Array,
-    out: Array,
-    normaliser: Array,
-    grad: Array,
-    dropout_bits: int,
-) -> Anchors:
-    """The anchors of one KV head, from arrays that are flushed.
+class Exponents(NamedTuple):
+    """What the anchors are maxima of, of one KV head; int32.
 
-    Args:
-      problem: of a query head, by its number.
-      query, key, value: `[G, T, H]` scaled, `[S, H]`, `[S, V]`.
-      out, grad: `[G, T, V]`.
-      normaliser: r, `[G, T]`.
-      dropout_bits: what dropout adds to each.
+    Attributes:
+      of_keys: N(v) and E(k), `[2, S]`.
+      of_out, of_grad: N, `[G, T]`.
+      of_query: E, `[G, T]`.
+      largest_grad: E of the gradient, not a number where r is NaN, `[G, T]`.
     """
-    of_key, of_value = _exponents(exponent(key, -1)), _exponents(norm(value))
-    of_out, of_grad, of_query = (
-        _exponents(x) for x in (norm(out), norm(grad), exponent(query, -1))
-    )
-    largest_grad = jnp.where(jnp.isnan(normaliser), NOT_A_NUMBER, _exponents(exponent(grad, -1)))
-    # Terms that are maximised over keys, for each row, and over rows, for each key. A maximum over
-    # nothing is the least that they can be, whose powers of two are normal.
-    over_keys = jnp.stack([of_value + of_key, of_key])
-    over_rows = jnp.stack([of_grad + of_query, of_out + of_grad + of_query, largest_grad])
-    least_of_rows = jnp.asarray([2, 1], jnp.int32) * LEAST_EXPONENT
-    least_of_keys = jnp.asarray([2, 3, 1], jnp.int32) * LEAST_EXPONENT
-    largest = _largest(blocks, problem, over_keys, over_rows, least_of_rows, least_of_keys)
-    (value_key, just_key), (grad_query, out_grad_query, just_grad) = largest
-    # A value that no row attends to may be NaN.
-    of_value = jnp.where(grad_query > 2 * LEAST_EXPONENT, of_value, LEAST_EXPONENT)
-    return Anchors(
-        1 + dropout_bits + of_grad + jnp.maximum(value_key, of_out + just_key),
-        1 + dropout_bits + jnp.maximum(of_value + grad_query, out_grad_query),
-        dropout_bits + just_grad,
-    )
+
+    of_keys: Array
+    of_out: Array
+    of_grad: Array
+    of_query: Array
+    largest_grad: Array
+
+    @classmethod
+    def of(
+        cls, query: Array, of_keys: Array, out: Array, normaliser: Array, grad: Array
+    ) -> "Exponents":
+        """From arrays that are flushed.
+
+        Args:
+          query: `[G, T, H]`, scaled.
+          of_keys: what `exponents_of_keys` gives.
+          out, grad: `[G, T, V]`.
+          normaliser: r, `[G, T]`.
+        """
+        largest_grad = jnp.where(jnp.isnan(normaliser), NOT_A_NUMBER, _exponent(grad))
+        sizes = (_norm(out), _norm(grad), _exponent(query))
+        return cls(of_keys, *sizes, largest_grad)
+
+    def maxima(self, blocks: Blocks) -> tuple[Array, Array]:
+        """The largest that each row and each key attends to: `[2, G, T]` and `[3, S]`."""
+        # Terms that are maximised over keys, for each row, and over rows, for each key.
+        of_value, of_key = self.of_keys
+        of_grad_query = self.of_grad + self.of_query
+        over_keys = jnp.stack([of_value + of_key, of_key])
+        over_rows = jnp.stack([of_grad_query, self.of_out + of_grad_query, self.largest_grad])
+        return _largest(blocks, over_keys, over_rows)
+
+    def anchors(self, of_rows: Array, of_keys: Array, dropout_bits: int) -> Anchors:
+        """A of all sums.
+
+        Args:
+          of_rows, of_keys: `maxima` over all the keys and all the rows.
+          dropout_bits: what dropout adds to each.
+        """
+        value_key, just_key = of_rows
+        grad_query, out_grad_query, just_grad = of_keys
+        # A value that no row attends to may be NaN.
+        is_seen = grad_query > LEAST_OF_KEYS[0]
+        of_value = jnp.where(is_seen, self.of_keys[0], LEAST_EXPONENT)
+        return Anchors(
+            1 + dropout_bits + self.of_grad + jnp.maximum(value_key, self.of_out + just_key),
+            1 + dropout_bits + jnp.maximum(of_value + grad_query, out_grad_query),
+            dropout_bits + just_grad,
+        )
 
 
-def _largest(
-    blocks: Blocks,
-    problem: Callable[[Any], Problem],
-    over_keys: Array,
-    over_rows: Array,
-    least_of_rows: Array,
-    least_of_keys: Array,
-) -> tuple[Array, Array]:
+def exponents_of_keys(key: Array, value: Array) -> Array:
+    """N(v) and E(k), `[2, S]`, of keys and values that are flushed."""
+    return jnp.stack([_norm(value), _exponent(key)])
+
+
+def nothing_of_rows(full: Callable[..., Array], *shape: int) -> Array:
+    """`[2, *shape]`: the maxima of rows that attend to nothing."""
+    return jnp.stack([full(*shape, value=least, dtype=jnp.int32) for least in LEAST_OF_ROWS])
+
+
+def nothing_of_keys(full: Callable[..., Array], *shape: int) -> Array:
+    """`[3, *shape]`: the maxima of keys that nothing attends to."""
+    return jnp.stack([full(*shape, value=least, dtype=jnp.int32) for least in LEAST_OF_KEYS])
+
+
+def _largest(blocks: Blocks, over_keys: Array, over_rows: Array) -> tuple[Array, Array]:
     """The largest that each row and each key attends to: `[2, G, T]` and `[3, S]`.
 
     Args:
       over_keys, over_rows: `[2, S]` and `[3, G, T]`.
-      least_of_rows, least_of_keys: where there is none, `[2]` and `[3]`.
     """
     _, G, T = over_rows.shape
     S = over_keys.shape[1]
-    some = problem(0)
-    rows = some.full(2, G, T, dtype=jnp.int32) + least_of_rows[:, None, None]
-    keys_ = some.full(3, S, dtype=jnp.int32) + least_of_keys[:, None]
-    if some.may_attend(Tokens(0, min(T, 1)), Tokens(0, min(S, 1))) is None:
+
+    def full(*shape: int, value: int, dtype: Any) -> Array:
+        return full_varying(shape, value, dtype, (over_keys, over_rows, blocks.spec))
+
+    def may_attend_to(g: Any, queries: Tokens, keys: Tokens) -> Array | None:
+        return may_attend(blocks.spec.take_heads(0, g, 1), queries, keys)
+
+    rows, keys_ = nothing_of_rows(full, G, T), nothing_of_keys(full, S)
+    if may_attend_to(0, Tokens(0, min(T, 1)), Tokens(0, min(S, 1))) is None:
         return (
             jnp.maximum(rows, over_keys.max(1)[:, None, None]),
             jnp.maximum(keys_, over_rows.max((1, 2))[:, None]),
         )
+    least_of_rows, least_of_keys = (
+        jnp.asarray(least, jnp.int32)[:, None, None] for least in (LEAST_OF_ROWS, LEAST_OF_KEYS)
+    )
 
     def block_of_keys(keys: Tokens, of_keys: Array | None, carry: tuple[Array, Array]):
         rows, keys_ = carry
@@ -98,16 +136,16 @@ def _largest(
         def block(g: Any, index: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             rows, largest = carry
             queries, belongs = blocks.of_queries(index)
-            allowed = problem(g).may_attend(queries, keys)
+            allowed = may_attend_to(g, queries, keys)
             assert allowed is not None
             belongs = in_both(of_keys, belongs)
             allowed = allowed if belongs is None else allowed & belongs
             own = keys.slice(over_keys, 1)[:, :, None]
-            part = jnp.where(allowed, own, least_of_rows[:, None, None]).max(1)  # [2, t]
+            part = jnp.where(allowed, own, least_of_rows).max(1)  # [2, t]
             part = jnp.maximum(queries.slice(rows[:, g], 1), part)
             rows = write_head(rows, part, g, queries)
             own = queries.slice(over_rows[:, g], 1)[:, None]
-            part = jnp.where(allowed, own, least_of_keys[:, None, None]).max(2)  # [3, s]
+            part = jnp.where(allowed, own, least_of_keys).max(2)  # [3, s]
             return rows, jnp.maximum(largest, part)
 
         rows, part = blocks.for_queries(keys, block, (rows, keys.slice(keys_, 1)))
@@ -116,6 +154,11 @@ def _largest(
     return blocks.for_keys(block_of_keys, (rows, keys_))
 
 
-def _exponents(x: Array) -> Array:
-    """`[..., 1]` without that axis."""
-    return x[..., 0]
+def _exponent(x: Array) -> Array:
+    """E along the channels, without that axis."""
+    return exponent(x, -1)[..., 0]
+
+
+def _norm(x: Array) -> Array:
+    """N of the channels, without their axis."""
+    return norm(x)[..., 0]

@@ -1,4 +1,4 @@
-"""Blocks of queries and keys, counted from token 0 of the sequence; what their sums multiply."""
+"""Blocks of queries and keys, counted from the first of an array; what their sums multiply."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,8 @@ class Blocks:
     """The blocks of one KV head and its query heads.
 
     A block is given as tokens of the array that hold it and which of these belong to it:
-    `[tokens]`, None where all do. An array that holds a part of the sequence may begin within one.
+    `[tokens]`, None where all do. An array that holds a part of the sequence holds whole blocks of
+    it, one after another: a sum over blocks asks for no order (`Kernel.block`).
 
     Attributes:
       spec: of one sequence and all the query heads.
@@ -49,13 +50,13 @@ class Blocks:
     size: int
 
     def of_queries(self, index: Any) -> tuple[Tokens, Array | None]:
-        return _block(index, self.queries, self.size, self._first)
+        return _block(index, self.queries, self.size)
 
     def for_keys(self, step: Callable[..., Any], carry: Any) -> Any:
         """`carry = step(keys, belongs, carry)`."""
 
         def body(index: Any, carry: Any) -> Any:
-            return step(*_block(index, self.keys, self.size, 0), carry)
+            return step(*_block(index, self.keys, self.size), carry)
 
         return for_range(0, -(-self.keys // self.size), body, carry)
 
@@ -72,20 +73,10 @@ class Blocks:
         return for_range(0, self.heads * count, body, carry)
 
     def _bounds(self, keys: Tokens) -> tuple[Any, Any]:
-        first = self._first
-        if isinstance(first, int) and first == 0 and self.queries <= self.size:
+        if self.queries <= self.size:
             return 0, 1
         low, high = self.spec.queries_of(keys, self.queries)
-        return (first + low) // self.size, (first + high + self.size - 1) // self.size
-
-    @property
-    def _first(self) -> Any:
-        """The number in the sequence of the first query, static where it is 0."""
-        held = self.spec.held_queries
-        if held is None:
-            return 0
-        assert isinstance(held, Tokens)
-        return held.start
+        return low // self.size, (high + self.size - 1) // self.size
 
 
 def in_both(keys: Array | None, queries: Array | None) -> Array | None:
@@ -103,12 +94,10 @@ def write_head(x: Array, part: Array, head: Any, queries: Tokens) -> Array:
     )
 
 
-def _block(index: Any, tokens: int, size: int, first: Any) -> tuple[Tokens, Array | None]:
-    width = min(size, tokens)
-    is_whole = isinstance(first, int) and first == 0
-    if is_whole and width == tokens:
+def _block(index: Any, tokens: int, size: int) -> tuple[Tokens, Array | None]:
+    if tokens <= size:
         return Tokens(0, tokens), None
-    if is_whole and tokens % size == 0:
+    if tokens % size == 0:
         return Tokens(index * size, size), None
-    held = Tokens(jnp.clip(index * size - first, 0, tokens - width), width)
-    return held, (held.numbers + first) // size == index
+    held = Tokens(jnp.minimum(index * size, tokens - size), size)
+    return held, held.numbers // size == index

@@ -1,6 +1,7 @@
 """Kernel: the attention of one device, as a value that holds the options of its implementation."""
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -10,6 +11,45 @@ from ..mask.keywords import canonical
 from ..mesh_layout import AxisName
 from .parts import Part
 from .softmax_residual import Residual
+
+
+@runtime_checkable
+class Turns(Protocol):
+    """The keys of several devices, one device's after another: what a ring gives a kernel.
+
+    Hashable, so that it is part of a compiled program.
+
+    Attributes:
+      degree: how many devices' keys there are.
+    """
+
+    @property
+    def degree(self) -> int: ...
+
+    def turn(
+        self,
+        visit: Callable[..., tuple[Any, Any]],
+        held: Any,
+        spec: Spec,
+        carry: Any,
+        nothing: Any = None,
+        join: Callable[[Any, Any], Any] = ...,
+    ) -> tuple[Any, Any]:
+        """Visits the keys of every device once, in some order.
+
+        Args:
+          visit: `(held, spec, carry) -> (carry, added)`, with what one device holds of its own keys
+            and the Spec that says which keys these are. `added` is what this device's queries add
+            to them; None where nothing is added.
+          held: what this device has to show of its keys: a tree of arrays. It travels.
+          spec: with the queries of this device.
+          nothing: as `added` before anything is added, of this device's keys.
+          join: puts two arrays of `added` together; in no order.
+
+        Returns:
+          The carry after all visits, and what the queries of all devices add to this device's keys.
+        """
+        ...
 
 
 class Kernel:
@@ -25,6 +65,8 @@ class Kernel:
       gives_residual: whether `attend` returns one.
       gives_parts: whether it attends to a part of the keys, and differentiates that, in float32:
         `attend_part` and `part_gradients`.
+      attends_in_turns: whether it visits the keys of several devices as often as it has to:
+        `attend_in_turns`.
       check_vma: whether JAX can check how its arrays vary over the mesh, as `jax.shard_map` does.
         A Pallas kernel does not state how its output varies.
       needs_a_key: whether a row without a key to attend to may be NaN, so that a query head that a
@@ -34,6 +76,7 @@ class Kernel:
     sums_exactly: ClassVar[bool] = False
     gives_residual: ClassVar[bool] = False
     gives_parts: ClassVar[bool] = False
+    attends_in_turns: ClassVar[bool] = False
     needs_a_key: ClassVar[bool] = False
 
     @property
@@ -44,6 +87,15 @@ class Kernel:
     @property
     def check_vma(self) -> bool:
         return True
+
+    @property
+    def block(self) -> int:
+        """How many consecutive tokens, counted from the first of the sequence, stay together.
+
+        An array that holds a part of the queries or of the keys holds whole blocks, one after
+        another in any order.
+        """
+        return 1
 
     def attend(
         self,
@@ -94,6 +146,22 @@ class Kernel:
         """
         raise NotImplementedError
 
+    def attend_in_turns(
+        self,
+        turns: Turns,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> Float[Array, "B T N V"]:
+        """`attend` to the keys of all devices, of a kernel that attends in turns.
+
+        Args:
+          key, value: this device's.
+          spec: `spec.held_queries` says which queries these are.
+        """
+        raise NotImplementedError
+
     def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
         """Why the kernel cannot do what is asked, None if it can; one clause, no full stop.
 
@@ -125,7 +193,6 @@ class Kernel:
     def sharing(
         self,
         axes: tuple[tuple[AxisName, int], ...],
-        queries_over: AxisName | None = None,
     ) -> "Kernel":
         """The kernel, told which devices have the same KV heads as this one.
 
@@ -135,8 +202,6 @@ class Kernel:
         Args:
           axes: a mesh axis (or axes), and how many consecutive devices along it share a KV head:
             `(("seq", 2),)` where pairs of neighbours along "seq" do.
-          queries_over: the axis along which devices hold the queries of one head in parts, where
-            they do.
         """
         return self
 

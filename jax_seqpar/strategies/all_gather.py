@@ -11,6 +11,7 @@ from ..mask import Spec
 from ..mesh_layout import AxisName
 from ..order import Contiguous, TokenOrder
 from .strategy import Degree, KeepsQueries, Shape, array_bytes, check_traffic, output, share
+from .whole_blocks import Deal, padded
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class AllGatherKV(KeepsQueries):
         return_residual: bool = False,
     ) -> tuple[Array, Residual | None]:
         degree, T = axis_size(axis_name), query.shape[1]
-        held = order.tokens(T, jax.lax.axis_index(axis_name), degree)
-        part = replace(spec, held_queries=held)
+        queries = Deal.in_blocks(order, min(kernel.block, T * degree), T * degree, degree)
+        part = padded(spec, query.shape[0], queries=queries)
+        part = replace(part, held_queries=queries.held(axis_name))
         if reason := kernel.why_not(query, key, value, part):
             raise ValueError(
                 f"kernel={kernel!r} cannot work with a part of the queries: {reason}. Write "
@@ -54,8 +56,10 @@ class AllGatherKV(KeepsQueries):
             whole = jax.lax.all_gather(x, axis_name=axis_name, axis=1, tiled=True)
             return order.restore(whole, 1, degree)
 
-        local = kernel.sharing(((axis_name, degree),), queries_over=axis_name)
-        return local.attend(query, gather(key), gather(value), part)
+        local = kernel.sharing(((axis_name, degree),))
+        query = queries.forth(query, axis_name)
+        out, residual = local.attend(query, gather(key), gather(value), part)
+        return queries.back(out, axis_name), residual
 
     def memory(
         self,

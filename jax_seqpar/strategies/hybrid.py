@@ -184,8 +184,8 @@ class _OuterAttention(Kernel):
             return_residual=self.gives_residual,
         )
 
-    def sharing(self, axes: Any, queries_over: AxisName | None = None) -> "_OuterAttention":
-        return replace(self, kernel=self.kernel.sharing(axes, queries_over))
+    def sharing(self, axes: Any) -> "_OuterAttention":
+        return replace(self, kernel=self.kernel.sharing(axes))
 
 
 def _two_axes(tokens: MeshAxes) -> tuple[str, str]:

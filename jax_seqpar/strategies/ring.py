@@ -27,6 +27,7 @@ from ..varying_axes import full_varying, match_varying_axes
 from .hops import hops
 from .send import send
 from .strategy import Degree, KeepsQueries, Shape, array_bytes, check_traffic, output, share
+from .whole_blocks import Deal, padded
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,15 @@ class Ring(KeepsQueries):
         order: TokenOrder = Contiguous(),
         return_residual: bool = False,
     ) -> tuple[Array, Residual | None]:
-        if not kernel.gives_parts:
+        if not kernel.gives_parts and not kernel.attends_in_turns:
             raise ValueError(
                 f"kernel={kernel!r} does not attend to a part of the keys, as a ring needs it to. "
                 f"Write kernel=jax_seqpar.Blockwise(), or strategy=jax_seqpar.Ulysses()."
             )
         if 0 in (*query.shape[:3], *value.shape[1:]):
             return kernel.attend(query, key, value, spec)  # nothing, which no device has to send
+        if kernel.attends_in_turns:
+            return _in_turns(kernel, query, key, value, spec, axis_name, order), None
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore
         sizes = query.shape[1], key.shape[1]
         plan = _RingPlan(kernel, axis_name, axis_size(axis_name), order, precision, *sizes)
@@ -216,6 +219,29 @@ class _RingPlan:
             came_home.append(added)
         carry, own = at(held, 0, carry)
         return carry, reduce(lambda a, b: jax.tree.map(join, a, b), came_home, own)
+
+
+def _in_turns(
+    kernel: Kernel,
+    query: Array,
+    key: Array,
+    value: Array,
+    spec: Spec,
+    axis_name: AxisName,
+    order: TokenOrder,
+) -> Array:
+    """The attention of a kernel that asks for the turns it needs, of whole blocks of tokens."""
+    degree = axis_size(axis_name)
+    T, S = (x.shape[1] * degree for x in (query, key))
+    block = min(kernel.block, max(T, S))
+    queries, keys = (Deal.in_blocks(order, block, n, degree) for n in (T, S))
+    spec = padded(spec, query.shape[0], queries=queries, keys=keys)
+    spec = replace(spec, held_queries=queries.held(axis_name))
+    sizes = queries.sizes[1], keys.sizes[1]
+    plan = _RingPlan(kernel, axis_name, degree, queries.after, None, *sizes)
+    dealt = queries.forth(query, axis_name), *(keys.forth(x, axis_name) for x in (key, value))
+    out = kernel.attend_in_turns(plan, *match_varying_axes((*dealt, spec)))
+    return queries.back(out, axis_name)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
