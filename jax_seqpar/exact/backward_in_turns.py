@@ -63,9 +63,9 @@ def gradients_in_turns(
         found, of_these_keys = map_heads(one, exponents._replace(of_keys=of_keys))
         return jnp.maximum(of_rows, found), of_these_keys
 
-    nothing = nothing_of_rows(full, BK, G, T), nothing_of_keys(full, BK, S)
-    nothing = (jnp.moveaxis(x, 0, 1) for x in nothing)
-    maxima = turns.turn(find_maxima, exponents.of_keys, spec, *nothing, jnp.maximum)
+    of_rows = jnp.moveaxis(nothing_of_rows(full, BK, G, T), 0, 1)
+    of_keys = jnp.moveaxis(nothing_of_keys(full, BK, S), 0, 1)
+    maxima = turns.turn(find_maxima, exponents.of_keys, spec, of_rows, of_keys, jnp.maximum)
 
     def find_anchors(_: Array, own: Exponents, of_rows: Array, of_keys: Array) -> Anchors:
         return shared_anchors(options, own.anchors(of_rows, of_keys, dropout_bits(spec)))

@@ -87,11 +87,13 @@ def _fewest(needed: Any, xp: Any) -> tuple[Any, Any]:
     The device o places before is that P - o places after, so either direction can bring its keys.
     """
     degree = needed.shape[0]
-    ranks, offsets = np.arange(degree), np.arange(1, degree)
+    # int32 whether 64 bits are on or not, as the loops that go so far.
+    ranks = before = np.arange(degree, dtype=np.int32)
+    offsets = ranks[1:]
     wanted = needed[ranks[None], (ranks[None] - offsets[:, None]) % degree].any(1)  # [P - 1]
-    before = np.arange(degree)
     beyond = wanted[None] & (offsets[None] > before[:, None])  # [P, P - 1]
     after = xp.where(beyond, (degree - offsets)[None], 0).max(1, initial=0)
     # Where several have the least sum, the most before: causal masks end there.
-    best = degree - 1 - (before + after)[::-1].argmin()
-    return xp.asarray(before)[best], after[best]
+    rounds = before + after
+    best = xp.where(rounds == rounds.min(), before, 0).max()
+    return best, after[best]
