@@ -27,7 +27,7 @@ from questions import output_and_gradients
 
 from jax_seqpar import AllGatherKV, Exact, Ulysses, dot_product_attention, exact_attention
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.exact import arithmetic, attention, backward, block_logits, forward, token_blocks
+from jax_seqpar.exact import arithmetic, backward, block_logits, forward, token_blocks
 from jax_seqpar.exact.kv_replicas import SharedHeads
 from jax_seqpar.mask import Dropout, Tokens, threefry
 from jax_seqpar.parity.inputs import NAMES as INPUT_NAMES
@@ -204,7 +204,7 @@ def norm_without_reserve(x):
     return e - 12 + (arithmetic.exponent(squares, -1) + 1) // 2
 
 
-def count_of_one_block(rows, step, carry, true=forward._ChunkOfRows.for_tiles):
+def count_of_one_block(rows, step, carry, true=forward.ChunkOfRows.for_tiles):
     """t of the last block of keys, and all else of every block."""
     if step.__name__ != "count":
         return true(rows, step, carry)
@@ -217,8 +217,8 @@ def gradients_of_rounded_output(*operands, true=backward.gradients):
     return true(*others, out.astype(jnp.bfloat16).astype(jnp.float32), rows, grad)
 
 
-def without_sinks(problem, top, true=forward._with_sink):
-    return true(problem, top)[0], jnp.zeros_like(top, jnp.float64)
+def without_sinks(spec, top, true=forward.with_sink):
+    return true(spec, top)[0], jnp.zeros_like(top, jnp.float64)
 
 
 def keys_of_the_first_device(x, axes, *, axis_name, true=ulysses._own_heads, **plan):
@@ -253,7 +253,7 @@ MUTATIONS = {
     "weights of one more bit": (output_alone, arithmetic, "ROW_BITS", 50),
     "t of one block of keys": (
         output_alone,
-        forward._ChunkOfRows,
+        forward.ChunkOfRows,
         "for_tiles",
         count_of_one_block,
     ),
@@ -265,7 +265,7 @@ MUTATIONS = {
     ),
     "a value of NaN that leaves the logits": (
         output_alone,
-        attention,
+        forward,
         "key_operand",
         lambda key, value: arithmetic.right_on_grid(arithmetic.flush(key)),
     ),
@@ -292,7 +292,7 @@ MUTATIONS = {
     "tokens of two blocks counted twice": (alone, backward, "in_both", lambda keys, queries: None),
     "D of the rounded output": (
         all_in_bfloat16,
-        attention,
+        backward,
         "gradients",
         gradients_of_rounded_output,
     ),
@@ -317,10 +317,10 @@ MUTATIONS = {
     "units of each device's own": (
         on_devices_that_share_blocks,
         Exact,
-        "sharing",
-        lambda self, axes, queries_over=None, true=Exact.sharing: true(self, axes),
+        "block",
+        1,  # no block has to stay together
     ),
-    "sinks left out of L": (with_dropout_and_sinks, forward, "_with_sink", without_sinks),
+    "sinks left out of L": (with_dropout_and_sinks, forward, "with_sink", without_sinks),
     "dropout by the tokens of a block": (
         with_dropout_and_sinks,
         Dropout,

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch_ref.exact.arithmetic
-from cases import MeshCase, is_array, slow
-from exact_cases import CROSS, NAMES, Cross, torch_exact
+from cases import MeshCase, slow
+from exact_cases import NAMES, Cross, torch_exact
 from features import in_order, in_sequence, run_jax
 from jax.sharding import AxisType
 from questions import compiled, output_and_gradients, permuted_bytes
 
+import torch_ref.exact.arithmetic
 from jax_seqpar import (
     AllGatherKV,
     Contiguous,
@@ -144,3 +144,131 @@ def test_special_numbers_on_their_way(monkeypatch):
     """NaN, infinity, subnormals and zeros of both signs, in 16 bits."""
     inputs = adversarial(replace(CASE, B=1, T=32, V=5, dtype="bfloat16").inputs())
     assert differing(Where((4,), Zigzag(), block=5), CAUSAL, inputs, monkeypatch) == SAME
+
+
+# ---------------------------------------------------------------- wrong rings
+
+
+def one_device_left_out(patch):
+    right = ring.hops
+    patch.setattr(ring, "hops", lambda *x: (right(*x)[0] - 1, right(*x)[1]))
+
+
+def exponents_of_its_own(patch):
+    """Maxima over the keys and the queries of one device."""
+    right = ring._RingPlan.turn
+
+    def turn(self, visit, held, spec, carry, nothing=None, join=jnp.add):
+        own = (lambda a, b: b) if join is jnp.maximum else join
+        return right(self, visit, held, spec, carry, nothing, own)
+
+    patch.setattr(ring._RingPlan, "turn", turn)
+
+
+def own_keys_forgotten(patch):
+    right = ring._RingPlan.turn
+
+    def turn(self, visit, held, spec, carry, nothing=None, join=jnp.add):
+        def others(here, spec, carry):
+            found = visit(here, spec, carry)
+            return (carry, found[1]) if here is held else found
+
+        return right(self, others, held, spec, carry, nothing, join)
+
+    patch.setattr(ring._RingPlan, "turn", turn)
+
+
+def sums_that_stay_away(patch):
+    patch.setattr(ring._RingPlan, "send_home", lambda self, tree, distance, direction: tree)
+
+
+def blocks_in_parts(patch):
+    patch.setattr(Exact, "block", 1)
+
+
+def padding_that_counts(patch):
+    """Tokens that fill the last block, as if they were of the sequence."""
+    patch.setattr(ring, "padded", lambda spec, batch, **deals: _padded_alone(spec, batch, deals))
+
+
+def _padded_alone(spec, batch, deals):
+    longer = whole_blocks.padded(spec, batch, **deals)
+    lengths = {"query_seq_lengths": None, "key_value_seq_lengths": None}
+    return replace(longer, mask=replace(longer.mask, **lengths))
+
+
+OTHERS_WRONG = {
+    "one device left out": (one_device_left_out, {"out", "dq", "dk", "dv"}),
+    "exponents of its own": (exponents_of_its_own, {"dq", "dk", "dv"}),
+    "own keys forgotten": (own_keys_forgotten, {"out", "dq"}),
+    "sums that stay away": (sums_that_stay_away, {"dk", "dv"}),
+    "blocks in parts": (blocks_in_parts, {"dq", "dk", "dv"}),
+    "padding that counts": (padding_that_counts, {"out"}),
+}
+
+
+@pytest.mark.parametrize(("wrong", "seen"), OTHERS_WRONG.values(), ids=OTHERS_WRONG)
+def test_a_wrong_ring_is_caught(wrong, seen, monkeypatch):
+    wrong(monkeypatch)
+    where, case = Where((2,), Striped(), block=5), replace(SAME_LENGTH, N=2, K=1)
+    found = differing(where, {}, case.inputs(), monkeypatch)
+    assert seen <= {name for name, count in found.items() if count}
+
+
+# ---------------------------------------------------------------- what it sends and holds
+
+
+def kernel_bytes(degree, gradients):
+    """Of one key of a KV head, by all turns: what is sent in each of the rounds, and what is added
+    to it, which comes home as well."""
+    forward, backward = Exact().turns(CASE.H, CASE.V, 2)
+    turns = (*forward, *backward) if gradients else forward
+    rounds = degree - 1
+    home = [turn.added * (rounds + 1 if rounds > 1 else 1) for turn in turns]
+    return sum(turn.sent for turn in turns) * rounds + sum(home)
+
+
+@pytest.mark.parametrize("degree", (2, 4))
+@pytest.mark.usefixtures("optimised")
+def test_bytes_and_permutes_are_those_of_the_formula(degree, monkeypatch):
+    """Whole blocks, of which none moves."""
+    case = replace(SAME_LENGTH, dtype="bfloat16")
+    monkeypatch.setattr(arithmetic, "BLOCK", 4)
+    attend = Where((degree,), Zigzag()).attend(is_causal=True)
+    *operands, grad = map(jnp.asarray, case.inputs().values())
+    both = output_and_gradients(attend)
+    keys = case.B * case.S * case.K // degree
+    assert permuted_bytes(attend, *operands) == keys * kernel_bytes(degree, False)
+    assert permuted_bytes(both, *operands, grad) == keys * kernel_bytes(degree, True)
+    # Two arrays in each of four turns, a permute before the loop and one in it.
+    program = compiled(attend, *operands)
+    assert collectives(program) == {"collective-permute": 8 if degree == 2 else 16}
+    assert "f32" not in "".join(x for x in program.splitlines() if " collective-permute(" in x)
+
+
+def test_tokens_that_move_are_counted(monkeypatch):
+    """A striped order deals no block whole: queries, keys and values go there, the output back."""
+    case, degree = SAME_LENGTH, 4
+    monkeypatch.setattr(arithmetic, "BLOCK", 4)
+    *operands, _ = map(jnp.asarray, case.inputs().values())
+    deal = Deal.in_blocks(Striped(), 4, case.S, degree)
+    # Of eight tokens on a device two stay, and two go to each of the others.
+    assert [(x.distance, x.source.shape) for x in deal.moves] == [(i, (4, 2)) for i in range(4)]
+    moved = case.B * deal.received * (case.N + case.K) * (case.H + case.V) * 4
+    attend = Where((degree,), Striped()).attend()
+    keys = case.B * case.S * case.K // degree
+    forward, _ = Exact().turns(case.H, case.V, 4)
+    sent = keys * sum(turn.sent for turn in forward) * (degree - 1)
+    assert permuted_bytes(attend, *operands) == sent + moved
+
+
+def test_nothing_grows_with_the_degree():
+    """Beside a device's own keys and values two more: that which is here and that on its way."""
+
+    def temporaries(degree, strategy):
+        shape = jax.ShapeDtypeStruct((1, 256 * degree, 1, 64), jnp.float32)
+        attend = Where((degree,), Contiguous(), strategy).attend(is_causal=True)
+        return temporaries_of(jax.jit(attend).lower(shape, shape, shape).compile())
+
+    assert temporaries(8, Ring()) <= temporaries(4, Ring()) * 1.05
+    assert temporaries(8, AllGatherKV()) > temporaries(4, AllGatherKV()) * 1.3

@@ -23,7 +23,7 @@ from jax_seqpar import (
     AllGatherKV,
     Blockwise,
     Contiguous,
-    Exact,
+    Dense,
     Hybrid,
     Mask,
     MeshLayout,
@@ -35,7 +35,6 @@ from jax_seqpar import (
     blockwise_attention,
     dot_product_attention,
 )
-from jax_seqpar.compare import compare_bits
 from jax_seqpar.plan import collectives
 from jax_seqpar.plan import temporaries as temporaries_of
 from jax_seqpar.strategies.hops import hops
@@ -322,42 +321,20 @@ def test_no_keys_at_all():
         assert not jnp.any(attend(q, k[:, :0], v[:, :0]))
 
 
-# ---------------------------------------------------------------- exact attention, refusals
-
-
-@pytest.mark.parametrize("shape", ((2, 4), (4, 2)), ids=str)
-def test_exact_attention_between_groups_of_devices(shape):
-    """Two KV heads, of which Ulysses sends copies to the devices of a group."""
-    inputs = dict(zip(("query", "key", "value", "grad"), operands(SIZES), strict=True))
-    where = MeshCase(shape, ("outer", "inner"), MeshLayout(tokens=("outer", "inner")))
-    attend = partial(
-        dot_product_attention,
-        kernel=Exact(),
-        strategy=Hybrid(AllGatherKV()),
-        layout=where.on(),
-        is_causal=True,
-    )
-    alone = output_and_gradients(partial(Exact(), is_causal=True))(**inputs)
-    report = compare_bits(output_and_gradients(attend)(**inputs), alone)
-    assert report.equal, str(report)
+# ---------------------------------------------------------------- refusals
 
 
 REFUSED = {
-    "exact in a ring": (
-        {"kernel": Exact()},
+    "dense in a ring": (
+        {"kernel": Dense()},
         {},
-        r"kernel=Exact.* does not attend to a part of the keys.*strategy=jax_seqpar.Ulysses",
+        r"kernel=Dense.* does not attend to a part of the keys.*strategy=jax_seqpar.Ulysses",
     ),
     "a hybrid on one axis": ({"strategy": Hybrid()}, {}, r"two mesh axes of the tokens, got"),
     "halves that do not divide": (
         {},
         {"order": Zigzag()},
         r"query has 36 tokens, which is no multiple of 8",
-    ),
-    "exact out of order": (
-        {"kernel": Exact(), "strategy": AllGatherKV()},
-        {"order": Striped()},
-        r"takes queries in the order of the sequence",
     ),
 }
 

@@ -12,7 +12,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from .._checks import check_chunk_sizes
-from ..kernels.kernel import Kernel, Turns
+from ..kernels.kernel import GRADIENT_PRODUCTS, Kernel, Turn, Turns
 from ..mask import Logits, Spec
 from ..mask.array_fields import arrays_of
 from ..mesh_layout import AxisName
@@ -77,6 +77,18 @@ class Exact(Kernel):
         told = {axis_name for axis_name, _ in known}
         axes = tuple((name, count) for name, count in axes if count > 1 and name not in told)
         return replace(self, shared_heads=SharedHeads(known + axes)) if axes else self
+
+    def turns(
+        self, head_dim: int, value_dim: int, itemsize: int
+    ) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+        """As `forward_in_turns` and `backward_in_turns` count them.
+
+        Of four matrix products forward, two are logits, which each visit computes anew.
+        """
+        channels, logits = head_dim + value_dim, Turn(head_dim * itemsize + 4, 0, 0.5)
+        values = Turn(channels * itemsize, 0, 1.0)
+        sums = Turn(channels * itemsize + 8, channels * 16, GRADIENT_PRODUCTS)
+        return (logits, logits, logits, values), (Turn(8, 12, 0.0), sums)
 
     def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
         return None if spec.held_keys is None else "exact attention takes all the keys of a row"

@@ -1,7 +1,7 @@
 """Kernel: the attention of one device, as a value that holds the options of its implementation."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -11,6 +11,23 @@ from ..mask.keywords import canonical
 from ..mesh_layout import AxisName
 from .parts import Part
 from .softmax_residual import Residual
+
+# The gradients of an attention are five matrix products for the two of its output.
+GRADIENT_PRODUCTS = 2.5
+
+
+class Turn(NamedTuple):
+    """One visit to the keys of all devices, as a ring makes it.
+
+    Attributes:
+      sent: bytes of what travels of a key of one KV head.
+      added: bytes of what belongs to that key and travels with it, to be added to.
+      work: computed, as a part of what one device computes forward.
+    """
+
+    sent: int
+    added: int
+    work: float
 
 
 @runtime_checkable
@@ -161,6 +178,14 @@ class Kernel:
           spec: `spec.held_queries` says which queries these are.
         """
         raise NotImplementedError
+
+    def turns(
+        self, head_dim: int, value_dim: int, itemsize: int
+    ) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+        """The visits of a ring, for the output and for the gradients; sums are in float32."""
+        channels = head_dim + value_dim
+        sent, added = channels * itemsize, channels * max(4, itemsize)
+        return (Turn(sent, 0, 1.0),), (Turn(sent, added, GRADIENT_PRODUCTS),)
 
     def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
         """Why the kernel cannot do what is asked, None if it can; one clause, no full stop.

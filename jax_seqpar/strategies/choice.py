@@ -162,7 +162,7 @@ class Call:
             runs=strategy.sees_all_keys and in_order,
             check_vma=self.check_vma,
         )
-        if not strategy.sees_all_keys and not kernel.gives_parts:
+        if not strategy.sees_all_keys and not (kernel.gives_parts or kernel.attends_in_turns):
             return kernel, f"{kernel!r} does not attend to a part of the keys"
         spec = self.spec
         if strategy.sees_all_keys and not strategy.sees_all_tokens:

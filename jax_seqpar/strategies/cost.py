@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from ..chips import Chip
 from ..kernels import Kernel, blockwise_attention
+from ..kernels.kernel import GRADIENT_PRODUCTS
 from ..mask import Mask
 from ..order import TokenOrder
 from .all_gather import AllGatherKV
@@ -17,13 +18,12 @@ from .hybrid import Hybrid
 from .ring import Ring
 from .strategy import Degree, Shape, Strategy, array_bytes
 from .ulysses import head_plan
+from .whole_blocks import Deal
 
 # Of a chip's FLOP/s: cuDNN's and blockwise attention's on a GPU as measured (`examples/README.md`),
 # the others by their likes. Only ratios matter, and only where strategies have other kernels.
 EFFICIENCY = {"splash": 0.5, "cuDNN": 0.6, "triton": 0.3, "blockwise": 0.15, "": 0.15}
 ON_GPU = EFFICIENCY | {"blockwise": 0.02}
-# The backward pass has five matrix products for the two of the forward pass.
-GRADIENT_PRODUCTS = 2.5
 SAMPLE = 256
 
 
@@ -62,7 +62,7 @@ class Layer:
       query, key, value: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`.
       itemsize: bytes of one number.
       gradients: whether the backward pass counts.
-      kernel: of one device, by which Ulysses decides how often it sends a KV head.
+      kernel: what a ring sends, and whether Ulysses may split the group of a KV head, depend on it.
     """
 
     query: Shape
@@ -89,6 +89,20 @@ class Layer:
             query_offset=mask.query_offset,
             local_window_size=mask.local_window_size,
         )
+
+    def deals(self, degree: int, *, keys: bool) -> list[Deal]:
+        """How queries, and keys where they are dealt, too, come to lie in whole blocks."""
+        tokens = (self.query[1], self.key[1]) if keys else (self.query[1],)
+        block = min(self.kernel.block, max(tokens))
+        return [Deal.in_blocks(self.order, block, n, degree) for n in tokens]
+
+    def bytes_dealt(self, degree: int, *, keys: bool) -> int:
+        """Received by a device where its tokens are dealt in whole blocks, and dealt back."""
+        deals = self.deals(degree, keys=keys)
+        heads = (self.query[2], self.key[2])[: len(deals)]
+        moved = sum(deal.received * n for deal, n in zip(deals, heads, strict=True))
+        channels = self.query[3] + self.value[3]
+        return self.query[0] * moved * channels * self.itemsize * (2 if self.gradients else 1)
 
     def memory(self, strategy: Strategy, degree: Degree) -> int:
         """`Strategy.memory` of this layer."""
@@ -143,7 +157,8 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
         busiest = work.sum() * plan.query_heads / degree
     sent: Any = {"degree": degree, "itemsize": layer.itemsize, "kernel": layer.kernel}
     forward = strategy.traffic(*layer.shapes, **sent)
-    received = forward * (2 if layer.gradients else 1)
+    dealt = layer.bytes_dealt(degree, keys=False) if isinstance(strategy, AllGatherKV) else 0
+    received = forward * (2 if layer.gradients else 1) + dealt
     between = received * (degree - near) // max(degree - 1, 1)
     waiting = (received - between) / chip.inside + between / chip.between
     attention = busiest * seconds_per_pair * (1 + GRADIENT_PRODUCTS * layer.gradients)
@@ -184,26 +199,30 @@ _rounds = lru_cache(maxsize=256)(hops)
 
 def _of_ring(layer: Layer, degree: int, slow: bool, chip: Chip, seconds_per_pair: float) -> Cost:
     """Each round the next keys and values travel under the attention to those that are here."""
-    own, work = _kv_bytes(layer) // degree, layer.work(degree)
-    trips = _rounds(layer.placed, layer.order, layer.query[1], layer.key[1], degree)
+    (B, _, K, H), V = layer.key, layer.value[3]
+    of_queries, of_keys = layer.deals(degree, keys=True)
+    T, S = (deal.sizes[1] * degree for deal in (of_queries, of_keys))
+    trips = _rounds(layer.placed, of_queries.after, T, S, degree)
+    keys = B * (S // degree) * K
+    work = layer.work(degree)
     link = chip.between if slow else chip.inside
     devices = np.arange(degree)
-    of_gradients = own * max(4, layer.itemsize) // layer.itemsize  # in float32
-    attention = waiting = 0.0
-    received = 0
-    for backward in (False, True) if layer.gradients else (False,):
-        factor = seconds_per_pair * (GRADIENT_PRODUCTS if backward else 1)
+    received = layer.bytes_dealt(degree, keys=True)
+    attention, waiting = 0.0, received / link
+    forward, backward = layer.kernel.turns(H, V, layer.itemsize)
+    for turn in (*forward, *backward) if layer.gradients else forward:
+        factor = seconds_per_pair * turn.work
         attention += work.diagonal().max() * factor
         for sign, rounds in zip((1, -1), trips, strict=True):
             for i in range(1, int(rounds) + 1):
-                # Backward the gradients so far come along, but where they only go home.
-                sent = own + (of_gradients if backward and rounds > 1 else 0)
+                # What is added comes along, but where it only goes home.
+                sent = keys * (turn.sent + (turn.added if rounds > 1 else 0))
                 busiest = work[devices, (devices - sign * i) % degree].max() * factor
                 attention += busiest
                 waiting += max(sent / link - busiest, 0)
                 received += sent
-            if backward and rounds:
-                received += of_gradients  # the way home, under a device's own attention
+            if rounds:
+                received += keys * turn.added  # the way home, under a device's own attention
     links = (0, received) if slow else (received, 0)
     return Cost(*links, layer.memory(Ring(), degree), attention, waiting)
 

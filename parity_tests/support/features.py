@@ -131,13 +131,11 @@ def is_possible(levels: list[Any]) -> bool:
     order, sizes = case.get("order", "contiguous"), SIZES.get(case.get("sizes", ""))
     exact_in_float64 = kernel == "exact" and case.get("dtype") == "float64"
     too_many_devices = degree == 8 and case.get("batch") is not None
-    no_parts = "ring" in strategy and not kernel.startswith("blockwise")
-    # Exact attention takes queries in the order of the sequence.
-    out_of_order = kernel == "exact" and strategy != "Ulysses" and order != "contiguous"
+    no_parts = "ring" in strategy and kernel == "dense"
     not_dealt = (order == "zigzag" and degree is not None and sizes is not None) and any(
         tokens % (2 * degree) for tokens in (sizes.T, sizes.S)
     )
-    return not (exact_in_float64 or too_many_devices or no_parts or out_of_order or not_dealt)
+    return not (exact_in_float64 or too_many_devices or no_parts or not_dealt)
 
 
 def cases(factors: dict[str, tuple[Any, ...]] = FACTORS) -> list[dict[str, Any]]:
