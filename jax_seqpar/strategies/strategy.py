@@ -144,7 +144,11 @@ class KeepsQueries:
         itemsize: int,
         kernel: Kernel = blockwise_attention,
     ) -> int:
-        """Bytes of all keys and values but a device's own; a ring leaves out what nobody needs."""
+        """Bytes of all keys and values but a device's own; a ring leaves out what nobody needs.
+
+        Of every kernel but `Exact()` in a ring, whose turns `Kernel.turns` counts, and where its
+        blocks move (`jax_seqpar.strategies.whole_blocks`).
+        """
         devices = check_traffic(query, key, degree)
         return array_bytes(key, value, itemsize=itemsize) * (devices - 1) // devices
 
