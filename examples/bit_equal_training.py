@@ -17,12 +17,12 @@ from typing import Annotated
 import jax
 import numpy as np
 import typer
-from exact_training_runs import Step, Training, digest_of, train_in_jax, train_on_ranks
 from loss_plot import plot
 from planted_training_bugs import BUGS
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from training_in_both import Step, Training, digest_of, train_in_jax, train_on_ranks
 
 
 def first_difference(a: Sequence[Step], b: Sequence[Step]) -> str | None:

@@ -7,10 +7,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch_ref.exact.rounding import R, divide, multiply, square_root
 
 from torch_ref.exact import decoder, loss, optimizer, training_step
 from torch_ref.exact.arithmetic import flush
+from torch_ref.exact.rounding import R, divide, multiply, square_root
 
 
 def _adamw(inside_root: bool, decays: Callable[[Tensor], bool]) -> Callable[..., Any]:

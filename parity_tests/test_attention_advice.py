@@ -19,7 +19,7 @@ RNG = np.random.default_rng(5)
 ON_SEQ = MeshLayout(mesh=jax.make_mesh((4,), ("seq",)))
 CAUSAL = np.tril(np.ones((16, 16), bool))[None, None]
 HIDES = np.finfo(np.float32).min
-attend = partial(dot_product_attention, layout=ON_SEQ)
+attend: Any = partial(dot_product_attention, layout=ON_SEQ)
 
 
 def operands(tokens: int) -> list[Any]:

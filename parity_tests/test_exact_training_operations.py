@@ -152,7 +152,7 @@ LAYERS: dict[str, tuple[Any, Any, list[np.ndarray], tuple[int, ...]]] = {
 
 def both(name: str) -> tuple[Any, Any]:
     ours, theirs, arrays, shape = LAYERS[name]
-    cotangent = wild(15, *shape) if shape else np.float32(0.7)
+    cotangent: Any = wild(15, *shape) if shape else np.float32(0.7)
     return of_jax(ours, arrays, cotangent), of_torch(theirs, arrays, np.asarray(cotangent))
 
 
@@ -219,8 +219,8 @@ def test_engines_find_the_same_integers(K):
     expected = a.astype(object) @ b.astype(object)
     with jax.enable_x64(True):
         for engine in (float64_products, int8_products):
-            operands = (jnp.asarray(x, jnp.float64) for x in (a, b))
-            high, low, bits = engine("MK,KN->MN", *operands, None)
+            x, y = (jnp.asarray(operand, jnp.float64) for operand in (a, b))
+            high, low, bits = engine("MK,KN->MN", x, y, None)
             whole = np.vectorize(int)(high) * 2**bits + np.vectorize(int)(low)
             assert (whole == expected).all(), engine.__name__
 

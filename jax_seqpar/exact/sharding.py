@@ -32,4 +32,5 @@ def call_with_sharding(function: Callable[..., Array], sharding: Any, *arrays: A
     """
     if sharding is None:
         return function(*arrays)
-    return jax.sharding.auto_axes(function, out_sharding=sharding)(*arrays)
+    on_auto_axes: Any = jax.sharding.auto_axes(function, out_sharding=sharding)
+    return on_auto_axes(*arrays)

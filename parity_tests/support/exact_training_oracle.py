@@ -346,7 +346,7 @@ def adamw(w: Array, m: Array, v: Array, g: Array, numbers: dict[str, float]) -> 
 
 
 def moved(w: Array, u: Array, lr: Fraction, wd: Fraction) -> Array:
-    return R(round64(w - lr * R(round64(u + wd * w))))
+    return R(round64(w + R(round64(-lr * R(round64(u + wd * w))))))
 
 
 def sgd(w: Array, m: Array, g: Array, lr: float, mu: float, wd: float) -> tuple[Array, Array]:

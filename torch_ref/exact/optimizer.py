@@ -63,13 +63,13 @@ def adamw(
     """One step of a tensor: the new weight and moments, of float32.
 
     `m = R(b1 m + c1 g)`, `v = R(b2 v + c2 q)` with `q = g (*) g`,
-    `u = (m (*) k1) (/) (R(sqrt(v (*) k2)) (+) eps)` and `w = R(w - lr R(u + wd w))`.
+    `u = (m (*) k1) (/) (R(sqrt(v (*) k2)) (+) eps)` and `w (+) R(-lr R(u + wd w))`.
     """
     lr, b1, c1, k1, b2, c2, k2, eps, wd = numbers
     m = R(b1 * flush(m) + c1 * flush(g))
     v = R(b2 * flush(v) + c2 * flush(multiply(g, g)))
     u = divide(multiply(m, k1), add(square_root(multiply(v, k2)), eps))
-    return _moved(w, u, lr, wd), m, v
+    return moved(w, u, lr, wd), m, v
 
 
 def sgd(
@@ -77,12 +77,12 @@ def sgd(
 ) -> tuple[Tensor, Tensor]:
     """One step of a tensor: the new weight and momentum, of float32.
 
-    `m = R(mu m + g)` and `w = R(w - lr R(m + wd w))`, the numbers as the nearest float32.
+    `m = R(mu m + g)` and `w (+) R(-lr R(m + wd w))`, the numbers as the nearest float32.
     """
     m = R(nearest32(momentum) * flush(m) + flush(g))
-    return _moved(w, m, nearest32(lr), nearest32(weight_decay)), m
+    return moved(w, m, nearest32(lr), nearest32(weight_decay)), m
 
 
-def _moved(w: Tensor, u: Tensor, lr: float, wd: float) -> Tensor:
-    w = flush(w)
-    return R(w - lr * flush(R(flush(u) + wd * w)))
+def moved(w: Tensor, u: Tensor, lr: float, wd: float) -> Tensor:
+    """`w (+) R(-lr R(u + wd w))`: the change is a number of its own, as optimizers return it."""
+    return add(w, R(-lr * flush(R(flush(u) + wd * flush(w)))))

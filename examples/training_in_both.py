@@ -17,8 +17,6 @@ from decoder import FSDP, Config, Decoder, Placement
 from flax import nnx
 from jax.sharding import AxisType
 from planted_training_bugs import planted
-from torch_ref.exact.decoder import Decoder as TorchDecoder
-from torch_ref.exact.ranks import make_ranks
 
 from jax_seqpar import MeshLayout
 from jax_seqpar.bridge import Map, from_torch, run_ranks, to_torch_state
@@ -29,6 +27,8 @@ from jax_seqpar.flax import Arithmetic, ExactArithmetic
 from jax_seqpar.training import TokenLayout
 from torch_ref.exact import optimizer as torch_optimizer
 from torch_ref.exact import training_step
+from torch_ref.exact.decoder import Decoder as TorchDecoder
+from torch_ref.exact.ranks import make_ranks
 
 # A weight of PyTorch's decoder, [in, out], and its path in the Flax tree.
 MAPPING = [
