@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -266,6 +267,62 @@ def test_two_slices(monkeypatch):
     assert best is not None
     assert other is not None
     assert best.seconds < other.seconds
+
+
+def test_the_fast_axis_named_first(monkeypatch):
+    """Of a Hybrid the last axis should be within a slice: the hint says so, and why."""
+    q = shape(1, 1 << 10, 16, 64)
+    options: Any = {"kernel": Blockwise(), "chip": V5E}
+    for near, crosses in ((2, False), (1, True)):
+        # Of devices 0 to 7 in rows of four: slices of rows, and of columns.
+        places = {2: lambda device: device.id // 4, 1: lambda device: device.id % 4}
+        monkeypatch.setattr(choice_module, "_place", places[near])
+        reason = choose_strategy(q, q, q, layout=TWO_AXES.on(), **options).reason
+        assert ("last token axis crosses slices or hosts: 1 of its 4 devices" in reason) == crosses
+        assert ("name an axis within one last" in reason) == crosses
+
+
+@pytest.mark.parametrize(
+    ("device", "place"),
+    (
+        ({"slice_index": 1, "process_index": 3}, ("slice", 1)),
+        ({"slice_index": None, "process_index": 3}, ("host", 3)),
+        ({"process_index": 2}, ("host", 2)),
+    ),
+    ids=("slices", "one slice", "no slices"),
+)
+def test_where_a_device_is(device, place):
+    assert choice_module._place(SimpleNamespace(**device)) == place
+
+
+UNABLE = {
+    "a ring of exact attention": (Ring(), {"kernel": Exact()}, Ulysses()),
+    "a ring of dense attention": (Ring(), {"kernel": Dense()}, Ulysses()),
+    "a ring of a function": (Ring(), {"kernel": lambda q, k, v: q}, Ulysses()),
+    "an all-gather for a function": (AllGatherKV(), {"kernel": lambda q, k, v: q}, Ulysses()),
+    "a hybrid on one axis": (Hybrid(), {}, Ulysses()),
+    "a hybrid's ring of exact attention": (Hybrid(), {"kernel": Exact()}, Ulysses()),
+}
+
+
+@pytest.mark.parametrize(("strategy", "options", "instead"), UNABLE.values(), ids=UNABLE)
+def test_a_strategy_that_cannot_names_one_that_can(strategy, options, instead):
+    """And that one can: the message is taken at its word."""
+    where = TWO_AXES if "kernel" in options and isinstance(strategy, Hybrid) else ONE_AXIS[4]
+    x = jnp.ones((1, 32, 8, 8), jnp.float32)
+    attend = partial(dot_product_attention, x, x, x, layout=where.on(), **options)
+    with pytest.raises(ValueError, match=r"Write .*strategy=jax_seqpar\.Ulysses\(\)"):
+        attend(strategy=strategy)
+    assert jax.eval_shape(partial(attend, strategy=instead)).shape == x.shape
+
+
+def test_more_devices_than_heads():
+    """No refusal: Ulysses adds heads, at a price that makes another strategy the first."""
+    q, k = shape(1, 1 << 16, 4, 128), shape(1, 1 << 16, 4, 128)
+    found = chosen(q, k, 16, is_causal=True)
+    costs = {type(x.strategy): x.cost for x in found.candidates}
+    assert found.strategy != Ulysses()
+    assert costs[Ulysses].attention == pytest.approx(4 * costs[Ring].attention, rel=0.1)
 
 
 def test_what_cannot_be_taken_says_why():
