@@ -166,7 +166,7 @@ def test_pictures_of_what_was_measured(tmp_path):
         "ratios": {"baseline": "ours", "rows": rows},
         "accuracy": {"distributions": {"gaussian": {"rows": {"ours": errors}}}},
     }
-    for command in ("ratios", "accuracy", "traffic"):
+    for command in ("ratios", "accuracy", "traffic", "break-even"):
         arguments = [command, "--out", str(tmp_path / f"{command}.png")]
         if command in files:
             (tmp_path / command).write_text(json.dumps(files[command]))
