@@ -215,7 +215,7 @@ def pipeline(
     with progress(len(cases) * 4 * (repeats + 1)) as step:
         for case in cases:
             mesh = jax.make_mesh((degree,), ("seq",), devices=jax.devices("cpu")[:degree])
-            sharding = NamedSharding(mesh, MeshLayout().spec)
+            sharding = NamedSharding(mesh, MeshLayout().partition_spec)
             attention = partial(dot_product_attention, layout=MeshLayout(mesh=mesh))
             runs = {
                 what: runs_of(
@@ -287,7 +287,7 @@ def memory_command(
             attention = partial(
                 dot_product_attention, layout=MeshLayout(mesh=mesh), strategy=strategy
             )
-            compiled = programs(attention, case, NamedSharding(mesh, MeshLayout().spec))
+            compiled = programs(attention, case, NamedSharding(mesh, MeshLayout().partition_spec))
             sizes = {"tokens": tokens, "degree": d, "head_chunks": c}
             measure("pipeline", compiled, pipeline_bytes(case, d, c), **sizes)
     columns = {"what": "what", "tokens": "tokens", "degree": "degree", "head_chunks": "slices"}

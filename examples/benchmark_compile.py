@@ -88,7 +88,9 @@ def seconds_to_compile(program: Callable[..., Any], row: str, tokens: int) -> fl
     attend = partial(dot_product_attention, is_causal=True, layout=layout, **options)
     query, key = (
         jax.ShapeDtypeStruct(
-            (1, tokens, heads, CHANNELS), jnp.float32, sharding=NamedSharding(mesh, layout.spec)
+            (1, tokens, heads, CHANNELS),
+            jnp.float32,
+            sharding=NamedSharding(mesh, layout.partition_spec),
         )
         for heads in (HEADS, KV_HEADS)
     )

@@ -100,7 +100,7 @@ def _warm_jax_row(row: Row, case: Case) -> tuple[Any, Any, list[jax.Array]]:
         attention = partial(ONE_DEVICE[row.what], is_causal=True)
     else:
         mesh = jax.make_mesh((row.degree,), ("seq",), devices=devices)
-        sharding = NamedSharding(mesh, MeshLayout().spec)
+        sharding = NamedSharding(mesh, MeshLayout().partition_spec)
         attention = partial(dot_product_attention, is_causal=True, layout=MeshLayout(mesh=mesh))
 
     def forward_backward(query: jax.Array, key: jax.Array, value: jax.Array, grad: jax.Array):

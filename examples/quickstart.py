@@ -17,7 +17,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = jax.make_mesh((2, 4), ("data", "seq"))
     layout = MeshLayout(batch="data", tokens="seq")
-    sharding = NamedSharding(mesh, layout.spec)
+    sharding = NamedSharding(mesh, layout.partition_spec)
 
     query = jax.random.normal(jax.random.key(0), (2, 1024, 8, 64))
     key, value = jax.random.normal(jax.random.key(1), (2, 2, 1024, 4, 64))

@@ -194,7 +194,7 @@ def exact_layers(port: Port, run: Run, mesh: Mesh) -> compare.BitsReport:
     for i in range(port.torch_model.config.num_hidden_layers):
         context, *names = (f"layers.{i}/{name}" for name in ("context", "query", "key", "value"))
         inputs = [*(run.tensors[name] for name in names), run.tensor_grads[context]]
-        sharded = jax.device_put(inputs, NamedSharding(mesh, port.layout.spec))
+        sharded = jax.device_put(inputs, NamedSharding(mesh, port.layout.partition_spec))
         # One after another: only one program of the mesh is under way.
         got[context], got[f"gradients in layers.{i}"] = jax.block_until_ready(attend(*sharded))
         expected[context] = run.tensors[context]

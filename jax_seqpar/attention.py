@@ -167,7 +167,7 @@ class _Division:
     @property
     def out_specs(self) -> Any:
         """PartitionSpec of the output, and of the log of the sums where they are returned."""
-        spec = self.layout.spec
+        spec = self.layout.partition_spec
         return (spec, PartitionSpec(*spec[:3])) if self.return_residual else spec
 
     def shard_map(self, per_device: Any, in_specs: Any, *, check_vma: bool) -> Any:
@@ -205,9 +205,9 @@ def _attend(
             key, value = (_own_head(x, layout, division.tensor_parallel) for x in (key, value))
         return _attend_on_device(local, division, query, key, value, spec)
 
-    of_kv = replace(layout, heads=None).spec if whole_kv else layout.spec
+    of_kv = replace(layout, heads=None).partition_spec if whole_kv else layout.partition_spec
     of_spec = spec.map(partial(_partition_of, layout=layout, strategy=strategy))
-    in_specs = (layout.spec, of_kv, of_kv, of_spec)
+    in_specs = (layout.partition_spec, of_kv, of_kv, of_spec)
     operands = (query, key, value, spec)
     operands = jax.tree.map(partial(set_explicit_sharding, mesh=mesh), operands, in_specs)
     return division.shard_map(per_device, in_specs, check_vma=kernel.check_vma)(*operands)
@@ -234,7 +234,7 @@ def _attend_to_nothing(division: _Division, shape: tuple[int, ...], dtype: Any) 
 
     No kernel is called: JAX 0.10.2 cannot compile the gradient of some of them without elements.
     """
-    sizes = (axes_size(axes, division.mesh.shape) for axes in division.layout.spec)
+    sizes = (axes_size(axes, division.mesh.shape) for axes in division.layout.partition_spec)
     local = tuple(n // size for n, size in zip(shape, sizes, strict=True))
 
     def per_device() -> Any:

@@ -56,7 +56,7 @@ class MeshLayout:
         check_order(self.order)
 
     @property
-    def spec(self) -> PartitionSpec:
+    def partition_spec(self) -> PartitionSpec:
         """PartitionSpec of query, key, value and output: `[B@batch, S@tokens, N@heads, H]`."""
         return PartitionSpec(self.batch, self.tokens, self.heads, None)
 

@@ -81,7 +81,7 @@ def test_tokens_that_do_not_divide(is_causal, order):
     """Without the keywords of the padding 18 tokens would attend to the 2 that are added."""
     query, key, value = operands(18)
     layout = replace(ON_SEQ, order=order)
-    call = partial(dot_product_attention, layout=layout, is_causal=is_causal)
+    call: Any = partial(dot_product_attention, layout=layout, is_causal=is_causal)
     pattern = r"x = (jax_seqpar\.pad_to_degree\(.*?\))"
     names = {"jax_seqpar": jax_seqpar, "query": query, "key": key, "value": value}
     (code,) = advice(lambda: call(query, key, value), pattern)

@@ -52,7 +52,7 @@ def test_vmap_adds_none():
     mesh, layout = where.mesh(), MeshLayout()
     stacked = []
     for x in list(case.inputs().values())[:3]:
-        spec = jax.sharding.PartitionSpec("data", *layout.spec)
+        spec = jax.sharding.PartitionSpec("data", *layout.partition_spec)
         sharding = jax.sharding.NamedSharding(mesh, spec)
         stacked.append(jax.device_put(jnp.stack([jnp.asarray(x)] * 2), sharding))
     # JAX does not check loops that a vmap makes vary over one axis more.

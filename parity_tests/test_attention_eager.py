@@ -239,7 +239,7 @@ def test_a_traced_array_in_a_closure_or_bound_to_a_partial(bound):
 @pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
 def test_inside_a_callers_jit_the_same_program(kind):
     """As many all-to-alls, and no call is left in the compiled text."""
-    spec = jax.NamedSharding(ONE_AXIS[4].mesh(kind), MeshLayout().spec)
+    spec = jax.NamedSharding(ONE_AXIS[4].mesh(kind), MeshLayout().partition_spec)
     inputs = [jax.device_put(x, spec) for x in (QUERY, KEY, VALUE)]
     program = compiled(sharded(kind), *inputs)
     assert collectives(program) == {"all-to-all": 4}

@@ -222,7 +222,7 @@ def test_the_mesh_is_found(kind):
     given = attend(case, where, kind, kernel=dense_attention)
     found = partial(dot_product_attention, is_causal=True, kernel=dense_attention)
     query, key, value, _ = map(jnp.asarray, case.inputs().values())
-    sharding = jax.sharding.NamedSharding(mesh, where.layout.spec)
+    sharding = jax.sharding.NamedSharding(mesh, where.layout.partition_spec)
     placed = [jax.device_put(x, sharding) for x in (query, key, value)]
     expected = jax.jit(given)(query, key, value)
     assert compare_bits(jax.jit(found)(*placed), expected).equal

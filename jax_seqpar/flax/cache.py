@@ -25,7 +25,7 @@ def decode_layout(layout: MeshLayout) -> MeshLayout:
 def place_heads(x: Array, layout: MeshLayout, mesh: AnyMesh) -> Array:
     """`[B, S, heads, H]` sharded by heads, or whole on every device if these do not divide them."""
     shared = x.shape[2] % axes_size(layout.heads, mesh.shape) == 0
-    return place(x, (layout if shared else replace(layout, heads=None)).spec, mesh=mesh)
+    return place(x, (layout if shared else replace(layout, heads=None)).partition_spec, mesh=mesh)
 
 
 def check_cache_sizes(batch: Any, tokens: Any, dtype: Any) -> None:

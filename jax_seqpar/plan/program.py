@@ -131,7 +131,7 @@ class Program:
         check_division(self.query, self.key, layout, mesh.shape)
         # Fewer KV heads than tensor-parallel devices are whole on each.
         few = self.key[2] % axes_size(layout.heads, mesh.shape) != 0
-        kv_spec = replace(layout, heads=None).spec if few else layout.spec
+        kv_spec = replace(layout, heads=None).partition_spec if few else layout.partition_spec
 
         def shaped(shape: Shape, dtype: Any, spec: PartitionSpec) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -142,10 +142,10 @@ class Program:
         out = (*self.query[:3], value[3])
         keywords = {"mask": self.mask, "logits": self.logits, "dropout": self.dropout}
         return (
-            shaped(self.query, self.dtype, layout.spec),
+            shaped(self.query, self.dtype, layout.partition_spec),
             shaped(self.key, self.dtype, kv_spec),
             shaped(value, self.dtype, kv_spec),
-            shaped(out, self.dtype, layout.spec),
+            shaped(out, self.dtype, layout.partition_spec),
             jax.tree.map(whole, keywords),
         )
 

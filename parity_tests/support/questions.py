@@ -165,7 +165,7 @@ def sharded_inputs(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) 
     mesh = where.mesh(kind)
     operands = []
     for x in case.inputs().values():
-        axes = list(where.layout.spec)
+        axes = list(where.layout.partition_spec)
         heads = where.layout.heads
         if heads is not None and x.shape[2] % mesh.shape[heads]:
             axes[2] = None

@@ -27,7 +27,7 @@ def main(process: int, processes: int, devices: int, address: str, folder: str) 
         (AxisType.Explicit, exact_attention),
     ):
         mesh = jax.make_mesh((devices,), ("seq",), axis_types=(kind,))
-        sharding = NamedSharding(mesh, MeshLayout().spec)
+        sharding = NamedSharding(mesh, MeshLayout().partition_spec)
         inputs = [
             jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
             for x in Case(batch=2, tokens=24, heads=16, kv_heads=2, head_dim=5).inputs().values()

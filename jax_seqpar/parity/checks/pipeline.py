@@ -152,7 +152,7 @@ class PipelineCheck:
             tokens = ("outer", "inner")
             layout = MeshLayout(tokens, mesh=Mesh(mesh.devices.reshape(2, -1), tokens))
         assert layout.mesh is not None
-        sharding = NamedSharding(layout.mesh, layout.spec)
+        sharding = NamedSharding(layout.mesh, layout.partition_spec)
         operands = {name: jax.device_put(self.inputs[name], sharding) for name in NAMES}
         arrays = {} if self.kernel == "identity" else keywords(self.inputs)
         program = _jax_program(self.kernel, self.spec, STRATEGIES[self.strategy], layout)
