@@ -51,15 +51,6 @@ def dot_product_attention(
     gives 0. The work is the strategy's, inside a `jax.shard_map` that is manual over every axis of
     the mesh.
 
-    Inside a `jax.shard_map` that is manual over the axis of the tokens, query, key and value are
-    those of one device, and so is the output: the strategy runs right there. Masks and whatever has
-    a token or a head axis stay those of the whole sequence and of all heads of the device's batch;
-    dropout needs `head_keys`. Inside a `jax.shard_map` over other axes only, it runs forward: JAX
-    differentiates nested ones with `check_vma=False` alone.
-
-    Of the arrays in mask, logits and dropout, those with a head axis are sharded like the heads, so
-    each device gets its part; those of tokens, and what is small, every device gets whole.
-
     Args:
       query, key, value: of one floating dtype; K divides N. Sharded as `layout` says; on a mesh
         with Explicit axes they are resharded where their type says otherwise. The degree divides T
@@ -76,10 +67,6 @@ def dot_product_attention(
       layout: the mesh axes of tokens, batch and heads, the order of the tokens, in which every
         array with a token axis lies, and the mesh where it is not that of
         `jax.set_mesh` or of the query.
-        With Explicit axes the cotangent of an eager `jax.vjp` may be sharded or not; one made under
-        `jax.set_mesh` has a sharding in its type, which must be that of the output. The eager
-        gradient of a loss such as `out.sum()` needs `jax.set_mesh`, as that of any sharded array's
-        sum does in JAX 0.10.2.
       return_residual: also return the log of the sum of exp of the logits, `[B, T, N]`, sharded as
         the output; of `Dense`, `Blockwise` and `Triton`.
 
@@ -94,6 +81,21 @@ def dot_product_attention(
       mesh = jax.make_mesh((2, 4), ("data", "seq"))
       layout = MeshLayout(tokens="seq", batch="data", mesh=mesh)
       out = dot_product_attention(q, k, v, is_causal=True, layout=layout)
+
+    Notes:
+      Of the arrays in mask, logits and dropout, those with a head axis are sharded like the heads,
+      so each device gets its part; those of tokens, and what is small, every device gets whole.
+
+      Inside a `jax.shard_map` that is manual over the axis of the tokens, query, key and value are
+      those of one device, and so is the output: the strategy runs right there. Masks and whatever
+      has a token or a head axis stay those of the whole sequence and of all heads of the device's
+      batch; dropout needs `head_keys`. Inside a `jax.shard_map` over other axes only, it runs
+      forward: JAX differentiates nested ones with `check_vma=False` alone.
+
+      With Explicit axes the cotangent of an eager `jax.vjp` may be sharded or not; one made under
+      `jax.set_mesh` has a sharding in its type, which must be that of the output. The eager
+      gradient of a loss such as `out.sum()` needs `jax.set_mesh`, as that of any sharded array's
+      sum does in JAX 0.10.2.
     """
     check_strategy(strategy)
     check_is_layout(layout)
