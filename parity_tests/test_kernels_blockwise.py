@@ -21,7 +21,7 @@ from questions import QUICK, error, output_and_gradients
 from jax_seqpar import Blockwise, Logits, dense_attention, exact_attention
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.compare.numpy_conversion import numpy_to_torch
-from jax_seqpar.mask import Mask, Tokens
+from jax_seqpar.mask import Mask, Tokens, block_ranges
 from jax_seqpar.plan import temporaries
 from torch_ref.dense import dense_attention as torch_dense_attention
 
@@ -368,7 +368,7 @@ def test_no_block_that_matters_is_left_out(drawn, size):
     for tokens, partners, bounds in ((T, S, "keys_of"), (S, T, "queries_of")):
         for start in range(0, tokens - min(size, tokens) + 1):
             block = Tokens(start, min(size, tokens))
-            low, high = getattr(mask, bounds)(block, Tokens(0, partners))
+            low, high = getattr(block_ranges, bounds)(mask, block, Tokens(0, partners))
             some_partner = meets if bounds == "keys_of" else meets.T
             met = np.flatnonzero(some_partner[start : start + block.size].any(0))
             assert 0 <= low <= high <= partners
@@ -402,7 +402,7 @@ def test_the_blocks_that_are_left_out(some, rule):
     some_pair = blocks.sum(axis=(1, 3)) > 0
     for bounds, needed in (("keys_of", some_pair), ("queries_of", some_pair.T)):
         for i in range(n // size):
-            low, high = getattr(mask, bounds)(Tokens(i * size, size), Tokens(0, n))
+            low, high = getattr(block_ranges, bounds)(mask, Tokens(i * size, size), Tokens(0, n))
             low, high = int(low) // size, -(-int(high) // size)
             assert high - low == needed[i].sum(), f"{bounds} block {i}: {low} to {high}"
 

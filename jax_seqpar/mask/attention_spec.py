@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from . import block_ranges
 from .array_fields import Axes, arrays_of, map_arrays
 from .dropout import Dropout
 from .logits import Logits
 from .mask import Mask
 from .token_numbers import AnyTokens, Tokens
+
+# Of a bias [B, N, T, S].
+QUERY_AXIS, KEY_AXIS = 2, 3
 
 
 class Terms(NamedTuple):
@@ -54,8 +58,8 @@ class Spec:
         """Every array, and pair of them, by the name of its field."""
         return {
             name: x
-            for noun in (self.mask, self.logits, self.dropout)
-            for name, x in arrays_of(noun)
+            for part in (self.mask, self.logits, self.dropout)
+            for name, x in arrays_of(part)
         }
 
     @property
@@ -91,13 +95,13 @@ class Spec:
 
     def terms(self, queries: Tokens, keys: Tokens) -> Terms:
         """What `to_logits` needs for a block."""
-        own, theirs = self.in_sequence(queries, keys)
+        t, s = self.in_sequence(queries, keys)
         bias, slopes = self.logits.bias, self.logits.alibi_slopes
         return Terms(
-            None if bias is None else theirs.slice(own.slice(bias, 2), 3),
+            None if bias is None else s.slice(t.slice(bias, QUERY_AXIS), KEY_AXIS),
             None if slopes is None else slopes[None, :, None, None],
-            None if slopes is None else self.mask.distance(own, theirs),
-            self.mask.attends(own, theirs),
+            None if slopes is None else self.mask.distance(t, s),
+            self.mask.attends(t, s),
         )
 
     def in_sequence(self, queries: Tokens, keys: Tokens) -> tuple[AnyTokens, AnyTokens]:
@@ -111,12 +115,12 @@ class Spec:
     def keys_of(self, queries: Tokens, key_tokens: int) -> tuple[Array, Array]:
         """Half-open range of the kernel's keys that some of the queries may attend to."""
         keys = self.held_keys or Tokens(0, key_tokens)
-        return self.mask.keys_of(_in_sequence(queries, self.held_queries), keys)
+        return block_ranges.keys_of(self.mask, _in_sequence(queries, self.held_queries), keys)
 
     def queries_of(self, keys: Tokens, query_tokens: int) -> tuple[Array, Array]:
         """Half-open range of the kernel's queries that may attend to some of the keys."""
         queries = self.held_queries or Tokens(0, query_tokens)
-        return self.mask.queries_of(_in_sequence(keys, self.held_keys), queries)
+        return block_ranges.queries_of(self.mask, _in_sequence(keys, self.held_keys), queries)
 
     def to_logits(self, dots: Array, terms: Terms, head_dim: int) -> Array:
         """The logits `[B, N, t, s]` in floating point, -inf where nothing attends.

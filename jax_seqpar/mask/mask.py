@@ -1,9 +1,9 @@
 """Mask: which query attends to which key, in positions of the whole sequence."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int, Integer, Shaped
 
 from .._checks import as_boolean
 from .array_fields import AnyArray, array_field, pair_field, python_number, register, written
-from .token_numbers import AnyTokens, places
+from .token_numbers import AnyTokens
 
 # (left, right); None and -1 are an open side, one integer stands for both sides.
 Window = int | Sequence[int | None]
@@ -163,20 +163,6 @@ class Mask:
         t, s = self._positions(queries, keys)
         return jnp.minimum(jnp.abs(t - s), MOST_DISTANT)
 
-    def keys_of(self, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Array]:
-        """Half-open range of `keys`, counted from their first, that some query may attend to.
-
-        `array` is not read.
-        """
-        return self._partners("queries", queries, keys)
-
-    def queries_of(self, keys: AnyTokens, queries: AnyTokens) -> tuple[Array, Array]:
-        """Half-open range of `queries`, counted from their first, that may attend to some key.
-
-        `array` is not read.
-        """
-        return self._partners("keys", keys, queries)
-
     def _check_options(self) -> None:
         """Raises ValueError unless the options are plain Python values in range."""
         if not isinstance(self.is_causal, bool):
@@ -209,75 +195,6 @@ class Mask:
         else:
             t, s = (queries.numbers + self.query_offset)[None], keys.numbers[None]
         return t[:, None, :, None], s[:, None, None, :]
-
-    def _partners(
-        self, side: Literal["queries", "keys"], block: AnyTokens, partners: AnyTokens
-    ) -> tuple[Array, Array]:
-        """Half-open range of `partners` that may meet some token of a block of queries or keys.
-
-        Args:
-          side: what the block is; partners are the other.
-        """
-        low, high = self._reachable(side, block, partners)
-        own, others = (self.query_seq_lengths, self.key_value_seq_lengths)
-        if side == "keys":
-            own, others = others, own
-        if others is not None:
-            high = jnp.minimum(high, others.max().astype(jnp.int32))
-        if own is not None:
-            high = jnp.where(block.bounds[0] < own.max(), high, 0)
-        low, high = partners.within(low, high)
-        conditions = [*self._near_positions(side, block, partners)]
-        if self.segment_ids is not None:
-            of_block, of_partners = _of_sides(self.segment_ids, side, block, partners)
-            conditions.append(of_partners >= of_block.min(1, keepdims=True))
-            conditions.append(of_partners <= of_block.max(1, keepdims=True))
-        if conditions:
-            allowed = reduce(jnp.logical_and, conditions).any(0)
-            first, last = places(jnp.broadcast_to(allowed, partners.size))
-            low, high = jnp.maximum(low, first), jnp.minimum(high, last)
-        low, high = (jnp.clip(bound, 0, partners.size) for bound in (low, high))
-        return jnp.minimum(low, high), high
-
-    def _reach_of(self, side: str) -> tuple[int | None, int | None]:
-        """How far a query, or a key, sees before and after its position."""
-        before, after = self.reach
-        return (before, after) if side == "queries" else (after, before)
-
-    def _reachable(self, side: str, block: AnyTokens, partners: AnyTokens) -> tuple[Any, Any]:
-        """The range by causality and window, where positions follow the order of the tokens."""
-        if self.positions is not None:
-            return partners.bounds
-        low, high = partners.bounds
-        before, after = self._reach_of(side)
-        # A query's own position, in the numbers of the keys; and a key's in those of the queries.
-        offset = self.query_offset if side == "queries" else -self.query_offset
-        first, end = (bound + offset for bound in block.bounds)
-        return (
-            low if before is None else first - before,
-            high if after is None else end + after,
-        )
-
-    def _near_positions(self, side: str, block: AnyTokens, partners: AnyTokens) -> Iterator[Array]:
-        """By `positions`, `[B, partners.size]`: within reach of the block's first and last one."""
-        if self.positions is None:
-            return
-        before, after = self._reach_of(side)
-        positions = tuple(x.astype(jnp.int32) for x in self.positions)
-        of_block, of_partners = _of_sides(positions, side, block, partners)
-        if before is not None:
-            yield of_partners >= of_block.min(1, keepdims=True) - before
-        if after is not None:
-            yield of_partners <= of_block.max(1, keepdims=True) + after
-
-
-def _of_sides(
-    pair: tuple[Array, ...], side: str, block: AnyTokens, partners: AnyTokens
-) -> tuple[Array, Array]:
-    """Of a pair of arrays for queries and keys: the block's part of its own, the partners' part."""
-    of_queries, of_keys = pair
-    own, others = (of_queries, of_keys) if side == "queries" else (of_keys, of_queries)
-    return block.slice(own, 1), partners.slice(others, 1)
 
 
 def _pair(x: Any) -> Any:

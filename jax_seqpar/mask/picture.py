@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from .block_ranges import keys_of
 from .mask import Mask, check_mask_arrays
 from .token_numbers import Tokens
 
@@ -25,7 +26,7 @@ def blocks(mask: Mask, queries: int, keys: int, *, size: int = 512) -> np.ndarra
     found = np.zeros((math.ceil(queries / size), math.ceil(keys / size)), bool)
     for i in range(len(found)):
         block = Tokens(i * size, min(size, queries - i * size))
-        low, high = map(int, mask.keys_of(block, Tokens(0, keys)))
+        low, high = map(int, keys_of(mask, block, Tokens(0, keys)))
         found[i, low // size : math.ceil(high / size)] = low < high
     return found
 

@@ -1,0 +1,100 @@
+"""Which keys a block of queries may meet, and which queries a block of keys: a mask's ranges.
+
+Kernels leave out what is outside of a range. A range may be too wide, and never too narrow: mask
+arrays are not read, and of segments and positions only the least and the greatest of a block.
+"""
+
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .mask import Mask
+from .token_numbers import AnyTokens, places
+
+
+def keys_of(mask: Mask, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Array]:
+    """Half-open range of `keys`, counted from their first, that some query may attend to."""
+    return _partners(mask, "queries", queries, keys)
+
+
+def queries_of(mask: Mask, keys: AnyTokens, queries: AnyTokens) -> tuple[Array, Array]:
+    """Half-open range of `queries`, counted from their first, that may attend to some key."""
+    return _partners(mask, "keys", keys, queries)
+
+
+def _partners(
+    mask: Mask, side: Literal["queries", "keys"], block: AnyTokens, partners: AnyTokens
+) -> tuple[Array, Array]:
+    """Half-open range of `partners` that may meet some token of a block of queries or keys.
+
+    Args:
+      side: what the block is; partners are the other.
+    """
+    low, high = _reachable(mask, side, block, partners)
+    own, others = (mask.query_seq_lengths, mask.key_value_seq_lengths)
+    if side == "keys":
+        own, others = others, own
+    if others is not None:
+        high = jnp.minimum(high, others.max().astype(jnp.int32))
+    if own is not None:
+        high = jnp.where(block.bounds[0] < own.max(), high, 0)
+    low, high = partners.within(low, high)
+    conditions = [*_near_positions(mask, side, block, partners)]
+    if mask.segment_ids is not None:
+        of_block, of_partners = _of_sides(mask.segment_ids, side, block, partners)
+        conditions.append(of_partners >= of_block.min(1, keepdims=True))
+        conditions.append(of_partners <= of_block.max(1, keepdims=True))
+    if conditions:
+        allowed = reduce(jnp.logical_and, conditions).any(0)
+        first, last = places(jnp.broadcast_to(allowed, partners.size))
+        low, high = jnp.maximum(low, first), jnp.minimum(high, last)
+    low, high = (jnp.clip(bound, 0, partners.size) for bound in (low, high))
+    return jnp.minimum(low, high), high
+
+
+def _reach_of(mask: Mask, side: str) -> tuple[int | None, int | None]:
+    """How far a query, or a key, sees before and after its position."""
+    before, after = mask.reach
+    return (before, after) if side == "queries" else (after, before)
+
+
+def _reachable(mask: Mask, side: str, block: AnyTokens, partners: AnyTokens) -> tuple[Any, Any]:
+    """The range by causality and window, where positions follow the order of the tokens."""
+    if mask.positions is not None:
+        return partners.bounds
+    low, high = partners.bounds
+    before, after = _reach_of(mask, side)
+    # A query's own position, in the numbers of the keys; and a key's in those of the queries.
+    offset = mask.query_offset if side == "queries" else -mask.query_offset
+    first, end = (bound + offset for bound in block.bounds)
+    return (
+        low if before is None else first - before,
+        high if after is None else end + after,
+    )
+
+
+def _near_positions(
+    mask: Mask, side: str, block: AnyTokens, partners: AnyTokens
+) -> Iterator[Array]:
+    """By `positions`, `[B, partners.size]`: within reach of the block's first and last one."""
+    if mask.positions is None:
+        return
+    before, after = _reach_of(mask, side)
+    positions = tuple(x.astype(jnp.int32) for x in mask.positions)
+    of_block, of_partners = _of_sides(positions, side, block, partners)
+    if before is not None:
+        yield of_partners >= of_block.min(1, keepdims=True) - before
+    if after is not None:
+        yield of_partners <= of_block.max(1, keepdims=True) + after
+
+
+def _of_sides(
+    pair: tuple[Array, ...], side: str, block: AnyTokens, partners: AnyTokens
+) -> tuple[Array, Array]:
+    """Of a pair of arrays for queries and keys: the block's part of its own, the partners' part."""
+    of_queries, of_keys = pair
+    own, others = (of_queries, of_keys) if side == "queries" else (of_keys, of_queries)
+    return block.slice(own, 1), partners.slice(others, 1)
