@@ -4,10 +4,10 @@
     python examples/validate_port.py --bug rotary
     python examples/validate_port.py --model encoder
 
-Both models tell every tensor, layer by layer, and the first that parts is where a bug is. How far
-two right models part is measured: by how far PyTorch's is from itself in float64. Flax's model is
+Both models tell every tensor, layer by layer, and the first that differs is where a bug is. How far
+two right models differ is measured: by how far PyTorch's is from itself in float64. Flax's model is
 sequence-parallel on eight simulated devices. Needs the extra "test". The exit status is 0 if all
-agrees, 1 if anything parts.
+agrees, 1 if anything differs.
 """
 
 from collections import OrderedDict

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jax_seqpar.compare import Divergence, compare_bits, divergence_table, first_divergence
 from jax_seqpar.compare.numpy_conversion import numpy_to_torch
-from jax_seqpar.compare.tensor_comparison import parting
+from jax_seqpar.compare.tensor_comparison import differing
 
 B, S, N, H, V = 2, 12, 6, 4, 10
 SHAPES = {
@@ -180,13 +180,13 @@ def test_it_prints_what_a_porter_needs():
         x[1, 6, 3, 1] = math.nan
 
     assert str(found(a, planted(a, "layers.0/q", change))).splitlines() == [
-        "the runs part at layers.0/q [2, 8, 4, 2], in layer layers.0; the last that agrees is "
+        "the runs first differ at layers.0/q [2, 8, 4, 2], in layer layers.0; the last that agrees is "
         "embed",
         "  first at batch 1, token 5, head 3, channel 0: a = 1.0, b = 2.0",
-        "  3.12% of the elements part; head 3; tokens 5-7; batch 1",
+        "  3.12% of the elements differ; head 3; tokens 5-7; batch 1",
         "  by at most 1 absolute, 0.25 of the largest magnitude in a, 4,503,599,627,370,496 ULP",
         "  NaN only in b: 1",
-        "  hint: sequences part from a token of their own to the end, as by padding, or an error "
+        "  hint: sequences differ from a token of their own to the end, as by padding, or an error "
         "that a causal mask carries on: batch 0 nowhere, batch 1 token 5",
     ]
     text = str(found({"ids": np.arange(6).reshape(2, 3)}, {"ids": np.ones((2, 3), np.int64)}))
@@ -490,7 +490,7 @@ def test_hints_of_padding(name):
 
     assert hint_of(right, name).endswith("mask carries on: batch 0 token 9, batch 1 token 4")
     assert hint_of(left, name) == (
-        "sequences part up to a token of their own, as by padding on the left: batch 0 nowhere, "
+        "sequences differ up to a token of their own, as by padding on the left: batch 0 nowhere, "
         "batch 1 token 2"
     )
 
@@ -600,7 +600,7 @@ def test_parts_agrees_with_a_loop():
             or (not (math.isnan(p) or p == q) and bool(abs(p - q) > bound))
             for p, q in zip(x.flat, y.flat, strict=True)
         ]
-        assert parting(x, y, bound).ravel().tolist() == expected
+        assert differing(x, y, bound).ravel().tolist() == expected
 
 
 @pytest.mark.parametrize(("package", "fails"), [("rich", True), ("torch", False)])

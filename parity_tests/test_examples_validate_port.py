@@ -197,7 +197,7 @@ def test_command_says_where_models_part(example, monkeypatch):
 
     run = CliRunner().invoke(example.app, ["--bug", "mask"])
     assert run.exit_code == 1
-    assert "the runs part at layers.0/context" in run.output
+    assert "the runs first differ at layers.0/context" in run.output
     assert "the last that agrees is layers.0/value" in run.output
 
     run = CliRunner().invoke(example.app, ["--model", "encoder", "--bug", "rotary"])

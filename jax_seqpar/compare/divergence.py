@@ -1,4 +1,4 @@
-"""Where two runs of a model part: the first tensor, layer, token and head, and by how much.
+"""Where two runs of a model differ: the first tensor, layer, token and head, and by how much.
 
 A port is right or wrong at one place, and everything after it is wrong too. Both runs record their
 tensors by name, in the order in which they are computed, and the first that differs is where to
@@ -14,19 +14,19 @@ import numpy as np
 from .._text import listed
 from .hints import hint
 from .report import LeafReport, Scalar
-from .tensor_comparison import AXES, Row, along, axis_names, first_index, parting, rows_of
+from .tensor_comparison import AXES, Row, along, axis_names, differing, first_index, rows_of
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first tensor at which two runs part. It prints as a few lines.
+    """The first tensor at which two runs differ. It prints as a few lines.
 
     Attributes:
       name: of the tensor, like "layers.3/attention/query".
       layer: the part of the name before the first "/", like "layers.3".
       agreed: the name of the tensor before, the last that agrees; None if there is none.
       shape: of the tensor.
-      index: of the first element that parts: of the smallest token, then batch, then the rest.
+      index: of the first element that differs: of the smallest token, then batch, then the rest.
       meaning: the same index in words, like "batch 1, token 17, head 3, channel 0".
       batch, token, head: of that element; None where the tensor has no such axis.
       value_a, value_b: that element in both runs.
@@ -35,8 +35,8 @@ class Divergence:
       relative: the same, divided by the largest finite magnitude in `a`.
       max_ulp: the largest difference in steps from one float to the next; None for other dtypes,
         and where the dtypes differ.
-      share: of the elements that part.
-      batches, tokens, heads: which ones part, in words, like "tokens 5-63" or "all 8 heads"; None
+      share: of the elements that differ.
+      batches, tokens, heads: which ones differ, in words, like "tokens 5-63" or "all 8 heads"; None
         where the tensor has no such axis.
       report: of its bits, which counts NaNs, infinities and zeros of the other sign. Where the
         dtypes differ, of float64.
@@ -69,9 +69,10 @@ class Divergence:
         ulp = "" if self.max_ulp is None else f", {self.max_ulp:,} ULP"
         places = [x for x in (self.heads, self.tokens, self.batches) if x is not None]
         lines = [
-            f"the runs part at {self.name} {list(self.shape)}, in layer {self.layer}; {before}",
+            f"the runs first differ at {self.name} {list(self.shape)}, in layer {self.layer}; "
+            f"{before}",
             f"first at {self.meaning}: a = {self.value_a}, b = {self.value_b}",
-            "; ".join([f"{100 * self.share:.3g}% of the elements part", *places]),
+            "; ".join([f"{100 * self.share:.3g}% of the elements differ", *places]),
             f"by at most {self.max_abs:.4g} absolute, {self.relative:.3g} of the largest "
             f"magnitude in a{ulp}",
         ]
@@ -89,11 +90,11 @@ def first_divergence(
     rtol: float = 0.0,
     axes: Sequence[str] = AXES,
 ) -> Divergence | None:
-    """The first tensor, in recorded order, at which two runs part.
+    """The first tensor, in recorded order, at which two runs differ.
 
-    Elements part where |a - b| > rtol * max |a|, the largest finite magnitude of that tensor, or
+    Elements differ where |a - b| > rtol * max |a|, the largest finite magnitude of that tensor, or
     one of them alone is NaN, of complex numbers in either component. Integers are subtracted
-    exactly, everything else in float64. With rtol = 0, elements part where a bit differs.
+    exactly, everything else in float64. With rtol = 0, elements differ where a bit differs.
 
     Args:
       a, b: arrays `[B, S, ...]` by name, such as "layers.3/attention/query": hidden states
@@ -106,7 +107,7 @@ def first_divergence(
         as `[S, B, N, H]` and `[S, B, D]` takes ("token", "batch", "head", "channel").
 
     Returns:
-      what parts first, or None if nothing does.
+      what differs first, or None if nothing does.
 
     Raises:
       ValueError: names, order or shapes that differ, dtypes too if rtol = 0, nothing recorded,
@@ -119,15 +120,15 @@ def first_divergence(
     """
     agreed = None
     for row in rows_of(a, b, rtol, axes):
-        if row.parts.any():
+        if row.differs.any():
             return _divergence(row, agreed, axes)
         agreed = row.name
     return None
 
 
 def _divergence(row: Row, agreed: str | None, axes: Sequence[str]) -> Divergence:
-    names = axis_names(row.parts.ndim, axes)
-    index = first_index(row.parts, names)
+    names = axis_names(row.differs.ndim, axes)
+    index = first_index(row.differs, names)
     return Divergence(
         name=row.name,
         layer=row.name.partition("/")[0],
@@ -145,9 +146,9 @@ def _divergence(row: Row, agreed: str | None, axes: Sequence[str]) -> Divergence
         relative=row.relative,
         max_ulp=row.report.max_ulp,
         share=row.share,
-        batches=_which(row.parts, names, "batch", "batches"),
-        tokens=_which(row.parts, names, "token", "tokens"),
-        heads=_which(row.parts, names, "head", "heads"),
+        batches=_which(row.differs, names, "batch", "batches"),
+        tokens=_which(row.differs, names, "token", "tokens"),
+        heads=_which(row.differs, names, "head", "heads"),
         report=row.report,
         hint=_hint(row, names),
     )
@@ -157,16 +158,16 @@ def _hint(row: Row, names: tuple[str, ...]) -> str | None:
     if "token" not in names:
         return None
     order = [names.index(axis) for axis in AXES if axis in names]
-    a, b, parts = (x.transpose(order) for x in (row.a, row.b, row.parts))
-    return hint(a, b, parts, lambda x, y: not parting(x, y, row.bound).any(), row.bound or 0.0)
+    a, b, differs = (x.transpose(order) for x in (row.a, row.b, row.differs))
+    return hint(a, b, differs, lambda x, y: not differing(x, y, row.bound).any(), row.bound or 0.0)
 
 
-def _which(parts: np.ndarray, names: tuple[str, ...], axis: str, plural: str) -> str | None:
-    """Which places along an axis part, in words."""
+def _which(differs: np.ndarray, names: tuple[str, ...], axis: str, plural: str) -> str | None:
+    """Which places along an axis differ, in words."""
     if axis not in names:
         return None
     place = names.index(axis)
-    hits = np.asarray(parts.any(axis=tuple(i for i in range(parts.ndim) if i != place)))
+    hits = np.asarray(differs.any(axis=tuple(i for i in range(differs.ndim) if i != place)))
     found = np.flatnonzero(hits)
     if len(found) == 1:
         return f"{axis} {found[0]}"

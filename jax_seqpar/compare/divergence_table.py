@@ -21,8 +21,8 @@ def divergence_table(
 
     Returns:
       a `rich.table.Table` with one row per tensor: its name and shape, the share of the elements
-      that part, the largest absolute difference, that relative to the largest magnitude in `a`,
-      and in ULP, and the first token that parts. The first tensor that parts is in bold.
+      that differ, the largest absolute difference, that relative to the largest magnitude in `a`,
+      and in ULP, and the first token that differs. The first tensor that differs is in bold.
 
     Raises:
       ValueError, TypeError: as `first_divergence`.
@@ -32,24 +32,24 @@ def divergence_table(
     """
     escape = require("rich.markup").escape
     table = require("rich.table").Table(
-        title=f"Where two runs part, rtol = {rtol}", box=require("rich.box").SIMPLE
+        title=f"Where two runs differ, rtol = {rtol}", box=require("rich.box").SIMPLE
     )
     table.add_column("tensor", overflow="fold")
-    for column in ("shape", "parts", "max abs", "relative", "ULP", "first token"):
+    for column in ("shape", "differs", "max abs", "relative", "ULP", "first token"):
         table.add_column(column, justify="right")
-    parted = False
+    found = False
     for row in rows_of(a, b, rtol, axes):
-        style = "bold red" if row.parts.any() and not parted else None
-        parted = parted or bool(row.parts.any())
+        style = "bold red" if row.differs.any() and not found else None
+        found = found or bool(row.differs.any())
         table.add_row(escape(row.name), *map(escape, _cells(row, axes)), style=style)
     return table
 
 
 def _cells(row: Row, axes: Sequence[str]) -> list[str]:
     token = None
-    if row.parts.any():
-        names = axis_names(row.parts.ndim, axes)
-        token = along(first_index(row.parts, names), names, "token")
+    if row.differs.any():
+        names = axis_names(row.differs.ndim, axes)
+        token = along(first_index(row.differs, names), names, "token")
     ulp = row.report.max_ulp
     return [
         "x".join(map(str, row.a.shape)) or "scalar",

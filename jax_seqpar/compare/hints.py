@@ -16,19 +16,19 @@ def wide(x: np.ndarray) -> np.ndarray:
 
 
 def hint(
-    a: np.ndarray, b: np.ndarray, parts: np.ndarray, same: Same, tolerance: float
+    a: np.ndarray, b: np.ndarray, differs: np.ndarray, same: Same, tolerance: float
 ) -> str | None:
     """The first explanation of `b` by `a` that holds.
 
     Args:
       a, b: of one shape, `[B, S, N, H]`, `[B, S, D]` or `[B, S]`.
-      parts: of the same shape, True where the two part.
+      differs: of the same shape, True where the two differ.
       same: whether two arrays agree, in every element.
       tolerance: how far apart elements are at most that agree.
 
     Returns:
       a phrase, or None if none of these holds: the sign, the order of axes or of channels,
-      permuted heads, permuted tokens, sequences that part after tokens of their own.
+      permuted heads, permuted tokens, sequences that differ after tokens of their own.
     """
     for text, change in _changes(a):
         # One sequence first: most changes are told apart by it.
@@ -39,7 +39,7 @@ def hint(
             order := _permutation(a, b, axis, same, tolerance)
         ):
             return f"b has the {noun} of a {_described(order)}"
-    return _runs(parts)
+    return _runs(differs)
 
 
 def _changes(a: np.ndarray) -> Iterator[tuple[str, Change]]:
@@ -133,23 +133,23 @@ def _described(order: list[int]) -> str:
     return f"in the order {', '.join(map(str, order[:16]))}{more}"
 
 
-def _runs(parts: np.ndarray) -> str | None:
-    """Sequences that part up to, or from, tokens that are not the same in all of them."""
-    parts = np.asarray(parts.any(axis=tuple(range(2, parts.ndim))))
-    S, counts = parts.shape[1], parts.sum(axis=1).tolist()
+def _runs(differs: np.ndarray) -> str | None:
+    """Sequences that differ up to, or from, tokens that are not the same in all of them."""
+    differs = np.asarray(differs.any(axis=tuple(range(2, differs.ndim))))
+    S, counts = differs.shape[1], differs.sum(axis=1).tolist()
     # One token, whole sequences, or as many tokens in each are told without a hint.
     if len(set(counts)) < 2 or not any(1 < n < S for n in counts):
         return None
     places = np.arange(S)
-    if np.array_equal(parts, places >= S - parts.sum(axis=1, keepdims=True)):
+    if np.array_equal(differs, places >= S - differs.sum(axis=1, keepdims=True)):
         starts = _by_batch([S - n if n else None for n in counts])
         return (
-            f"sequences part from a token of their own to the end, as by padding, or an error that "
+            f"sequences differ from a token of their own to the end, as by padding, or an error that "
             f"a causal mask carries on: {starts}"
         )
-    if np.array_equal(parts, places < parts.sum(axis=1, keepdims=True)):
+    if np.array_equal(differs, places < differs.sum(axis=1, keepdims=True)):
         ends = _by_batch([n - 1 if n else None for n in counts])
-        return f"sequences part up to a token of their own, as by padding on the left: {ends}"
+        return f"sequences differ up to a token of their own, as by padding on the left: {ends}"
     return None
 
 

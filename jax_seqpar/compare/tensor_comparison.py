@@ -1,4 +1,4 @@
-"""How each tensor of two runs compares: which elements part, and by how much."""
+"""How each tensor of two runs compares: which elements differ, and by how much."""
 
 import math
 import sys
@@ -20,19 +20,19 @@ AXES = ("batch", "token", "head", "channel")
 
 @dataclass(frozen=True)
 class Row:
-    """How one tensor compares: `parts` are the elements that part, True, of its shape."""
+    """How one tensor compares: `differs` are the elements that differ, True, of its shape."""
 
     name: str
     a: np.ndarray
     b: np.ndarray
     bound: float | None
-    parts: np.ndarray
+    differs: np.ndarray
     report: LeafReport
     relative: float
 
     @property
     def share(self) -> float:
-        return float(self.parts.mean()) if self.parts.size else 0.0
+        return float(self.differs.mean()) if self.differs.size else 0.0
 
 
 def rows_of(
@@ -64,12 +64,12 @@ def _row(name: str, x: Any, y: Any, rtol: float) -> Row:
     bound = min(float(rtol) * largest, sys.float_info.max) if rtol else None
     distance = float(report.max_abs or 0)
     relative = distance / largest if largest else math.inf if distance else 0.0
-    parts = np.zeros(a.shape, bool) if equal else parting(a, b, bound)
-    return Row(name, a, b, bound, parts, report, relative)
+    differs = np.zeros(a.shape, bool) if equal else differing(a, b, bound)
+    return Row(name, a, b, bound, differs, report, relative)
 
 
-def parting(a: np.ndarray, b: np.ndarray, bound: float | None) -> np.ndarray:
-    """Which elements part: by more than a bound, or, with None, in any bit."""
+def differing(a: np.ndarray, b: np.ndarray, bound: float | None) -> np.ndarray:
+    """Which elements differ: by more than a bound, or, with None, in any bit."""
     if bound is None:
         bytes_a, bytes_b = (np.ascontiguousarray(x).reshape(-1, 1).view(np.uint8) for x in (a, b))
         return np.asarray((bytes_a != bytes_b).any(axis=1)).reshape(a.shape)
@@ -174,13 +174,13 @@ def axis_names(ndim: int, axes: Sequence[str]) -> tuple[str, ...]:
     return names if len(names) == ndim else tuple(f"axis {i}" for i in range(ndim))
 
 
-def first_index(parts: np.ndarray, names: tuple[str, ...]) -> tuple[int, ...]:
-    """The index of the first element that parts: the smallest token, then batch, then the rest."""
-    order = sorted(range(parts.ndim), key=lambda i: {"token": 0, "batch": 1}.get(names[i], 2))
-    moved = parts.transpose(order)
+def first_index(differs: np.ndarray, names: tuple[str, ...]) -> tuple[int, ...]:
+    """The index of the first element that differs: the smallest token, then batch, then the rest."""
+    order = sorted(range(differs.ndim), key=lambda i: {"token": 0, "batch": 1}.get(names[i], 2))
+    moved = differs.transpose(order)
     found = np.unravel_index(int(moved.argmax()), moved.shape)
     places = dict(zip(order, found, strict=True))
-    return tuple(int(places[i]) for i in range(parts.ndim))
+    return tuple(int(places[i]) for i in range(differs.ndim))
 
 
 def along(index: tuple[int, ...], names: tuple[str, ...], axis: str) -> int | None:
