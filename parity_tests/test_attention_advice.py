@@ -56,23 +56,24 @@ def advice(call: Any, pattern: str) -> list[str]:
     ids=("finfo.min", "minus infinity", "ones", "integers"),
 )
 def test_a_mask_of_numbers(mask, follows, made_by):
-    array, inputs = jnp.asarray(mask), operands(16)
+    array, (query, key, value) = jnp.asarray(mask), operands(16)
     if made_by == "&":
         message = advice(lambda: Mask(array=array) & Mask(), r"write (.*)\.$")[0]
     else:
-        message = advice(lambda: attend(*inputs, mask=array), r"write (.*)\.$")[0]
+        message = advice(lambda: attend(query, key, value, mask=array), r"write (.*)\.$")[0]
         message = re.sub(r"\bmask\b", "array", message)
     for code in follows:
         assert code in message
         written = code.partition("bias=")
         keyword = "bias" if written[1] else "mask"
-        out = attend(*inputs, **{keyword: eval(written[2] or code, {"array": array})})
-        assert np.abs(out - truth(*inputs, CAUSAL)).max() < 1e-5, code
+        given = {keyword: eval(written[2] or code, {"array": array})}
+        out = attend(query, key, value, **given)
+        assert np.abs(out - truth(query, key, value, CAUSAL)).max() < 1e-5, code
     # What the message must not say to write for floats that hide is wrong by far.
     if "array == 0" in follows:
         assert "astype(bool)" not in message
-        out = attend(*inputs, mask=array.astype(bool))
-        assert np.abs(out - truth(*inputs, CAUSAL)).max() > 0.1
+        out = attend(query, key, value, mask=array.astype(bool))
+        assert np.abs(out - truth(query, key, value, CAUSAL)).max() > 0.1
 
 
 @pytest.mark.parametrize("order", (Contiguous(), Zigzag(), Striped()), ids=repr)

@@ -162,3 +162,11 @@ def test_the_picture():
     assert draw(Mask(), 2, 3) == "███"
     documents = Mask(segment_ids=jnp.array([[0, 0, 0, 0, 1, 1, 1, 1]]))
     assert draw(documents, 8, 8, columns=4).splitlines() == ["██··", "··██"]
+
+
+def test_the_example_of_the_docstring():
+    """The picture there is the one that is drawn."""
+    _, _, example = (Mask.__doc__ or "").partition(">>> ")
+    code, *picture = [line.strip() for line in example.strip().splitlines()]
+    drawn = eval(code.removeprefix("print(").removesuffix(")"), {"draw": draw, "Mask": Mask})
+    assert drawn.splitlines() == picture

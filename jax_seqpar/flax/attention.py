@@ -43,9 +43,9 @@ from .rotary import Rotary
 
 
 class Attention(nnx.Module):
-    """Self-attention with grouped queries, rotary embedding, and what else decoders use.
+    """Causal self-attention with rotary embedding by default: the attention of decoders.
 
-    `[B, S@seq, D] -> [B, S@seq, D]`. The letters of its parameters are their logical axes: D
+    `[B, S@seq, D] -> [B, S@seq, D]`. `mask=Mask()` and `rotary=None` switch the two off. The letters of its parameters are their logical axes: D
     features, N query heads, K KV heads, H head dimension. A query that may attend to no key adds
     nothing, where Flax's layers give the mean of the values; under causality or in a document each
     query has itself.

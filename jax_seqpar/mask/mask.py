@@ -46,6 +46,14 @@ class Mask:
         in size; causality, window and ALiBi go by them.
       segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to the keys of its own
         segment.
+
+    Example:
+      Each query attends to itself and to the key before it. `jax_seqpar.mask.picture.draw` has a
+      line for two queries: █ is a key of both, ▒ of one, · of none.
+
+      >>> print(draw(Mask(is_causal=True, local_window_size=(1, 0)), 4, 4))
+      █▒··
+      ·▒█▒
     """
 
     is_causal: bool = False
