@@ -190,7 +190,7 @@ def train_on_ranks(
     """
     first = training.weights()
     args = (training, data, sequence, plant, first)
-    (steps, digest), *others = run_ranks(_train_on_rank, data * sequence, *args, timeout=600)
+    (steps, digest), *others = run_ranks(_train_on_rank, data * sequence, *args, timeout=600.0)
     for rank, (_, other) in enumerate(others, 1):
         if other != digest:
             raise ValueError(f"rank {rank} has digest {other}, rank 0 {digest}: they must agree.")
