@@ -180,8 +180,8 @@ def test_it_prints_what_a_porter_needs():
         x[1, 6, 3, 1] = math.nan
 
     assert str(found(a, planted(a, "layers.0/q", change))).splitlines() == [
-        "the runs first differ at layers.0/q [2, 8, 4, 2], in layer layers.0; the last that agrees is "
-        "embed",
+        "the runs first differ at layers.0/q [2, 8, 4, 2], in layer layers.0; the last that agrees "
+        "is embed",
         "  first at batch 1, token 5, head 3, channel 0: a = 1.0, b = 2.0",
         "  3.12% of the elements differ; head 3; tokens 5-7; batch 1",
         "  by at most 1 absolute, 0.25 of the largest magnitude in a, 4,503,599,627,370,496 ULP",

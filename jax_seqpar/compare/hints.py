@@ -144,8 +144,8 @@ def _runs(differs: np.ndarray) -> str | None:
     if np.array_equal(differs, places >= S - differs.sum(axis=1, keepdims=True)):
         starts = _by_batch([S - n if n else None for n in counts])
         return (
-            f"sequences differ from a token of their own to the end, as by padding, or an error that "
-            f"a causal mask carries on: {starts}"
+            f"sequences differ from a token of their own to the end, as by padding, or an error "
+            f"that a causal mask carries on: {starts}"
         )
     if np.array_equal(differs, places < differs.sum(axis=1, keepdims=True)):
         ends = _by_batch([n - 1 if n else None for n in counts])

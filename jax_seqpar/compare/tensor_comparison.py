@@ -175,7 +175,7 @@ def axis_names(ndim: int, axes: Sequence[str]) -> tuple[str, ...]:
 
 
 def first_index(differs: np.ndarray, names: tuple[str, ...]) -> tuple[int, ...]:
-    """The index of the first element that differs: the smallest token, then batch, then the rest."""
+    """Index of the first element that differs: of the smallest token, then batch, then the rest."""
     order = sorted(range(differs.ndim), key=lambda i: {"token": 0, "batch": 1}.get(names[i], 2))
     moved = differs.transpose(order)
     found = np.unravel_index(int(moved.argmax()), moved.shape)

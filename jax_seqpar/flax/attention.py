@@ -45,10 +45,10 @@ from .rotary import Rotary
 class Attention(nnx.Module):
     """Causal self-attention with rotary embedding by default: the attention of decoders.
 
-    `[B, S@seq, D] -> [B, S@seq, D]`. `mask=Mask()` and `rotary=None` switch the two off. The letters of its parameters are their logical axes: D
-    features, N query heads, K KV heads, H head dimension. A query that may attend to no key adds
-    nothing, where Flax's layers give the mean of the values; under causality or in a document each
-    query has itself.
+    `[B, S@seq, D] -> [B, S@seq, D]`. `mask=Mask()` and `rotary=None` switch the two off. The
+    letters of its parameters are their logical axes: D features, N query heads, K KV heads, H head
+    dimension. A query that may attend to no key adds nothing, where Flax's layers give the mean of
+    the values; under causality or in a document each query has itself.
 
     Args:
       features: D.
