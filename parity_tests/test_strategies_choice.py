@@ -285,23 +285,22 @@ def test_the_fast_axis_named_first(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "place"),
     (
-        ({"slice_index": 1, "process_index": 3}, ("slice", 1)),
-        ({"slice_index": None, "process_index": 3}, ("host", 3)),
-        ({"process_index": 2}, ("host", 2)),
+        ({"platform": "tpu", "slice_index": 1, "process_index": 3}, ("slice", 1)),
+        ({"platform": "tpu", "slice_index": None, "process_index": 3}, ("slice", 0)),
+        ({"platform": "gpu", "slice_index": None, "process_index": 3}, ("host", 3)),
+        ({"platform": "gpu", "process_index": 2}, ("host", 2)),
     ),
-    ids=("slices", "one slice", "no slices"),
+    ids=("slices", "one slice", "a GPU", "no slices"),
 )
 def test_where_a_device_is(device, place):
     assert choice_module._place(SimpleNamespace(**device)) == place
 
 
 UNABLE = {
-    "a ring of exact attention": (Ring(), {"kernel": Exact()}, Ulysses()),
     "a ring of dense attention": (Ring(), {"kernel": Dense()}, Ulysses()),
     "a ring of a function": (Ring(), {"kernel": lambda q, k, v: q}, Ulysses()),
     "an all-gather for a function": (AllGatherKV(), {"kernel": lambda q, k, v: q}, Ulysses()),
     "a hybrid on one axis": (Hybrid(), {}, Ulysses()),
-    "a hybrid's ring of exact attention": (Hybrid(), {"kernel": Exact()}, Ulysses()),
 }
 
 
