@@ -3,7 +3,9 @@
 import json
 import math
 import platform
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from .._extras import require_torch
 from ..bridge.torch_ranks import RankError
 from ..mask.keywords import from_flat
 from ..parity.checks import Check
+from ..parity.html_report import html_report, unfinished_report
 from ..parity.inputs import DTYPES, OPTIONAL, Case
 from ..parity.plan import Kernels, inputs_by_label, plan, understood
 from ..parity.report import parity_table, summary
@@ -71,6 +74,9 @@ def parity(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results to this file.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with pictures of every difference, FILE.html.")
+    ] = None,
     save_failing: Annotated[
         Path | None, typer.Option(help="Write inputs and outputs of failing checks here.")
     ] = None,
@@ -84,6 +90,7 @@ def parity(
     require_torch()
     asked = {name: x for name, x in locals().items() if x is not None}
     about = {
+        "command": shlex.join(["seqpar", *sys.argv[1:]]),
         "seed": seed,
         "options": json.loads(json.dumps(asked, default=str)),
         "versions": versions(),
@@ -99,7 +106,7 @@ def parity(
             raise ValueError(
                 f"--timeout must be a positive number of seconds, got {timeout}. Write 300."
             )
-        _refuse_places(json_file, save_failing)
+        _refuse_places({"--json": json_file, "--report": report}, save_failing)
         spec = from_flat(
             {
                 "scale": scale,
@@ -112,28 +119,38 @@ def parity(
         named = inputs_by_label(Case(**given), input or [], seed, kernel)
         plans = {d: plan(d, named, spec, kernel, seed) for d in sorted(set(degree or (1, 2, 4, 8)))}
         jax.config.update("jax_num_cpu_devices", max(plans))
+        # Of a run before, or of one that does not get to its end, nobody is to read "passed".
         if json_file is not None:
-            # Of a run before, or of one that does not get to its end, nobody is to read "passed".
             _write_json(json_file, {"passed": False, "error": "the run did not end", **about})
+        if report is not None:
+            report.write_text(unfinished_report(about), encoding="utf-8")
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
 
     console = stdout()
     shown = named if input else {"generated": named["grouped"]}
-    for line in (x for name, case in shown.items() for x in understood(name, case, spec, kernel)):
+    lines = [x for name, case in shown.items() for x in understood(name, case, spec, kernel)]
+    for line in lines:
         say(console, line, style="bold yellow" if line.startswith("WARNING") else None)
-    results = _run(console, plans, timeout, save_failing)
+    results = _run(console, plans, timeout, save_failing, pictures=report is not None)
     passed = all(result.passed for result in results)
     _print_results(console, results, save_failing)
     if json_file is not None:
         found = [result.to_json() for result in results]
         _write_json(json_file, {"passed": passed, **about, "results": found})
+    if report is not None:
+        report.write_text(html_report(results, lines, about), encoding="utf-8")
     if not passed:
         raise typer.Exit(1)
 
 
 def _run(
-    console: Console, plans: dict[int, list[Check]], timeout: float, save_failing: Path | None
+    console: Console,
+    plans: dict[int, list[Check]],
+    timeout: float,
+    save_failing: Path | None,
+    *,
+    pictures: bool,
 ) -> list[Result]:
     """Runs the checks of each degree, with their progress on standard error."""
     errors = Console(stderr=True)
@@ -154,6 +171,7 @@ def _run(
                 degree,
                 timeout=timeout,
                 save_failing=save_failing,
+                pictures=pictures,
                 on_result=lambda _: progress.advance(task),
             )
     return results
@@ -197,14 +215,15 @@ def _explain(console: Console, result: Result) -> None:
             say(console, f"{name}: {report}")
 
 
-def _refuse_places(json_file: Path | None, save_failing: Path | None) -> None:
+def _refuse_places(files: dict[str, Path | None], save_failing: Path | None) -> None:
     """Raises ValueError for a file or folder that could not be written after the run."""
-    if json_file is not None and json_file.is_dir():
-        raise ValueError(f"--json {json_file} is a folder. Write the name of a file.")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(
-            f"--json {json_file}: there is no folder {json_file.parent}. Make it, or name another."
-        )
+    for option, file in files.items():
+        if file is not None and file.is_dir():
+            raise ValueError(f"{option} {file} is a folder. Write the name of a file.")
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(
+                f"{option} {file}: there is no folder {file.parent}. Make it, or name another."
+            )
     for place in (save_failing, *save_failing.parents) if save_failing is not None else ():
         if place.exists() and not place.is_dir():
             raise ValueError(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree_util
 
-from .numpy_conversion import check_leaf, torch_to_numpy
+from .bit_patterns import is_of, real_parts, to_numpy, ulp_distance, unsigned, width
 from .report import BitsReport, LeafReport, Scalar
 
 
@@ -86,14 +86,14 @@ def _children(node: Any) -> dict[tuple[Any, ...], Any]:
 
 
 def _compare(path: str, leaf_a: Any, leaf_b: Any, axes: Sequence[str]) -> LeafReport:
-    a, b = _to_numpy(leaf_a, path), _to_numpy(leaf_b, path)
+    a, b = to_numpy(leaf_a, path), to_numpy(leaf_b, path)
     report = LeafReport(
         path, a.shape, b.shape, a.dtype.name, b.dtype.name, max(a.size, b.size), differing=0
     )
     if not report.comparable:
         return replace(report, differing=report.total)
-    parts_a, parts_b = _parts(a), _parts(b)
-    bits_a, bits_b = _unsigned(parts_a), _unsigned(parts_b)
+    parts_a, parts_b = real_parts(a), real_parts(b)
+    bits_a, bits_b = unsigned(parts_a), unsigned(parts_b)
     rows = np.flatnonzero((bits_a != bits_b).any(axis=1))
     report = replace(report, differing=len(rows))
     if len(rows):
@@ -107,12 +107,12 @@ def _compare(path: str, leaf_a: Any, leaf_b: Any, axes: Sequence[str]) -> LeafRe
             bits_a=_hex(bits_a[rows[0]], parts_a.dtype),
             bits_b=_hex(bits_b[rows[0]], parts_a.dtype),
         )
-    differ = _differ_floats if _is(parts_a, jnp.floating) else _differ_integers
+    differ = _differ_floats if is_of(parts_a, jnp.floating) else _differ_integers
     return differ(report, parts_a[rows], parts_b[rows])
 
 
 def _differ_floats(report: LeafReport, a: np.ndarray, b: np.ndarray) -> LeafReport:
-    bits_differ = _unsigned(a) != _unsigned(b)
+    bits_differ = unsigned(a) != unsigned(b)
     # float64 holds every narrower float; what is no number, or overflows, is meant to.
     with np.errstate(all="ignore"):
         x, y = a.astype(np.float64), b.astype(np.float64)
@@ -125,7 +125,7 @@ def _differ_floats(report: LeafReport, a: np.ndarray, b: np.ndarray) -> LeafRepo
 
     return replace(
         report,
-        max_ulp=int(_ulp_distance(a, b)[finite].max(initial=0)),
+        max_ulp=int(ulp_distance(a, b)[finite].max(initial=0)),
         max_abs=float(distance[finite].max(initial=0)),
         nan_only_a=count(nan_a & ~nan_b),
         nan_only_b=count(nan_b & ~nan_a),
@@ -136,72 +136,20 @@ def _differ_floats(report: LeafReport, a: np.ndarray, b: np.ndarray) -> LeafRepo
 
 
 def _differ_integers(report: LeafReport, a: np.ndarray, b: np.ndarray) -> LeafReport:
-    wide = np.int64 if _is(a, jnp.signedinteger) else np.uint64
+    wide = np.int64 if is_of(a, jnp.signedinteger) else np.uint64
     x, y = a.astype(wide), b.astype(wide)
     ux, uy = x.astype(np.uint64), y.astype(np.uint64)
     # Modulo 2**64, the larger minus the smaller is exact even from int64's minimum to its maximum.
     return replace(report, max_abs=int(np.where(x > y, ux - uy, uy - ux).max(initial=0)))
 
 
-def _ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Distance of finite floats along the line on which a float's bits are sign and magnitude."""
-    sign = 1 << (_width(a.dtype) - 1)
-    if float(jnp.finfo(a.dtype).min) > 0:  # float8_e8m0fnu is an exponent without a sign
-        sign <<= 1
-    x, y = _unsigned(a).astype(np.uint64), _unsigned(b).astype(np.uint64)
-    magnitude_x, magnitude_y = x & (sign - 1), y & (sign - 1)
-    same_side = np.maximum(magnitude_x, magnitude_y) - np.minimum(magnitude_x, magnitude_y)
-    # Two magnitudes below 2**63 add up without overflow.
-    return np.where((x ^ y) & sign, magnitude_x + magnitude_y, same_side)
-
-
-def _to_numpy(x: Any, path: str) -> np.ndarray:
-    check_leaf(x, path or "the leaf")
-    # Only tensors have it, and PyTorch need not be there.
-    array = torch_to_numpy(x) if hasattr(x, "detach") else np.asarray(x)
-    numbers = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
-    width = array.dtype.itemsize // (2 if _is(array, jnp.complexfloating) else 1)
-    if width > 8 or not any(_is(array, kind) for kind in numbers):
-        raise TypeError(
-            f"{path or 'the leaf'} must be an array of numbers of at most 64 bits, got "
-            f"{type(x).__name__} of dtype {array.dtype}. Leave it out of both trees."
-        )
-    if not array.dtype.isnative:
-        array = array.byteswap().view(array.dtype.newbyteorder("="))
-    return array
-
-
-def _parts(x: np.ndarray) -> np.ndarray:
-    """`[elements, 1]`, or `[elements, 2]` real numbers of a complex array."""
-    flat = np.ravel(x)
-    if _is(x, jnp.complexfloating):
-        return flat.view(f"f{x.dtype.itemsize // 2}").reshape(-1, 2)
-    return flat.reshape(-1, 1)
-
-
-def _unsigned(x: np.ndarray) -> np.ndarray:
-    bits = x.view(f"u{x.dtype.itemsize}")
-    unused = 8 * x.dtype.itemsize - _width(x.dtype)  # an int4 lies in the low half of a byte
-    return bits & ((1 << _width(x.dtype)) - 1) if unused else bits
-
-
-def _width(dtype: np.dtype) -> int:
-    if dtype == np.bool_:
-        return 8
-    return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
-
-
-def _is(x: Any, kind: Any) -> bool:
-    return jnp.issubdtype(x.dtype, kind)
-
-
 def _scalar(x: Any) -> Scalar:
     kinds = ((jnp.bool_, bool), (jnp.integer, int), (jnp.floating, float))
-    return next((python for kind, python in kinds if _is(x, kind)), complex)(x)
+    return next((python for kind, python in kinds if is_of(x, kind)), complex)(x)
 
 
 def _hex(bits: np.ndarray, dtype: np.dtype) -> str:
-    digits = -(-_width(dtype) // 4)
+    digits = -(-width(dtype) // 4)
     return " ".join(f"0x{int(part):0{digits}x}" for part in bits)
 
 

@@ -85,12 +85,13 @@ def summary(results: Sequence[Result]) -> str:
 
 def _cells(result: Result) -> list[str]:
     """A row, in the order of the whole table's columns."""
-    differing = (_cell(result, column) for column in COLUMNS)
+    differing = (differing_cell(result, column) for column in COLUMNS)
     sha256 = (result.sha256 or "")[:8]
     return [result.name, result.shape, str(result.degree), *differing, result.verdict, sha256]
 
 
-def _cell(result: Result, column: str) -> str:
+def differing_cell(result: Result, column: str) -> str:
+    """How many elements of an output differ, "error", "shape", or "-" where there is no output."""
     if result.error is not None:
         return "error" if column == COLUMNS[0] else "-"
     report = result.reports.get(column)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .checks import Check, PipelineCheck
 from .checks.sharded_arrays import Outputs
 from .golden import digest, expected_digest
 from .inputs import Arrays
+from .pictures import Evidence, evidence
 
 COLUMNS = ("forward", "dq", "dk", "dv")
 # Of an output's largest entry, what roundings stay below and a wrong order of tokens or heads does
@@ -38,6 +39,7 @@ class Result:
       error: what went wrong in PyTorch, in place of reports.
       sha256: of output and gradients, where the kernel is exact.
       golden: what sha256 has to be, for inputs whose hash is kept.
+      evidence: pictures of the differences, where the run was asked for them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Result:
     error: str | None = None
     sha256: str | None = None
     golden: str | None = None
+    evidence: Evidence | None = None
 
     @property
     def outcome(self) -> str:
@@ -106,6 +109,7 @@ def run_parity(
     *,
     timeout: float = 300.0,
     save_failing: Path | None = None,
+    pictures: bool = False,
     on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """Runs checks on `degree` PyTorch ranks and on `degree` JAX CPU devices, and compares.
@@ -115,6 +119,7 @@ def run_parity(
       degree: ranks, and devices of the JAX mesh.
       timeout: seconds for the PyTorch ranks.
       save_failing: a folder for the inputs and both outputs of each check that fails.
+      pictures: whether results have their `evidence`, for a report.
       on_result: called after each check, for a progress display.
 
     Raises:
@@ -131,6 +136,9 @@ def run_parity(
         result, torch_side = _compare(check, degree, parts, jax_side)
         if save_failing is not None and not result.passed:
             _save(save_failing, result, check.inputs, jax_side, torch_side)
+        if pictures:
+            found = evidence(check, result.reports, jax_side, torch_side)
+            result = replace(result, evidence=found)
         if on_result is not None:
             on_result(result)
         results.append(result)
