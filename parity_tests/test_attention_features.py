@@ -103,9 +103,8 @@ def _right(case):
     # Copies of a KV head on several devices, or in several slices of the heads.
     by_heads = isinstance(strategy, Ulysses)
     copies = plan.copies * plan.first_copies * max(chunks // kv_heads, 1) if by_heads else degree
-    assert_as_near(
-        got, alone, run_torch(some, kernel, inputs), copies, parts="ring" in case["strategy"]
-    )
+    shared = {"rows": 1 if by_heads else degree, "parts": "ring" in case["strategy"]}
+    assert_as_near(got, alone, run_torch(some, kernel, inputs), copies, **shared)
     bitwise = kernel == "exact" or (kernel == "blockwise" and by_heads and not eager)
     if bitwise:
         # Sums over the sequences of several devices.
