@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from jax_seqpar.strategies.chips import UNKNOWN
+from jax_seqpar.chips import UNKNOWN
 
 from jax_seqpar import AllGatherKV, Contiguous, Mask, Ring, Ulysses
 from jax_seqpar.strategies.cost import Group, Layer, cost_of

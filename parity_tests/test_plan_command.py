@@ -235,7 +235,7 @@ def exported(platform: str) -> Any:
 
     layout = MeshLayout()
     mesh = jax.make_mesh((4,), ("seq",), devices=jax.devices()[:4])
-    x = jax.ShapeDtypeStruct((1, 64, 8, 16), jnp.float32, sharding=NamedSharding(mesh, layout.spec))
+    x = jax.ShapeDtypeStruct((1, 64, 8, 16), jnp.float32, sharding=NamedSharding(mesh, layout.partition_spec))
     attend = jax.jit(
         lambda q, k, v: dot_product_attention(
             q, k, v, is_causal=True, kernel=Blockwise(), layout=layout.on(mesh)
@@ -254,7 +254,7 @@ def test_an_exported_program_runs_again():
     assert (again.nr_devices, again.platforms) == (4, ("cpu",))
     assert exported("tpu").platforms == ("tpu",)
     mesh = jax.make_mesh((4,), ("seq",), devices=jax.devices()[:4])
-    sharding = NamedSharding(mesh, MeshLayout().spec)
+    sharding = NamedSharding(mesh, MeshLayout().partition_spec)
     alone = jax.random.normal(jax.random.key(0), (1, 64, 8, 16))
     expected = jax.nn.dot_product_attention(alone, alone, alone, is_causal=True)
     x = jax.device_put(alone, sharding)
