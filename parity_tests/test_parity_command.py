@@ -1098,7 +1098,7 @@ def test_without_its_packages_the_command_names_its_extra():
     assert run.returncode == 1
     assert run.stderr.strip() == 'The seqpar command needs: pip install "jax-seqpar[cli]"'
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
-    assert {"rich", "typer"} == {re.split("[><=]", need)[0] for need in extras["cli"]}
+    assert {"packaging", "rich", "typer"} == {re.split("[><=]", need)[0] for need in extras["cli"]}
     assert "jax-seqpar[cli]" in extras["parity"]
 
 

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 try:
+    import packaging  # noqa: F401
     import rich  # noqa: F401
     import typer
 except ImportError as error:
@@ -10,6 +11,7 @@ except ImportError as error:
 
 from .. import __version__
 from .certify_command import certify
+from .doctor_command import doctor
 from .parity_command import parity
 from .plan_command import plan
 
@@ -41,3 +43,4 @@ def seqpar(
 app.command()(parity)
 app.command()(certify)
 app.command()(plan)
+app.command()(doctor)
