@@ -25,7 +25,7 @@ ON_CPU = {
     Ulysses(): (0.7, 1.3),
     AllGatherKV(): (0.55, 1.4),
     Ring(): (0.7, 1.2),
-    RINGS: (0.75, 1.5),
+    RINGS: (0.75, 1.4),
     GATHERS: (0.65, 1.4),
 }
 # How far a compiled program is from the formula. A ring's peak is at the merge of two parts or in

@@ -12,7 +12,7 @@ from ..mesh_layout import AxisName, MeshAxes, names
 from ..order import Contiguous, TokenOrder
 from .all_gather import AllGatherKV
 from .ring import Ring
-from .strategy import Axes, Degree, Shape, Strategy, check_traffic
+from .strategy import Axes, Degree, Shape, Strategy, array_bytes, check_traffic, output
 from .ulysses import Ulysses, head_plan
 
 
@@ -120,10 +120,18 @@ class Hybrid:
         gradients: bool = False,
         kernel: Kernel = blockwise_attention,
     ) -> int:
-        """What the outer strategy holds, of one device's heads and all tokens of its group."""
-        _, of_device = self.divide(query, key, value, degree=degree, kernel=kernel)
+        """What the outer strategy holds, of one device's heads and all tokens of its group.
+
+        A ring comes back to the queries and the gradient of the output, which are exchanged arrays
+        here; an all-gather has these two in the layout of the kernel in any case.
+        """
+        _, (q, k, v) = self.divide(query, key, value, degree=degree, kernel=kernel)
+        R, _ = _two_sizes(degree)
         options: Any = {"itemsize": itemsize, "gradients": gradients, "kernel": kernel}
-        return self.outer.memory(*of_device, degree=_two_sizes(degree)[0], **options)
+        held = self.outer.memory(q, k, v, degree=R, **options)
+        if gradients and isinstance(self.outer, Ring):
+            held += array_bytes(q, output(q, v), itemsize=itemsize) // R
+        return held
 
     def divide(
         self, query: Shape, key: Shape, value: Shape, *, degree: Degree, kernel: Kernel

@@ -95,16 +95,18 @@ class Ring(KeepsQueries):
 
         The three are a device's own, those that are attended to and those on their way. With
         gradients each has its gradient beside it in float32, and the gradient of the queries has
-        two arrays as the output has. Of two devices a ring has one round, and one of each less.
+        two arrays as the output has. Two devices have one round: none on their way, and the outputs
+        in float32 are gone when the gradients of the queries are there.
         """
         P = check_traffic(query, key, degree)
         q, k, v = (share(x, x[1] // P, x[2]) for x in (query, key, value))
         out, wide = output(q, v), max(itemsize, 4)
         slices = min(P, 3)
         held = array_bytes(*[k, v] * slices, out, itemsize=itemsize)
-        held += array_bytes(out, out, itemsize=wide)
+        sums = [out, out]
         if gradients:
-            held += array_bytes(*[k, v] * slices, q, q, itemsize=wide)
+            sums = [*(sums if P > 2 else ()), *[k, v] * 3, q, q]
+        held += array_bytes(*sums, itemsize=wide)
         options = {"itemsize": itemsize, "gradients": gradients}
         return held + kernel.workspace(q, k, v, **options)
 
