@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from jax_seqpar.chips import UNKNOWN
 
 from jax_seqpar import AllGatherKV, Contiguous, Mask, Ring, Ulysses
+from jax_seqpar.chips import UNKNOWN
 from jax_seqpar.strategies.cost import Group, Layer, cost_of
 
 # Of `traffic`: the attention of a Llama 3 8B layer with 32K tokens, in bfloat16.

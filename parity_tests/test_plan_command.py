@@ -235,7 +235,9 @@ def exported(platform: str) -> Any:
 
     layout = MeshLayout()
     mesh = jax.make_mesh((4,), ("seq",), devices=jax.devices()[:4])
-    x = jax.ShapeDtypeStruct((1, 64, 8, 16), jnp.float32, sharding=NamedSharding(mesh, layout.partition_spec))
+    x = jax.ShapeDtypeStruct(
+        (1, 64, 8, 16), jnp.float32, sharding=NamedSharding(mesh, layout.partition_spec)
+    )
     attend = jax.jit(
         lambda q, k, v: dot_product_attention(
             q, k, v, is_causal=True, kernel=Blockwise(), layout=layout.on(mesh)

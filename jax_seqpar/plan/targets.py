@@ -125,7 +125,9 @@ class AttentionLayer:
     def shapes(self) -> tuple[Any, Any]:
         """Query, and key or value."""
         query, key = (
-            shaped((self.batch, self.tokens, n, self.head_dim), self.dtype, self.layout.partition_spec)
+            shaped(
+                (self.batch, self.tokens, n, self.head_dim), self.dtype, self.layout.partition_spec
+            )
             for n in (self.heads, self.kv_heads)
         )
         return query, key
