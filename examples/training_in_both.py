@@ -147,7 +147,8 @@ def train_in_jax(
     tx = optax.chain(clip(training.largest_norm), adam(rate, weight_decay=decay))
     batches = TokenLayout(replace(layout, mesh=mesh))
 
-    with jax.set_mesh(mesh):
+    # optax takes powers of a Python float by an int32, which strict promotion forbids.
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         graph, params = nnx.split(Decoder(training.config, place, rngs=nnx.Rngs(0)))
         first = {name: numpy_to_torch(w) for name, w in training.weights().items()}
         params = from_torch(first, MAPPING, sizes=training.sizes, like=params)
