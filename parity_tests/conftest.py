@@ -5,13 +5,10 @@ import os
 # Read when JAX starts its backend, and inherited by processes that the tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Read when libtpu is loaded: several processes compile for TPUs side by side, and none has one.
-for name, value in {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}.items():
-    os.environ.setdefault(name, value)
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import hypothesis
 import jax
