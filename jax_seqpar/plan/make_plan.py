@@ -43,7 +43,7 @@ def plan(
     Example:
       mesh = jax.sharding.AbstractMesh((16,), ("seq",))
       x = jax.ShapeDtypeStruct((1, 131072, 32, 128), "bfloat16",
-                               sharding=jax.NamedSharding(mesh, MeshLayout().spec))
+                               sharding=jax.NamedSharding(mesh, MeshLayout().partition_spec))
       print(plan(dot_product_attention, x, x, x, topology="v5e:4x4").memory)
     """
     target = Given(function, shapes)
