@@ -807,6 +807,7 @@ def test_help_lists_every_option():
     commands = CliRunner().invoke(cli.app, ["--help"]).output
     assert "parity" in commands
     assert "certify" in commands
+    assert "doctor" in commands
 
 
 @pytest.mark.parametrize("kernel", ROWS)

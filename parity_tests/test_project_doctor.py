@@ -163,6 +163,8 @@ def test_a_checkout_that_is_not_installed_knows_no_bounds(monkeypatch, imports):
     assert result.exit_code == 0, result.output
     says = "Which versions fit is unknown, as jax-seqpar is not installed."
     assert rows(result.output)["torch"] == ("note", f"{real_version('torch')}. {says}")
+    imports["torch"] = ImportError("broken")
+    assert rows(doctor().output)["torch"][0] == "FAILS"
 
 
 def test_a_library_for_tpus_that_is_no_package(monkeypatch, versions, tmp_path):

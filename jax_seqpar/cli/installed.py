@@ -85,16 +85,16 @@ def examine(package: Package) -> Finding:
         return _missing(package)
     wanted, install = bounds(package), _install(package)
     dependent, extra = package.asked_by
-    if wanted is None:
-        says = f"{found}. Which versions fit is unknown, as {dependent} is not installed."
-        return Finding(package.name, State.NOTE, says)
     asks = f"{dependent}[{extra}]" if extra else dependent
-    if not wanted.contains(found, prereleases=True):
+    if wanted is not None and not wanted.contains(found, prereleases=True):
         says = f"{found} does not fit: {asks} asks for {wanted}. Write {install}."
         return Finding(package.name, State.FAILS, says)
     if error := _import_error(package):
         says = f"{found} cannot be imported ({error}). Write {install} --force-reinstall."
         return Finding(package.name, State.FAILS, says)
+    if wanted is None:
+        says = f"{found}. Which versions fit is unknown, as {dependent} is not installed."
+        return Finding(package.name, State.NOTE, says)
     return Finding(package.name, State.OK, f"{found} fits: {asks} asks for {wanted or 'any'}.")
 
 

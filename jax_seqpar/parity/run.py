@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Result:
     error: str | None = None
     sha256: str | None = None
     golden: str | None = None
-    evidence: Evidence | None = None
+    evidence: Evidence | None = field(default=None, compare=False)
 
     @property
     def outcome(self) -> str:
