@@ -31,8 +31,8 @@ DECODER = (
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
 
-def seqpar(*options: str) -> Any:
-    return CliRunner().invoke(app, ["plan", *options])
+def seqpar(*options: str, columns: int = 500) -> Any:
+    return CliRunner().invoke(app, ["plan", *options], env={"COLUMNS": str(columns)})
 
 
 def test_a_decoder_for_simulated_devices(tmp_path):
@@ -56,6 +56,16 @@ def test_a_decoder_for_simulated_devices(tmp_path):
     assert "stablehlo" in (tmp_path / "lowered.mlir").read_text()
     for word in ("12", "all-to-all", "layer/attention", "step", "choose_strategy", "GiB"):
         assert word in result.output
+
+
+def test_in_80_columns_nothing_is_cut(tmp_path):
+    """A terminal as it opens: names are folded, and every number is there."""
+    options = ("--topology", "cpu:8", "--mesh", "data=2,seq=4", "--tokens", "64", "--train")
+    result = seqpar("decoder", *options, *DECODER, columns=80)
+    assert result.exit_code == 0, result.output
+    assert "\u2026" not in result.output
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["all-to-all", "seq", "program", "12", "0.000", "0.000", "12", "0", "0"] in rows
 
 
 def test_a_sweep_of_degrees_with_its_chart(tmp_path):

@@ -1,5 +1,6 @@
 """`seqpar doctor`: what it finds on a machine where something is missing, too old or broken."""
 
+import os
 import re
 import subprocess
 import sys
@@ -278,6 +279,7 @@ app(["doctor"], prog_name="seqpar")
         text=True,
         timeout=300,
         cwd=Path(__file__).parents[1],
+        env=os.environ | {"COLUMNS": "500"},
     )
     assert run.returncode == 1, run.stderr
     found = rows(run.stdout)

@@ -39,7 +39,7 @@ def verdict(plan: Plan) -> str:
     if plan.memory is None:
         return "memory: not checked"
     if plan.fits is None:
-        return f"peak {_gib(plan.memory.peak)} GiB on each device, of a {plan.chip.name}"
+        return f"peak {_gib(plan.memory.peak)} GiB on each device, whose memory is not known"
     word = "fits" if plan.fits else "does not fit"
     return (
         f"{word}: peak {_gib(plan.memory.peak)} of {_gib(plan.chip.memory)} GiB on each device "
@@ -140,10 +140,12 @@ def _numbers(part: Part) -> tuple[str, ...]:
     )
 
 
-def _table(*heads: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+def _table(name: str, *numbers: str) -> Table:
+    """A table for 80 columns: a name that is too long is folded, a number is never cut."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column(name, overflow="fold")
+    for head in numbers:
+        table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
     return table
 
 
