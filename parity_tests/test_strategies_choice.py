@@ -34,6 +34,7 @@ from jax_seqpar import (
 )
 from jax_seqpar.chips import chip_of
 from jax_seqpar.compare import compare_bits
+from jax_seqpar.exact import arithmetic
 from jax_seqpar.plan.compiled_text import received_bytes
 from jax_seqpar.strategies import choice as choice_module
 from jax_seqpar.strategies.cost import Group, Layer, cost_of, pairs
@@ -132,6 +133,20 @@ def test_bytes_by_kernel(kernel):
     exchanged = "\n".join(x for x in text.splitlines() if "all-gather" not in x)
     _, inner = strategy.traffic_by_axis(*shapes, degree=(2, 4), **sent)
     assert inner == received_bytes(exchanged, 4)
+
+
+@pytest.mark.parametrize("order", (Zigzag(), Striped()), ids=str)
+@pytest.mark.parametrize("gradients", (False, True), ids=("forward", "gradients"))
+def test_a_ring_counts_the_turns_of_exact_attention(gradients, order, monkeypatch):
+    """And the tokens that an order moves which deals no whole blocks."""
+    monkeypatch.setattr(arithmetic, "BLOCK", 8)
+    layer = replace(layer_of(8, 2, gradients=gradients), order=order, kernel=Exact())
+    arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
+    where = replace(ONE_AXIS[4].on(), order=order)
+    attend = partial(dot_product_attention, strategy=Ring(), layout=where, kernel=Exact())
+    run = output_and_gradients(attend) if gradients else attend
+    counted = permuted_bytes(run, *arrays[: 4 if gradients else 3])
+    assert cost_of(Ring(), layer, Group((4,), (4,)), V5E, 0.5).inside == counted
 
 
 @pytest.mark.parametrize("window", (5, 16, 17, 40))
