@@ -146,6 +146,18 @@ def test_special_numbers_on_their_way(monkeypatch):
     assert differing(Where((4,), Zigzag(), block=5), CAUSAL, inputs, monkeypatch) == SAME
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_under_vmap_and_with_64_bits():
+    """A loop, of which the transfers are a part; and loops that count in int64."""
+    q, k, v = (jnp.asarray(x) for x in list(SAME_LENGTH.inputs().values())[:3])
+    layout = MeshLayout(check_vma=False)
+    attend = Where((4,), Contiguous(), layout=layout).attend(is_causal=True)
+    alone = Exact()(q, k, v, is_causal=True)
+    assert compare_bits(jax.vmap(attend)(q[:, None], k[:, None], v[:, None])[:, 0], alone).equal
+    with jax.enable_x64(True):
+        assert compare_bits(jax.jit(attend)(q, k, v), alone).equal
+
+
 # ---------------------------------------------------------------- wrong rings
 
 
