@@ -1,7 +1,15 @@
 """Eight simulated devices, strict promotion, and every annotated shape checked."""
 
 import os
+from tempfile import TemporaryDirectory
 
+# Read when JAX is imported, and inherited by the processes of a run: a program compiles once for all
+# of them. A third of the time of test_parity_command.py goes (180 s to 125 s on two cores).
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = TemporaryDirectory(prefix="jax-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Read when JAX starts its backend, and inherited by processes that the tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Read when libtpu is loaded: several processes compile for TPUs side by side, and none has one.
