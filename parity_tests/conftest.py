@@ -3,8 +3,8 @@
 import os
 from tempfile import TemporaryDirectory
 
-# Read when JAX is imported, and inherited by the processes of a run: a program compiles once for all
-# of them. A third of the time of test_parity_command.py goes (180 s to 125 s on two cores).
+# Read when JAX is imported, and inherited by the processes of a run: a program compiles once for
+# all of them. A third of the time of test_parity_command.py goes (180 s to 125 s on two cores).
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = TemporaryDirectory(prefix="jax-programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
