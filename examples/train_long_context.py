@@ -1,27 +1,27 @@
 """Trains a decoder on long rows of packed documents, byte by byte, on a data x seq mesh.
 
     python examples/train_long_context.py --degree 4 --tokens 4096
-    python examples/train_long_context.py --attention exact --folder run   # again: goes on
+    python examples/train_long_context.py --exact --folder run   # again: goes on, to the same bits
     python examples/train_long_context.py my_book.txt my_code/*.py
 
 The default 100 steps take over five minutes on two cores; try --steps 10 --tokens 1024 --batch 1.
 Reads the files named, or Python's own library. On a machine without accelerators it simulates
-devices; on GPUs and TPUs it is the same command. On several processes start it once on each, with
-`--coordinator HOST:PORT --processes N --process I`. Needs the extra "training".
+devices; on GPUs and TPUs it is the same command. Several processes, started as
+`examples/launch/README.md` says, need `--distributed`, or else `--coordinator HOST:PORT
+--processes N --process I`. SIGTERM to any of them saves and leaves, with exit status 75.
+Needs the extra "training".
 """
 
-import itertools
 import json
 import os
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -31,9 +31,9 @@ import typer
 from checkpoints import checkpoints_in, record_of, resumed
 from decoder import FSDP, Config, Decoder, Placement
 from flax import nnx
-from jax._src import distributed
 from jax.sharding import NamedSharding, PartitionSpec
 from loss_plot import plot
+from processes import PREEMPTED, because, lost, preemption, start
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_seqpar import (
@@ -47,6 +47,9 @@ from jax_seqpar import (
     blockwise_attention,
     exact_attention,
 )
+from jax_seqpar.exact.clip import clip_by_global_norm
+from jax_seqpar.exact.optimizer import adamw
+from jax_seqpar.flax import Arithmetic, ExactArithmetic
 from jax_seqpar.training import TokenLayout, pack_documents
 
 ATTENTION = {"auto": None, "blockwise": blockwise_attention, "exact": exact_attention}
@@ -79,6 +82,7 @@ class Run:
     tiles: int = 1
     seed: int = 0
     save_every: int = 20
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,19 @@ def read(files: Sequence[Path], tokens: int, limit: int = 8 << 20) -> Text:
 
 
 def train(
-    run: Run, text: Text, config: Config, folder: Path | None = None, on_step: OnStep | None = None
+    run: Run,
+    text: Text,
+    config: Config,
+    folder: Path | None = None,
+    on_step: OnStep | None = None,
+    leave: Callable[[int], bool] = lambda step: False,
 ) -> list[float]:
-    """Trains, and returns the loss of each step.
+    """Trains, and returns the loss of each step that was made.
 
     Args:
       folder: of checkpoints, absolute; what is there is resumed, at whatever degree it was written.
       on_step: called after each step with its number and loss.
+      leave: called after each step with its number: whether to save it and make no other.
     """
     devices = jax.devices()[: run.degree * run.data]
     mesh = jax.make_mesh((run.data, run.degree), ("data", "seq"), devices=devices)
@@ -130,11 +140,9 @@ def train(
         strategy=STRATEGY[run.strategy],
         sharding=sharding,
         tiles=run.tiles,
+        arithmetic=ExactArithmetic() if run.exact else Arithmetic(),
     )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(optax.linear_schedule(run.learning_rate / 10, run.learning_rate, 10)),
-    )
+    optimizer = _optimizer(run)
     with jax.set_mesh(mesh):
         graph, state = _initial(config, place, optimizer, mesh, run.seed)
         decides = _decides(run, text, config)
@@ -160,19 +168,33 @@ def train(
                 losses.append(float(loss))
                 if on_step:
                     on_step(step, losses[-1])
-                last = step + 1 == run.steps
+                last = leave(step) or step + 1 == run.steps
                 if checkpoints is not None and (last or checkpoints.should_save(step)):
                     items = {
                         "state": ocp.args.StandardSave(state),
                         "losses": ocp.args.JsonSave(record_of(losses, decides, state)),
                     }
                     checkpoints.save(step, args=ocp.args.Composite(**items), force=last)
+                if last:
+                    break
     return losses
+
+
+def _optimizer(run: Run) -> optax.GradientTransformation:
+    """AdamW of clipped gradients, with ten steps of warming up."""
+    first, rate = run.learning_rate / 10, run.learning_rate
+    if not run.exact:
+        adam = optax.adamw(optax.linear_schedule(first, rate, 10))
+        return optax.chain(optax.clip_by_global_norm(1.0), adam)
+    # Rates of the host: XLA rounds the schedule of Optax in one way or another, by its flags.
+    rates = np.linspace(first, rate, 11).astype(np.float32)
+    adam = adamw(lambda step: jax.numpy.asarray(rates)[step.clip(max=10)], weight_decay=1e-4)
+    return optax.chain(clip_by_global_norm(1.0), adam)
 
 
 def _decides(run: Run, text: Text, config: Config) -> dict[str, Any]:
     """The options that the losses depend on, which a resumed run must share; not its mesh."""
-    names = ("tokens", "batch", "learning_rate", "seed")
+    names = ("tokens", "batch", "learning_rate", "seed", "exact")
     crc = zlib.crc32(text.segments.tobytes(), zlib.crc32(text.rows.tobytes()))
     return {name: getattr(run, name) for name in names} | {"config": str(config), "text": crc}
 
@@ -199,51 +221,6 @@ def _initial(
     return graph, (params, jax.jit(optimizer.init)(params))
 
 
-PATIENCE = 30.0  # seconds without a sign of life, well beyond a pause of the coordinator
-
-
-def _watch(process: int, processes: int) -> None:
-    """Ends this process, in words, where another one shows no sign of life.
-
-    Collectives wait for ever for a process that is stopped, and JAX ends the others of a killed one
-    after 85 seconds, without a word of resuming. Every process counts in the coordinator's store.
-    """
-    client: Any = distributed.global_state.client
-    counts: dict[int, str] = {}
-    alive = dict.fromkeys(range(processes), time.monotonic())
-
-    def count() -> None:
-        for beat in itertools.count():
-            # The store fails and waits where the coordinator does: then nobody's count goes on.
-            with suppress(jax.errors.JaxRuntimeError):
-                client.key_value_set(f"alive/{process}", str(beat), allow_overwrite=True)
-                for other in alive:
-                    found = client.key_value_try_get(f"alive/{other}")
-                    if counts.get(other) != found:
-                        counts[other], alive[other] = found, time.monotonic()
-            time.sleep(1)
-
-    def watch() -> None:
-        while True:
-            time.sleep(1)
-            if time.monotonic() - min(alive.values()) > PATIENCE:
-                _lost(f"another process has shown no sign of life for {PATIENCE:g} s")
-
-    for loop in (count, watch):
-        threading.Thread(target=loop, daemon=True).start()
-
-
-def _lost(why: str) -> NoReturn:
-    print(
-        f"Stopped: {why}. Start every process again with the same --folder: "
-        f"training goes on from its last checkpoint.",
-        file=sys.stderr,
-        flush=True,
-    )
-    # Not sys.exit: JAX would wait at exit for the process that is lost.
-    os._exit(1)
-
-
 @app.command()
 def main(
     files: Annotated[list[Path] | None, typer.Argument(exists=True, dir_okay=False)] = None,
@@ -257,13 +234,18 @@ def main(
     strategy: Annotated[str, typer.Option(help=", ".join(STRATEGY))] = "ulysses",
     order: Annotated[str, typer.Option(help="Of the tokens: " + ", ".join(ORDER))] = "contiguous",
     fsdp: Annotated[bool, typer.Option(help="Share the parameters, too.")] = False,
+    exact: Annotated[bool, typer.Option(help="The same bits on any mesh and processes.")] = False,
     tiles: Annotated[int, typer.Option(min=1, help="In MLP and loss, to save memory.")] = 1,
     layers: Annotated[int, typer.Option(min=1)] = 4,
     features: Annotated[int, typer.Option(min=8)] = 128,
     folder: Annotated[Path | None, typer.Option(help="Of checkpoints and the plot.")] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 20,
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0.")] = None,
     processes: int = 1,
     process: int = 0,
+    distributed: Annotated[bool, typer.Option(help="Ask SLURM, GKE, a TPU or Open MPI.")] = False,
+    start_within: Annotated[float, typer.Option(help="Seconds for all processes to come.")] = 50,
+    patience: Annotated[float, typer.Option(help="Seconds without a sign of life of one.")] = 30,
 ) -> None:
     """Trains a decoder on bytes; resumes what the folder holds."""
     for name, chosen, known in (
@@ -277,13 +259,20 @@ def main(
         raise typer.BadParameter("several processes need --coordinator HOST:PORT of process 0.")
     if not 0 <= process < processes:
         raise typer.BadParameter(f"--process is from 0 to {processes - 1}, got {process}.")
+    if distributed and coordinator is not None:
+        raise typer.BadParameter(f"--distributed finds the coordinator: leave out {coordinator!r}.")
+    if distributed or coordinator is not None:
+        given = () if distributed else (coordinator, processes, process)
+        try:
+            processes = start(*given, start_within=start_within, patience=patience)
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"--distributed finds no engine ({error}) Give --coordinator, --processes and "
+                f"--process instead."
+            ) from None
     with suppress(RuntimeError):  # JAX runs already, with the devices it has
         # Of the CPU only, if that is all there is.
         jax.config.update("jax_num_cpu_devices", -(-degree * data // processes))
-    if coordinator is not None:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(coordinator, processes, process)
-        _watch(process, processes)
     if len(jax.devices()) < degree * data:
         raise typer.BadParameter(
             f"degree {degree} x data {data} needs {degree * data} devices, here are "
@@ -301,14 +290,17 @@ def main(
         order=order,
         fsdp=fsdp,
         tiles=tiles,
+        save_every=save_every,
+        exact=exact,
     )
     config = Config(features=features, hidden=4 * features, layers=layers)
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
     fields = (TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),)
-    first = process == 0
+    first = jax.process_index() == 0
     try:
         text = read(files or [], tokens)
-        with Progress(*columns, *fields, disable=not first) as progress:
+        bars = Progress(*columns, *fields, disable=not first)
+        with preemption() as leave, bars as progress:
             bar = progress.add_task("", total=steps, loss=float("nan"), speed=0.0)
             last = time.perf_counter()
 
@@ -322,13 +314,20 @@ def main(
                 if first and not progress.console.is_terminal and step % 5 == 0:
                     print(f"step {step + 1} of {steps}: loss {loss:.4f}", flush=True)
 
-            losses = train(run, text, config, folder and folder.absolute() / "steps", on_step)
+            kept = folder and folder.absolute() / "steps"
+            losses = train(run, text, config, kept, on_step, leave)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if processes == 1:
             raise
-        _lost(f"a collective failed, as when another process dies ({str(error).splitlines()[0]})")
+        lost(because(error))
+    if len(losses) < steps:
+        saved = (
+            "saved: start again with the same --folder" if folder else "not saved without --folder"
+        )
+        print(f"SIGTERM after step {len(losses)} of {steps}, {saved}.", file=sys.stderr)
+        raise typer.Exit(PREEMPTED)
     if first:
         print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at step {len(losses)}")
         if folder is not None:
