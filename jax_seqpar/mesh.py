@@ -8,6 +8,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from .device_order import warn_of_slow_order
 from .mesh_layout import MeshLayout, axes_size, check_division, check_mesh, check_sharding, names
 
 AnyMesh = Mesh | AbstractMesh
@@ -44,6 +45,8 @@ def mesh_of_operands(
       operands: query, key and value by name.
       arrays: the other arrays of the attention.
 
+    Warns where another order of the devices would keep the sequence within slices or hosts.
+
     Raises:
       ValueError: for a layout or arrays that do not fit the mesh, or one another.
     """
@@ -56,6 +59,7 @@ def mesh_of_operands(
     for name, x in operands.items():
         check_sharding(name, jax.typeof(x).sharding.spec, layout)
     check_division(operands["query"].shape, operands["key"].shape, layout, mesh.shape)
+    warn_of_slow_order(layout, mesh)
     return mesh
 
 

@@ -122,7 +122,16 @@ def test_what_dir_shows_is_public():
 # Each folder, and each module beside them, may import those before it.
 ORDER = (
     *("_text", "_extras", "_checks", "compiler_options", "varying_axes", "mask", "order"),
-    *("mesh_layout", "chips", "mesh", "kernels", "exact", "strategies", "program_cache"),
+    *(
+        "mesh_layout",
+        "device_order",
+        "chips",
+        "mesh",
+        "kernels",
+        "exact",
+        "strategies",
+        "program_cache",
+    ),
     *("attention", "training", "flax", "plan", "compare", "bridge", "parity"),
     *("__version__", "cli"),
 )

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..chips import Chip, chip_of
+from ..device_order import place_of as _place
 from ..kernels import Kernel
 from ..kernels.choice import checked_spec, kernel_of_call
 from ..mask import Spec, Tokens
@@ -233,14 +234,6 @@ def _group(layout: MeshLayout, mesh: AnyMesh) -> Group:
         places = [_place(device) for device in line]
         near.append(max(places.count(place) for place in places))
     return Group(sizes, tuple(near))
-
-
-def _place(device: Any) -> tuple[Any, ...]:
-    """The slice of a TPU, the host of any other device."""
-    slice_index = getattr(device, "slice_index", None)
-    if slice_index is None and device.platform == "tpu":
-        slice_index = 0  # libtpu numbers the slices of a topology only if there are several
-    return ("host", device.process_index) if slice_index is None else ("slice", slice_index)
 
 
 def _cells(candidate: Candidate) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Integer
 
 from .._checks import Shape, as_numbers, check_int32
+from ..device_order import warn_of_slow_order
 from ..mesh_layout import MeshLayout, axes_size, check_is_layout, check_mesh, names
 from .loss import IGNORE
 
@@ -56,6 +57,8 @@ class TokenLayout:
         batch and the tokens, and in which order: with another than the contiguous one all arrays
         of a batch lie in it, after labels were shifted, and `unshard` brings results back.
 
+    Warns where another order of the devices would keep a sequence within slices or hosts.
+
     Raises:
       ValueError: for a layout without a mesh of devices, or that names what the mesh does not have.
 
@@ -73,6 +76,7 @@ class TokenLayout:
         check_is_layout(self.layout)
         check_has_devices(self.layout.mesh)
         check_mesh(self.layout, self.mesh.shape, ())
+        warn_of_slow_order(self.layout, self.mesh)
 
     @property
     def mesh(self) -> Mesh:
