@@ -17,7 +17,7 @@ import jax_seqpar.plan
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Each folder's page, that of the reference, that of the examples, and what the code host shows.
-PATTERNS = ("README.md", "jax_seqpar/**/README.md", "torch_ref/README.md", "examples/README.md")
+PATTERNS = ("README.md", "jax_seqpar/**/README.md", "torch_ref/README.md", "examples/**/README.md")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for pattern in (*PATTERNS, ".github/*.md")
