@@ -2,19 +2,19 @@
 
 `python failing_process.py PHASE SIGNAL OPTIONS...`: the signal comes before it meets the others
 ("start-up"), when it has met them and asks for the devices ("devices"), before the third step
-("step"), or after process 0 has begun to write the checkpoint of that step ("save").
+("step"), or when it has written its part of the checkpoint of that step, and before it says so to
+process 0, which makes a checkpoint of what all have written ("save").
 """
 
+import itertools
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import orbax.checkpoint as ocp
 import train_long_context as example
 
 STEP = 2
@@ -35,11 +35,15 @@ def before(function: Callable[..., Any], when: Callable[..., bool]) -> Callable[
     return wrapper
 
 
-def writing(manager: ocp.CheckpointManager, step: int) -> bool:
-    """Waits until process 0 writes this step; False for another than the one meant."""
-    while step == STEP and not [*Path(manager.directory).glob(f"{STEP}.*tmp*")]:
-        time.sleep(0.01)
-    return step == STEP
+def fail_in_save() -> None:
+    """The failure comes with the event by which Orbax tells how long the second save took."""
+    saves = itertools.count()
+
+    def on_event(name: str, *_: Any, **__: Any) -> None:
+        if name == "/jax/checkpoint/write/async/commit_duration_sec" and next(saves) == 1:
+            fail()
+
+    example.jax.monitoring.register_event_duration_secs_listener(on_event)
 
 
 def main() -> None:
@@ -51,8 +55,7 @@ def main() -> None:
         case "step":
             example.Text.batch = before(example.Text.batch, lambda text, run, step: step == STEP)
         case "save":
-            # Without the digests of a save of its own, for which the others would wait first.
-            ocp.CheckpointManager.save = before(ocp.CheckpointManager.save, writing)
+            fail_in_save()
     example.app(sys.argv[3:])
 
 
