@@ -111,10 +111,14 @@ def saved_steps(folder):
     return sorted(int(x.name) for x in (folder / "steps").iterdir() if x.name.isdecimal())
 
 
+def half_written(folder):
+    """What the failure in a save leaves of the third checkpoint."""
+    return [*(folder / "steps").glob("2.*tmp*")]
+
+
 FAILURES = [
     ("start-up", "SIGKILL", 1),
     ("step", "SIGSTOP", 1),
-    ("save", "SIGKILL", 1),
     slow("start-up", "SIGSTOP", 0),
     slow("start-up", "SIGKILL", 0),
     slow("devices", "SIGKILL", 1),
@@ -123,6 +127,7 @@ FAILURES = [
     slow("step", "SIGKILL", 1),
     slow("step", "SIGSTOP", 0),
     slow("save", "SIGSTOP", 1),
+    slow("save", "SIGKILL", 0),
 ]
 # JAX ends the others of a coordinator that is killed in C++, before anything else can.
 OF_JAX = "the JAX distributed service detected fatal errors"
@@ -130,7 +135,7 @@ OF_JAX = "the JAX distributed service detected fatal errors"
 
 @pytest.mark.parametrize(("phase", "how", "victim"), FAILURES)
 def test_the_other_process_ends_and_says_why(phase, how, victim, tmp_path):
-    options = ("--steps", "100", "--save-every", "2", "--folder", str(tmp_path))
+    options = ("--steps", "100", "--save-every", "1", "--folder", str(tmp_path))
     # Half of the default patience, for busy machines; for who never comes nobody has to wait long.
     within = 10 if phase == "start-up" else 200
     patience = ("--patience", "15", "--start-within", str(within))
@@ -155,8 +160,8 @@ def test_the_other_process_ends_and_says_why(phase, how, victim, tmp_path):
             words,
         ), output
     if phase == "save":
-        assert saved_steps(tmp_path) == [0], "what was half written is no checkpoint"
-        assert [*(tmp_path / "steps").glob("2.*tmp*")], "it was half written"
+        assert saved_steps(tmp_path) == [0, 1], "what is half written is no checkpoint"
+        assert half_written(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -170,20 +175,22 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("after", (1, slow(4)))
 def test_a_killed_run_goes_on_to_the_same_bits_on_other_processes(undisturbed, after, tmp_path):
-    """Two processes, of which one is killed; the newest checkpoint is damaged besides."""
+    """One of two processes is killed in its third save; the second checkpoint is damaged besides."""
     options = ("--exact", "--steps", str(STEPS), "--save-every", "1", "--folder", str(tmp_path))
-    with Processes(2, *options, failure=("step", "SIGKILL", 1)) as processes:
+    with Processes(2, *options, failure=("save", "SIGKILL", 1)) as processes:
         processes.wait_for_failure(1)
-        assert processes.ends(MINUTE, but=1)[0][0] == 1
-    newest = saved_steps(tmp_path)[-1]
-    assert newest >= 1
-    damaged = max((tmp_path / "steps" / str(newest)).glob("state/**/d/*"), key=os.path.getsize)
+        ((status, words),) = processes.ends(MINUTE, but=1)
+    assert status == 1, words
+    assert "Start every process again with the same --folder" in " ".join(words.split())
+    assert saved_steps(tmp_path) == [0, 1], "what is half written is no checkpoint"
+    assert half_written(tmp_path)
+    damaged = max((tmp_path / "steps" / "1").glob("state/**/d/*"), key=os.path.getsize)
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
     output = run(after, *options)
-    assert f"Step {newest} is damaged" in output
-    assert f"Resuming after step {newest - 1}" in output
+    assert "Step 1 is damaged" in output
+    assert "Resuming after step 0" in output
     assert bits(tmp_path) == undisturbed
 
 

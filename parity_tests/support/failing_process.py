@@ -2,8 +2,8 @@
 
 `python failing_process.py PHASE SIGNAL OPTIONS...`: the signal comes before it meets the others
 ("start-up"), when it has met them and asks for the devices ("devices"), before the third step
-("step"), or when it has written its part of the checkpoint of that step, and before it says so to
-process 0, which makes a checkpoint of what all have written ("save").
+("step"), or when it has written its part of the third checkpoint, and before it says so to process
+0, which makes a checkpoint of what all have written ("save").
 """
 
 import itertools
@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import train_long_context as example
 
-STEP = 2
+THIRD = 2
 
 
 def fail() -> None:
@@ -36,11 +36,11 @@ def before(function: Callable[..., Any], when: Callable[..., bool]) -> Callable[
 
 
 def fail_in_save() -> None:
-    """The failure comes with the event by which Orbax tells how long the second save took."""
+    """The failure comes with the event by which Orbax tells how long a save took."""
     saves = itertools.count()
 
     def on_event(name: str, *_: Any, **__: Any) -> None:
-        if name == "/jax/checkpoint/write/async/commit_duration_sec" and next(saves) == 1:
+        if name == "/jax/checkpoint/write/async/commit_duration_sec" and next(saves) == THIRD:
             fail()
 
     example.jax.monitoring.register_event_duration_secs_listener(on_event)
@@ -53,7 +53,7 @@ def main() -> None:
         case "devices":
             example.jax.devices = before(example.jax.devices, lambda *_: True)
         case "step":
-            example.Text.batch = before(example.Text.batch, lambda text, run, step: step == STEP)
+            example.Text.batch = before(example.Text.batch, lambda text, run, step: step == THIRD)
         case "save":
             fail_in_save()
     example.app(sys.argv[3:])
