@@ -1,8 +1,10 @@
 """Ray: python examples/launch/ray_hosts.py 2 --degree 16 --folder run, on a host of the cluster.
 
-One process on each host, with all of its GPUs. The repository lies at the same path on every host.
+One process on each host, with all of its GPUs: GPUS_PER_HOST, by default 8, 0 without GPUs. The
+repository lies at the same path on every host, from where Ray was started.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -12,8 +14,6 @@ from ray.util.placement_group import placement_group  # pyright: ignore[reportMi
 from ray.util.scheduling_strategies import (  # pyright: ignore[reportMissingImports]
     PlacementGroupSchedulingStrategy,
 )
-
-GPUS_PER_HOST = 8
 
 
 class Host:
@@ -32,7 +32,7 @@ class Host:
         return subprocess.run([*command, "--process", str(process), *options]).returncode
 
 
-def main(hosts: int, options: list[str], gpus: int = GPUS_PER_HOST) -> int:
+def main(hosts: int, gpus: int, options: list[str]) -> int:
     """The highest exit status of the hosts: 0, or 75 where they saved and left."""
     ray.init(address="auto")
     # Strictly spread: a bundle on each host. A process that has no GPU takes a CPU.
@@ -55,4 +55,5 @@ def main(hosts: int, options: list[str], gpus: int = GPUS_PER_HOST) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    gpus = int(os.environ.get("GPUS_PER_HOST", "8"))
+    sys.exit(main(int(sys.argv[1]), gpus, sys.argv[2:]))
