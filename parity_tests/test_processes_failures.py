@@ -21,6 +21,7 @@ from cases import slow
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "train_long_context.py"
 FAILING = ROOT / "parity_tests" / "support" / "failing_process.py"
+TEXT = str(ROOT / "LICENSE")
 SMALL = ("--tokens", "32", "--layers", "1", "--features", "16", "--attention", "blockwise")
 STEPS = 5
 MINUTE = 60
@@ -50,7 +51,7 @@ class Processes:
 
     def __init__(self, count, *options, failure=None):
         several = ["--coordinator", f"localhost:{free_port()}", "--processes", str(count)]
-        arguments = [__file__, "--degree", "4", *SMALL, *options, *(several if count > 1 else [])]
+        arguments = [TEXT, "--degree", "4", *SMALL, *options, *(several if count > 1 else [])]
         self.started = []
         for i in range(count):
             script = [EXAMPLE]
@@ -199,7 +200,7 @@ def test_sigterm_saves_and_leaves(tmp_path):
     folder = ("--folder", str(tmp_path), "--save-every", "1000")
 
     def start(steps):
-        command = ["bash", "examples/launch/two_hosts.sh", __file__, *SMALL, *folder]
+        command = ["bash", "examples/launch/two_hosts.sh", TEXT, *SMALL, *folder]
         return subprocess.Popen(
             [*command, "--steps", str(steps)],
             cwd=ROOT,
