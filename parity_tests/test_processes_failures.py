@@ -21,19 +21,11 @@ from cases import slow
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "train_long_context.py"
 FAILING = ROOT / "parity_tests" / "support" / "failing_process.py"
+pytestmark = pytest.mark.usefixtures("less_optimised")
 TEXT = str(ROOT / "LICENSE")
 SMALL = ("--tokens", "32", "--layers", "1", "--features", "16", "--attention", "blockwise")
 STEPS = 5
 MINUTE = 60
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory, less_optimised):
-    """The programs of all these processes, kept in one folder, in less time than a user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-        yield
 
 
 def free_port() -> int:
