@@ -262,9 +262,9 @@ def main(
     if distributed and coordinator is not None:
         raise typer.BadParameter(f"--distributed finds the coordinator: leave out {coordinator!r}.")
     if distributed or coordinator is not None:
-        given = () if distributed else (coordinator, processes, process)
+        told: Any = () if distributed else (coordinator, processes, process)
         try:
-            processes = start(*given, start_within=start_within, patience=patience)
+            processes = start(*told, start_within=start_within, patience=patience)
         except ValueError as error:
             raise typer.BadParameter(
                 f"--distributed finds no engine ({error}) Give --coordinator, --processes and "

@@ -95,9 +95,10 @@ def run(count, *options):
     return "".join(output for _, output in ended)
 
 
-def bits(folder):
+def bits(folder) -> list[int]:
     """The losses of a run, as integers."""
-    return np.float32(json.loads((folder / "losses.json").read_text())).view(np.int32).tolist()
+    losses = json.loads((folder / "losses.json").read_text())
+    return list(np.array(losses, np.float32).view(np.int32))
 
 
 def saved_steps(folder):

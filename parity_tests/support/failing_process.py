@@ -39,8 +39,8 @@ def fail_in_save() -> None:
     """The failure comes with the event by which Orbax tells how long a save took."""
     saves = itertools.count()
 
-    def on_event(name: str, *_: Any, **__: Any) -> None:
-        if name == "/jax/checkpoint/write/async/commit_duration_sec" and next(saves) == THIRD:
+    def on_event(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/checkpoint/write/async/commit_duration_sec" and next(saves) == THIRD:
             fail()
 
     example.jax.monitoring.register_event_duration_secs_listener(on_event)
