@@ -170,8 +170,8 @@ def logits_of_the_last_part(patch):
     """The largest logit, of the keys that were visited last."""
     right = forward_in_turns._Queries.turn
 
-    def turn(self, visit, held, values, nothing, join, *rows):
-        last = (lambda a, b: b) if join is jnp.maximum else join
+    def turn(self, visit, held, values, nothing, meet, *rows):
+        last = (lambda a, b: b) if meet is jnp.maximum else meet
         return right(self, visit, held, values, nothing, last, *rows)
 
     patch.setattr(forward_in_turns._Queries, "turn", turn)
@@ -181,9 +181,9 @@ def anchors_of_its_own(patch):
     """Of the queries of the device that has the keys."""
     right = ring._RingPlan.turn
 
-    def turn(self, visit, held, spec, carry, nothing=None, join=jnp.add):
+    def turn(self, visit, held, spec, nothing, meet, nothing_added=None, join=jnp.add):
         own = (lambda a, b: b) if join is jnp.maximum else join
-        return right(self, visit, held, spec, carry, nothing, own)
+        return right(self, visit, held, spec, nothing, meet, nothing_added, own)
 
     patch.setattr(ring._RingPlan, "turn", turn)
 
@@ -191,12 +191,12 @@ def anchors_of_its_own(patch):
 def own_keys_forgotten(patch):
     right = ring._RingPlan.turn
 
-    def turn(self, visit, held, spec, carry, nothing=None, join=jnp.add):
-        def others(here, spec, carry):
-            found = visit(here, spec, carry)
-            return (carry, found[1]) if here is held else found
+    def turn(self, visit, held, spec, nothing, *rest):
+        def others(here, spec):
+            found, added = visit(here, spec)
+            return (nothing if here is held else found), added
 
-        return right(self, others, held, spec, carry, nothing, join)
+        return right(self, others, held, spec, nothing, *rest)
 
     patch.setattr(ring._RingPlan, "turn", turn)
 

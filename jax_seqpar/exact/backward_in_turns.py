@@ -56,34 +56,34 @@ def gradients_in_turns(
 
     exponents = _exponents(spec, query, key, value, out, rows, grad)
 
-    def find_maxima(of_keys: Array, spec: Spec, of_rows: Array) -> tuple[Array, Array]:
+    def find_maxima(of_keys: Array, spec: Spec) -> tuple[Array, Array]:
         def one(index: Array, own: Exponents) -> tuple[Array, Array]:
             return own.maxima(Blocks(own_heads(spec, index), G, T, S, options.block))
 
-        found, of_these_keys = map_heads(one, exponents._replace(of_keys=of_keys))
-        return jnp.maximum(of_rows, found), of_these_keys
+        return map_heads(one, exponents._replace(of_keys=of_keys))
 
     of_rows = jnp.moveaxis(nothing_of_rows(full, BK, G, T), 0, 1)
     of_keys = jnp.moveaxis(nothing_of_keys(full, BK, S), 0, 1)
-    maxima = turns.turn(find_maxima, exponents.of_keys, spec, of_rows, of_keys, jnp.maximum)
+    nothing = of_rows, jnp.maximum, of_keys, jnp.maximum
+    maxima = turns.turn(find_maxima, exponents.of_keys, spec, *nothing)
 
     def find_anchors(_: Array, own: Exponents, of_rows: Array, of_keys: Array) -> Anchors:
         return shared_anchors(options, own.anchors(of_rows, of_keys, dropout_bits(spec)))
 
     anchors = map_heads(find_anchors, exponents, *maxima)
 
-    def add(held: Any, spec: Spec, dq: Array) -> tuple[Array, tuple[Array, Array]]:
+    def add(held: Any, spec: Spec) -> tuple[Array, tuple[Array, Array]]:
         def one(index: Array, held: Any, of_query: Array, q: Array, *rest: Any) -> Any:
             k, v, of_key, of_value = held
             head = Head.of(own_heads(spec, index), q, k, v, *rest)
             return block_sums(head, head.blocks(options), Anchors(of_query, of_key, of_value))
 
-        part, *of_these_keys = map_heads(one, held, anchors.query, query, out, rows, grad)
-        return dq + part, tuple(of_these_keys)
+        dq, *of_these_keys = map_heads(one, held, anchors.query, query, out, rows, grad)
+        return dq, tuple(of_these_keys)
 
     held = key, value, anchors.key, anchors.value
-    nothing = full(BK, 2, S, H), full(BK, 2, S, V)
-    dq, of_keys = turns.turn(add, held, spec, full(BK, 2, G, H, T), nothing)
+    nothing = full(BK, 2, G, H, T), jnp.add, (full(BK, 2, S, H), full(BK, 2, S, V))
+    dq, of_keys = turns.turn(add, held, spec, *nothing)
 
     def rounded(index: Array, *of_head: Any) -> tuple[Array, Array, Array]:
         return rounded_gradients(options, own_heads(spec, index), *of_head)

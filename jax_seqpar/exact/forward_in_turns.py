@@ -59,7 +59,8 @@ def outputs_in_turns(
     top = queries.turn(largest_logit, sizes, of_sizes, nothing, jnp.maximum)
     m, sink = queries.each(with_sink, top)
     nothing = full(2, T), full(T, value=LEAST_EXPONENT, dtype=jnp.int32)
-    total, largest = queries.turn(total_and_largest, sizes, of_sizes, nothing, _sum_and_max, m)
+    sum_and_max = jnp.add, jnp.maximum
+    total, largest = queries.turn(total_and_largest, sizes, of_sizes, nothing, sum_and_max, m)
     count = queries.turn(weight_count, sizes, of_sizes, full(T), jnp.add, m, largest)
     bits = row_bits(largest, 1.0 + count)
     nothing = full(2, 2 * V, T)
@@ -67,10 +68,6 @@ def outputs_in_turns(
     sums = queries.turn(weighted_values, held, Values.on_grids, nothing, jnp.add, m, bits)
     total = total + jnp.moveaxis(halves(sink), 0, 2)
     return queries.each(rounded_output, top, m, total, bits, sums)
-
-
-def _sum_and_max(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    return a[0] + b[0], jnp.maximum(a[1], b[1])
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class _Queries:
         held: tuple[Array, Array],
         values: Callable[[Array, int], Values],
         nothing: Any,
-        join: Callable[[Any, Any], Any],
+        meet: Any,
         *rows: Array,
     ) -> Any:
         """What a visit finds in the keys of all devices, for each row: `[B K, G, ..., T]`.
@@ -102,17 +99,17 @@ class _Queries:
           held: keys and what is sent of the values, `[B K, S, ...]`.
           values: from what is sent of them, and the size of a tile.
           nothing: what is found in no key, `[..., T]`.
-          join: of what is found in different keys.
+          meet: puts together what is found in different keys, as in `Turns.turn`.
           rows: what is known of the rows, `[B K, G, ..., T]`.
         """
 
-        def one_part(held: tuple[Array, Array], spec: Spec, found: Any) -> tuple[Any, None]:
-            return join(found, self._visit(visit, held, values, spec, nothing, rows)), None
+        def one_part(held: tuple[Array, Array], spec: Spec) -> tuple[Any, None]:
+            return self._visit(visit, held, values, spec, nothing, rows), None
 
         turns, heads = self.options.turns, self.query.shape[:2]
         assert turns is not None
         start = jax.tree.map(lambda x: jnp.broadcast_to(x, (*heads, *x.shape)), nothing)
-        return turns.turn(one_part, held, self.spec, start)[0]
+        return turns.turn(one_part, held, self.spec, start, meet)[0]
 
     def each(self, function: Callable[..., Any], *rows: Array) -> Any:
         """`function(spec of the head, *rows of it)` for each query head."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, Float
 
 from .._checks import check_flag
@@ -48,25 +49,34 @@ class Turns(Protocol):
         visit: Callable[..., tuple[Any, Any]],
         held: Any,
         spec: Spec,
-        carry: Any,
-        nothing: Any = None,
+        nothing: Any,
+        meet: Any,
+        nothing_added: Any = None,
         join: Callable[[Any, Any], Any] = ...,
     ) -> tuple[Any, Any]:
         """Visits the keys of every device once, in some order.
 
         Args:
-          visit: `(held, spec, carry) -> (carry, added)`, with what one device holds of its own keys
-            and the Spec that says which keys these are. `added` is what this device's queries add
-            to them; None where nothing is added.
+          visit: `(held, spec) -> (found, added)`, with what one device holds of its own keys and
+            the Spec that says which keys these are. `found` is what this device's queries make of
+            them, and `added` what they add to them; None where nothing is added.
           held: what this device has to show of its keys: a tree of arrays. It travels.
           spec: with the queries of this device.
-          nothing: as `added` before anything is added, of this device's keys.
-          join: puts two arrays of `added` together; in no order.
+          nothing: what the queries find in no key.
+          meet: puts together what is found in different keys, in no order: `jnp.add` or
+            `jnp.maximum`, or a tree of these with one for each part of `found`.
+          nothing_added: as `added` before anything is added, of this device's keys.
+          join: as `meet`, of what is added.
 
         Returns:
-          The carry after all visits, and what the queries of all devices add to this device's keys.
+          What the queries find in all keys, and what all devices' queries add to this one's keys.
         """
         ...
+
+
+def together(meet: Any, a: Any, b: Any) -> Any:
+    """Two trees put together by `meet`: one function, or a tree with one for each part of them."""
+    return jax.tree.map(lambda function, x, y: jax.tree.map(function, x, y), meet, a, b)
 
 
 class Kernel:

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from .._checks import axis_size
 from ..kernels import Kernel, Residual, blockwise_attention
+from ..kernels.kernel import together
 from ..kernels.parts import (
     Part,
     merge,
@@ -189,8 +190,9 @@ class _RingPlan:
         visit: Callable[..., tuple[Any, Any]],
         held: Any,
         spec: Spec,
-        carry: Any,
-        nothing: Any = None,
+        nothing: Any,
+        meet: Any,
+        nothing_added: Any = None,
         join: Callable[[Any, Any], Any] = jnp.add,
     ) -> tuple[Any, Any]:
         """What the queries of this device make of all keys, and all queries of its keys.
@@ -199,30 +201,32 @@ class _RingPlan:
         from the others meanwhile.
         """
 
-        def at(here: Any, distance: Any, carry: Any) -> tuple[Any, Any]:
+        def at(here: Any, distance: Any, found: Any) -> tuple[Any, Any]:
             part = replace(spec, held_keys=self.tokens(self.keys, distance))
-            return visit(here, part, carry)
+            in_these, added = visit(here, part)
+            return together(meet, found, in_these), added
 
-        def one_way(direction: int, rounds: Any, carry: Any) -> tuple[Any, Any]:
-            """What the devices on one side add to this device's keys, and the carry."""
+        def one_way(direction: int, rounds: Any, found: Any) -> tuple[Any, Any]:
+            """What the devices on one side add to this device's keys, and what is found there."""
 
             def one(here: Any, distance: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
                 # What was added so far follows its keys while this device's part is computed.
-                added, carry = state
+                added, found = state
                 if not (isinstance(rounds, int) and rounds == 1):
                     added = self.send(added, direction)
-                carry, own = at(here, distance, carry)
-                return jax.tree.map(join, added, own), carry
+                found, own = at(here, distance, found)
+                return together(join, added, own), found
 
-            added, carry = self.circulate(direction, rounds, held, one, (nothing, carry))
-            return self.send_home(added, rounds, direction), carry
+            start = nothing_added, found
+            added, found = self.circulate(direction, rounds, held, one, start)
+            return self.send_home(added, rounds, direction), found
 
-        came_home = []
+        came_home, found = [], nothing
         for direction, rounds in self.hops(spec):
-            added, carry = one_way(direction, rounds, carry)
+            added, found = one_way(direction, rounds, found)
             came_home.append(added)
-        carry, own = at(held, 0, carry)
-        return carry, reduce(lambda a, b: jax.tree.map(join, a, b), came_home, own)
+        found, own = at(held, 0, found)
+        return found, reduce(partial(together, join), came_home, own)
 
 
 def _in_turns(
@@ -322,20 +326,20 @@ def _gradients(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
         part.residual, residual_gradient
     )
 
-    def visit(kv: Array, held: Spec, sums: Any) -> tuple[Any, Array]:
-        """The gradients of queries, bias and slopes so far, and those of keys and values packed."""
+    def visit(kv: Array, held: Spec) -> tuple[Any, Array]:
+        """The gradients of queries, bias and slopes, and those of keys and values packed."""
         k, v = _unpacked(kv, key.shape[3])
         dq, dk, dv, added = plan.kernel.part_gradients(
             query, k, v, held, D, part.residual, out_gradient
         )
-        return jax.tree.map(jnp.add, sums, (dq, added)), _packed(dk, dv)
+        return (dq, added), _packed(dk, dv)
 
     def zeros(x: Array) -> Array:
         return full_varying(x.shape, 0, part.out.dtype, saved)
 
     kv = _packed(key, value)
-    sums: Any = zeros(query), {name: zeros(x) for name, x in arrays_of(local.logits)}
-    (dq, added), dkv = plan.turn(visit, kv, local, sums, zeros(kv))
+    nothing: Any = zeros(query), {name: zeros(x) for name, x in arrays_of(local.logits)}
+    (dq, added), dkv = plan.turn(visit, kv, local, nothing, jnp.add, zeros(kv))
     dk, dv = _unpacked(dkv, key.shape[3])
     if spec.logits.sinks is not None:
         added["sinks"] = sinks_gradient(spec.logits.sinks, D, part.residual)
