@@ -183,7 +183,8 @@ def test_the_cache_is_shared_by_heads():
     layer, mesh = make(num_kv_heads=4)
     with jax.set_mesh(mesh):
         layer.init_cache(B, 512)
-        assert layer.cached_key[...].sharding.shard_shape((B, 512, 4, H)) == (1, 512, 1, H)
+        key = layer.cache.get_value().tokens.slots.key
+        assert key.sharding.shard_shape((B, 512, 4, H)) == (1, 512, 1, H)
         graph, state = nnx.split(layer)
 
         def step(state, x):
@@ -696,7 +697,11 @@ def _at(tree, path):
             lambda: SequenceParallel()(*wrong([[[1.0]]] * 3)),
             "query must be an array of",
         ),
-        (lambda: decoder(num_heads=6, num_kv_heads=2), "num_heads = 6 must be divisible"),
+        (
+            lambda: decoder(num_kv_heads=2, cache="heads"),
+            'num_kv_heads = 2 is not divisible by the 4 .*Write cache="sequence"',
+        ),
+        (lambda: attention(cache=wrong("tokens")), "None, 'heads' or 'sequence', got 'tokens'"),
         (lambda: attention(head_dim=5)(jnp.ones((B, S, D))), "Rotary turns an even number"),
         (lambda: attention(rotary=Rotary(frequencies=(1.0,)))(jnp.ones((B, S, D))), "needs a freq"),
         (

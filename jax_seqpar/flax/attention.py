@@ -12,6 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from ..attention import dot_product_attention
+from ..decoding import attend_to_cache
+from ..decoding.slots import EMPTY
 from ..kernels import Kernel
 from ..mask import Dropout, Logits, Mask, accumulated
 from ..mesh import find_mesh
@@ -19,12 +21,12 @@ from ..mesh_layout import MeshLayout, axes_size, check_is_layout
 from ..order import Contiguous
 from ..strategies import Strategy, Ulysses
 from .cache import (
-    check_cache_batch,
-    check_cache_heads,
-    check_cache_sizes,
+    LayerCache,
+    SharedBy,
+    check_cache_kind,
     check_decode,
-    decode_layout,
-    place_heads,
+    decoding_kernel,
+    empty_cache,
 )
 from .checks import check_tokens
 from .layer_checks import (
@@ -32,6 +34,7 @@ from .layer_checks import (
     check_dropout,
     check_head_dim,
     check_layer,
+    check_lengths,
     check_own_rules,
     check_token_division,
     check_use_bias,
@@ -65,6 +68,9 @@ class Attention(nnx.Module):
         "key", "value" and "out" (Qwen 2 has the first three, Whisper all but the key's).
       dropout_rate: of the weights.
       kernel, strategy, layout: as for `dot_product_attention`.
+      cache: how the devices of the token axis share the keys and values of `init_cache`: by
+        "heads", where a step sends nothing; or along the "sequence", one maximum and one sum a step
+        (`jax_seqpar.decoding`). None takes heads where the devices divide the KV heads.
       parameters: initializer, sharding and dtypes of all projections. Its precision is that of all
         products, the kernel's included, forward and backward: one `jax.lax.Precision` or its name;
         None leaves it to `jax.default_matmul_precision`.
@@ -100,10 +106,12 @@ class Attention(nnx.Module):
         kernel: Kernel | Callable[..., Array] | None = None,
         strategy: Strategy | Literal["auto"] = Ulysses(),
         layout: MeshLayout = MeshLayout(),
+        cache: SharedBy | None = None,
         parameters: ParameterOptions = ParameterOptions(),
         rngs: nnx.Rngs,
     ) -> None:
         check_own_rules(mask, logits)
+        check_cache_kind(cache)
         check_is_layout(layout)
         kernel_precision("Attention", parameters.precision)
         if head_dim is None:
@@ -152,9 +160,8 @@ class Attention(nnx.Module):
         self.sinks: nnx.Param[Array] | None = nnx.data(None)
         if sinks:
             self.sinks = own_parameter(jnp.zeros(num_heads), "N")
-        self.cached_key: nnx.Cache[Array] | None = nnx.data(None)
-        self.cached_value: nnx.Cache[Array] | None = nnx.data(None)
-        self.cache_index: nnx.Cache[Array] | None = nnx.data(None)
+        self.shared_by: SharedBy | None = cache
+        self.cache: nnx.Cache[Any] | None = nnx.data(None)
 
     def __call__(
         self,
@@ -165,6 +172,8 @@ class Attention(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
         decode: bool = False,
+        fill_cache: bool = False,
+        lengths: Integer[Array | np.ndarray, "B"] | None = None,
         record: Callable[[str, Array], None] | None = None,
     ) -> Float[Array, "B T D"]:
         """Attention of global arrays.
@@ -176,11 +185,14 @@ class Attention(nnx.Module):
             What attends to what goes by the order of the tokens.
           segment_ids: packed documents, as for `dot_product_attention`.
           deterministic, rngs: dropout unless deterministic, with `rngs.dropout()`.
-          decode: x is what follows the tokens in the cache; they are attended to, and x is added to
-            it. The devices share the cache by heads, so that no key or value moves; where K divides
-            the devices each has it whole. They must divide N. All tokens fed are attended to, so
-            prompts of a batch are of one length. Tokens beyond the end of the cache are refused,
-            and give NaN under `jit`, which does not know how many it holds.
+          decode: x is what follows the tokens in the cache, whole on every device of the tokens;
+            they are attended to, and x is added to them. Tokens beyond the end of the cache are
+            refused, and give NaN in their rows under `jit`, which does not know how many it holds.
+            `Blockwise()` computes it in place of a kernel that does not attend to parts.
+          fill_cache: x is a whole prompt, attended to as in training by the strategy, whose keys
+            and values replace what is in the cache.
+          lengths: with one of these two, how many tokens of each row of x are no padding; None for
+            all. The output of padding is of no use.
           record: called with "query", "key", "value" as they are attended with, and "context", what
             attention returns, each `[B, T, heads, H]`.
 
@@ -190,15 +202,14 @@ class Attention(nnx.Module):
         check_tokens(x, self.features, positions, segment_ids)
         deterministic = self.deterministic if deterministic is None else deterministic
         drops = self.dropout_rate > 0 and not deterministic
-        if decode:
-            mesh = (
-                jax.sharding.get_abstract_mesh() if self.layout.mesh is None else self.layout.mesh
-            )
+        cache = None if self.cache is None else self.cache.get_value()
+        if decode or fill_cache:
+            mesh = self.layout.mesh or jax.sharding.get_abstract_mesh()
             rate = self.dropout_rate if drops else 0.0
-            check_decode(self.cached_key, self.cache_index, x, mesh.shape, segment_ids, rate)
+            check_decode(cache, x, mesh.shape, segment_ids, rate, fills=fill_cache)
+        check_lengths(lengths, x, decode=decode, fill_cache=fill_cache)
         check_dropout(self.dropout_rate, deterministic, rngs)
-        start = self.cache_index[...] if decode and self.cache_index is not None else None
-        numbers = self._numbers(x, start)
+        numbers = self._numbers(x, cache.next_position if decode and cache is not None else None)
         query, key, value = self._project(x, numbers if positions is None else positions)
         record = record or (lambda name, x: None)
         for name, projected in (("query", query), ("key", key), ("value", value)):
@@ -206,26 +217,39 @@ class Attention(nnx.Module):
         logits = self.logits
         if self.sinks is not None:
             logits = replace(logits, sinks=_widened(self.sinks[...]))
-        dropout = Dropout(self.dropout_rate, rngs.dropout()) if drops and rngs is not None else None
-        options = {"logits": logits, "dropout": dropout, "kernel": self.kernel}
-        attend = partial(dot_product_attention, **options)
+        if fill_cache and cache is not None:
+            self._fill(cache, key, value, numbers, lengths)
         with kernel_precision("Attention", self.precision):
-            if decode:
-                out = self._decode(query, key, value, numbers, attend)
+            if decode and cache is not None:
+                out = self._decode(cache, query, key, value, numbers, lengths, logits)
             else:
                 check_token_division(x.shape, self.layout, find_mesh(self.layout.mesh, query))
-                mask = self.mask & Mask(segment_ids=segment_ids)
-                out = attend(
-                    query, key, value, mask=mask, strategy=self.strategy, layout=self.layout
+                rng = rngs.dropout() if drops and rngs is not None else None
+                out = dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    mask=self.mask & Mask(segment_ids=segment_ids),
+                    logits=logits,
+                    dropout=None if rng is None else Dropout(self.dropout_rate, rng),
+                    kernel=self.kernel,
+                    strategy=self.strategy,
+                    layout=self.layout,
                 )
         record("context", out)
         return self.out(out)
 
     def _numbers(self, x: Array, start: Array | None) -> Array:
-        """`[1, T]`, the number of each token in its sequence, from `start` on in decoding."""
+        """`[1, T]`, numbers of the tokens in their sequence; in decoding `[B, T]`, from `start` on.
+
+        Args:
+          start: `[B]`.
+        """
         T, order = x.shape[1], self.layout.order
-        if start is not None or order == Contiguous():
-            return ((0 if start is None else start) + jnp.arange(T, dtype=jnp.int32))[None]
+        if start is not None:
+            return start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        if order == Contiguous():
+            return jnp.arange(T, dtype=jnp.int32)[None]
         degree = axes_size(self.layout.tokens, find_mesh(self.layout.mesh, x).shape)
         return jnp.asarray(order.permutation(T, degree), jnp.int32)[None]
 
@@ -241,55 +265,67 @@ class Attention(nnx.Module):
             key = self.arithmetic.rotate(self.rotary, key, positions)
         return query, key, value
 
-    def init_cache(self, batch: int, tokens: int, dtype: Any = jnp.float32) -> None:
-        """An empty cache for decoding, `[B, S, K@(heads, tokens), H]`, or whole on every device.
+    def init_cache(
+        self, batch: int, tokens: int, dtype: Any = jnp.float32, *, at_once: int | None = None
+    ) -> None:
+        """An empty cache for decoding.
 
-        The devices divide K and share the cache by heads, or K divides them and each has it whole.
+        Args:
+          batch: B.
+          tokens: of the longest sequence.
+          at_once: the most tokens that a call decodes. With it a layer with a window keeps a ring
+            buffer of its last tokens alone.
 
         Raises:
           ValueError: if the devices cannot share batch or heads, and for sizes or a dtype that
             make no cache.
         """
-        check_cache_sizes(batch, tokens, dtype)
-        layout, mesh = decode_layout(self.layout), find_mesh(self.layout.mesh)
-        check_cache_batch(batch, axes_size(layout.batch, mesh.shape), layout.batch)
-        devices = axes_size(layout.heads, mesh.shape)
-        check_cache_heads(self.num_heads, self.num_kv_heads, devices, layout.heads)
-        empty = jnp.zeros((batch, tokens, self.num_kv_heads, self.head_dim), dtype)
-        self.cached_key = nnx.Cache(place_heads(empty, layout, mesh))
-        self.cached_value = nnx.Cache(place_heads(empty, layout, mesh))
-        self.cache_index = nnx.Cache(jnp.zeros((), jnp.int32))
+        cache = empty_cache(
+            batch,
+            tokens,
+            dtype,
+            kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            shared_by=self.shared_by,
+            layout=self.layout,
+            mask=self.mask,
+            at_once=at_once,
+        )
+        self.cache = nnx.Cache(cache)
+
+    def _fill(
+        self, cache: LayerCache, key: Array, value: Array, numbers: Array, lengths: Any
+    ) -> None:
+        """Puts a prompt into the cache."""
+        B, T = key.shape[:2]
+        held = jnp.full(B, T, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+        tokens = cache.tokens.fill(key, value, positions=numbers, lengths=held)
+        self._keep(LayerCache(tokens, held))
 
     def _decode(
-        self, query: Array, key: Array, value: Array, numbers: Array, attend: Callable[..., Array]
+        self,
+        cache: LayerCache,
+        query: Array,
+        key: Array,
+        value: Array,
+        positions: Array,
+        lengths: Any,
+        logits: Logits,
     ) -> Array:
-        assert self.cached_key is not None
-        assert self.cached_value is not None
-        assert self.cache_index is not None
-        layout, mesh = decode_layout(self.layout), find_mesh(self.layout.mesh, query)
-        start = self.cache_index[...]
-        whole = []
-        for cache, new in ((self.cached_key, key), (self.cached_value, value)):
-            new = place_heads(new.astype(cache[...].dtype), layout, mesh)
-            cache[...] = jax.lax.dynamic_update_slice_in_dim(cache[...], new, start, axis=1)
-            whole.append(cache[...].astype(query.dtype))
-        self.cache_index[...] = start + query.shape[1]
-        B, S = query.shape[0], whole[0].shape[1]
-        keys = jnp.arange(S, dtype=jnp.int32)[None]
-        # By their positions queries see neither what follows them nor the empty part of the cache.
-        positions = (
-            jnp.broadcast_to(numbers, (B, numbers.shape[1])),
-            jnp.broadcast_to(keys, (B, S)),
-        )
-        held = None if self.mask.is_causal else jnp.full(B, start + query.shape[1], jnp.int32)
-        out = attend(
-            place_heads(query, layout, mesh),
-            *whole,
-            mask=replace(self.mask, positions=positions, key_value_seq_lengths=held),
-            layout=layout,
-        )
-        fits = start + query.shape[1] <= S  # beyond, other tokens were written over
-        return jnp.where(fits, out, jnp.asarray(jnp.nan, out.dtype))
+        T, kernel = query.shape[1], decoding_kernel(self.kernel)
+        count: Any = T
+        if lengths is not None:
+            count = jnp.asarray(lengths, jnp.int32)
+            is_token = jnp.arange(T, dtype=jnp.int32)[None] < count[:, None]
+            positions = jnp.where(is_token, positions, EMPTY)
+        tokens = cache.tokens.append(key, value, positions)
+        self._keep(LayerCache(tokens, cache.next_position + count))
+        attend = partial(attend_to_cache, mask=self.mask, logits=logits, kernel=kernel)
+        return attend(query, tokens, positions=positions)
+
+    def _keep(self, cache: LayerCache) -> None:
+        assert self.cache is not None
+        self.cache.set_value(cache)
 
 
 def _widened(x: Array) -> Array:

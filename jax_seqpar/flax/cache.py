@@ -1,36 +1,103 @@
-"""The cache of a decoding layer: how its devices share keys and values, and its checks."""
+"""The cache of a decoding layer: shared by heads or along the tokens, and its checks."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from ..mesh import AnyMesh, place
+from ..decoding import KeyValueCache
+from ..kernels import Blockwise, FunctionKernel, Kernel
+from ..mask import Mask
+from ..mesh import find_mesh
 from ..mesh_layout import MeshLayout, axes_size, names
 from ..order import Contiguous
 
+SharedBy = Literal["heads", "sequence"]
 
-def decode_layout(layout: MeshLayout) -> MeshLayout:
-    """Heads over all the axes of heads and tokens: each device keeps its own part of each.
 
-    Tokens come and are kept in the order of the sequence.
+class LayerCache(NamedTuple):
+    """What a layer keeps from call to call.
+
+    Attributes:
+      tokens: keys and values.
+      next_position: `[B]`, int32, the position of the next token of each row.
     """
+
+    tokens: KeyValueCache
+    next_position: Int[Array, "B"]
+
+
+def empty_cache(
+    batch: Any,
+    tokens: Any,
+    dtype: Any,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    shared_by: SharedBy | None,
+    layout: MeshLayout,
+    mask: Mask,
+    at_once: int | None,
+) -> LayerCache:
+    """A cache without tokens; arguments as of `Attention` and its `init_cache`."""
+    check_cache_sizes(batch, tokens, dtype, at_once)
+    mesh = find_mesh(layout.mesh).shape
+    check_cache_batch(batch, axes_size(layout.batch, mesh), layout.batch)
+    by_heads = _by_heads(layout)
+    divided = kv_heads % axes_size(by_heads.heads, mesh) == 0
+    if shared_by == "heads" and not divided:
+        raise ValueError(
+            f'cache="heads": num_kv_heads = {kv_heads} is not divisible by the '
+            f"{axes_size(by_heads.heads, mesh)} devices of mesh axes {by_heads.heads!r}. Write "
+            f'cache="sequence", which shares the tokens.'
+        )
+    is_by_heads = divided if shared_by is None else shared_by == "heads"
+    window = mask.reach[0]
+    if window is None or at_once is None or window + at_once >= tokens:
+        window, slots = None, tokens
+    else:
+        slots = window + at_once
+    held = KeyValueCache.empty(
+        batch,
+        slots,
+        kv_heads,
+        head_dim,
+        dtype=dtype,
+        layout=by_heads if is_by_heads else layout,
+        window=window,
+    )
+    return LayerCache(held, jnp.zeros(batch, jnp.int32))
+
+
+def _by_heads(layout: MeshLayout) -> MeshLayout:
+    """Heads over all the axes of heads and tokens: each device has all tokens of its heads."""
     heads = (*names(layout.heads), *names(layout.tokens))
-    return replace(layout, tokens=None, heads=heads, order=Contiguous())
+    return replace(layout, tokens=None, heads=heads or None, order=Contiguous())
 
 
-def place_heads(x: Array, layout: MeshLayout, mesh: AnyMesh) -> Array:
-    """`[B, S, heads, H]` sharded by heads, or whole on every device if these do not divide them."""
-    shared = x.shape[2] % axes_size(layout.heads, mesh.shape) == 0
-    return place(x, (layout if shared else replace(layout, heads=None)).partition_spec, mesh=mesh)
+def decoding_kernel(kernel: Any) -> Kernel:
+    """The kernel of a decoding step: that of the layer, or what computes the same of a few queries.
+
+    Raises:
+      ValueError: for a function, of which nobody knows what it computes of a part.
+    """
+    if isinstance(kernel, Kernel) and (kernel.gives_parts or kernel.attends_in_turns):
+        return kernel
+    if kernel is None or (isinstance(kernel, Kernel) and not isinstance(kernel, FunctionKernel)):
+        return Blockwise()
+    raise ValueError(
+        f"kernel={kernel!r} is a function, which a cache cannot be attended to with. Write "
+        f"kernel=jax_seqpar.Blockwise()."
+    )
 
 
-def check_cache_sizes(batch: Any, tokens: Any, dtype: Any) -> None:
+def check_cache_sizes(batch: Any, tokens: Any, dtype: Any, at_once: Any) -> None:
     """Raises ValueError unless a cache of floats can be made."""
-    for name, n in (("batch", batch), ("tokens", tokens)):
+    sizes = {"batch": batch, "tokens": tokens} | ({} if at_once is None else {"at_once": at_once})
+    for name, n in sizes.items():
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
             raise ValueError(
                 f"init_cache takes a positive integer of {name}, got {n!r}. Write "
@@ -38,6 +105,15 @@ def check_cache_sizes(batch: Any, tokens: Any, dtype: Any) -> None:
             )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"the cache must have a floating dtype, got {dtype}. Write jnp.bfloat16.")
+
+
+def check_cache_kind(shared_by: Any) -> None:
+    """Raises ValueError unless the cache of a layer is shared in a way there is."""
+    if shared_by not in (None, "heads", "sequence"):
+        raise ValueError(
+            f"cache must be None, 'heads' or 'sequence', got {shared_by!r}. Write cache=None, "
+            f"which takes heads where the devices divide them."
+        )
 
 
 def check_cache_batch(batch: int, devices: int, axes: object) -> None:
@@ -50,53 +126,50 @@ def check_cache_batch(batch: int, devices: int, axes: object) -> None:
         )
 
 
-def check_cache_heads(num_heads: int, num_kv_heads: int, devices: int, axes: object) -> None:
-    """Raises ValueError unless the devices can share the heads of the cache."""
-    if num_heads % devices or (num_kv_heads % devices and devices % num_kv_heads):
-        raise ValueError(
-            f"decoding shares the heads of the cache among the {devices} devices of mesh axes "
-            f"{axes!r}: num_heads = {num_heads} must be divisible by them, and num_kv_heads = "
-            f"{num_kv_heads} divisible by them or divide them. Decode on a mesh with fewer."
-        )
-
-
 def check_decode(
-    cache: Any, index: Any, x: Any, mesh_shape: Any, segment_ids: Any, dropout_rate: float
+    cache: LayerCache | None,
+    x: Any,
+    mesh_shape: Any,
+    segment_ids: Any,
+    dropout_rate: float,
+    *,
+    fills: bool,
 ) -> None:
     """Raises ValueError for decoding without a cache, or with what a cache does not keep.
 
     Args:
-      index: how many tokens the cache holds; under `jit` that is not known.
       mesh_shape: of the mesh of this call, by axis; empty if that of the arrays is taken.
       dropout_rate: of this call, 0 if it is deterministic.
+      fills: whether x is a whole prompt.
     """
     batch, tokens = x.shape[:2]
+    what = "fill_cache=True" if fills else "decode=True"
     if cache is None:
-        raise ValueError(f"decode=True needs a cache: call init_cache({batch}, tokens) first.")
-    held = 0 if isinstance(index[...], Tracer) else int(index[...])
-    if cache.shape[0] != batch:
+        raise ValueError(f"{what} needs a cache: call init_cache({batch}, tokens) first.")
+    slots, index = cache.tokens.slots, cache.next_position
+    if slots.key.shape[0] != batch:
         raise ValueError(
-            f"x has batch B = {batch}, but the cache is of {cache.shape[0]} sequences: call "
+            f"x has batch B = {batch}, but the cache is of {slots.key.shape[0]} sequences: call "
             f"init_cache({batch}, tokens) for this batch."
         )
-    own = getattr(getattr(cache[...], "sharding", None), "mesh", None)
+    own = getattr(getattr(slots.key, "sharding", None), "mesh", None)
     if own is not None and mesh_shape and own.shape and dict(own.shape) != dict(mesh_shape):
         raise ValueError(
             f"the cache is on a mesh {dict(own.shape)}, this call on {dict(mesh_shape)}: call "
             f"init_cache(batch, tokens) under the mesh of the call."
         )
-    if held + tokens > cache.shape[1]:
+    held = 0 if fills or isinstance(index, Tracer) else int(index.max())
+    if cache.tokens.window is None and held + tokens > cache.tokens.tokens:
         raise ValueError(
-            f"{tokens} tokens after {held} do not fit the cache of {cache.shape[1]}: "
+            f"{tokens} tokens after {held} do not fit the cache of {cache.tokens.tokens}: "
             f"call init_cache({batch}, {held + tokens}), or with more tokens."
         )
     if segment_ids is not None:
         raise ValueError(
-            f"decode=True keeps one document per sequence, got segment_ids of shape "
+            f"{what} keeps one document per sequence, got segment_ids of shape "
             f"{segment_ids.shape}: leave segment_ids out."
         )
     if dropout_rate > 0:
         raise ValueError(
-            f"decode=True has no dropout, got dropout_rate = {dropout_rate}: write "
-            f"deterministic=True."
+            f"{what} has no dropout, got dropout_rate = {dropout_rate}: write deterministic=True."
         )

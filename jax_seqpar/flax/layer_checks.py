@@ -91,3 +91,24 @@ def check_use_bias(use_bias: Any) -> None:
             f"use_bias must be True, False, or some of {PROJECTIONS}, got {use_bias!r}. Write "
             f"use_bias=('query', 'key', 'value') for all but the output."
         )
+
+
+def check_lengths(lengths: Any, x: Any, *, decode: bool, fill_cache: bool) -> None:
+    """Raises ValueError for lengths that are not of x, or where no cache needs them."""
+    if decode and fill_cache:
+        raise ValueError(
+            "decode=True follows what is in the cache, and fill_cache=True replaces it. Write one "
+            "of them."
+        )
+    if lengths is None:
+        return
+    if not (decode or fill_cache):
+        raise ValueError(
+            f"lengths of shape {lengths.shape} tell a cache what is padding. Write "
+            f"fill_cache=True or decode=True, or leave lengths out."
+        )
+    if lengths.shape != x.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths are {lengths.dtype} of shape {lengths.shape}, expected integers of shape "
+            f"{x.shape[:1]}, one of each row. Write lengths.astype(jnp.int32)."
+        )

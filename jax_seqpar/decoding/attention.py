@@ -1,0 +1,100 @@
+"""Attention of a few queries to the keys and values of a cache."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Integer
+
+from ..kernels import Blockwise, Kernel
+from ..mask import Logits, Mask, Spec
+from ..mesh import AnyMesh, find_mesh, set_explicit_sharding
+from ..mesh_layout import names
+from .cache import KeyValueCache, shard_map
+from .checks import check_attention, check_scatter
+from .slots import EMPTY, Slots
+from .split_kv import SplitKV
+
+
+def attend_to_cache(
+    query: Float[Array, "B T N H"],
+    cache: KeyValueCache,
+    *,
+    positions: Integer[Array | np.ndarray, "B T"],
+    mask: Mask = Mask(is_causal=True),
+    logits: Logits = Logits(),
+    kernel: Kernel = Blockwise(),
+    strategy: SplitKV = SplitKV(),
+) -> Float[Array, "B T N V"]:
+    """Attention to the tokens of a cache, at the positions of the queries and before.
+
+    The tokens of the queries themselves have been appended. Each device attends to the slots that
+    it holds, so nothing grows with the tokens but that; see `SplitKV` for what is sent.
+
+    Args:
+      query: whole on every device of the tokens, sharded by batch and heads as the cache's layout
+        says.
+      positions: of the queries; `EMPTY` for padding, whose output is 0.
+      mask: causality and window. Without causality a query attends to all that the cache holds.
+      logits: scale, soft cap, ALiBi slopes and sinks.
+      kernel: of one device: `Blockwise()`, or `Exact()`, which gives a row the bits that it has in
+        the attention of the whole sequence, on any number of devices.
+      strategy: how parts of a row meet.
+
+    Returns:
+      The output in the query's dtype, whole on every device of the tokens, or sharded by heads with
+      `SplitKV(scatter_heads=True)`. NaN in rows that have lost a token.
+
+    Raises:
+      ValueError: for what does not fit, or is not known of the slots of a cache.
+    """
+    check_attention(cache, query, positions, mask, logits, kernel)
+    layout, mesh = cache.layout, find_mesh(cache.layout.mesh, query)
+    check_scatter(strategy, query.shape[2], layout, mesh.shape)
+    positions = jnp.asarray(positions, jnp.int32)
+    return _attend(_Call(mesh, mask, kernel, strategy), cache, query, positions, logits)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is part of the compiled program."""
+
+    mesh: AnyMesh
+    mask: Mask
+    kernel: Kernel
+    strategy: SplitKV
+
+    def mask_of(self, queries: Array, slots: Array) -> Mask:
+        """Causal by position; without causality all tokens of the cache, and no empty slot."""
+        if not self.mask.is_causal:
+            queries = jnp.full_like(queries, EMPTY - 1)
+        return replace(self.mask, is_causal=True, positions=(queries, slots))
+
+
+@partial(jax.jit, static_argnums=0)
+def _attend(
+    call: _Call, cache: KeyValueCache, query: Array, positions: Array, logits: Logits
+) -> Array:
+    layout, axes = cache.layout, names(cache.layout.tokens)
+
+    def per_device(slots: Slots, query: Array, positions: Array, logits: Logits) -> Array:
+        lost = slots.lost
+        if axes:
+            lost = jax.lax.psum(lost.astype(jnp.int32), axes) > 0
+        spec = Spec(call.mask_of(positions, slots.positions), logits)
+        key, value = (x.astype(query.dtype) for x in slots[:2])
+        out = call.strategy(call.kernel, query, key, value, spec, axis_name=axes)
+        out = jnp.where((positions == EMPTY)[..., None, None], 0, out)
+        return jnp.where(lost[..., None, None], jnp.asarray(jnp.nan, out.dtype), out)
+
+    whole, row = cache.whole_tokens, PartitionSpec(layout.batch, None)
+    of_logits = Spec(logits=logits).map(lambda x, _: PartitionSpec(layout.heads)).logits
+    heads = (*names(layout.heads), *(axes if call.strategy.scatter_heads else ()))
+    out_spec = replace(layout, tokens=None, heads=heads or None).partition_spec
+    in_specs = (cache.specs, whole, row, of_logits)
+    operands = (cache.slots, query, positions, logits)
+    operands = jax.tree.map(partial(set_explicit_sharding, mesh=call.mesh), operands, in_specs)
+    return shard_map(call.mesh, per_device, in_specs, out_spec)(*operands)

@@ -1,0 +1,272 @@
+"""KeyValueCache: the keys and values of the tokens so far, sharded along the tokens."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Integer
+
+from .._checks import axis_size
+from ..mesh import AnyMesh, find_mesh, place, set_explicit_sharding
+from ..mesh_layout import MeshLayout, axes_size, names
+from . import slots as of_device
+from .checks import check_dropped, check_fits, check_sizes, check_tokens
+from .slots import EMPTY, Slots
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["slots"],
+    meta_fields=["layout", "window"],
+)
+@dataclass(frozen=True)
+class KeyValueCache:
+    """Slots of keys, values and positions, `[B@batch, C@tokens, K@heads, H]`; a pytree.
+
+    Functions return a new cache. Under `jax.jit` donate the old one, and it is updated in place:
+
+        @partial(jax.jit, donate_argnames="cache")
+        def step(cache, query, key, value, positions):
+            cache = cache.append(key, value, positions)
+            return attend_to_cache(query, cache, positions=positions), cache
+
+    Rows may be of different length: each has its own positions. A row that loses a token because
+    its device has no slot left is refused eagerly, and NaN from there on under `jax.jit`, which
+    does not know how many slots are taken; other rows are not touched.
+
+    Attributes:
+      slots: of all devices, as global arrays.
+      layout: mesh axes of tokens, batch and heads; with `tokens=None` every device has all tokens
+        of its heads.
+      window: of a ring buffer, which keeps the last tokens alone: how many before its own a query
+        may attend to. None keeps all.
+    """
+
+    slots: Slots
+    layout: MeshLayout
+    window: int | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        dtype: Any = jnp.float32,
+        layout: MeshLayout = MeshLayout(),
+        window: int | None = None,
+    ) -> "KeyValueCache":
+        """A cache without tokens, on the devices of the layout's mesh.
+
+        Args:
+          batch, kv_heads, head_dim: B, K, H.
+          tokens: that a row holds at most, rounded up so that the devices divide them. With
+            `window` at least as many as that, and those that are appended at once.
+          value_dim: V; H if None.
+
+        Raises:
+          ValueError: for sizes and dtypes that make no cache, and where the devices do not divide
+            batch or KV heads.
+        """
+        check_sizes(batch, tokens, kv_heads, head_dim, value_dim, dtype, window)
+        mesh = find_mesh(layout.mesh)
+        degree = axes_size(layout.tokens, mesh.shape)
+        check_fits(batch, kv_heads, layout, mesh.shape)
+        shape = (batch, -(-tokens // degree) * degree, kv_heads)
+        slots = Slots(
+            jnp.zeros((*shape, head_dim), dtype),
+            jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype),
+            jnp.full(shape[:2], EMPTY, jnp.int32),
+            jnp.zeros((batch, degree), jnp.int32),
+        )
+        return cls(_placed(slots, layout, mesh), layout, window)
+
+    @property
+    def tokens(self) -> int:
+        """C, the slots of a row."""
+        return self.slots.capacity
+
+    def fill(
+        self,
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        *,
+        positions: Integer[Array | np.ndarray, "#B S"] | None = None,
+        lengths: Integer[Array | np.ndarray, "B"] | None = None,
+    ) -> "KeyValueCache":
+        """The cache of a prompt, in place of what it held.
+
+        Each device keeps the tokens that it has: whatever the strategy and the order of the
+        prefill, nothing is sent. A ring buffer sends each device its part of the last tokens, in
+        one reduce-scatter.
+
+        Args:
+          key, value: with their tokens in the layout's order, sharded as it says.
+          positions: of the tokens; their numbers in the sequence if None.
+          lengths: of each row. Tokens whose position is that or more are padding, and are not kept.
+
+        Raises:
+          ValueError: for more tokens than there are slots, and shapes that do not fit.
+        """
+        B, S = key.shape[:2]
+        mesh = find_mesh(self.layout.mesh, key)
+        degree = axes_size(self.layout.tokens, mesh.shape)
+        check_tokens("fill", self, key, value, positions)
+        check_dropped("fill", self.window is None and self.tokens < S, S, self.tokens)
+        self.layout.order.check("key", S, degree)
+        if positions is None:
+            positions = jnp.asarray(self.layout.order.permutation(S, degree), jnp.int32)[None]
+        positions = jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (B, S))
+        if lengths is not None:
+            held = positions < jnp.asarray(lengths, jnp.int32)[:, None]
+            positions = jnp.where(held, positions, EMPTY)
+        return replace(self, slots=_fill(self, mesh, key, value, positions))
+
+    def append(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K V"],
+        positions: Integer[Array | np.ndarray, "B T"],
+    ) -> "KeyValueCache":
+        """The cache with more tokens, each on device p mod P of its position p.
+
+        Args:
+          key, value: whole on every device of the tokens.
+          positions: of the tokens; `jax_seqpar.decoding.slots.EMPTY` for padding, which is not
+            kept.
+
+        Raises:
+          ValueError: for a row that has no slot left, where that is known; and shapes that do not
+            fit.
+        """
+        mesh = find_mesh(self.layout.mesh, key)
+        check_tokens("append", self, key, value, positions)
+        positions = jnp.asarray(positions, jnp.int32)
+        slots = _append(self, mesh, key, value, positions)
+        if not isinstance(slots.used, Tracer) and slots.used.is_fully_addressable:
+            capacity = self.tokens // slots.used.shape[1]
+            most = int(slots.used.max()) if slots.used.size else 0
+            check_dropped("append", most > capacity, most, capacity)
+        return replace(self, slots=slots)
+
+    def drop(self, positions: Integer[Array | np.ndarray, "B"]) -> "KeyValueCache":
+        """The cache without the tokens at these positions and after, row by row.
+
+        For speculative decoding. What a ring buffer has written over does not come back: a row
+        whose next query may attend to such a token is NaN from there on.
+        """
+        mesh = find_mesh(self.layout.mesh, self.slots.key)
+        return replace(self, slots=_drop(self, mesh, jnp.asarray(positions, jnp.int32)))
+
+    def on(self, layout: MeshLayout) -> "KeyValueCache":
+        """The same tokens on another mesh, or shared in another way; eagerly.
+
+        Raises:
+          ValueError: where its devices do not divide slots, batch or KV heads.
+        """
+        mesh, old = find_mesh(layout.mesh), self.slots
+        degree = axes_size(layout.tokens, mesh.shape)
+        check_fits(old.key.shape[0], old.key.shape[2], layout, mesh.shape)
+        if self.tokens % degree:
+            raise ValueError(
+                f"a cache of {self.tokens} slots is not divisible by the {degree} devices of mesh "
+                f"axis {layout.tokens!r}. Write KeyValueCache.empty(..., tokens="
+                f"{-(-self.tokens // degree) * degree}) at the start."
+            )
+        used = jnp.zeros((old.key.shape[0], degree), jnp.int32)
+        moved = _placed(Slots(*old[:3], used), layout, mesh)
+        cache = KeyValueCache(moved, layout, self.window)
+        if self.window is None:
+            return replace(cache, slots=_compact(cache, mesh))
+        return replace(cache, slots=_fill(cache, mesh, *moved[:3]))
+
+    @property
+    def specs(self) -> Slots:
+        """PartitionSpecs of the slots."""
+        return _specs(self.layout)
+
+    @property
+    def whole_tokens(self) -> PartitionSpec:
+        """PartitionSpec of query, key, value and output: whole on every device of the tokens."""
+        return replace(self.layout, tokens=None).partition_spec
+
+
+def shard_map(mesh: AnyMesh, function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Without the check of what varies: a row of `used`, say, is made on each device alike."""
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def place_on_devices(axes: tuple[str, ...]) -> tuple[Any, int]:
+    """This device's place along the mesh axes of the tokens, and how many there are."""
+    return (jax.lax.axis_index(axes), axis_size(axes)) if axes else (0, 1)
+
+
+def _specs(layout: MeshLayout) -> Slots:
+    array, row = layout.partition_spec, layout.token_spec
+    return Slots(array, array, row, row)
+
+
+def _placed(slots: Slots, layout: MeshLayout, mesh: AnyMesh) -> Slots:
+    return Slots(*(place(x, s, mesh=mesh) for x, s in zip(slots, _specs(layout), strict=True)))
+
+
+@partial(jax.jit, static_argnums=1)
+def _fill(cache: KeyValueCache, mesh: AnyMesh, key: Any, value: Any, positions: Any) -> Slots:
+    axes = names(cache.layout.tokens)
+
+    def fill(slots: Slots, key: Array, value: Array, positions: Array) -> Slots:
+        if cache.window is None:
+            return of_device.fill(slots, key, value, positions)
+        return of_device.fill_ring_buffer(slots, key, value, positions, axes)
+
+    new = cache.specs[:3]
+    function = shard_map(mesh, fill, (cache.specs, *new), cache.specs)
+    return function(cache.slots, *_resharded((key, value, positions), new, mesh))
+
+
+@partial(jax.jit, static_argnums=1)
+def _append(cache: KeyValueCache, mesh: AnyMesh, key: Any, value: Any, positions: Any) -> Slots:
+    def append(slots: Slots, *tokens: Array) -> Slots:
+        device, degree = place_on_devices(names(cache.layout.tokens))
+        ring_buffer = cache.window is not None
+        where = {"device": device, "degree": degree, "ring_buffer": ring_buffer}
+        return of_device.append(slots, *tokens, **where)
+
+    row = PartitionSpec(cache.layout.batch, None)
+    new = cache.whole_tokens, cache.whole_tokens, row
+    function = shard_map(mesh, append, (cache.specs, *new), cache.specs)
+    return function(cache.slots, *_resharded((key, value, positions), new, mesh))
+
+
+@partial(jax.jit, static_argnums=1)
+def _drop(cache: KeyValueCache, mesh: AnyMesh, first: Any) -> Slots:
+    axes = names(cache.layout.tokens)
+
+    def drop(slots: Slots, first: Array) -> Slots:
+        _, degree = place_on_devices(axes)
+        last = jnp.where(slots.positions < EMPTY, slots.positions, -1).max(1)
+        last = jax.lax.pmax(last, axes) if axes else last
+        return of_device.drop(slots, first, last, degree=degree, window=cache.window)
+
+    row = PartitionSpec(cache.layout.batch)
+    function = shard_map(mesh, drop, (cache.specs, row), cache.specs)
+    return function(cache.slots, *_resharded((first,), (row,), mesh))
+
+
+@partial(jax.jit, static_argnums=1)
+def _compact(cache: KeyValueCache, mesh: AnyMesh) -> Slots:
+    return shard_map(mesh, of_device.compact, (cache.specs,), cache.specs)(cache.slots)
+
+
+def _resharded(arrays: Any, specs: Any, mesh: AnyMesh) -> list[Array]:
+    return [set_explicit_sharding(x, s, mesh=mesh) for x, s in zip(arrays, specs, strict=True)]
