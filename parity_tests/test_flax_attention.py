@@ -698,10 +698,15 @@ def _at(tree, path):
             "query must be an array of",
         ),
         (
-            lambda: decoder(num_kv_heads=2, cache="heads"),
-            'num_kv_heads = 2 is not divisible by the 4 .*Write cache="sequence"',
+            lambda: on(
+                attention(), (1, 4), lambda layer: layer.init_cache(2, 4, shared_by="heads")
+            ),
+            'num_kv_heads = 2 is not divisible by the 4 .*Write shared_by="sequence"',
         ),
-        (lambda: attention(cache=wrong("tokens")), "None, 'heads' or 'sequence', got 'tokens'"),
+        (
+            lambda: attention().init_cache(2, 4, shared_by=wrong("tokens")),
+            "None, 'heads' or 'sequence', got 'tokens'",
+        ),
         (lambda: attention(head_dim=5)(jnp.ones((B, S, D))), "Rotary turns an even number"),
         (lambda: attention(rotary=Rotary(frequencies=(1.0,)))(jnp.ones((B, S, D))), "needs a freq"),
         (

@@ -132,7 +132,7 @@ ORDER = (
         "strategies",
         "program_cache",
     ),
-    *("attention", "training", "flax", "plan", "compare", "bridge", "parity"),
+    *("attention", "decoding", "training", "flax", "plan", "compare", "bridge", "parity"),
     *("__version__", "cli"),
 )
 

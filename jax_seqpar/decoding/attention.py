@@ -9,12 +9,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
-from ..kernels import Blockwise, Kernel
+from ..kernels import Kernel
 from ..mask import Logits, Mask, Spec
 from ..mesh import AnyMesh, find_mesh, set_explicit_sharding
 from ..mesh_layout import names
 from .cache import KeyValueCache, shard_map
 from .checks import check_attention, check_scatter
+from .slot_blocks import SlotBlocks
 from .slots import EMPTY, Slots
 from .split_kv import SplitKV
 
@@ -26,7 +27,7 @@ def attend_to_cache(
     positions: Integer[Array | np.ndarray, "B T"],
     mask: Mask = Mask(is_causal=True),
     logits: Logits = Logits(),
-    kernel: Kernel = Blockwise(),
+    kernel: Kernel = SlotBlocks(),
     strategy: SplitKV = SplitKV(),
 ) -> Float[Array, "B T N V"]:
     """Attention to the tokens of a cache, at the positions of the queries and before.
@@ -40,8 +41,9 @@ def attend_to_cache(
       positions: of the queries; `EMPTY` for padding, whose output is 0.
       mask: causality and window. Without causality a query attends to all that the cache holds.
       logits: scale, soft cap, ALiBi slopes and sinks.
-      kernel: of one device: `Blockwise()`, or `Exact()`, which gives a row the bits that it has in
-        the attention of the whole sequence, on any number of devices.
+      kernel: of one device: `SlotBlocks()`, `Exact()`, which gives a row the bits that it has in
+        the attention of the whole sequence, on any number of devices, or another kernel that gives
+        parts.
       strategy: how parts of a row meet.
 
     Returns:
@@ -81,14 +83,11 @@ def _attend(
     layout, axes = cache.layout, names(cache.layout.tokens)
 
     def per_device(slots: Slots, query: Array, positions: Array, logits: Logits) -> Array:
-        lost = slots.lost
-        if axes:
-            lost = jax.lax.psum(lost.astype(jnp.int32), axes) > 0
         spec = Spec(call.mask_of(positions, slots.positions), logits)
         key, value = (x.astype(query.dtype) for x in slots[:2])
-        out = call.strategy(call.kernel, query, key, value, spec, axis_name=axes)
-        out = jnp.where((positions == EMPTY)[..., None, None], 0, out)
-        return jnp.where(lost[..., None, None], jnp.asarray(jnp.nan, out.dtype), out)
+        operands = query, key, value, spec, slots.lost
+        out = call.strategy(call.kernel, *operands, axis_name=axes)
+        return jnp.where((positions == EMPTY)[..., None, None], 0, out)
 
     whole, row = cache.whole_tokens, PartitionSpec(layout.batch, None)
     of_logits = Spec(logits=logits).map(lambda x, _: PartitionSpec(layout.heads)).logits

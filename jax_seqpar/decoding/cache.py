@@ -68,8 +68,8 @@ class KeyValueCache:
 
         Args:
           batch, kv_heads, head_dim: B, K, H.
-          tokens: that a row holds at most, rounded up so that the devices divide them. With
-            `window` at least as many as that, and those that are appended at once.
+          tokens: that a row holds at most, with the padding of its prompt, rounded up so that the
+            devices divide them. With `window` as many as that and those that are appended at once.
           value_dim: V; H if None.
 
         Raises:
@@ -169,6 +169,8 @@ class KeyValueCache:
     def on(self, layout: MeshLayout) -> "KeyValueCache":
         """The same tokens on another mesh, or shared in another way; eagerly.
 
+        Each device has a copy of all slots for a moment.
+
         Raises:
           ValueError: where its devices do not divide slots, batch or KV heads.
         """
@@ -184,9 +186,7 @@ class KeyValueCache:
         used = jnp.zeros((old.key.shape[0], degree), jnp.int32)
         moved = _placed(Slots(*old[:3], used), layout, mesh)
         cache = KeyValueCache(moved, layout, self.window)
-        if self.window is None:
-            return replace(cache, slots=_compact(cache, mesh))
-        return replace(cache, slots=_fill(cache, mesh, *moved[:3]))
+        return replace(cache, slots=_dealt(cache, mesh))
 
     @property
     def specs(self) -> Slots:
@@ -227,7 +227,7 @@ def _fill(cache: KeyValueCache, mesh: AnyMesh, key: Any, value: Any, positions: 
     def fill(slots: Slots, key: Array, value: Array, positions: Array) -> Slots:
         if cache.window is None:
             return of_device.fill(slots, key, value, positions)
-        return of_device.fill_ring_buffer(slots, key, value, positions, axes)
+        return of_device.deal(slots, key, value, positions, axes, cache.window)
 
     new = cache.specs[:3]
     function = shard_map(mesh, fill, (cache.specs, *new), cache.specs)
@@ -264,8 +264,13 @@ def _drop(cache: KeyValueCache, mesh: AnyMesh, first: Any) -> Slots:
 
 
 @partial(jax.jit, static_argnums=1)
-def _compact(cache: KeyValueCache, mesh: AnyMesh) -> Slots:
-    return shard_map(mesh, of_device.compact, (cache.specs,), cache.specs)(cache.slots)
+def _dealt(cache: KeyValueCache, mesh: AnyMesh) -> Slots:
+    axes = names(cache.layout.tokens)
+
+    def deal(slots: Slots) -> Slots:
+        return of_device.deal(slots, *slots[:3], axes, cache.window)
+
+    return shard_map(mesh, deal, (cache.specs,), cache.specs)(cache.slots)
 
 
 def _resharded(arrays: Any, specs: Any, mesh: AnyMesh) -> list[Array]:

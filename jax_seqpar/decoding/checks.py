@@ -106,9 +106,6 @@ def check_attention(
     cache: Any, query: Any, positions: Any, mask: Mask, logits: Logits, kernel: Any
 ) -> None:
     """Raises ValueError for what no cache can be attended to with."""
-    key, value = (jax.ShapeDtypeStruct(x.shape, query.dtype) for x in cache.slots[:2])
-    check_has_numbers({"query": query})
-    check_call(query, key, value, Spec(logits=logits), shapes_suffice=True)
     if positions.shape != query.shape[:2]:
         raise ValueError(
             f"positions have shape {positions.shape}, expected {query.shape[:2]}, one of each "
@@ -130,11 +127,14 @@ def check_attention(
             f"{name} says what attends to what by places in arrays, and the slots of a cache lie "
             f"in no order. Leave {name} out; fill(..., lengths=) leaves out padding."
         )
+    key, value = (jax.ShapeDtypeStruct(x.shape, query.dtype) for x in cache.slots[:2])
+    check_has_numbers({"query": query})
+    check_call(query, key, value, Spec(logits=logits), shapes_suffice=True)
     _check_window(cache, query.shape[1], mask)
     if not isinstance(kernel, Kernel) or not (kernel.gives_parts or kernel.attends_in_turns):
         raise ValueError(
             f"kernel={kernel!r} does not attend to a part of the keys, as devices with parts of a "
-            f"cache need it to. Write kernel=jax_seqpar.Blockwise(), or Exact()."
+            f"cache need it to. Write kernel=SlotBlocks(), or Exact()."
         )
 
 

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import axis_size
 
+Axes = tuple[str, ...]
+
 # The greatest position that an attention takes.
 EMPTY = 2**30 - 1
 
@@ -58,38 +60,57 @@ def fill(slots: Slots, key: Array, value: Array, positions: Array) -> Slots:
     )
 
 
-def fill_ring_buffer(
-    slots: Slots, key: Array, value: Array, positions: Array, axes: tuple[str, ...]
+def deal(
+    slots: Slots, key: Array, value: Array, positions: Array, axes: Axes, window: Any
 ) -> Slots:
-    """The slots hold the last of all devices' tokens, each at the place of its position.
+    """All devices' tokens, dealt one by one to the devices.
 
-    One reduce-scatter of each array: a prompt's last tokens may all lie on one device.
+    A reduce-scatter of each array, for which a device holds all slots. The token after n others of
+    its row belongs to device n mod P; in a ring buffer, which keeps the last tokens alone, that at
+    position p has a place by p, as in `append`.
 
     Args:
       axes: the mesh axes of the tokens, of which there may be none.
+      window: of a ring buffer, else None.
     """
     degree = axis_size(axes) if axes else 1
-    last = jnp.where(positions < EMPTY, positions, -1).max(1, keepdims=True)
-    last = jax.lax.pmax(last, axes) if axes else last
-    kept = (positions < EMPTY) & (positions > last - slots.capacity * degree)
-    owner, place = positions % degree, positions // degree % slots.capacity
-    places = jnp.where(kept, owner * slots.capacity + place, slots.capacity * degree)
+    total = slots.capacity * degree
+    if window is None:
+        number = _ranks(positions, axes)
+        kept = positions < EMPTY
+    else:
+        last = jnp.where(positions < EMPTY, positions, -1).max(1, keepdims=True)
+        last = jax.lax.pmax(last, axes) if axes else last
+        number, kept = positions, (positions < EMPTY) & (positions > last - total)
+    owner, place = number % degree, number // degree % slots.capacity
+    places = jnp.where(kept, owner * slots.capacity + place, total)
 
     def dealt(x: Array) -> Array:
-        whole = jnp.zeros((x.shape[0], slots.capacity * degree, *x.shape[2:]), x.dtype)
+        whole = jnp.zeros((x.shape[0], total, *x.shape[2:]), x.dtype)
         whole = _write(whole, x, places)
         if not axes:
             return whole
         return jax.lax.psum_scatter(whole, axes, scatter_dimension=1, tiled=True)
 
     # An integer is added to zeros, so no bit of a number changes; and an empty slot is 0.
-    numbers = dealt(jnp.where(kept, positions, EMPTY) - EMPTY) + EMPTY
+    numbers = dealt(positions - EMPTY) + EMPTY
+    used = (numbers < EMPTY).sum(1, keepdims=True, dtype=jnp.int32)
     return Slots(
         _of_bits(dealt(_bits(key.astype(slots.key.dtype))), slots.key.dtype),
         _of_bits(dealt(_bits(value.astype(slots.value.dtype))), slots.value.dtype),
         numbers,
-        jnp.zeros_like(slots.used),
+        used if window is None else jnp.zeros_like(used),
     )
+
+
+def _ranks(positions: Array, axes: Axes) -> Array:
+    """How many tokens of its row, on all devices, have a smaller position."""
+    if not axes:
+        return jnp.argsort(jnp.argsort(positions, axis=1), axis=1).astype(jnp.int32)
+    everyone = jax.lax.all_gather(positions, axes, axis=1, tiled=True)
+    ranks = jnp.argsort(jnp.argsort(everyone, axis=1), axis=1).astype(jnp.int32)
+    start = jax.lax.axis_index(axes) * positions.shape[1]
+    return jax.lax.dynamic_slice_in_dim(ranks, start, positions.shape[1], axis=1)
 
 
 def append(
@@ -144,22 +165,10 @@ def drop(slots: Slots, first: Array, last: Array, *, degree: int, window: int | 
     return slots._replace(positions=positions, used=jnp.where(slots.lost, slots.used, used))
 
 
-def compact(slots: Slots) -> Slots:
-    """The tokens in the first slots, in the order in which they lie."""
-    order = jnp.argsort(slots.positions == EMPTY, axis=1, stable=True)
-    taken = (jnp.take_along_axis(x, _beside(order, x), axis=1) for x in slots[:3])
-    used = (slots.positions < EMPTY).sum(1, keepdims=True, dtype=jnp.int32)
-    return Slots(*taken, used)
-
-
 def _write(x: Array, new: Array, places: Array) -> Array:
     """x with the tokens of each row at its places; those beyond the end are dropped."""
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     return x.at[rows, places].set(new.astype(x.dtype), mode="drop")
-
-
-def _beside(order: Array, x: Array) -> Array:
-    return order.reshape(*order.shape, *(1,) * (x.ndim - 2))
 
 
 def _bits(x: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._checks import axis_size
 from ..kernels import Kernel
@@ -42,6 +42,7 @@ class SplitKV:
         key: Float[Array, "B C K H"],
         value: Float[Array, "B C K V"],
         spec: Spec,
+        lost: Bool[Array, "B 1"],
         *,
         axis_name: AxisName,
     ) -> Array:
@@ -51,16 +52,20 @@ class SplitKV:
           query: the same on every device.
           key, value: those that this device holds.
           spec: with the positions of the queries and of these keys.
+          lost: the rows that are NaN, as a key that this device should have has no place.
           axis_name: the mesh axis (or axes) of the tokens; () for one device.
         """
+        lost = lost[..., None]
         if not axis_name:
-            return kernel.attend(query, key, value, spec)[0]
+            return _nan_where(lost, kernel.attend(query, key, value, spec)[0])
         if kernel.attends_in_turns:
             turns = OneVisit(axis_name, axis_size(axis_name))
             out = kernel.attend_in_turns(turns, query, key, value, spec)
-            return self._own_heads(out, axis_name)
+            lost = jax.lax.psum(lost.astype(jnp.int32), axis_name) > 0
+            return self._own_heads(_nan_where(lost, out), axis_name)
         local = replace(spec, logits=replace(spec.logits, sinks=None))
         part = kernel.attend_part(query, key, value, local)
+        part = Part(part.out, part.residual._replace(total=_nan_where(lost, part.residual.total)))
         return self._merged(part, spec.logits.sinks, axis_name).astype(query.dtype)
 
     def _merged(self, part: Part, sinks: Array | None, axis_name: AxisName) -> Array:
@@ -88,6 +93,11 @@ class SplitKV:
             return x
         share = x.shape[2] // axis_size(axis_name)
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * share, share, 2)
+
+
+def _nan_where(rows: Array, x: Array) -> Array:
+    rows = rows.reshape(*rows.shape, *(1,) * (x.ndim - rows.ndim))
+    return jnp.where(rows, jnp.asarray(jnp.nan, x.dtype), x)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from ..strategies import Strategy, Ulysses
 from .cache import (
     LayerCache,
     SharedBy,
-    check_cache_kind,
     check_decode,
     decoding_kernel,
     empty_cache,
@@ -68,9 +67,6 @@ class Attention(nnx.Module):
         "key", "value" and "out" (Qwen 2 has the first three, Whisper all but the key's).
       dropout_rate: of the weights.
       kernel, strategy, layout: as for `dot_product_attention`.
-      cache: how the devices of the token axis share the keys and values of `init_cache`: by
-        "heads", where a step sends nothing; or along the "sequence", one maximum and one sum a step
-        (`jax_seqpar.decoding`). None takes heads where the devices divide the KV heads.
       parameters: initializer, sharding and dtypes of all projections. Its precision is that of all
         products, the kernel's included, forward and backward: one `jax.lax.Precision` or its name;
         None leaves it to `jax.default_matmul_precision`.
@@ -106,12 +102,10 @@ class Attention(nnx.Module):
         kernel: Kernel | Callable[..., Array] | None = None,
         strategy: Strategy | Literal["auto"] = Ulysses(),
         layout: MeshLayout = MeshLayout(),
-        cache: SharedBy | None = None,
         parameters: ParameterOptions = ParameterOptions(),
         rngs: nnx.Rngs,
     ) -> None:
         check_own_rules(mask, logits)
-        check_cache_kind(cache)
         check_is_layout(layout)
         kernel_precision("Attention", parameters.precision)
         if head_dim is None:
@@ -160,7 +154,6 @@ class Attention(nnx.Module):
         self.sinks: nnx.Param[Array] | None = nnx.data(None)
         if sinks:
             self.sinks = own_parameter(jnp.zeros(num_heads), "N")
-        self.shared_by: SharedBy | None = cache
         self.cache: nnx.Cache[Any] | None = nnx.data(None)
 
     def __call__(
@@ -188,7 +181,7 @@ class Attention(nnx.Module):
           decode: x is what follows the tokens in the cache, whole on every device of the tokens;
             they are attended to, and x is added to them. Tokens beyond the end of the cache are
             refused, and give NaN in their rows under `jit`, which does not know how many it holds.
-            `Blockwise()` computes it in place of a kernel that does not attend to parts.
+            `SlotBlocks()` computes it in place of any kernel but `Exact()`.
           fill_cache: x is a whole prompt, attended to as in training by the strategy, whose keys
             and values replace what is in the cache.
           lengths: with one of these two, how many tokens of each row of x are no padding; None for
@@ -266,13 +259,22 @@ class Attention(nnx.Module):
         return query, key, value
 
     def init_cache(
-        self, batch: int, tokens: int, dtype: Any = jnp.float32, *, at_once: int | None = None
+        self,
+        batch: int,
+        tokens: int,
+        dtype: Any = jnp.float32,
+        *,
+        shared_by: SharedBy | None = None,
+        at_once: int | None = None,
     ) -> None:
         """An empty cache for decoding.
 
         Args:
           batch: B.
           tokens: of the longest sequence.
+          shared_by: how the devices of heads and tokens share it: by "heads", where a step sends
+            nothing; or along the "sequence", with one maximum and one sum a step
+            (`jax_seqpar.decoding`). None takes heads where the devices divide the KV heads.
           at_once: the most tokens that a call decodes. With it a layer with a window keeps a ring
             buffer of its last tokens alone.
 
@@ -286,7 +288,7 @@ class Attention(nnx.Module):
             dtype,
             kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            shared_by=self.shared_by,
+            shared_by=shared_by,
             layout=self.layout,
             mask=self.mask,
             at_once=at_once,

@@ -8,8 +8,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from ..decoding import KeyValueCache
-from ..kernels import Blockwise, FunctionKernel, Kernel
+from ..decoding import KeyValueCache, SlotBlocks
+from ..exact import Exact
+from ..kernels import FunctionKernel, Kernel
 from ..mask import Mask
 from ..mesh import find_mesh
 from ..mesh_layout import MeshLayout, axes_size, names
@@ -42,17 +43,22 @@ def empty_cache(
     mask: Mask,
     at_once: int | None,
 ) -> LayerCache:
-    """A cache without tokens; arguments as of `Attention` and its `init_cache`."""
+    """A cache without tokens; arguments as of `Attention.init_cache`."""
     check_cache_sizes(batch, tokens, dtype, at_once)
+    if shared_by not in (None, "heads", "sequence"):
+        raise ValueError(
+            f"shared_by must be None, 'heads' or 'sequence', got {shared_by!r}. Write "
+            f"shared_by=None, which takes heads where the devices divide them."
+        )
     mesh = find_mesh(layout.mesh).shape
     check_cache_batch(batch, axes_size(layout.batch, mesh), layout.batch)
     by_heads = _by_heads(layout)
     divided = kv_heads % axes_size(by_heads.heads, mesh) == 0
     if shared_by == "heads" and not divided:
         raise ValueError(
-            f'cache="heads": num_kv_heads = {kv_heads} is not divisible by the '
+            f'shared_by="heads": num_kv_heads = {kv_heads} is not divisible by the '
             f"{axes_size(by_heads.heads, mesh)} devices of mesh axes {by_heads.heads!r}. Write "
-            f'cache="sequence", which shares the tokens.'
+            f'shared_by="sequence", which shares the tokens.'
         )
     is_by_heads = divided if shared_by is None else shared_by == "heads"
     window = mask.reach[0]
@@ -79,15 +85,15 @@ def _by_heads(layout: MeshLayout) -> MeshLayout:
 
 
 def decoding_kernel(kernel: Any) -> Kernel:
-    """The kernel of a decoding step: that of the layer, or what computes the same of a few queries.
+    """The kernel of a decoding step: the layer's if it is exact, else that of few queries.
 
     Raises:
       ValueError: for a function, of which nobody knows what it computes of a part.
     """
-    if isinstance(kernel, Kernel) and (kernel.gives_parts or kernel.attends_in_turns):
+    if isinstance(kernel, Exact):
         return kernel
     if kernel is None or (isinstance(kernel, Kernel) and not isinstance(kernel, FunctionKernel)):
-        return Blockwise()
+        return SlotBlocks()
     raise ValueError(
         f"kernel={kernel!r} is a function, which a cache cannot be attended to with. Write "
         f"kernel=jax_seqpar.Blockwise()."
@@ -105,15 +111,6 @@ def check_cache_sizes(batch: Any, tokens: Any, dtype: Any, at_once: Any) -> None
             )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"the cache must have a floating dtype, got {dtype}. Write jnp.bfloat16.")
-
-
-def check_cache_kind(shared_by: Any) -> None:
-    """Raises ValueError unless the cache of a layer is shared in a way there is."""
-    if shared_by not in (None, "heads", "sequence"):
-        raise ValueError(
-            f"cache must be None, 'heads' or 'sequence', got {shared_by!r}. Write cache=None, "
-            f"which takes heads where the devices divide them."
-        )
 
 
 def check_cache_batch(batch: int, devices: int, axes: object) -> None:
