@@ -43,6 +43,35 @@ def cross_entropy(
     return _cross_entropy(z_loss, ignore_index, logits, labels, number)
 
 
+def log_probabilities(
+    logits: Float32[Array, "B S V"], labels: Integer[Array, "B S"]
+) -> Float32[Array, "B S"]:
+    """`x_label (-) log(l)` of each token, with the x and l of `cross_entropy`: minus its loss.
+
+    What a sampler keeps of the tokens that it has drawn, with the bits that a trainer finds for
+    them. It has no derivative: differentiate `cross_entropy`.
+
+    Args:
+      logits: sharded in any way.
+      labels: one outside of the vocabulary gives NaN.
+    """
+    return _log_probabilities(logits, labels)
+
+
+@jax.custom_jvp
+def _log_probabilities(logits: Array, labels: Array) -> Array:
+    with jax.enable_x64(True):
+        return -_losses(_tokens(logits), logits, labels[..., None])[..., 0]
+
+
+@_log_probabilities.defjvp
+def _no_derivative(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        f"log_probabilities of logits {primals[0].shape} are differentiated, and have no "
+        f"derivative. Write cross_entropy(logits, labels), or jax.lax.stop_gradient(logits)."
+    )
+
+
 class _Token(NamedTuple):
     """What a token's loss and its gradient have in common."""
 
@@ -58,16 +87,21 @@ def _cross_entropy(
 ) -> Array:
     with jax.enable_x64(True):
         token, label = _tokens(logits), labels[..., None]
-        # A sum of one number and zeros, and no lookup: the vocabulary may be sharded.
-        of_label = jnp.where(_vocabulary(logits) == label, token.shifted, 0).sum(-1, keepdims=True)
-        losses = subtract(log(token.sums), of_label)
+        losses = _losses(token, logits, label)
         if z_loss:
             c = jnp.full_like(token.lse, np.float32(z_loss))
             losses = add(losses, multiply(c, multiply(token.lse, token.lse)))
-        valid = (label >= 0) & (label < logits.shape[-1])
-        losses = jnp.where(valid, losses, jnp.float32(jnp.nan))
         losses = jnp.where(label != ignore_index, losses, jnp.float32(0))
         return divide(total(losses, (0, 1, 2))[0, 0, 0], number)
+
+
+def _losses(token: _Token, logits: Array, label: Array) -> Array:
+    """`log(l) (-) x_label`; NaN for a label outside of the vocabulary."""
+    # A sum of one number and zeros, and no lookup: the vocabulary may be sharded.
+    of_label = jnp.where(_vocabulary(logits) == label, token.shifted, 0).sum(-1, keepdims=True)
+    losses = subtract(log(token.sums), of_label)
+    valid = (label >= 0) & (label < logits.shape[-1])
+    return jnp.where(valid, losses, jnp.float32(jnp.nan))
 
 
 def _tokens(logits: Array) -> _Token:

@@ -106,6 +106,11 @@ class Arithmetic:
         """The mean over the labels that count."""
         return cross_entropy(logits, labels, normaliser=normaliser)
 
+    def log_probabilities(self, logits: Array, labels: Array) -> Array:
+        """`[B, S]`, of each label among the logits `[B, S, V]` of its token."""
+        is_label = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
+        return jnp.where(is_label, jax.nn.log_softmax(logits), 0).sum(-1)
+
 
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of float32, for operands of float32 or bfloat16; the result is as the first."""
@@ -196,6 +201,9 @@ class ExactArithmetic(Arithmetic):
 
     def cross_entropy(self, logits: Array, labels: Array, normaliser: Any) -> Array:
         return loss.cross_entropy(logits, labels, normaliser=normaliser)
+
+    def log_probabilities(self, logits: Array, labels: Array) -> Array:
+        return loss.log_probabilities(logits, labels)
 
 
 def check_is_narrow(x: Array) -> None:

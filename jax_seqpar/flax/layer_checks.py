@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..mask import Logits, Mask
 from ..mesh import AnyMesh

@@ -51,6 +51,28 @@ def cross_entropy(
     return _CrossEntropy.apply(logits, labels, nearest32(z_loss), ignore_index, max(n, 1), group)  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
+def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """`x_label (-) log(l)` of each token, with the x and l of `cross_entropy`; no gradient.
+
+    Args:
+      logits: `[..., V]`, float32 or bfloat16.
+      labels: integers, `[...]`.
+    """
+    x, _, _, denominator = _of_tokens(logits)
+    return -subtract(log(denominator), x.gather(-1, labels[..., None])).squeeze(-1)
+
+
+def _of_tokens(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, the largest logit, p and l of each token."""
+    z = flush(logits)
+    largest = z.amax(-1, keepdim=True)
+    x = R(z - largest)
+    p = exp(x.double())
+    L = torch.round(p * 2.0**SUM_BITS).long().sum(-1, keepdim=True)
+    return x, largest, p, R(L.double() * 2.0**-SUM_BITS)
+
+
 def count_labels(labels: Tensor, *, ignore_index: int = IGNORE_INDEX, group: Any = None) -> int:
     """The number of labels that count, on all ranks."""
     return int(add_up((labels != ignore_index).sum(), group))
@@ -67,12 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
         count: int,
         group: Any,
     ) -> Tensor:
-        z = flush(logits)
-        largest = z.amax(-1, keepdim=True)
-        x = R(z - largest)
-        p = exp(x.double())
-        L = torch.round(p * 2.0**SUM_BITS).long().sum(-1, keepdim=True)
-        denominator = R(L.double() * 2.0**-SUM_BITS)
+        x, largest, p, denominator = _of_tokens(logits)
         log_l = log(denominator)
         lse = add(largest, log_l)
         counts = (labels != ignore_index)[..., None]
