@@ -50,7 +50,7 @@ def empty_cache(
             f"shared_by must be None, 'heads' or 'sequence', got {shared_by!r}. Write "
             f"shared_by=None, which takes heads where the devices divide them."
         )
-    mesh = find_mesh(layout.mesh).shape
+    batch, tokens, mesh = int(batch), int(tokens), find_mesh(layout.mesh).shape
     check_cache_batch(batch, axes_size(layout.batch, mesh), layout.batch)
     by_heads = _by_heads(layout)
     divided = kv_heads % axes_size(by_heads.heads, mesh) == 0

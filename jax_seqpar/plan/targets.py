@@ -4,6 +4,7 @@ A target travels to the process of the compiler, so it is a value that can be pi
 its function there, under the mesh.
 """
 
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -77,12 +78,23 @@ class Given:
             f"function of the tokens, and FILE:function."
         )
 
+    def __reduce__(self) -> Any:
+        """What `jax.jit` decorates travels by its name: pickle looks for the function inside."""
+        module, name = (getattr(self.function, x, None) for x in ("__module__", "__name__"))
+        if getattr(sys.modules.get(module or ""), name or "", None) is self.function:
+            return _given_by_name, (module, name, self.shapes)
+        return Given, (self.function, self.shapes)
+
     def mesh(self) -> Mapping[str, int] | None:
         """The mesh of the first shape that has a sharding."""
         for x in jax.tree.leaves(self.shapes):
             if isinstance(getattr(x, "sharding", None), NamedSharding):
                 return dict(x.sharding.mesh.shape)
         return None
+
+
+def _given_by_name(module: str, name: str, shapes: tuple[Any, ...]) -> Given:
+    return Given(getattr(importlib.import_module(module), name), shapes)
 
 
 @dataclass(frozen=True)

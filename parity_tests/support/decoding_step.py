@@ -1,0 +1,38 @@
+"""A step of decoding, by name for a process of its own that compiles it."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_seqpar import MeshLayout
+from jax_seqpar.decoding import KeyValueCache, attend_to_cache
+from jax_seqpar.decoding.slots import Slots
+
+
+@partial(jax.jit, donate_argnums=0)
+def step(cache: KeyValueCache, query: Any, key: Any, value: Any, positions: Any) -> Any:
+    """The output, and the cache with one token more in each row."""
+    cache = cache.append(key, value, positions)
+    return attend_to_cache(query, cache, positions=positions), cache
+
+
+def shapes(
+    tokens: int, devices: int, *, batch: int = 1, heads: int = 32, kv_heads: int = 8, dim: int = 128
+) -> tuple[Any, ...]:
+    """Of the operands of `step`, a cache of so many tokens along the devices."""
+    layout = MeshLayout()
+    mesh = jax.sharding.AbstractMesh((devices,), ("seq",))
+
+    def lying(shape: tuple[int, ...], dtype: Any, spec: Any = jax.sharding.PartitionSpec()) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    held = (batch, tokens, kv_heads, dim)
+    slots = Slots(
+        *(lying(held, jnp.bfloat16, layout.partition_spec) for _ in range(2)),
+        lying(held[:2], jnp.int32, layout.token_spec),
+        lying((batch, devices), jnp.int32, layout.token_spec),
+    )
+    new = (lying((batch, 1, n, dim), jnp.bfloat16) for n in (heads, kv_heads, kv_heads))
+    return KeyValueCache(slots, layout), *new, lying((batch, 1), jnp.int32)
