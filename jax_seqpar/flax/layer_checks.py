@@ -98,8 +98,8 @@ def check_lengths(lengths: Any, x: Any, *, decode: bool, fill_cache: bool) -> No
     """Raises ValueError for lengths that are not of x, or where no cache needs them."""
     if decode and fill_cache:
         raise ValueError(
-            "decode=True follows what is in the cache, and fill_cache=True replaces it. Write one "
-            "of them."
+            f"x of shape {x.shape}: decode=True follows what is in the cache, and fill_cache=True "
+            f"replaces it. Write one of them."
         )
     if lengths is None:
         return
