@@ -14,6 +14,7 @@ Needs the extra "training".
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,7 +121,8 @@ def trained(
     """The decoder after so many steps, or as the folder holds it."""
     graph, params = nnx.split(model)
     saved = None if folder is None else folder.absolute() / "weights"
-    with ocp.StandardCheckpointer() as checkpointer:
+    # optax takes powers of a Python float by an int32, which strict promotion forbids.
+    with ocp.StandardCheckpointer() as checkpointer, jax.numpy_dtype_promotion("standard"):
         if saved is not None and saved.exists():
             return nnx.merge(graph, checkpointer.restore(saved, params))
         text = read(files, 256, limit=1 << 20)
@@ -186,7 +188,8 @@ def main(
     prompts = [x.encode() for x in prompt or PROMPTS]
     if not all(prompts):
         raise typer.BadParameter("a prompt has no byte. Write one at least.")
-    jax.config.update("jax_num_cpu_devices", degree)
+    with suppress(RuntimeError):  # JAX runs already, with the devices it has
+        jax.config.update("jax_num_cpu_devices", degree)
     if len(jax.devices()) < degree:
         raise typer.BadParameter(
             f"degree {degree} needs as many devices, here are {len(jax.devices())}."

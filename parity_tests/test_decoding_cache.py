@@ -32,11 +32,15 @@ pytestmark = pytest.mark.usefixtures("less_optimised", "unchecked_shapes")
 B, N, K, H, V = 2, 4, 2, 8, 6
 PROMPT, END = 16, 29
 RNG = np.random.default_rng(3)
+QUERY: Any
+KEY: Any
+VALUE: Any
 QUERY, KEY, VALUE = (
     RNG.standard_normal((B, END, heads, channels)).astype(np.float32)
     for heads, channels in ((N, H), (K, H), (K, V))
 )
-SINKS, SLOPES = np.float32([0.5, -1.0, 30.0, 0.0]), np.float32([0.5, 0.25, 0.0, 0.1])
+SINKS: Any = np.array([0.5, -1.0, 30.0, 0.0], np.float32)
+SLOPES: Any = np.array([0.5, 0.25, 0.0, 0.1], np.float32)
 
 
 def layout_of(degree: int, order: TokenOrder = Contiguous()) -> MeshLayout:
@@ -45,7 +49,7 @@ def layout_of(degree: int, order: TokenOrder = Contiguous()) -> MeshLayout:
 
 def truth(query: Any, key: Any, value: Any, allowed: Any, options: dict[str, Any]) -> np.ndarray:
     """Attention of one row `[T, N, H]` in float64, where `allowed` is `[T, S]`."""
-    query, key, value = (np.float64(x) for x in (query, key, value))
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     key, value = (np.repeat(x, N // K, axis=1) for x in (key, value))
     z = np.einsum("tnh,snh->nts", query, key) * (options.get("scale") or H**-0.5)
     if cap := options.get("soft_cap"):
@@ -53,11 +57,11 @@ def truth(query: Any, key: Any, value: Any, allowed: Any, options: dict[str, Any
     if (slopes := options.get("alibi_slopes")) is not None:
         T, S = allowed.shape
         distance = np.abs(np.arange(S)[None] - (np.arange(T)[:, None] + S - T))
-        z = z - np.float64(slopes)[:, None, None] * distance
+        z = z - np.asarray(slopes, np.float64)[:, None, None] * distance
     weights = np.where(allowed, np.exp(z), 0)
     total = weights.sum(-1, keepdims=True)
     if (sinks := options.get("sinks")) is not None:
-        total = total + np.exp(np.float64(sinks))[:, None, None]
+        total = total + np.exp(np.asarray(sinks, np.float64))[:, None, None]
     weights = weights / np.where(total == 0, 1, total)
     return np.einsum("nts,snv->tnv", weights, value)
 
@@ -80,7 +84,8 @@ class Decoder:
 
     @property
     def degree(self) -> int:
-        return self.layout.mesh.shape["seq"]
+        mesh: Any = self.layout.mesh
+        return mesh.shape["seq"]
 
     def filled(self) -> KeyValueCache:
         kv = {"kv_heads": K, "head_dim": H, "value_dim": V, "layout": self.layout}
@@ -304,7 +309,7 @@ def test_one_maximum_and_one_sum_a_step():
     empty = KeyValueCache.empty(B, PROMPT, K, H, value_dim=V, layout=layout_of(4))
     prompt = [jax.device_put(x[:, :PROMPT], empty.slots.key.sharding) for x in (KEY, VALUE)]
     fill = jax.jit(lambda cache, *kv: cache.fill(*kv)).lower(empty, *prompt).compile()
-    assert collectives(fill.as_text()) == {}
+    assert collectives(fill.as_text() or "") == {}
 
 
 # ---------------------------------------------------------------- wrong caches
@@ -362,10 +367,11 @@ def cache(**options: Any) -> KeyValueCache:
 
 
 def attend(**options: Any) -> Any:
-    positions = jnp.zeros((B, 1), jnp.int32)
+    positions: Any = jnp.zeros((B, 1), jnp.int32)
     window = options.pop("window", None)
     held = cache(window=window) if window else cache()
-    return attend_to_cache(QUERY[:, :1], held, **({"positions": positions} | options))
+    options = {"positions": positions} | options
+    return attend_to_cache(QUERY[:, :1], held, **options)
 
 
 @pytest.mark.parametrize(

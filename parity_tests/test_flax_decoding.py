@@ -94,7 +94,7 @@ def test_steps_after_a_prefill(strategy, order, kind):
 @pytest.mark.parametrize("at_once", (None, 1))
 def test_the_window_of_a_layer(at_once):
     """A ring buffer, and a cache of all tokens."""
-    options = {"mask": Mask(is_causal=True, local_window_size=(5, 0))}
+    options: dict[str, Any] = {"mask": Mask(is_causal=True, local_window_size=(5, 0))}
     layer, mesh = layer_of(**options)
     found = decoded(layer, mesh, at_once=at_once)
     assert layer.cache is not None

@@ -189,8 +189,8 @@ class KeyValueCache:
         return replace(cache, slots=_dealt(cache, mesh))
 
     @property
-    def specs(self) -> Slots:
-        """PartitionSpecs of the slots."""
+    def specs(self) -> Any:
+        """PartitionSpecs, as `Slots`."""
         return _specs(self.layout)
 
     @property
@@ -211,8 +211,9 @@ def place_on_devices(axes: tuple[str, ...]) -> tuple[Any, int]:
     return (jax.lax.axis_index(axes), axis_size(axes)) if axes else (0, 1)
 
 
-def _specs(layout: MeshLayout) -> Slots:
-    array, row = layout.partition_spec, layout.token_spec
+def _specs(layout: MeshLayout) -> Any:
+    array: Any = layout.partition_spec
+    row: Any = layout.token_spec
     return Slots(array, array, row, row)
 
 

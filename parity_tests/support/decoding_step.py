@@ -30,7 +30,8 @@ def shapes(
 
     held = (batch, tokens, kv_heads, dim)
     slots = Slots(
-        *(lying(held, jnp.bfloat16, layout.partition_spec) for _ in range(2)),
+        lying(held, jnp.bfloat16, layout.partition_spec),
+        lying(held, jnp.bfloat16, layout.partition_spec),
         lying(held[:2], jnp.int32, layout.token_spec),
         lying((batch, devices), jnp.int32, layout.token_spec),
     )
