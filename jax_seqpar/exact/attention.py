@@ -19,12 +19,19 @@ from ..mesh_layout import AxisName
 from . import arithmetic
 from .backward import gradients_of_all_keys
 from .backward_in_turns import gradients_in_turns
+from .bias_gradient import BiasSums, axes_to_sum, check_summands
 from .block_logits import Options
 from .checks import check
 from .forward import Rows, outputs_of_all_keys
 from .forward_in_turns import outputs_in_turns
 from .heads import grouped, heads_first, tokens_first
 from .kv_replicas import SharedHeads
+from .undefined_derivatives import (
+    no_bias_gradient_in_turns,
+    no_gradient,
+    refuse_second_derivative,
+    undifferentiated,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Exact(Kernel):
     attend to changes no bit of its row. Not equal to a stock kernel, and nearer to float64 than
     float32 kernels are, but for channels far larger than the others. Memory is linear in the
     tokens. Float64 inside, whatever `jax_enable_x64` says. Reverse-mode derivatives, once, of
-    query, key and value alone; JAX raises TypeError in forward mode. Operands, bias, slopes and
+    query, key, value and bias; JAX raises TypeError in forward mode. Operands, bias, slopes and
     sinks are float32, bfloat16 or float16; scale and soft cap are rounded to float32. Other dtypes,
     and sequences of 2^21 tokens and more, are refused.
 
@@ -120,8 +127,11 @@ class Exact(Kernel):
         added = dict(arrays_of(spec.logits))
         sharing = 1 if self.shared_heads is None else self.shared_heads.devices
         check(query, key, value.shape[3], added, sharing, 1 if turns is None else turns.degree)
+        bias = added.pop("bias", None)
+        if turns is not None and bias is not None:
+            bias = undifferentiated(partial(no_bias_gradient_in_turns, bias.shape), bias)
         constants = {
-            name: _undifferentiated(partial(_no_gradient, name), x) for name, x in added.items()
+            name: undifferentiated(partial(no_gradient, name), x) for name, x in added.items()
         }
         H, S = query.shape[3], key.shape[1]
         if 0 in (*query.shape, *value.shape):
@@ -136,7 +146,7 @@ class Exact(Kernel):
         scale, cap = spec.logits.scale, spec.logits.soft_cap
         cap = None if cap is None else _float32(cap)
         rounded = Logits(_float32(H**-0.5 if scale is None else scale), cap, **constants)
-        return _attention(options, query, key, value, replace(spec, logits=rounded))
+        return _attention(options, query, key, value, bias, replace(spec, logits=rounded))
 
 
 exact_attention = Exact()
@@ -155,27 +165,43 @@ def _float32(x: float) -> float:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options: Options, query: Any, key: Any, value: Any, spec: Any) -> Any:
-    return _attention_fwd(options, query, key, value, spec)[0]
+def _attention(options: Options, *operands: Any) -> Any:
+    """Of query, key, value, bias and what is left of the Spec."""
+    return _with_residuals(options, *operands)[0]
 
 
-def _attention_fwd(options: Options, query: Any, key: Any, value: Any, spec: Any):
-    query, key, value = map(_refuse_second_derivative, (query, key, value))
+def _with_residuals(
+    options: Options, query: Any, key: Any, value: Any, bias: Any, spec: Spec
+) -> Any:
+    query, key, value, bias = map(refuse_second_derivative, (query, key, value, bias))
+    spec = spec if bias is None else spec.with_logits(bias=bias)
     operands = (query, key, value, spec)
     out, top, normaliser = _looped_by_vmap(partial(_forward, options))(*operands)
     return arithmetic.narrowed(out, query.dtype), (operands, out, top, normaliser)
 
 
+def _attention_fwd(options: Options, *given: Any):
+    query, key, *_, bias, _ = operands = jax.tree.map(lambda x: x.value, given)
+    wants_bias = bias is not None and given[3].perturbed
+    if wants_bias:
+        shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+        check_summands(bias, shape, operands)
+    out, residuals = _with_residuals(options, *operands)
+    # Known while it is traced: as part of a tree, not as an array.
+    return out, (*residuals, () if wants_bias else None)
+
+
 def _attention_bwd(options: Options, residuals: Any, grad: Any):
-    (query, key, value, spec), *saved = residuals
+    (query, key, value, spec), *saved, wants_bias = residuals
     query, key, value, *saved, grad = map(
-        _refuse_second_derivative, (query, key, value, *saved, grad)
+        refuse_second_derivative, (query, key, value, *saved, grad)
     )
-    gradient = _looped_by_vmap(partial(_backward, options))
+    gradient = _looped_by_vmap(partial(_backward, options, wants_bias is not None))
     return (*gradient(query, key, value, spec, *saved, grad), None)
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+# Whether somebody asks for the gradient of the bias: symbolic_zeros tells.
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
 def _looped_by_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,9 +248,10 @@ def _forward(
         return tokens_first(out, query), rows.top, words
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _backward(
     options: Options,
+    wants_bias: bool,
     query: Any,
     key: Any,
     value: Any,
@@ -233,8 +260,11 @@ def _backward(
     top: Any,
     normaliser: Any,
     grad: Any,
-) -> tuple[Array, ...]:
-    """The gradients, of the dtype of the operands."""
+) -> tuple[Array | None, ...]:
+    """The gradients of query, key, value and bias, of their dtypes; None where nobody asks."""
+    bias = spec.logits.bias if wants_bias else None
+    # Of the types before the barrier, after which each operand varies as all of them do.
+    axes = () if bias is None else axes_to_sum(bias, (query, key, value, spec, grad))
     query, key, value, spec, out, top, normaliser, grad = _as_given(
         (query, key, value, spec, out, top, normaliser, grad)
     )
@@ -242,12 +272,22 @@ def _backward(
     with jax.enable_x64(True), jax.default_matmul_precision(_PRECISION):
         rows = Rows(top, jax.lax.bitcast_convert_type(normaliser, jnp.float64))
         operands = grouped(query, K), heads_first(key), heads_first(value)
-        gradients = gradients_of_all_keys if options.turns is None else gradients_in_turns
-        of_all = gradients(options, spec, K, *operands, grouped(out, K), rows, grouped(grad, K))
-        return tuple(
+        operands = (*operands, grouped(out, K), rows, grouped(grad, K))
+        sums = None
+        if bias is not None:
+            sums = BiasSums.of_nothing(bias.shape, query.shape[1], (query, spec, grad))
+        if options.turns is None:
+            sums, *of_all = gradients_of_all_keys(options, spec, K, sums, *operands)
+        else:
+            of_all = gradients_in_turns(options, spec, K, *operands)
+        of_all = (
             arithmetic.narrowed(tokens_first(x, like), query.dtype)
             for x, like in zip(of_all, (query, key, value), strict=True)
         )
+        if bias is None or sums is None:
+            return *of_all, None
+        sums = sums.in_sequence(spec.held_queries, bias.shape[2])
+        return *of_all, sums.total(axes, bias.dtype)
 
 
 def _as_given(operands: Any) -> Any:
@@ -257,35 +297,3 @@ def _as_given(operands: Any) -> Any:
     f32->bf16->f32 (`xla_allow_excess_precision`); see `arithmetic.round32`.
     """
     return jax.lax.optimization_barrier(operands)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _undifferentiated(refusal: Callable[[], ValueError], x: Any) -> Any:
-    """x, through which no derivative goes."""
-    return x
-
-
-@_undifferentiated.defjvp
-def _refuse(refusal: Callable[[], ValueError], primals: Any, tangents: Any):
-    raise refusal()
-
-
-def _no_gradient(name: str) -> ValueError:
-    """Error for a derivative that exact attention does not define."""
-    return ValueError(
-        f"exact attention has no gradient for {name}. Write jax.lax.stop_gradient({name}), or use "
-        f"another attention."
-    )
-
-
-def _no_second_derivative() -> ValueError:
-    """Error for the derivative of a gradient of exact attention."""
-    return ValueError(
-        "exact attention can be differentiated once, not twice, as its gradients are rounded like "
-        "its output. Use jax_seqpar.dense_attention for second derivatives."
-    )
-
-
-# Second derivatives are undefined: the rule of the first one raises if its operands are
-# differentiated again.
-_refuse_second_derivative = partial(_undifferentiated, _no_second_derivative)

@@ -11,13 +11,26 @@ from ..mask import Spec, Tokens
 from ..mask.token_numbers import write
 from . import arithmetic
 from .arithmetic import flush, left_digits, on_unit, pinned, right_on_grid, slices
-from .block_logits import Options, Problem, columns, dots, key_operand, scale_of, scaled_query
+from .bias_gradient import BiasSums
+from .block_logits import (
+    Options,
+    Problem,
+    columns,
+    dots,
+    key_operand,
+    may_attend,
+    scale_of,
+    scaled_query,
+)
 from .elementary import exp
 from .forward import Rows, kept_normaliser
 from .gradient_exponents import Anchors, Exponents, exponents_of_keys
-from .heads import first_head, map_heads
+from .heads import first_head, fold_heads
 from .kv_replicas import SharedHeads
 from .token_blocks import Blocks, Operand, in_both, write_head
+
+# A sequence, and the first of some query heads.
+Place = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -81,8 +94,8 @@ class Head:
 
     def weights(
         self, g: Any, queries: Tokens, keys: Tokens, belongs: Array | None
-    ) -> tuple[Array, Array]:
-        """`ds` and the `w` of dv, `[s, t]`."""
+    ) -> tuple[Array, Array, Array]:
+        """`ds`, the `w` of dv, and what `of_bias` takes: `ds` before the slope; `[s, t]`."""
         problem = self.problem(g)
         z, slope = problem.logits(queries, keys)
         if belongs is not None:
@@ -101,39 +114,58 @@ class Head:
             kept = problem.kept(
                 pinned(p * kept_normaliser(problem.spec, normaliser)), queries, keys
             )
-        ds = w * (dp - correction)
+        before_slope = ds = w * (dp - correction)
         if slope is not None:
             ds = pinned(ds) * slope
-        return jnp.where(absent, 0.0, ds), jnp.where(absent, 0.0, kept)
+        return jnp.where(absent, 0.0, ds), jnp.where(absent, 0.0, kept), before_slope
+
+    def of_bias(
+        self, g: Any, before_slope: Array, queries: Tokens, keys: Tokens, belongs: Array | None
+    ) -> Array:
+        """The `ds` of a bias, `[s, t]`.
+
+        0 where a pair may not attend, and not where p is 0: a NaN in the row is one of its bias,
+        too, and no anchor brings it back.
+        """
+        spec = self.spec.take_heads(0, g, 1)
+        for counts in (belongs, may_attend(spec, queries, keys)):
+            before_slope = before_slope if counts is None else jnp.where(counts, before_slope, 0.0)
+        return before_slope
 
 
 def gradients_of_all_keys(
-    options: Options, spec: Spec, kv_heads: int, query: Array, *operands: Any
-) -> tuple[Array, Array, Array]:
+    options: Options, spec: Spec, kv_heads: int, bias: BiasSums | None, query: Array, *operands: Any
+) -> tuple[BiasSums | None, Array, Array, Array]:
     """The gradients of all KV heads, from operands of `gradients` with one axis `B K` more."""
     G = query.shape[1]
 
-    def one(index: Array, *operands: Any) -> tuple[Array, Array, Array]:
-        own = spec.take_heads(*first_head(index, kv_heads, G), G)
-        return gradients(options, own, *operands)
+    def one(bias: BiasSums | None, index: Array, *operands: Any) -> Any:
+        place = first_head(index, kv_heads, G)
+        bias, *of_head = gradients(options, spec.take_heads(*place, G), bias, place, *operands)
+        return bias, tuple(of_head)
 
-    return map_heads(one, query, *operands)
+    bias, of_heads = fold_heads(one, bias, query, *operands)
+    return bias, *of_heads
 
 
 def gradients(
     options: Options,
     spec: Spec,
+    bias: BiasSums | None,
+    place: Place,
     query: Array,
     key: Array,
     value: Array,
     out: Array,
     rows: Rows,
     grad: Array,
-) -> tuple[Array, Array, Array]:
-    """`dq [G, T, H]`, `dk [S, H]` and `dv [S, V]` in float32.
+) -> tuple[BiasSums | None, Array, Array, Array]:
+    """The sums of bias, `dq [G, T, H]`, `dk [S, H]` and `dv [S, V]` in float32.
 
     Args:
       spec: of one sequence and G heads.
+      bias: the sums of the heads before this one; None where nobody asks for them.
+      place: the sequence, and the first query head, in the bias.
       query, key, value: `[G, T, H]`, `[S, H]`, `[S, V]`.
       out, grad: `[G, T, V]`, the float32 output and its gradient.
       rows: of the forward pass, `[G, T]`.
@@ -144,7 +176,8 @@ def gradients(
     exponents = Exponents.of(head.query, of_keys, flush(out), rows.normaliser, head.grad)
     anchors = exponents.anchors(*exponents.maxima(blocks), dropout_bits(spec))
     anchors = shared_anchors(options, anchors)
-    return rounded_gradients(options, spec, rows, anchors, block_sums(head, blocks, anchors))
+    bias, *sums = block_sums(head, blocks, anchors, bias, place)
+    return bias, *rounded_gradients(options, spec, rows, anchors, tuple(sums))
 
 
 def dropout_bits(spec: Spec) -> int:
@@ -158,22 +191,32 @@ def shared_anchors(options: Options, anchors: Anchors) -> Anchors:
     return anchors._replace(key=shared.max(anchors.key), value=shared.max(anchors.value))
 
 
-def block_sums(head: Head, blocks: Blocks, anchors: Anchors) -> tuple[Array, Array, Array]:
-    """Added slices of dq `[2, G, H, T]`, dk `[2, S, H]` and dv `[2, S, V]`."""
+def block_sums(
+    head: Head,
+    blocks: Blocks,
+    anchors: Anchors,
+    bias: BiasSums | None = None,
+    place: Place = (0, 0),
+) -> tuple[BiasSums | None, Array, Array, Array]:
+    """The sums of bias; added slices of dq `[2, G, H, T]`, dk `[2, S, H]` and dv `[2, S, V]`."""
     of_dq, *of_sums = map(Operand.of, (head.key, head.query, head.grad))
     columns_of_keys = of_dq.digits.T
     (G, T, H), (S, V), full = head.query.shape, head.value_on_grid.shape, head.problem(0).full
 
-    def block_of_keys(keys: Tokens, of_keys: Array | None, carry: tuple[Array, ...]):
-        dq, dk, dv = carry
+    def block_of_keys(keys: Tokens, of_keys: Array | None, carry: tuple[Any, ...]):
+        rows, dk, dv = carry
         key_power = keys.slice(of_dq.power, 0)[:, None]
         key_digits = keys.slice(columns_of_keys, 1)
         key_anchors = [keys.slice(x, 0)[:, None] for x in (anchors.key, anchors.value)]
 
-        def block(g: Any, index: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            dq, *sums = carry
+        def block(g: Any, index: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            (bias, dq), *sums = carry
             queries, belongs = blocks.of_queries(index)
-            ds, w = head.weights(g, queries, keys, in_both(of_keys, belongs))
+            belongs = in_both(of_keys, belongs)
+            ds, w, before_slope = head.weights(g, queries, keys, belongs)
+            if bias is not None:
+                of_bias = head.of_bias(g, before_slope, queries, keys, belongs)
+                bias = bias.add(of_bias, place[0], place[1] + g, queries, keys)
             for i, (d, operand) in enumerate(zip((ds, w), of_sums, strict=True)):
                 integers, unit = on_unit(d * operand.powers(g, queries), 1)
                 products = integers @ queries.slice(operand.digits[g], 0)
@@ -182,19 +225,21 @@ def block_sums(head: Head, blocks: Blocks, anchors: Anchors) -> tuple[Array, Arr
             anchor = queries.slice(anchors.query[g], 0)[None]
             part = slices(key_digits @ integers, unit, anchor, axis=0)
             dq = write_head(dq, queries.slice(dq[:, g], 2) + part, g, queries)
-            return dq, *sums
+            return (bias, dq), *sums
 
-        start = (dq, full(2, keys.size, H), full(2, keys.size, V))
-        dq, *parts = blocks.for_queries(keys, block, start)
+        start = (rows, full(2, keys.size, H), full(2, keys.size, V))
+        rows, *parts = blocks.for_queries(keys, block, start)
         # Tokens of the block before this one are among them, with sums of 0.
         added = (keys.slice(x, 1) + part for x, part in zip((dk, dv), parts, strict=True))
-        return dq, *(write(x, part, keys, 1) for x, part in zip((dk, dv), added, strict=True))
+        return rows, *(write(x, part, keys, 1) for x, part in zip((dk, dv), added, strict=True))
 
-    return blocks.for_keys(block_of_keys, (full(2, G, H, T), full(2, S, H), full(2, S, V)))
+    start = ((bias, full(2, G, H, T)), full(2, S, H), full(2, S, V))
+    (bias, dq), dk, dv = blocks.for_keys(block_of_keys, start)
+    return bias, dq, dk, dv
 
 
 def rounded_gradients(
-    options: Options, spec: Spec, rows: Rows, anchors: Anchors, sums: tuple[Array, Array, Array]
+    options: Options, spec: Spec, rows: Rows, anchors: Anchors, sums: tuple[Array, ...]
 ) -> tuple[Array, Array, Array]:
     """The gradients in float32, from sums over all keys, and over the queries of all devices."""
     dq, *of_keys = sums

@@ -76,7 +76,8 @@ def gradients_in_turns(
         def one(index: Array, held: Any, of_query: Array, q: Array, *rest: Any) -> Any:
             k, v, of_key, of_value = held
             head = Head.of(own_heads(spec, index), q, k, v, *rest)
-            return block_sums(head, head.blocks(options), Anchors(of_query, of_key, of_value))
+            _, *sums = block_sums(head, head.blocks(options), Anchors(of_query, of_key, of_value))
+            return tuple(sums)
 
         dq, *of_these_keys = map_heads(one, held, anchors.query, query, out, rows, grad)
         return dq, tuple(of_these_keys)

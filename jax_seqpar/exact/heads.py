@@ -14,6 +14,13 @@ def map_heads(one: Callable[..., Any], *operands: Any) -> Any:
     return jax.lax.map(lambda xs: one(*xs), (jnp.arange(count), *operands))
 
 
+def fold_heads(one: Callable[..., Any], carry: Any, *operands: Any) -> Any:
+    """`carry, result = one(carry, index, *operands of it)`: the last carry, and all the results."""
+    count = jax.tree.leaves(operands)[0].shape[0]
+    indices = jnp.arange(count, dtype=jnp.int32)
+    return jax.lax.scan(lambda carry, xs: one(carry, *xs), carry, (indices, *operands))
+
+
 def heads_first(x: Array) -> Array:
     """`[B, S, K, H]` as `[B K, S, H]`."""
     B, S, K, H = x.shape

@@ -1,0 +1,147 @@
+"""The gradient of a bias: exact sums of ds, whose unit is found while they are added up.
+
+An entry of a bias that has axes of size 1 is added to many logits. Its sum is held as three digits
+of 26 bits below an exponent G, a multiple of 26. Where a block has a larger number than all before
+it, G grows and the digits move down: those of a number lie at fixed places, whatever G is.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..mask import AnyTokens, Tokens
+from ..varying_axes import full_varying, varying_axes
+from .arithmetic import LEAST_EXPONENT, NOT_A_NUMBER, exponent, narrowed, out, pinned, power_of_two
+
+DIGIT_BITS, DIGITS = 26, 3
+LEAST = -(-LEAST_EXPONENT // DIGIT_BITS) * DIGIT_BITS  # G of nothing
+MOST_SUMMANDS = 1 << 27  # of 26 bits, in 53
+
+
+class BiasSums(NamedTuple):
+    """The sum of ds for each entry of a bias, of the queries that an array holds.
+
+    Attributes:
+      exponent: G, int32, of the shape of the bias, with its rows as the array has them.
+      digits: the sums of the digits of ds, one axis of 3 more.
+    """
+
+    exponent: Array
+    digits: Array
+
+    @classmethod
+    def of_nothing(cls, shape: tuple[int, ...], queries: int, operands: Any) -> "BiasSums":
+        """To start a loop with; it varies over the mesh as the operands do.
+
+        Args:
+          shape: of the bias.
+          queries: T of the array.
+        """
+        B, N, T, S = shape
+        shape = (B, N, min(T, queries), S)
+        return cls(
+            full_varying(shape, LEAST, jnp.int32, operands),
+            full_varying((DIGITS, *shape), 0, jnp.float64, operands),
+        )
+
+    def add(self, ds: Array, b: Any, n: Any, queries: Tokens, keys: Tokens) -> "BiasSums":
+        """The sums with the ds `[s, t]` of one block.
+
+        Args:
+          b, n: the sequence and the query head.
+          queries, keys: the tokens of the block, counted from the first of the arrays.
+        """
+        ds, shape = ds.T[None, None], self.exponent.shape
+        at = (b, n, queries.start, keys.start)
+        at = (0 if size == 1 else i for size, i in zip(shape, at, strict=True))
+        digit, *start = (jnp.asarray(i, jnp.int32) for i in (0, *at))
+        size = tuple(min(pair) for pair in zip(shape, ds.shape, strict=True))
+        own = BiasSums(
+            jax.lax.dynamic_slice(self.exponent, start, size),
+            jax.lax.dynamic_slice(self.digits, (digit, *start), (DIGITS, *size)),
+        )
+        summed = tuple(axis for axis in (2, 3) if size[axis] == 1)
+        own = own.below(jnp.maximum(own.exponent, _multiple(exponent(ds, summed))))
+        parts = _digits(ds, own.exponent).sum([axis + 1 for axis in summed], keepdims=True)
+        return BiasSums(
+            jax.lax.dynamic_update_slice(self.exponent, own.exponent, start),
+            jax.lax.dynamic_update_slice(self.digits, own.digits + parts, (digit, *start)),
+        )
+
+    def below(self, exponent: Array) -> "BiasSums":
+        """The same sums below a G that is no smaller: digits far below it are lost."""
+        places = jnp.clip((exponent - self.exponent) // DIGIT_BITS, 0, DIGITS)
+        padded = jnp.concatenate([jnp.zeros_like(self.digits), self.digits])
+        moved = [padded[DIGITS - n : 2 * DIGITS - n] for n in range(DIGITS + 1)]
+        places = jnp.broadcast_to(places, self.digits.shape)
+        return BiasSums(exponent, jax.lax.select_n(places, *moved))
+
+    def in_sequence(self, held: AnyTokens | None, tokens: int) -> "BiasSums":
+        """The sums of the whole bias, of nothing for the queries of other devices.
+
+        Args:
+          held: the tokens that the array holds; None where it has all.
+          tokens: T of the bias.
+        """
+        if held is None or tokens == 1:
+            return self
+
+        def placed(x: Array, nothing: int) -> Array:
+            whole = full_varying((*x.shape[:-2], tokens, x.shape[-1]), nothing, x.dtype, x)
+            return whole.at[..., held.numbers, :].set(x)
+
+        return BiasSums(placed(self.exponent, LEAST), placed(self.digits, 0))
+
+    def total(self, axes: tuple[str, ...], dtype: Any) -> Array:
+        """The gradient, of all the devices along mesh axes."""
+        met = self.below(jax.lax.pmax(self.exponent, axes)) if axes else self
+        first, second, third = jax.lax.psum(met.digits, axes) if axes else met.digits
+        digit = 2.0**DIGIT_BITS
+        value = pinned(first * digit + second) * digit + third
+        return narrowed(out(value * power_of_two(met.exponent - DIGITS * DIGIT_BITS)), dtype)
+
+
+def axes_to_sum(bias: Array, operands: Any) -> tuple[str, ...]:
+    """The mesh axes whose devices have summands of the same entries: those that the bias is not
+    sharded over, and that something else is."""
+    return tuple(sorted(varying_axes((bias, operands)) - varying_axes(bias)))
+
+
+def check_summands(bias: Any, shape: tuple[int, ...], operands: Any) -> None:
+    """Raises ValueError where the gradient of a bias is no exact sum.
+
+    Args:
+      shape: B, N, T and S of this device.
+      operands: query, key and value.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if manual and not varying_axes(jax.lax.axis_index(manual[0])):
+        raise ValueError(
+            f"exact attention has no gradient for bias {bias.shape} in a jax.shard_map with "
+            f"check_vma=False, where it cannot know which devices share the bias. Write "
+            f"check_vma=True, or jax.lax.stop_gradient(bias)."
+        )
+    devices = math.prod(jax.lax.axis_size(axis) for axis in axes_to_sum(bias, operands))
+    added = [n for n, size in zip(shape, bias.shape, strict=True) if size == 1]
+    if math.prod(added) * devices > MOST_SUMMANDS:
+        raise ValueError(
+            f"exact attention has room for 2^27 logits in the gradient of one entry of a bias, got "
+            f"{math.prod(added)} on {devices} devices. Got bias {bias.shape} of [B, N, T, S] = "
+            f"{shape}. Write jax.lax.stop_gradient(bias)."
+        )
+
+
+def _multiple(e: Array) -> Array:
+    return jnp.where(e == NOT_A_NUMBER, e, -(-e // DIGIT_BITS) * DIGIT_BITS)
+
+
+def _digits(x: Array, exponent: Array) -> Array:
+    """Of x, whose magnitude is below 2^exponent: `[3, ...]`."""
+    y, digits = x * power_of_two(DIGIT_BITS - exponent), []
+    for _ in range(DIGITS):
+        digits.append(jnp.trunc(y))
+        y = (y - digits[-1]) * 2.0**DIGIT_BITS
+    return jnp.stack(digits)
