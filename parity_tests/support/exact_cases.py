@@ -223,7 +223,7 @@ def jax_exact(
     key_chunk: int | None = None,
     **options: Any,
 ) -> Arrays:
-    """Output and gradients on one JAX device."""
+    """Output and gradients on one JAX device, those of a bias, too, as "dbias"."""
     static = tuple((k, x) for k, x in options.items() if not is_array(x))
     arrays = jax.tree.map(jnp.asarray, {k: x for k, x in options.items() if is_array(x)})
     run = _with_gradients(Exact(query_chunk, key_chunk), static)
@@ -236,22 +236,30 @@ def _with_gradients(kernel: Exact, static: tuple[tuple[str, Any], ...]) -> Any:
     """One function for one set of options, so that it is compiled once."""
 
     def run(query, key, value, grad, arrays):
-        def attend(*operands):
-            return kernel(*operands, **keywords_of(**arrays, **dict(static)))
+        bias = {name: arrays[name] for name in ("bias",) if name in arrays}
 
-        out, pull = jax.vjp(attend, query, key, value)
-        return dict(zip(NAMES, (out, *pull(grad)), strict=True))
+        def attend(query, key, value, bias):
+            return kernel(query, key, value, **keywords_of(**(arrays | bias), **dict(static)))
+
+        out, pull = jax.vjp(attend, query, key, value, bias)
+        *gradients, of_bias = pull(grad)
+        of_bias = {f"d{name}": x for name, x in of_bias.items()}
+        return dict(zip(NAMES, (out, *gradients), strict=True)) | of_bias
 
     return run
 
 
 def torch_exact(inputs: Arrays, **options: Any) -> Arrays:
-    """Output and gradients by PyTorch."""
+    """Output and gradients by PyTorch, those of a bias, too, as "dbias"."""
     import torch
 
     query, key, value, grad = map(numpy_to_torch, inputs.values())
     leaves = [x.requires_grad_() for x in (query, key, value)]
     given = {k: jax.tree.map(numpy_to_torch, x) if is_array(x) else x for k, x in options.items()}
-    out = torch_exact_attention(*leaves, **given)
+    names = NAMES
+    if "bias" in given:
+        names = (*NAMES, "dbias")
+        leaves.append(given["bias"].requires_grad_())
+    out = torch_exact_attention(*leaves[:3], **given)
     gradients = torch.autograd.grad(out, leaves, grad)
-    return dict(zip(NAMES, map(torch_to_numpy, (out.detach(), *gradients)), strict=True))
+    return dict(zip(names, map(torch_to_numpy, (out.detach(), *gradients)), strict=True))

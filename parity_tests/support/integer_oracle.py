@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache
 from math import ceil as ceil_of_number
-from math import isqrt
+from math import isqrt, prod
+from math import trunc as trunc_of_number
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -66,6 +67,11 @@ def rint(x: Fraction) -> int:
 @elementwise
 def ceil(x: Fraction) -> int:
     return ceil_of_number(x)
+
+
+@elementwise
+def trunc(x: Fraction) -> int:
+    return trunc_of_number(x)
 
 
 def round_to(x: Fraction, bits: int, finest: int | None = None) -> Fraction:
@@ -472,13 +478,13 @@ def reciprocal(total: int) -> Fraction:
 
 def backward(
     rows: Rows, grad: np.ndarray, saved: Forward, options: Options
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """dq `[M, H]`, dk `[S, H]` and dv `[S, V]`, in float32."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """dq `[M, H]`, dk `[S, H]` and dv `[S, V]`, in float32, and the ds of a bias, `[M, S]`."""
     dp = round64(dot(grad, rows.value) * options.gain) * rows.kept
     pairs = zip(grad[:, None], saved.out[:, None], strict=True)
     d = np.concatenate([dot(grad_i, out_i) for grad_i, out_i in pairs])
     w = round64(saved.weights * saved.reciprocal)
-    ds = round64(w * round64(dp - d))
+    of_bias = ds = round64(w * round64(dp - d))
     if saved.slope is not None:
         ds = round64(ds * saved.slope)
     w_of_value = round64(saved.weights * round64(saved.reciprocal * options.gain)) * rows.kept
@@ -500,7 +506,30 @@ def backward(
     dq = gradient_sum(ds, rows.key, anchor_q, options.block)
     dk = sum_over_queries(ds, rows.query, anchor_k.T, options)
     dv = sum_over_queries(w_of_value, grad, anchor_v.T, options)
-    return round32(round64(dq * options.scale)), round32(dk), round32(dv)
+    return round32(round64(dq * options.scale)), round32(dk), round32(dv), of_bias * rows.allowed
+
+
+def bias_gradient(ds: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """dbias in float32, of a bias of a shape that broadcasts to that of `ds`."""
+    gradient = np.empty(shape, object)
+    assert prod(ds.shape) <= 2**27 * gradient.size
+    for entry in np.ndindex(shape):
+        own = tuple(slice(None) if n == 1 else i for i, n in zip(entry, shape, strict=True))
+        gradient[entry] = round32(sum_of_digits(np.ravel(ds[own])))
+    return gradient
+
+
+def sum_of_digits(ds: np.ndarray) -> Fraction:
+    """Three digits of every number in base 2^26, below G, added up and put together."""
+    G = -(-int(exponents(ds, axis=0)[0]) // 26) * 26
+    total, left = Fraction(0), ds * normal_power(26 - G)
+    for _ in range(3):
+        digits = trunc(left)
+        assert np.all(np.abs(digits) < 2**26)
+        assert np.sum(np.abs(digits)) <= EXACT
+        total = round64(total * 2**26 + np.sum(digits))
+        left = (left - digits) * 2**26
+    return total * normal_power(G - 78)
 
 
 def headroom(gain: Fraction) -> int:
@@ -581,7 +610,7 @@ def attention(
       query: `[B, T, N, H]`, float32, float16 or bfloat16.
       key: `[B, S, K, H]`; query head n reads KV head `n // (N / K)`.
       value: `[B, S, K, V]`.
-      bias: broadcastable to `[B, N, T, S]`.
+      bias: each axis that of `[B, N, T, S]` or 1.
       allowed: boolean, broadcastable to `[B, N, T, S]`: masks of any other kind.
       is_causal, local_window_size: by position.
       query_offset: the position of the first query.
@@ -594,7 +623,8 @@ def attention(
       block: the number of queries and of keys in a block of the backward pass.
 
     Returns:
-      "forward" and, with a gradient, "dq", "dk" and "dv", in the dtype of the query.
+      "forward" and, with a gradient, "dq", "dk" and "dv", in the dtype of the query, and of a bias
+      "dbias", in that of the bias.
     """
     (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
     logits_shape = (B, N, T, S)
@@ -624,6 +654,7 @@ def attention(
     shapes = ((B, T, N, value.shape[3]), query.shape, key.shape, value.shape)
     results = {n: np.empty(s, query.dtype) for n, s in zip(names, shapes, strict=False)}
     groups = N // K
+    of_bias = np.empty(logits_shape, object)
     for batch, head in np.ndindex(B, K):
         readers = slice(head * groups, (head + 1) * groups)
         ours, theirs = (batch, slice(None), readers), (batch, slice(None), head)
@@ -638,13 +669,17 @@ def attention(
             options.scale,
         )
         places_of_results = (ours, ours, theirs, theirs)
-        for name, place, exact in zip(
-            names, places_of_results, one_head(rows, options), strict=False
-        ):
+        found = one_head(rows, options)
+        if grad is not None:
+            *found, ds = found
+            of_bias[batch, readers] = ds.reshape(groups, T, S)
+        for name, place, exact in zip(names, places_of_results, found, strict=False):
             stored = store(exact, query.dtype)
             if place is ours:
                 stored = np.swapaxes(stored.reshape(groups, T, -1), 0, 1)
             results[name][place] = stored
+    if bias is not None and grad is not None:
+        results["dbias"] = store(bias_gradient(of_bias, bias.shape), bias.dtype)
     return results
 
 
@@ -698,7 +733,7 @@ def read_sink(x: Any) -> Fraction | None:
 
 
 def one_head(rows: Rows, options: Options) -> tuple[np.ndarray, ...]:
-    """The output `[M, V]` and, with a gradient, dq, dk and dv, in float32."""
+    """The output `[M, V]` and, with a gradient, dq, dk, dv and the ds of a bias."""
     saved = forward(rows, options)
     if rows.grad is None:
         return (saved.out,)

@@ -47,8 +47,8 @@ def nearest32(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
-def exponent(x: Tensor, dim: int) -> Tensor:
-    """`E` along an axis, which stays, with size 1; infinity stands for "not a number".
+def exponent(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """`E` along one axis or more, which stay, with size 1; infinity stands for "not a number".
 
     Infinity wins a maximum, also one over processes, and every sum, as the definition asks.
     """
@@ -179,6 +179,20 @@ def value(slices: Slices, anchor: Tensor) -> Tensor:
     """The number that slices stand for, rounded once."""
     n1, n2 = slices
     return (n1 + n2 * 2.0**-39) * power(anchor - 31)
+
+
+def sum_of_digits(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The sums `dbias` of ds, before `out`, for a bias of a shape that broadcasts to that of x."""
+    dims = (0, *(dim for dim, size in enumerate((1, *shape)) if size == 1 and dim > 0))
+    y = x[None]
+    G = 26 * torch.ceil(exponent(y, dims) / 26)
+    y = y * power(26 - G)
+    total = torch.zeros_like(G)
+    for _ in range(3):
+        d = torch.trunc(y)
+        total = total * 2.0**26 + d.sum(dims, keepdim=True)
+        y = (y - d) * 2.0**26
+    return (total * power(G - 78))[0]
 
 
 def exp(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dropout import given_keys
 from ..masks import Positions, Window, attends, places
-from .arithmetic import flush, narrow, nearest32
+from .arithmetic import flush, narrow, nearest32, out, sum_of_digits
 from .attention_head import Beside, Options, backward, by_kv_head, by_token, forward, heads
 
 # Below here the sum of the weights, up to 2^41 each, is below 2^63, with a sink.
@@ -22,6 +22,8 @@ TOO_MANY_TOKENS = 2**21
 # Where the table of the specification ends: a dot product, and the blocks of a sum of gradients.
 MOST_CHANNELS = 512
 MOST_HEADS = 4096
+# Digits of 26 bits in 53: the ds of one entry of a bias.
+MOST_SUMMANDS = 2**27
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,7 +60,7 @@ def exact_attention(
       query: `[B, T, N, H]`, float32, bfloat16 or float16.
       key: `[B, S, K, H]`; K divides N and query head n reads KV head `n // (N / K)`.
       value: `[B, S, K, V]`.
-      bias: added to the logits, broadcastable to `[B, N, T, S]`; it gets no gradient.
+      bias: added to the logits, broadcastable to `[B, N, T, S]`.
       mask: boolean, True attends, broadcastable to `[B, N, T, S]`.
       scale: of the logits, as the nearest float32; `1 / sqrt(H)` if None.
       is_causal: a query attends to the keys at positions up to its own.
@@ -83,16 +85,17 @@ def exact_attention(
         the copies up.
 
     Returns:
-      `[B, T, N, V]` of the query's dtype. Differentiable once, in query, key and value.
+      `[B, T, N, V]` of the query's dtype. Differentiable once, in query, key, value and bias.
 
     Raises:
-      ValueError: dtypes or shapes that do not fit, a bias, slopes or sinks that want a gradient, or
-        2^21 keys, or as many rows of one KV head: queries, times the query heads that read it on
-        every rank. Also as `masks.attends` and `dropout.given_keys`.
+      ValueError: dtypes or shapes that do not fit, slopes or sinks that want a gradient, a bias
+        that wants one of more than 2^27 logits or on several ranks, or 2^21 keys, or as many rows
+        of one KV head: queries, times the query heads that read it on every rank. Also as
+        `masks.attends` and `dropout.given_keys`.
     """
     _check(query, key, value, logits_soft_cap)
     (B, T, N, H), S = query.shape, key.shape[1]
-    _check_constant("bias", bias)
+    _check_bias(bias, (B, N, T, S), shared_by)
     for name, x in {"alibi_slopes": alibi_slopes, "sinks": sinks}.items():
         _check_constant(name, x, (N,))
     _check_length(query, key, shared_by)
@@ -136,7 +139,7 @@ class _ExactAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, options, *beside):
         ctx.options = options
         if _is_empty(query, key, value):
-            ctx.save_for_backward(query, key, value)
+            ctx.save_for_backward(query, key, value, beside[0])
             return query.new_zeros(*query.shape[:3], value.shape[3])
         rows = [forward(head, options) for head in heads(query, key, value, Beside(*beside))]
         # Saved before its rounding to 16 bits: D_i is of this.
@@ -148,22 +151,34 @@ class _ExactAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, /, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         options = ctx.options
-        others = [None] * (1 + len(Beside._fields))
+        others: list[Tensor | None] = [None] * (1 + len(Beside._fields))
+        wants_bias = ctx.needs_input_grad[4]
         query, key, value, *saved = ctx.saved_tensors
         if _is_empty(query, key, value):
+            others[1] = torch.zeros_like(saved[0]) if wants_bias else None
             return *(torch.zeros_like(x) for x in (query, key, value)), *others
         out32, *beside = saved
         do, o = (by_kv_head(x, key) for x in (*grad_outputs, out32))
         each = zip(heads(query, key, value, Beside(*beside)), do, o, strict=True)
-        grads = [backward(*x, options) for x in each]
+        *grads, of_bias = zip(*(backward(*x, options, wants_bias) for x in each), strict=True)
         dq, dk, dv = (
             narrow(by_token(torch.stack(x), like), like.dtype)
-            for x, like in zip(zip(*grads, strict=True), (query, key, value), strict=True)
+            for x, like in zip(grads, (query, key, value), strict=True)
         )
+        if wants_bias:
+            others[1] = _bias_gradient(torch.stack(of_bias), beside[0], query)
         shared_by = options.shared_by
         if shared_by is not None and dist.get_rank(shared_by) != 0:
             dk, dv = map(torch.zeros_like, (dk, dv))
         return dq, dk, dv, *others
+
+
+def _bias_gradient(ds: Tensor, bias: Tensor, query: Tensor) -> Tensor:
+    """The gradient of a bias, from the ds `[B * K, R, S]` of every head."""
+    B, T, N, _ = query.shape
+    ds = ds.reshape(B, N, T, ds.shape[-1])
+    shape = (1,) * (4 - bias.ndim) + bias.shape
+    return narrow(out(sum_of_digits(ds, shape)), bias.dtype).reshape(bias.shape)
 
 
 def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -213,15 +228,41 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cap: float | None) -> None
         )
 
 
-def _check_constant(name: str, x: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
-    """What is added to the logits: of a dtype that float32 holds, and without a gradient."""
-    if x is None:
-        return
+def _check_dtype(name: str, x: Tensor) -> None:
+    """What is added to the logits is of a dtype that float32 holds."""
     if x.dtype not in DTYPES:
         raise ValueError(
             f"{name} must be float32, bfloat16 or float16, got {x.dtype}. Write {name}.float()."
         )
-    if shape is not None and x.shape != shape:
+
+
+def _check_bias(bias: Tensor | None, shape: tuple[int, ...], shared_by: Any) -> None:
+    """A bias, and whether its gradient is one sum of this rank."""
+    if bias is None:
+        return
+    _check_dtype("bias", bias)
+    if not bias.requires_grad:
+        return
+    if shared_by is not None:
+        raise ValueError(
+            f"bias {tuple(bias.shape)} has no gradient where ranks share KV heads: its sum over "
+            f"them would round. Write bias.detach()."
+        )
+    full = (1,) * (4 - bias.ndim) + bias.shape
+    summands = math.prod(n for n, size in zip(shape, full, strict=True) if size == 1)
+    if summands > MOST_SUMMANDS:
+        raise ValueError(
+            f"Exact sums have room for 2^27 logits in the gradient of one entry of a bias. Got "
+            f"{summands} of bias {tuple(bias.shape)}. Write bias.detach()."
+        )
+
+
+def _check_constant(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    """What is added to the logits of each head, without a gradient."""
+    if x is None:
+        return
+    _check_dtype(name, x)
+    if x.shape != shape:
         raise ValueError(
             f"{name} must be [N], one for each of {shape[0]} query heads. Got {tuple(x.shape)}. "
             f"Write {name}.expand({shape[0]}) for one value."

@@ -48,7 +48,7 @@ class Options(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """Tensors without a gradient, broadcastable to `[B, N, T, S]`; the last axis of rng is 2."""
+    """What else a logit is made of, broadcastable to `[B, N, T, S]`; the last axis of rng is 2."""
 
     bias: Tensor | None
     allowed: Tensor | None
@@ -120,24 +120,30 @@ def forward(head: Head, options: Options) -> Tensor:
     return torch.cat(blocks)
 
 
-def backward(head: Head, do: Tensor, o: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """`dq` `[R, H]`, `dk` `[S, H]` and `dv` `[S, V]`, in float32."""
+def backward(
+    head: Head, do: Tensor, o: Tensor, options: Options, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`dq` `[R, H]`, `dk` `[S, H]` and `dv` `[S, V]`, in float32, and the ds of a bias `[R, S]`."""
     scale, shared_by = options.scale, options.shared_by
     q, do, o = head.rows.q * scale, flush(do), flush(o)
     A = _anchors(head, q, do, o, options)
-    dq, of_keys, of_values = [], [], []
+    dq, of_keys, of_values, of_bias = [], [], [], []
     for rows in _blocks_of_queries(head):
-        w, ds, has_key = _weights_of_sums(_part(head, rows), do[rows], o[rows], options)
+        w, ds, before_slope, has_key = _weights_of_sums(
+            _part(head, rows), do[rows], o[rows], options
+        )
         sums = value(gradient_slices(ds, head.k, A.q[rows]), A.q[rows])
         dq.append(torch.where(has_key, out(sums * scale), 0.0))
         _add(of_keys, gradient_slices(ds.mT, q[rows], A.k))
         _add(of_values, gradient_slices(w.mT, do[rows], A.v))
+        if wants_bias:
+            of_bias.append(before_slope)
     for n in (*of_keys, *of_values):
         if shared_by is not None:
             # Of integers, so exact in any order.
             dist.all_reduce(n, group=shared_by)
     dk, dv = (out(value((n1, n2), a)) for (n1, n2), a in ((of_keys, A.k), (of_values, A.v)))
-    return torch.cat(dq), dk, dv
+    return torch.cat(dq), dk, dv, torch.cat(of_bias) if wants_bias else None
 
 
 def _blocks_of_queries(head: Head) -> Iterator[slice]:
@@ -194,20 +200,19 @@ def _bits_above_1(c: float) -> int:
 
 def _weights_of_sums(
     head: Head, do: Tensor, o: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`w` of dv and `ds`, `[R, S]`, and where there is a key, `[R, 1]`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`w` of dv, `ds`, and that before the slope, `[R, S]`; where there is a key, `[R, 1]`."""
     p, r, slope, has_key, kept = _weights(head, options)
     c = gain(options.rate)
     dp = _where_kept(kept, dot(do, head.v) * c)
     D = dot(do[:, None], o[:, None])[:, 0]
-    ds = p * r * (dp - D)
-    if slope is not None:
-        ds = ds * slope
+    before_slope = p * r * (dp - D)
+    ds = before_slope if slope is None else before_slope * slope
     # A weight that is dropped counts where r is NaN: it makes the gradient of the value NaN, as an
     # anchor that is not a number would.
     w = p * (r * c) if kept is None else torch.where(kept | r.isnan(), p * (r * c), 0.0)
-    w, ds = (torch.where(head.rows.allowed, x, 0.0) for x in (w, ds))
-    return w, ds, has_key
+    w, ds, before_slope = (torch.where(head.rows.allowed, x, 0.0) for x in (w, ds, before_slope))
+    return w, ds, before_slope, has_key
 
 
 def _weights(head: Head, options: Options) -> Weights:
