@@ -144,10 +144,25 @@ def sharded(case, where, kind, strategy=None, **options):
         layout=where.on(kind),
         strategy=strategy or Ulysses(),
         is_causal=case.is_causal,
-        **keywords_of(**options),
     )
-    results = output_and_gradients(attend)(**case.inputs())
-    return dict(zip(NAMES, map(np.asarray, results), strict=True))
+    return gradients_of(attend, case.inputs(), options)
+
+
+def gradients_of(attend, inputs, options):
+    """Output and gradients, those of a bias, too, compiled; options by flat names."""
+    bias = {name: jnp.asarray(options[name]) for name in ("bias",) if name in options}
+
+    @jax.jit
+    def run(query, key, value, grad, bias):
+        def function(query, key, value, bias):
+            return attend(query, key, value, **keywords_of(**(options | bias)))
+
+        out, pull = jax.vjp(function, query, key, value, bias)
+        *gradients, of_bias = pull(grad)
+        return out, *gradients, *of_bias.values()
+
+    names = (*NAMES, *(f"d{name}" for name in bias))
+    return dict(zip(names, map(np.asarray, run(**inputs, bias=bias)), strict=True))
 
 
 # Every mesh, the strategies in turns, where KV heads are shared. Where they are not, there is less
@@ -249,22 +264,16 @@ def test_all_at_once_on_a_mesh(heads, where, kind, by_positions, head_chunks):
     rng = jax.random.wrap_key_data(arrays.pop("dropout_rng"))
     assert np.array_equal(jax.random.key_data(rng), options["dropout_rng"])
 
-    @jax.jit
-    def run(query, key, value, grad, rng, arrays):
-        attend = partial(
-            dot_product_attention,
-            kernel=exact_attention,
-            layout=where.on(kind),
-            strategy=Ulysses(head_chunks, overlap=where is not ONE_AXIS[2]),
-            **keywords_of(**arrays, **static, dropout_rng=rng),
-        )
-        out, pull = jax.vjp(attend, query, key, value)
-        return (out, *pull(grad))
-
+    attend = partial(
+        dot_product_attention,
+        kernel=exact_attention,
+        layout=where.on(kind),
+        strategy=Ulysses(head_chunks, overlap=where is not ONE_AXIS[2]),
+    )
     inputs = case.inputs()
+    arrays = jax.tree.map(jnp.asarray, arrays)
     with blocks_of(5):
-        results = run(*inputs.values(), rng, jax.tree.map(jnp.asarray, arrays))
-        ours = dict(zip(NAMES, map(np.asarray, results), strict=True))
+        ours = gradients_of(attend, inputs, {**arrays, **static, "dropout_rng": rng})
         check_equal(ours, torch_exact(inputs, **options))
 
 
@@ -277,7 +286,8 @@ def test_all_at_once_on_pytorch_ranks():
     inputs, options = case.inputs(), case.all_at_once(by_positions=False)
     ranks = run_ranks(exact_on_ranks, 2, 2, inputs, options)
     ours = (torch.cat(parts, dim=1).numpy() for parts in zip(*ranks, strict=True))
-    check_equal(dict(zip(NAMES, ours, strict=True)), torch_exact(inputs, **options))
+    alone = torch_exact(inputs, **options)
+    check_equal(dict(zip(NAMES, ours, strict=True)), {name: alone[name] for name in NAMES})
 
 
 def test_keys_of_heads_under_vmap():
@@ -584,24 +594,6 @@ def test_memory_is_linear_in_the_tokens():
     assert whole < 8192 * 8192 * 4, "less than one matrix of weights"
 
 
-def test_a_gradient_for_bias_is_refused():
-    inputs = CASE.inputs()
-    operands = [jnp.asarray(inputs[name]) for name in ("query", "key", "value")]
-    bias = jnp.zeros((1, 1, T, S))
-
-    def loss(bias):
-        return exact_attention(*operands, bias=bias).sum()
-
-    message = r"no gradient for bias. Write jax\.lax\.stop_gradient\(bias\)"
-    for differentiate in (jax.grad(loss), jax.jit(jax.grad(loss))):
-        with pytest.raises(ValueError, match=message):
-            differentiate(bias)
-    # Refusals come while a function is traced, so these need not be compiled.
-    jax.eval_shape(jax.grad(lambda b: loss(jax.lax.stop_gradient(b))), bias)
-    query_only = jax.grad(lambda q: exact_attention(q, *operands[1:], bias=bias).sum())
-    jax.eval_shape(query_only, operands[0])
-
-
 def test_derivatives_that_it_does_not_have_are_refused():
     query, key, value, grad = map(jnp.asarray, CASE.inputs().values())
 
@@ -616,15 +608,6 @@ def test_derivatives_that_it_does_not_have_are_refused():
             second(query)
     with pytest.raises(TypeError, match=r"forward-mode .* custom_vjp"):
         jax.jvp(loss, (query,), (query,))
-
-
-def test_bias_is_refused_a_gradient_where_nothing_is_to_attend():
-    empty = jnp.zeros((1, 0, 1, 4))
-    query = jnp.zeros((1, 3, 1, 4))
-    with pytest.raises(ValueError, match="no gradient for bias"):
-        jax.grad(lambda bias: exact_attention(query, empty, empty, bias=bias).sum())(
-            jnp.zeros((1, 1, 3, 1))
-        )
 
 
 def test_the_flag_of_the_user_is_left_alone():

@@ -450,7 +450,7 @@ TORCH_MUTATIONS = {
     "D of the rounded output": (
         *(in_bfloat16, {}),
         *(torch_attention, "backward"),
-        lambda head, do, o, options: exact_head.backward(head, do, o.bfloat16().float(), options),
+        lambda head, do, o, *rest: exact_head.backward(head, do, o.bfloat16().float(), *rest),
     ),
     "dropped weights left out of L": (
         *cross("dropout"),

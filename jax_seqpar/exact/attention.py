@@ -129,7 +129,7 @@ class Exact(Kernel):
         check(query, key, value.shape[3], added, sharing, 1 if turns is None else turns.degree)
         bias = added.pop("bias", None)
         if turns is not None and bias is not None:
-            bias = undifferentiated(partial(no_bias_gradient_in_turns, bias.shape), bias)
+            bias = undifferentiated(partial(no_bias_gradient_in_turns, turns.degree), bias)
         constants = {
             name: undifferentiated(partial(no_gradient, name), x) for name, x in added.items()
         }

@@ -95,7 +95,7 @@ class BiasSums(NamedTuple):
 
         return BiasSums(placed(self.exponent, LEAST), placed(self.digits, 0))
 
-    def total(self, axes: tuple[str, ...], dtype: Any) -> Array:
+    def total(self, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
         """The gradient, of all the devices along mesh axes."""
         met = self.below(jax.lax.pmax(self.exponent, axes)) if axes else self
         first, second, third = jax.lax.psum(met.digits, axes) if axes else met.digits

@@ -26,11 +26,11 @@ def no_gradient(name: str) -> ValueError:
     )
 
 
-def no_bias_gradient_in_turns(shape: tuple[int, ...]) -> ValueError:
+def no_bias_gradient_in_turns(degree: int) -> ValueError:
     """Error for the gradient of a bias where keys are visited in turns."""
     return ValueError(
-        f"exact attention has no gradient for bias {shape} where keys go round a ring. Write "
-        f"strategy=jax_seqpar.Ulysses(), or jax.lax.stop_gradient(bias)."
+        f"exact attention has no gradient for bias where keys go round a ring of {degree} devices. "
+        f"Write strategy=jax_seqpar.Ulysses(), or jax.lax.stop_gradient(bias)."
     )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._checks import axis_size, check_flag, divisors
+from ..exact.undefined_derivatives import undifferentiated
 from ..kernels import Kernel, Residual, blockwise_attention
 from ..mask import Spec
 from ..mask.array_fields import Axes as ArrayAxes
@@ -76,6 +77,8 @@ class Ulysses:
         spec = spec.map(
             partial(_own_heads, plan=plan, heads=heads, axis_name=axis_name, kernel=kernel)
         )
+        if self.head_chunks > 1 and kernel.sums_exactly:
+            spec = _with_bias_of_heads(spec, self.head_chunks)
         local = kernel.sharing(((axis_name, plan.copies),))
         query = plan.pad_queries(query, 2)  # [B, s, P heads, H], of this device's s tokens
         key, value = plan.spread_keys(key), plan.spread_keys(value)  # [B, s, P kv_heads, ...]
@@ -169,6 +172,25 @@ def _own_heads(
         return x
     start = jax.lax.axis_index(axis_name) * heads
     return _slice(_padded(x, axes, plan, kernel, axis), axis, start, heads)
+
+
+def _with_bias_of_heads(spec: Spec, chunks: int) -> Spec:
+    """The Spec, whose bias has no gradient where heads of several chunks share it.
+
+    Each chunk is a call of the kernel, and JAX adds up what the calls give, with roundings.
+    """
+    bias = spec.logits.bias
+    if bias is None or bias.shape[1] > 1:
+        return spec
+
+    def refusal() -> ValueError:
+        return ValueError(
+            f"head_chunks = {chunks} would round the gradient of bias {bias.shape}, which all "
+            f"heads share, in a sum over chunks. Write head_chunks=1, or "
+            f"jax.lax.stop_gradient(bias)."
+        )
+
+    return spec.with_logits(bias=undifferentiated(refusal, bias))
 
 
 def _take_heads(x: Array, axes: ArrayAxes, *, start: Any, size: int) -> Array:
