@@ -16,21 +16,29 @@ from ..mask import AnyTokens, Tokens
 from ..varying_axes import full_varying, varying_axes
 from .arithmetic import LEAST_EXPONENT, NOT_A_NUMBER, exponent, narrowed, out, pinned, power_of_two
 
-DIGIT_BITS, DIGITS = 26, 3
+DIGIT_BITS = 26
 LEAST = -(-LEAST_EXPONENT // DIGIT_BITS) * DIGIT_BITS  # G of nothing
 MOST_SUMMANDS = 1 << 27  # of 26 bits, in 53
 
 
 class BiasSums(NamedTuple):
-    """The sum of ds for each entry of a bias, of the queries that an array holds.
+    """The sum of ds for each entry of a bias, of the queries that an array holds: `[B, N, S, T]`.
+
+    Keys down, as ds lie; rows as the array has them.
 
     Attributes:
-      exponent: G, int32, of the shape of the bias, with its rows as the array has them.
-      digits: the sums of the digits of ds, one axis of 3 more.
+      exponent: G, int32.
+      first, second, third: the sums of the digits of ds.
     """
 
     exponent: Array
-    digits: Array
+    first: Array
+    second: Array
+    third: Array
+
+    @property
+    def digits(self) -> tuple[Array, Array, Array]:
+        return self[1:]
 
     @classmethod
     def of_nothing(cls, shape: tuple[int, ...], queries: int, operands: Any) -> "BiasSums":
@@ -41,11 +49,9 @@ class BiasSums(NamedTuple):
           queries: T of the array.
         """
         B, N, T, S = shape
-        shape = (B, N, min(T, queries), S)
-        return cls(
-            full_varying(shape, LEAST, jnp.int32, operands),
-            full_varying((DIGITS, *shape), 0, jnp.float64, operands),
-        )
+        shape = (B, N, S, min(T, queries))
+        digits = (full_varying(shape, 0, jnp.float64, operands) for _ in range(3))
+        return cls(full_varying(shape, LEAST, jnp.int32, operands), *digits)
 
     def add(self, ds: Array, b: Any, n: Any, queries: Tokens, keys: Tokens) -> "BiasSums":
         """The sums with the ds `[s, t]` of one block.
@@ -54,30 +60,33 @@ class BiasSums(NamedTuple):
           b, n: the sequence and the query head.
           queries, keys: the tokens of the block, counted from the first of the arrays.
         """
-        ds, shape = ds.T[None, None], self.exponent.shape
-        at = (b, n, queries.start, keys.start)
-        at = (0 if size == 1 else i for size, i in zip(shape, at, strict=True))
-        digit, *start = (jnp.asarray(i, jnp.int32) for i in (0, *at))
+        ds, shape = ds[None, None], self.exponent.shape
+        at = zip(shape, (b, n, keys.start, queries.start), strict=True)
+        start = [jnp.asarray(0 if size == 1 else i, jnp.int32) for size, i in at]
         size = tuple(min(pair) for pair in zip(shape, ds.shape, strict=True))
-        own = BiasSums(
-            jax.lax.dynamic_slice(self.exponent, start, size),
-            jax.lax.dynamic_slice(self.digits, (digit, *start), (DIGITS, *size)),
-        )
+        own = BiasSums(*(jax.lax.dynamic_slice(x, start, size) for x in self))
         summed = tuple(axis for axis in (2, 3) if size[axis] == 1)
-        own = own.below(jnp.maximum(own.exponent, _multiple(exponent(ds, summed))))
-        parts = _digits(ds, own.exponent).sum([axis + 1 for axis in summed], keepdims=True)
-        return BiasSums(
-            jax.lax.dynamic_update_slice(self.exponent, own.exponent, start),
-            jax.lax.dynamic_update_slice(self.digits, own.digits + parts, (digit, *start)),
-        )
+        larger = jnp.maximum(own.exponent, _multiple(exponent(ds, summed)))
+        # The condition, true or not, keeps XLA:CPU from a loop that reads one array and writes
+        # another in place, before which it copies them whole: for every block of 256 x 256.
+        grows = (larger > own.exponent).any()
+        own = jax.lax.cond(grows, lambda own: own.below(larger), lambda own: own, own)
+        parts = (x.sum(summed, keepdims=True) for x in _digits(ds, own.exponent))
+        added = (x + part for x, part in zip(own.digits, parts, strict=True))
+        pairs = zip(self, (own.exponent, *added), strict=True)
+        return BiasSums(*(jax.lax.dynamic_update_slice(x, part, start) for x, part in pairs))
 
     def below(self, exponent: Array) -> "BiasSums":
         """The same sums below a G that is no smaller: digits far below it are lost."""
-        places = jnp.clip((exponent - self.exponent) // DIGIT_BITS, 0, DIGITS)
-        padded = jnp.concatenate([jnp.zeros_like(self.digits), self.digits])
-        moved = [padded[DIGITS - n : 2 * DIGITS - n] for n in range(DIGITS + 1)]
-        places = jnp.broadcast_to(places, self.digits.shape)
-        return BiasSums(exponent, jax.lax.select_n(places, *moved))
+        places = jnp.clip((exponent - self.exponent) // DIGIT_BITS, 0, 3)
+        first, second, third = self.digits
+        nothing = jnp.zeros_like(first)
+        return BiasSums(
+            exponent,
+            jax.lax.select_n(places, first, nothing, nothing, nothing),
+            jax.lax.select_n(places, second, first, nothing, nothing),
+            jax.lax.select_n(places, third, second, first, nothing),
+        )
 
     def in_sequence(self, held: AnyTokens | None, tokens: int) -> "BiasSums":
         """The sums of the whole bias, of nothing for the queries of other devices.
@@ -90,18 +99,19 @@ class BiasSums(NamedTuple):
             return self
 
         def placed(x: Array, nothing: int) -> Array:
-            whole = full_varying((*x.shape[:-2], tokens, x.shape[-1]), nothing, x.dtype, x)
-            return whole.at[..., held.numbers, :].set(x)
+            whole = full_varying((*x.shape[:-1], tokens), nothing, x.dtype, x)
+            return whole.at[..., held.numbers].set(x)
 
-        return BiasSums(placed(self.exponent, LEAST), placed(self.digits, 0))
+        return BiasSums(placed(self.exponent, LEAST), *(placed(x, 0) for x in self.digits))
 
     def total(self, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
-        """The gradient, of all the devices along mesh axes."""
+        """The gradient `[B, N, T, S]`, of all the devices along mesh axes."""
         met = self.below(jax.lax.pmax(self.exponent, axes)) if axes else self
         first, second, third = jax.lax.psum(met.digits, axes) if axes else met.digits
         digit = 2.0**DIGIT_BITS
         value = pinned(first * digit + second) * digit + third
-        return narrowed(out(value * power_of_two(met.exponent - DIGITS * DIGIT_BITS)), dtype)
+        value = value * power_of_two(met.exponent - 3 * DIGIT_BITS)
+        return narrowed(out(value), dtype).swapaxes(2, 3)
 
 
 def axes_to_sum(bias: Array, operands: Any) -> tuple[str, ...]:
@@ -138,10 +148,9 @@ def _multiple(e: Array) -> Array:
     return jnp.where(e == NOT_A_NUMBER, e, -(-e // DIGIT_BITS) * DIGIT_BITS)
 
 
-def _digits(x: Array, exponent: Array) -> Array:
-    """Of x, whose magnitude is below 2^exponent: `[3, ...]`."""
-    y, digits = x * power_of_two(DIGIT_BITS - exponent), []
-    for _ in range(DIGITS):
-        digits.append(jnp.trunc(y))
-        y = (y - digits[-1]) * 2.0**DIGIT_BITS
-    return jnp.stack(digits)
+def _digits(x: Array, exponent: Array) -> tuple[Array, Array, Array]:
+    """Of x, whose magnitude is below 2^exponent, with its sign."""
+    first = x * power_of_two(DIGIT_BITS - exponent)
+    second = (first - jnp.trunc(first)) * 2.0**DIGIT_BITS
+    third = (second - jnp.trunc(second)) * 2.0**DIGIT_BITS
+    return jnp.trunc(first), jnp.trunc(second), jnp.trunc(third)
