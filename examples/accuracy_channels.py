@@ -80,7 +80,7 @@ def ratios(kind: str, times: float, case: Case, seed: int) -> dict[str, list[flo
     return found
 
 
-def main(tokens: int = 1024, seeds: int = 3) -> None:
+def main(tokens: int = 512, seeds: int = 3) -> None:
     """Prints the table."""
     case = Case(batch=1, tokens=tokens, heads=4, kv_heads=2, head_dim=64)
     table = Table("channel of", "times", "channels", *RESULTS)
