@@ -12,14 +12,14 @@ class ChannelScales(NamedTuple):
     `kernel(query * s.query, key * s.key, value * s.value) * s.out` is the same attention.
 
     Attributes:
-      query, key: `[N, H]` and `[K, H]`; their products are 1.
-      value, out: `[K, V]` and `[N, V]`, likewise.
+      query, key: of the N query heads and the K KV heads; the products of both are 1.
+      value, out: likewise.
     """
 
-    query: Float[Array, "N H"]
-    key: Float[Array, "K H"]
-    value: Float[Array, "K V"]
-    out: Float[Array, "N V"]
+    query: Float[Array, "1 1 N H"]
+    key: Float[Array, "1 1 K H"]
+    value: Float[Array, "1 1 K V"]
+    out: Float[Array, "1 1 N V"]
 
 
 def channel_scales(
@@ -36,15 +36,14 @@ def channel_scales(
       query, key, value: activations of the layer, floating point.
     """
     group, kv_heads = query.shape[2] // key.shape[2], key.shape[2]
-    of_query, of_key, of_value = (
+    squares = (
         jnp.square(x.astype(jnp.float32)).reshape(-1, kv_heads, x.shape[2] // kv_heads, x.shape[3])
         for x in (query, key, value)
     )
-    ratio = of_key.mean((0, 2)) / of_query.mean((0, 2))
-    of_query = _power_of_two(ratio, 4)
-    of_value = _power_of_two(of_value.mean((0, 2)), 4)
+    of_query, of_key, of_value = (x.mean((0, 2))[None, None] for x in squares)
+    of_query, of_out = _power_of_two(of_key / of_query, 4), _power_of_two(of_value, 4)
     return ChannelScales(
-        jnp.repeat(of_query, group, 0), 1 / of_query, 1 / of_value, jnp.repeat(of_value, group, 0)
+        jnp.repeat(of_query, group, 2), 1 / of_query, 1 / of_out, jnp.repeat(of_out, group, 2)
     )
 
 
