@@ -29,7 +29,7 @@ from .heads import first_head, fold_heads
 from .kv_replicas import SharedHeads
 from .token_blocks import Blocks, Operand, in_both, write_head
 
-# A sequence, and the first of some query heads.
+# Numbers of a sequence and of a query head.
 Place = tuple[Any, Any]
 
 
@@ -43,6 +43,7 @@ class Head:
       query_digits, grad_digits: `[G, H, 2, T]`, `[G, V, 2, T]`, left operands.
       key_on_grid, value_on_grid: `[S, H]`, `[S, V]`, right operands.
       correction: D, `[G, T]`.
+      place: the sequence, and the first of the query heads, in a bias.
     """
 
     spec: Spec
@@ -55,6 +56,7 @@ class Head:
     value_on_grid: Array
     rows: Rows
     correction: Array
+    place: Place
 
     @classmethod
     def of(
@@ -66,6 +68,7 @@ class Head:
         out: Array,
         rows: Rows,
         grad: Array,
+        place: Place = (0, 0),
     ) -> "Head":
         """Of operands as `gradients` takes them."""
         query, grad = scaled_query(spec, query), flush(grad)
@@ -82,6 +85,7 @@ class Head:
             right_on_grid(flush(value)),
             rows,
             correction=pinned(high + low),
+            place=place,
         )
 
     def blocks(self, options: Options) -> Blocks:
@@ -95,7 +99,7 @@ class Head:
     def weights(
         self, g: Any, queries: Tokens, keys: Tokens, belongs: Array | None
     ) -> tuple[Array, Array, Array]:
-        """`ds`, the `w` of dv, and what `of_bias` takes: `ds` before the slope; `[s, t]`."""
+        """`ds`, the `w` of dv, and `ds` before the slope, as `add_to_bias` takes it; `[s, t]`."""
         problem = self.problem(g)
         z, slope = problem.logits(queries, keys)
         if belongs is not None:
@@ -119,18 +123,25 @@ class Head:
             ds = pinned(ds) * slope
         return jnp.where(absent, 0.0, ds), jnp.where(absent, 0.0, kept), before_slope
 
-    def of_bias(
-        self, g: Any, before_slope: Array, queries: Tokens, keys: Tokens, belongs: Array | None
-    ) -> Array:
-        """The `ds` of a bias, `[s, t]`.
+    def add_to_bias(
+        self,
+        bias: BiasSums,
+        g: Any,
+        before_slope: Array,
+        queries: Tokens,
+        keys: Tokens,
+        belongs: Array | None,
+    ) -> BiasSums:
+        """The sums of a bias with the `ds` `[s, t]` of one block.
 
-        0 where a pair may not attend, and not where p is 0: a NaN in the row is one of its bias,
-        too, and no anchor brings it back.
+        `ds` is set to 0 where a pair may not attend, and not where p is 0: a NaN in the row is one
+        of its bias, too, and no anchor brings it back.
         """
-        spec = self.spec.take_heads(0, g, 1)
+        spec, (b, n) = self.spec.take_heads(0, g, 1), self.place
+        ds = before_slope
         for counts in (belongs, may_attend(spec, queries, keys)):
-            before_slope = before_slope if counts is None else jnp.where(counts, before_slope, 0.0)
-        return before_slope
+            ds = ds if counts is None else jnp.where(counts, ds, 0.0)
+        return bias.add(ds, b, n + g, queries, keys)
 
 
 def gradients_of_all_keys(
@@ -170,13 +181,13 @@ def gradients(
       out, grad: `[G, T, V]`, the float32 output and its gradient.
       rows: of the forward pass, `[G, T]`.
     """
-    head = Head.of(spec, query, key, value, out, rows, grad)
+    head = Head.of(spec, query, key, value, out, rows, grad, place)
     blocks = head.blocks(options)
     of_keys = exponents_of_keys(*map(flush, (key, value)))
     exponents = Exponents.of(head.query, of_keys, flush(out), rows.normaliser, head.grad)
     anchors = exponents.anchors(*exponents.maxima(blocks), dropout_bits(spec))
     anchors = shared_anchors(options, anchors)
-    bias, *sums = block_sums(head, blocks, anchors, bias, place)
+    bias, *sums = block_sums(head, blocks, anchors, bias)
     return bias, *rounded_gradients(options, spec, rows, anchors, tuple(sums))
 
 
@@ -192,11 +203,7 @@ def shared_anchors(options: Options, anchors: Anchors) -> Anchors:
 
 
 def block_sums(
-    head: Head,
-    blocks: Blocks,
-    anchors: Anchors,
-    bias: BiasSums | None = None,
-    place: Place = (0, 0),
+    head: Head, blocks: Blocks, anchors: Anchors, bias: BiasSums | None = None
 ) -> tuple[BiasSums | None, Array, Array, Array]:
     """The sums of bias; added slices of dq `[2, G, H, T]`, dk `[2, S, H]` and dv `[2, S, V]`."""
     of_dq, *of_sums = map(Operand.of, (head.key, head.query, head.grad))
@@ -215,8 +222,7 @@ def block_sums(
             belongs = in_both(of_keys, belongs)
             ds, w, before_slope = head.weights(g, queries, keys, belongs)
             if bias is not None:
-                of_bias = head.of_bias(g, before_slope, queries, keys, belongs)
-                bias = bias.add(of_bias, place[0], place[1] + g, queries, keys)
+                bias = head.add_to_bias(bias, g, before_slope, queries, keys, belongs)
             for i, (d, operand) in enumerate(zip((ds, w), of_sums, strict=True)):
                 integers, unit = on_unit(d * operand.powers(g, queries), 1)
                 products = integers @ queries.slice(operand.digits[g], 0)
