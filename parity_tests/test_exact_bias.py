@@ -70,8 +70,8 @@ def blocks_of_five(monkeypatch):
 
 SHAPES = (
     (B, N, T, S),
-    (1, N, T, S),
-    (1, 1, T, S),
+    slow((1, N, T, S)),
+    slow((1, 1, T, S)),
     (B, 1, 1, S),
     slow((1, N, 1, S)),
     slow((B, N, T, 1)),
@@ -118,24 +118,28 @@ def test_the_gradient_of_one_logit_is_its_ds():
     check_equal(alone[:1], shared)
 
 
-# Query heads, KV heads; what they lie on; the strategy.
+# Axes of a bias that are not of size 1. Devices along a mesh axis share the entries of a bias
+# without the axis that they shard.
+ALL_ROWS, KEYS, SEQUENCES = ("N", "T", "S"), ("S",), ("B", "T", "S")
+# Query heads, KV heads; what they lie on; the strategy; the biases.
 ON_MESHES = (
-    ((8, 4), ONE_AXIS[1], Ulysses()),
-    ((8, 4), ONE_AXIS[2], Ulysses()),
-    ((8, 4), ONE_AXIS[2], AllGatherKV()),
-    ((8, 2), ONE_AXIS[4], Ulysses()),
-    ((8, 2), ONE_AXIS[4], AllGatherKV()),
-    slow((6, 3), ONE_AXIS[4], Ulysses()),
-    slow((8, 2), MESHES[2], AllGatherKV()),
-    ((8, 4), MESHES[4], Ulysses()),
-    slow((8, 4), MESHES[6], Hybrid(AllGatherKV(), Ulysses())),
+    slow((8, 4), ONE_AXIS[2], Ulysses(), (ALL_ROWS, KEYS, SEQUENCES)),
+    slow((8, 4), ONE_AXIS[2], AllGatherKV(), (ALL_ROWS, KEYS, SEQUENCES)),
+    ((8, 2), ONE_AXIS[4], Ulysses(), (ALL_ROWS, KEYS)),
+    ((8, 2), ONE_AXIS[4], AllGatherKV(), (KEYS, SEQUENCES)),
+    slow((6, 3), ONE_AXIS[4], Ulysses(), (ALL_ROWS, KEYS, SEQUENCES)),
+    slow((8, 2), MESHES[2], AllGatherKV(), (ALL_ROWS, KEYS, SEQUENCES)),
+    ((8, 4), MESHES[4], Ulysses(), (KEYS,)),
+    slow((8, 4), MESHES[4], Ulysses(), (ALL_ROWS, SEQUENCES)),
+    ((8, 4), MESHES[6], Hybrid(AllGatherKV(), Ulysses()), (KEYS,)),
+    slow((8, 4), MESHES[6], Hybrid(AllGatherKV(), Ulysses()), (ALL_ROWS, SEQUENCES)),
 )
 
 
 @pytest.mark.usefixtures("blocks_of_five")
-@pytest.mark.parametrize(("heads", "where", "strategy"), ON_MESHES, ids=str)
-def test_no_bit_depends_on_the_mesh(heads, where, strategy):
-    """Three biases in one program, each with its own axes that devices share."""
+@pytest.mark.parametrize(("heads", "where", "strategy", "of_axes"), ON_MESHES, ids=str)
+def test_no_bit_depends_on_the_mesh(heads, where, strategy, of_axes):
+    """Biases in one program, each with its own axes that devices share."""
     case = replace(CROSS, T=16, N=heads[0], K=heads[1])
     inputs = inputs_of(case, -60)
     attend = partial(
@@ -145,7 +149,8 @@ def test_no_bit_depends_on_the_mesh(heads, where, strategy):
         strategy=strategy,
         is_causal=True,
     )
-    shapes = ((1, case.N, 16, 16), (1, 1, 1, 16), (2, 1, 16, 16))
+    sizes = {"B": case.B, "N": case.N, "T": 16, "S": 16}
+    shapes = [[n if name in axes else 1 for name, n in sizes.items()] for axes in of_axes]
     biases = [bias_of(*shape) for shape in shapes]
     ours = device_gradients(attend, inputs, biases)
     for bias, own in zip(biases, ours, strict=True):
@@ -154,28 +159,26 @@ def test_no_bit_depends_on_the_mesh(heads, where, strategy):
 
 @pytest.mark.usefixtures("blocks_of_five")
 @pytest.mark.parametrize(
-    ("where", "order", "strategy"),
+    ("where", "order", "strategy", "shape"),
     (
-        (ONE_AXIS[4], Zigzag(), AllGatherKV()),
-        slow(ONE_AXIS[2], Striped(), AllGatherKV()),
-        slow(ONE_AXIS[2], Zigzag(), Ulysses()),
-        slow(MESHES[6], Zigzag(), Hybrid(AllGatherKV(), Ulysses())),
+        (ONE_AXIS[4], Zigzag(), AllGatherKV(), (1, N, 16, 16)),
+        slow(ONE_AXIS[2], Striped(), AllGatherKV(), (1, 1, 16, 1)),
+        slow(ONE_AXIS[2], Zigzag(), Ulysses(), (1, N, 16, 16)),
+        slow(MESHES[6], Zigzag(), Hybrid(AllGatherKV(), Ulysses()), (1, N, 16, 16)),
     ),
     ids=str,
 )
-def test_no_bit_depends_on_the_order_of_the_tokens(where, order, strategy):
+def test_no_bit_depends_on_the_order_of_the_tokens(where, order, strategy, shape):
     """Each device holds blocks from two places or more of the sequence, and tokens that pad it."""
-    case = replace(CROSS, T=16)
-    inputs, biases = inputs_of(case, -60), [bias_of(1, N, 16, 16), bias_of(1, 1, 16, 1)]
+    inputs, bias = inputs_of(replace(CROSS, T=16), -60), bias_of(*shape)
     layout = replace(where.on(), order=order)
     attend = partial(
         dot_product_attention, kernel=Exact(), layout=layout, strategy=strategy, is_causal=True
     )
     dealt = {name: order.reorder(x, 1, where.degree) for name, x in inputs.items()}
-    ours = device_gradients(attend, dealt, [along_tokens(order.reorder, x, where) for x in biases])
-    for bias, own in zip(biases, ours, strict=True):
-        expected = torch_exact(inputs, bias=bias, is_causal=True)["dbias"]
-        check_equal(along_tokens(order.restore, own, where), expected)
+    (ours,) = device_gradients(attend, dealt, [along_tokens(order.reorder, bias, where)])
+    expected = torch_exact(inputs, bias=bias, is_causal=True)["dbias"]
+    check_equal(along_tokens(order.restore, ours, where), expected)
 
 
 def along_tokens(change, bias, where):
@@ -194,7 +197,9 @@ def test_rows_in_another_place_are_caught(monkeypatch):
 
     monkeypatch.setattr(BiasSums, "in_sequence", from_the_first)
     with pytest.raises(AssertionError, match="elements differ"):
-        test_no_bit_depends_on_the_order_of_the_tokens(ONE_AXIS[2], Contiguous(), AllGatherKV())
+        test_no_bit_depends_on_the_order_of_the_tokens(
+            *(ONE_AXIS[2], Contiguous(), AllGatherKV(), (1, 1, 16, 1))
+        )
 
 
 def device_gradients(attend, inputs, biases):
@@ -234,9 +239,9 @@ def summed(numbers, order, count):
         shape = (1, 1, 1, numbers.shape[2])
         devices = [BiasSums.of_nothing(shape, numbers.shape[1], numbers) for _ in range(count)]
         tokens = Tokens(0, numbers.shape[1]), Tokens(0, numbers.shape[2])
+        add = jax.jit(lambda own, ds, i: own.add(ds, i, 0, *tokens))
         for place, i in enumerate(order):
-            own = devices[place % count]
-            devices[place % count] = own.add(jnp.asarray(numbers[i]).T, i, 0, *tokens)
+            devices[place % count] = add(devices[place % count], numbers[i].T, i)
         largest = jnp.stack([x.exponent for x in devices]).max(0)
         digits = jnp.stack([jnp.stack(x.below(largest).digits) for x in devices]).sum(0)
         return np.asarray(BiasSums(largest, *digits).total((), jnp.dtype(jnp.float32)))
@@ -365,8 +370,9 @@ class Unchecked(Exact):
 
 
 def test_where_the_sum_would_round_it_is_refused():
-    inputs, bias = CROSS.inputs(), jnp.asarray(bias_of(1, 1, T, S))
+    inputs, bias = replace(CROSS, K=N).inputs(), jnp.asarray(bias_of(1, 1, T, S))
     operands = [jnp.asarray(inputs[name]) for name in INPUT_NAMES[:3]]
+    in_groups = replace(MESHES[6], shape=(4, 2)).on()
 
     def loss(bias, **options):
         layout = MeshLayout(mesh=ONE_AXIS[2].mesh())
@@ -378,7 +384,12 @@ def test_where_the_sum_would_round_it_is_refused():
             {"strategy": Ulysses(head_chunks=2), "layout": ONE_AXIS[1].on()},
             r"head_chunks = 2 .*bias \(1, 1, 8, 16\)",
         ),
+        (
+            {"strategy": Hybrid(AllGatherKV(), Ulysses(head_chunks=2)), "layout": in_groups},
+            r"head_chunks = 2 .*bias \(1, 1, 8, 16\)",
+        ),
         ({"strategy": Ring()}, "no gradient for bias where keys go round a ring of 2 devices"),
+        ({"strategy": Hybrid(), "layout": in_groups}, "round a ring of 4 devices"),
         ({"kernel": Unchecked()}, r"bias \(1, 1, 8, 16\) .*check_vma=False"),
     )
     for options, message in refused:
