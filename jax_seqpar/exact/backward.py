@@ -124,23 +124,16 @@ class Head:
         return jnp.where(absent, 0.0, ds), jnp.where(absent, 0.0, kept), before_slope
 
     def add_to_bias(
-        self,
-        bias: BiasSums,
-        g: Any,
-        before_slope: Array,
-        queries: Tokens,
-        keys: Tokens,
-        belongs: Array | None,
+        self, bias: BiasSums, g: Any, before_slope: Array, queries: Tokens, keys: Tokens
     ) -> BiasSums:
         """The sums of a bias with the `ds` `[s, t]` of one block.
 
         `ds` is set to 0 where a pair may not attend, and not where p is 0: a NaN in the row is one
-        of its bias, too, and no anchor brings it back.
+        of its bias, too, and no anchor brings it back. That of a pair of another block is 0, or the
+        NaN that it is there.
         """
-        spec, (b, n) = self.spec.take_heads(0, g, 1), self.place
-        ds = before_slope
-        for counts in (belongs, may_attend(spec, queries, keys)):
-            ds = ds if counts is None else jnp.where(counts, ds, 0.0)
+        allowed, (b, n) = may_attend(self.spec.take_heads(0, g, 1), queries, keys), self.place
+        ds = before_slope if allowed is None else jnp.where(allowed, before_slope, 0.0)
         return bias.add(ds, b, n + g, queries, keys)
 
 
@@ -219,10 +212,9 @@ def block_sums(
         def block(g: Any, index: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             (bias, dq), *sums = carry
             queries, belongs = blocks.of_queries(index)
-            belongs = in_both(of_keys, belongs)
-            ds, w, before_slope = head.weights(g, queries, keys, belongs)
+            ds, w, before_slope = head.weights(g, queries, keys, in_both(of_keys, belongs))
             if bias is not None:
-                bias = head.add_to_bias(bias, g, before_slope, queries, keys, belongs)
+                bias = head.add_to_bias(bias, g, before_slope, queries, keys)
             for i, (d, operand) in enumerate(zip((ds, w), of_sums, strict=True)):
                 integers, unit = on_unit(d * operand.powers(g, queries), 1)
                 products = integers @ queries.slice(operand.digits[g], 0)
