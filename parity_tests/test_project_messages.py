@@ -40,7 +40,7 @@ MADE_OF_OTHERS = {
 NOTHING_TO_NAME = {
     "jax_seqpar/bridge/shared_kernels.py backward": "a second derivative",
     "jax_seqpar/compare/tensor_comparison.py _check_runs": "no tensor",
-    "jax_seqpar/exact/attention.py _no_second_derivative": "a second derivative",
+    "jax_seqpar/exact/undefined_derivatives.py _no_second_derivative": "a second derivative",
     "jax_seqpar/flax/__init__.py <module>": "no Flax",
     "jax_seqpar/flax/attention_fn.py check_makes_instance": "a class for its instance",
     "jax_seqpar/mesh.py find_mesh": "no mesh",
