@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._checks import check_flag, check_platform, got
-from ..mask import Spec, TokenList, Tokens
+from ..mask import Spec, Tokens
 from ..varying_axes import varying_axes
 from .cudnn import compute_capability
 from .dense import dense_rows
 from .kernel import Kernel
+from .parts import Part
 from .softmax_residual import Residual
-from .triton_plan import MOST_CHANNELS, SMALLEST, Plan, make_plan, pad_operands
+from .triton_plan import MOST_CHANNELS, SMALLEST, Plan, make_plan, pad_operands, pad_rows
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Triton(Kernel):
     """`softmax(query . key * scale) . value` on NVIDIA GPUs, in memory linear in the tokens.
 
     Every option but a mask array and a bias; bfloat16, float16 and float32, H and V up to 256, of
-    which a power of two is computed. Any number of tokens, or a part of those of a sequence. The
+    which a power of two is computed. Any number of tokens, or a part of those of a sequence: a run,
+    or a list of their numbers, and so any part of the keys, for a ring. The
     first reverse-mode derivative, with respect to query, key, value, slopes and sinks, each summed
     in one order, so that a run can be had again.
 
@@ -49,6 +51,7 @@ class Triton(Kernel):
     interpret: bool = False
 
     gives_residual = True
+    gives_parts = True
 
     def __post_init__(self) -> None:
         check_flag("interpret", self.interpret)
@@ -74,6 +77,32 @@ class Triton(Kernel):
         value: Float[Array, "B S K V"],
         spec: Spec,
     ) -> tuple[Array, Residual]:
+        return _attend(self._plan(query, key, value, spec), query, key, value, spec)
+
+    def attend_part(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> Part:
+        return _part(self._plan(query, key, value, spec), query, key, value, spec)
+
+    def part_gradients(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+        D: Float[Array, "B T N"],
+        residual: Residual,
+        out_gradient: Float[Array, "B T N V"],
+    ) -> tuple[Array, Array, Array, dict[str, Array]]:
+        plan = self._plan(query, key, value, spec)
+        return _part_gradients(plan, query, key, value, spec, D, residual, out_gradient)
+
+    def _plan(self, query: Array, key: Array, value: Array, spec: Spec) -> Plan:
+        """The plan of a call; raises ValueError for one that the kernel cannot do."""
         reason = self.why_not(query, key, value, spec)
         if reason is not None:
             raise ValueError(
@@ -86,10 +115,7 @@ class Triton(Kernel):
                 f"Triton is a Pallas kernel, which does not state how its output varies over the "
                 f"mesh axes {sorted(axes)}. Write check_vma=False in the jax.shard_map."
             )
-        sizes = self.query_chunk, self.key_chunk
-        return _attend(
-            make_plan(query, key, value, *sizes, self.interpret), query, key, value, spec
-        )
+        return make_plan(query, key, value, self.query_chunk, self.key_chunk, self.interpret)
 
     def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
         platform = self.platform or jax.default_backend()
@@ -101,8 +127,6 @@ class Triton(Kernel):
         for name, x in (("bias", spec.logits.bias), ("mask", spec.mask.array)):
             if x is not None:
                 return f"{name} is not supported by Triton: its kernel reads no T x S array"
-        if any(isinstance(x, TokenList) for x in (spec.held_queries, spec.held_keys)):
-            return "a part of the tokens that is no run is not supported by Triton"
         if query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             return f"dtype {query.dtype} is not supported by Triton, which has 16 bits and float32"
         H, V = query.shape[3], value.shape[3]
@@ -125,6 +149,38 @@ def _attend(
     results: Any = _attention(plan, *pad_operands(plan, query, key, value, spec))
     out, residual = results
     return out[:, :T, :, :V], Residual(*(x[:, :T] for x in residual))
+
+
+# Compiled in an eager call, too, as `_attend` is.
+@partial(jax.jit, static_argnums=0)
+def _part(plan: Plan, query: Array, key: Array, value: Array, spec: Spec) -> Part:
+    T, V = query.shape[1], value.shape[3]
+    results: Any = _forward(plan, jnp.float32, *pad_operands(plan, query, key, value, spec))
+    out, residual = results
+    return Part(out[:, :T, :, :V], Residual(*(x[:, :T] for x in residual)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _part_gradients(
+    plan: Plan,
+    query: Array,
+    key: Array,
+    value: Array,
+    spec: Spec,
+    D: Array,
+    residual: Residual,
+    out_gradient: Array,
+) -> tuple[Array, Array, Array, dict[str, Array]]:
+    from .triton_backward import part_gradients  # as in _forward
+
+    padded = pad_operands(plan, query, key, value, spec)
+    rows = pad_rows(padded[0], padded[2], D, residual, out_gradient)
+    *found, added = part_gradients(plan, jnp.float32, *padded, *rows)
+    dq, dk, dv = (
+        grad[:, : x.shape[1], :, : x.shape[3]]
+        for grad, x in zip(found, (query, key, value), strict=True)
+    )
+    return dq, dk, dv, added
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from ..mask import Spec
+from .parts import residual_products, sinks_gradient
 from .softmax_residual import Residual
 from .triton_blocks import (
     KEY_ROWS,
@@ -34,7 +35,7 @@ class Rows(NamedTuple):
 
     q: Any
     do: Any
-    D: Any  # the sum of gradient times output, less the gradient of the total
+    D: Any  # the sum of gradient times output, less that of the residual
     top: Any
     share: Any  # 1 / divisor
 
@@ -67,26 +68,46 @@ def backward(
         that grows with an offset that the values have in common.
     """
     D = jnp.sum(out_gradient.astype(jnp.float32) * out, axis=-1)
-    # The derivative of the lse by a logit is its weight, that of the total as much times the total.
-    D = D - residual_gradient.total * residual.total
+    D = D - residual_products(residual, residual_gradient)
+    operands = (query, key, value, spec)
+    dq, dk, dv, added = part_gradients(plan, query.dtype, *operands, D, residual, out_gradient)
+    if spec.logits.sinks is not None:
+        added["sinks"] = sinks_gradient(spec.logits.sinks, D, residual)
+    added = {name: x.astype(getattr(spec.logits, name).dtype) for name, x in added.items()}
+    return dq, dk, dv, added
+
+
+def part_gradients(
+    plan: Plan,
+    dtype: Any,
+    query: Array,
+    key: Array,
+    value: Array,
+    spec: Spec,
+    D: Array,
+    residual: Residual,
+    out_gradient: Array,
+) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """The gradients by the keys that are held, which may be a part of those of the rows.
+
+    Args:
+      dtype: of the gradients of query, key and value.
+      D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
+      residual: of whole rows.
+    """
     rows = Rows(query, out_gradient, D, residual.top, 1 / residual.divisor)
-    dq, dslopes = _query_gradients(plan, rows, key, value, spec)
-    dk, dv = _key_gradients(plan, rows, key, value, spec)
-    added, logits = {}, spec.logits
-    if logits.alibi_slopes is not None:
-        added["alibi_slopes"] = dslopes.sum((0, 1)).astype(logits.alibi_slopes.dtype)
-    if logits.sinks is not None:
-        weights = jnp.exp(logits.sinks.astype(jnp.float32)[None, None] - rows.top) * rows.share
-        added["sinks"] = -(weights * D).sum((0, 1)).astype(logits.sinks.dtype)
+    dq, dslopes = _query_gradients(plan, dtype, rows, key, value, spec)
+    dk, dv = _key_gradients(plan, dtype, rows, key, value, spec)
+    added = {} if dslopes is None else {"alibi_slopes": dslopes.sum((0, 1))}
     return dq, dk, dv, added
 
 
 def _query_gradients(
-    plan: Plan, rows: Rows, key: Array, value: Array, spec: Spec
-) -> tuple[Array, Any]:
+    plan: Plan, dtype: Any, rows: Rows, key: Array, value: Array, spec: Spec
+) -> tuple[Array, Array | None]:
     """dq, and what each query adds to the gradient of its head's slope, if there are slopes."""
     query = rows.q
-    results = [(jax.ShapeDtypeStruct(query.shape, query.dtype), QUERY_ROWS)]
+    results = [(jax.ShapeDtypeStruct(query.shape, dtype), QUERY_ROWS)]
     if spec.logits.alibi_slopes is not None:
         results.append((jax.ShapeDtypeStruct(rows.top.shape, jnp.float32), QUERY_ROWS[:3]))
     dq, *dslopes = Grid("queries", plan.dq, query.shape, key.shape).run(
@@ -99,18 +120,18 @@ def _query_gradients(
     return dq, dslopes[0] if dslopes else None
 
 
-def dq_kernel(blocks: Blocks, first: Any, meets: Any, spec: Spec, *refs: Any) -> None:
+def dq_kernel(blocks: Blocks, held: Any, meets: Any, spec: Spec, *refs: Any) -> None:
     """One block of queries of one head; the arguments are references, as `Grid.run` says."""
     *row_refs, k_ref, v_ref = refs[:7]
     dq_ref, *dslope_refs = refs[7:]
-    queries = Block(first[0] + pl.program_id(0) * blocks.queries, blocks.queries)
+    queries = Block.load(held[0], pl.program_id(0) * blocks.queries, blocks.queries)
     own = load_tokens(load_head(spec, 0), "queries", queries)
     rows = Rows(*row_refs).load(slice(None), 0)
 
     def add(j: Array, carry: Any) -> Any:
         dq, dslope = carry
         here = pl.ds(j * blocks.keys, blocks.keys)
-        keys = Block(first[1] + j * blocks.keys, blocks.keys)
+        keys = Block.load(held[1], j * blocks.keys, blocks.keys)
         pair = Pair(load_tokens(own, "keys", keys), queries, keys)
         k, v = k_ref[0, here, 0], v_ref[0, here, 0]
         _, dz, pull = rows.weights(pair, k, v)
@@ -126,19 +147,19 @@ def dq_kernel(blocks: Blocks, first: Any, meets: Any, spec: Spec, *refs: Any) ->
 
 
 def _key_gradients(
-    plan: Plan, rows: Rows, key: Array, value: Array, spec: Spec
+    plan: Plan, dtype: Any, rows: Rows, key: Array, value: Array, spec: Spec
 ) -> tuple[Array, Array]:
     """dk and dv."""
     return Grid("keys", plan.dkv, rows.q.shape, key.shape).run(
         partial(dkv_kernel, plan.dkv),
         spec,
         [*((x, QUERY_ROWS[: x.ndim]) for x in rows), (key, KEY_ROWS), (value, KEY_ROWS)],
-        [(jax.ShapeDtypeStruct(x.shape, x.dtype), KEY_ROWS) for x in (key, value)],
+        [(jax.ShapeDtypeStruct(x.shape, dtype), KEY_ROWS) for x in (key, value)],
         interpret=plan.interpret,
     )
 
 
-def dkv_kernel(blocks: Blocks, first: Any, meets: Any, spec: Spec, *refs: Any) -> None:
+def dkv_kernel(blocks: Blocks, held: Any, meets: Any, spec: Spec, *refs: Any) -> None:
     """One block of keys of one KV head; the arguments are references, as `Grid.run` says.
 
     Keys are the first axis of the logits, as they are of dk and dv. With queries first, Triton
@@ -146,7 +167,7 @@ def dkv_kernel(blocks: Blocks, first: Any, meets: Any, spec: Spec, *refs: Any) -
     of 2, and needs more than 120 s in place of 4 to compile dropout (JAX 0.10.2, for an H100).
     """
     *row_refs, k_ref, v_ref, dk_ref, dv_ref = refs
-    keys = Block(first[1] + pl.program_id(0) * blocks.keys, blocks.keys)
+    keys = Block.load(held[1], pl.program_id(0) * blocks.keys, blocks.keys)
     k, v = k_ref[0, :, 0], v_ref[0, :, 0]
 
     def add_head(head: Array, carry: Any) -> Any:
@@ -155,7 +176,7 @@ def dkv_kernel(blocks: Blocks, first: Any, meets: Any, spec: Spec, *refs: Any) -
         def add(i: Array, carry: Any) -> Any:
             dk, dv = carry
             here = pl.ds(i * blocks.queries, blocks.queries)
-            queries = Block(first[0] + i * blocks.queries, blocks.queries)
+            queries = Block.load(held[0], i * blocks.queries, blocks.queries)
             pair = Pair(load_tokens(own, "queries", queries), queries, keys, keys_first=True)
             rows = Rows(*row_refs).load(here, head)
             p, dz, pull = rows.weights(pair, k, v)

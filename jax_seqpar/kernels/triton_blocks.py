@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Int
 
 from .._checks import Shape
-from ..mask import Spec, Tokens
+from ..mask import AnyTokens, Spec, TokenList, Tokens
 from ..mask.array_fields import Axes
 from ..mask.threefry import keep_counters
 from .triton_plan import Blocks
@@ -28,13 +28,36 @@ LOG2_E = 1.4426950408889634
 PAIRS_AT_ONCE = 1 << 26
 
 
+@dataclass(frozen=True)
 class Block(Tokens):
     """A block of tokens whose part of every per-token array is loaded already.
 
     Triton has pointers where XLA has slices of arrays. With this one difference `Mask.attends` and
     `Mask.distance` are the rules inside a kernel, too; their axes of size 1 cost it no instruction
     (in the PTX for an H100 of JAX 0.10.2).
+
+    Attributes:
+      start: the place of its first token in the kernel's arrays.
+      held: the number of each token in the sequence.
     """
+
+    held: Int[Array, "size"]
+
+    @classmethod
+    def load(cls, held: Any, start: Any, size: int) -> "Block":
+        """The block that begins at a place of the kernel's arrays.
+
+        Args:
+          held: a reference to the number of the first token of a run, `[1]`, or to those of all
+            tokens.
+        """
+        if held.shape == (1,):
+            return cls(start, size, held[0] + start + jnp.arange(size, dtype=jnp.int32))
+        return cls(start, size, held[pl.ds(start, size)])
+
+    @property
+    def numbers(self) -> Array:
+        return self.held
 
     def slice(self, x: Array, axis: int) -> Array:
         return x
@@ -68,19 +91,17 @@ class Grid:
     ) -> Any:
         """The results of a kernel, which is given references to its part of everything.
 
-        First to the numbers of the first query and key in the whole sequence, then to the range of
-        blocks of the other side that this program's block meets, then those of the Spec, of the
-        operands and of the results.
+        First to the numbers of queries and of keys in the whole sequence, as `Block.load` has them,
+        then to the range of blocks of the other side that this program's block meets, then those of
+        the Spec, of the operands and of the results.
         """
-        held = (spec.held_queries, spec.held_keys)
-        first = jnp.stack([jnp.asarray(0 if x is None else x.bounds[0], jnp.int32) for x in held])
         meets = self._ranges(spec)
-        spec = replace(spec, held_queries=None, held_keys=None)
-        whole = pl.BlockSpec((2,), lambda i, b, n: (0,))
+        held = tuple(_numbers(x) for x in (spec.held_queries, spec.held_keys))
+        spec = _of_held_tokens(spec)
+        whole = tuple(pl.BlockSpec(x.shape, lambda i, b, n: (0,)) for x in held)
         of_block = pl.BlockSpec((1, 1, 2), lambda i, b, n: (b, i, 0))
 
         def of_spec(x: Any, axes: Axes) -> pl.BlockSpec:
-            # Blocks of tokens that a kernel holds begin anywhere in the whole sequence.
             return self._place(x, tuple(a if a in ("batch", "heads") else None for a in axes))
 
         return pl.pallas_call(
@@ -93,7 +114,7 @@ class Grid:
                 num_warps=self.blocks.warps, num_stages=self.blocks.stages
             ),
             interpret=interpret,
-        )(first, meets, spec, *(x for x, _ in operands))
+        )(held, meets, spec, *(x for x, _ in operands))
 
     @property
     def _programs(self) -> tuple[int, int, int]:
@@ -136,12 +157,33 @@ class Grid:
 
         numbers = jnp.arange(B * count, dtype=jnp.int32)
         at_once = max(PAIRS_AT_ONCE // tokens[other], 1)
-        reads_tokens = spec.mask.positions is not None or spec.mask.segment_ids is not None
-        if reads_tokens and len(numbers) > at_once:
+        listed = any(isinstance(x, TokenList) for x in (spec.held_queries, spec.held_keys))
+        by_token = any(x is not None for x in (spec.mask.positions, spec.mask.segment_ids))
+        if (listed or by_token) and len(numbers) > at_once:
             found = jax.lax.map(of_block, numbers, batch_size=at_once)
         else:
             found = jax.vmap(of_block)(numbers)
         return found.reshape(B, count, 2)
+
+
+def _numbers(held: AnyTokens | None) -> Int[Array, "first_or_all"]:
+    """What `Block.load` reads of the tokens that the kernel's arrays hold."""
+    if isinstance(held, TokenList):
+        return held.numbers
+    return jnp.asarray(0 if held is None else held.start, jnp.int32)[None]
+
+
+def _of_held_tokens(spec: Spec) -> Spec:
+    """The Spec of the tokens of the kernel's arrays alone, in their order."""
+    held = {"queries": spec.held_queries, "keys": spec.held_keys}
+
+    def part(x: Array, axes: Axes) -> Array:
+        for axis, name in enumerate(axes):
+            tokens = held.get(str(name))
+            x = x if tokens is None else tokens.slice(x, axis)
+        return x
+
+    return replace(spec.map(part), held_queries=None, held_keys=None)
 
 
 def load_head(spec: Spec, head: Any) -> Spec:

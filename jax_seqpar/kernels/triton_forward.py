@@ -47,7 +47,7 @@ def forward(
 
 def forward_kernel(
     blocks: Blocks,
-    first: Any,
+    held: Any,
     meets: Any,
     spec: Spec,
     q_ref: Any,
@@ -57,14 +57,14 @@ def forward_kernel(
     *residual_refs: Any,
 ) -> None:
     """One block of queries of one head; the arguments are references, as `Grid.run` says."""
-    queries = Block(first[0] + pl.program_id(0) * blocks.queries, blocks.queries)
+    queries = Block.load(held[0], pl.program_id(0) * blocks.queries, blocks.queries)
     own = load_tokens(load_head(spec, 0), "queries", queries)
     q = q_ref[0, :, 0]
 
     def add(j: Array, carry: Any) -> Any:
         top, total, weighted = carry
         here = pl.ds(j * blocks.keys, blocks.keys)
-        keys = Block(first[1] + j * blocks.keys, blocks.keys)
+        keys = Block.load(held[1], j * blocks.keys, blocks.keys)
         pair = Pair(load_tokens(own, "keys", keys), queries, keys)
         z, _ = pair.logits_and_pull(pair.products(q, k_ref[0, here, 0]))
         higher = jnp.maximum(top, z.max(1))

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..mask import AnyTokens, Spec
+from ..mask import AnyTokens, Spec, TokenList, Tokens
 from ..mask.array_fields import Axes
+from .softmax_residual import Residual
 
 # Triton's matrix products have at least 16 rows, columns and channels, and powers of two of them.
 SMALLEST = 16
@@ -117,6 +118,11 @@ def pad_operands(
         lengths = jnp.full((B,), end) if lengths is None else jnp.minimum(lengths, end)
         spec = replace(spec, mask=replace(spec.mask, key_value_seq_lengths=lengths))
     more = {"queries": more_queries, "keys": more_keys}
+    held = {
+        f"held_{name}": _pad_held(getattr(spec, f"held_{name}"), count)
+        for name, count in more.items()
+    }
+    spec = replace(spec, **held)
 
     def pad_tokens(x: Array, axes: Axes) -> Array:
         # By the last token's, which widens no range of positions or segments.
@@ -126,9 +132,33 @@ def pad_operands(
     return query, key, value, spec.map(pad_tokens)
 
 
+def pad_rows(
+    query: Array, value: Array, D: Array, residual: Residual, out_gradient: Array
+) -> tuple[Array, Residual, Array]:
+    """What the gradients read of each query, for padded operands."""
+    more = query.shape[1] - D.shape[1]
+
+    def pad(x: Array, number: float) -> Array:
+        return jnp.pad(x, ((0, 0), (0, more), (0, 0)), constant_values=number)
+
+    channels = value.shape[3] - out_gradient.shape[3]
+    out_gradient = jnp.pad(out_gradient, ((0, 0), (0, more), (0, 0), (0, channels)))
+    # Below this maximum every weight is 0: beside any other some exp(z - top) could be infinite,
+    # and its product with a gradient of 0 NaN.
+    return pad(D, 0), Residual(pad(residual.top, jnp.inf), pad(residual.total, 1)), out_gradient
+
+
 def _pad(x: Array, tokens: int) -> Array:
     channels = _power_of_two(x.shape[3]) - x.shape[3]
     return jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, channels)))
+
+
+def _pad_held(held: AnyTokens | None, more: int) -> AnyTokens | None:
+    """Some more tokens, beyond all of those that are held."""
+    if isinstance(held, TokenList):
+        beyond = jnp.full((more,), _end(held, 0))
+        return TokenList(jnp.concatenate([held.numbers, beyond]))
+    return None if held is None else Tokens(held.start, held.size + more)
 
 
 def _end(held: AnyTokens | None, tokens: int) -> Array:
