@@ -55,7 +55,8 @@ class TokenOrder:
 
     def tokens(self, size: int, index: Any, degree: int) -> AnyTokens:
         """The tokens of a device, for a kernel."""
-        return TokenList(jnp.asarray(self.numbers(size, index, degree), jnp.int32))
+        numbers = jnp.asarray(self.numbers(size, index, degree), jnp.int32)
+        return TokenList(numbers, ascending=type(self) in (Zigzag, Striped))
 
     def permutation(self, tokens: int, degree: int) -> np.ndarray:
         """`[tokens]`: place i of an array in this order holds token `permutation[i]`.

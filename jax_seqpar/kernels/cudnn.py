@@ -36,7 +36,9 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
       query, key, value: anything with a shape and a dtype.
       spec: of such arrays, too.
     """
-    if spec.held_queries is not None or spec.held_keys is not None:
+    if spec.held_keys is not None:
+        return "a part of the keys is not supported by cuDNN: its output of 16 bits would be merged"
+    if spec.held_queries is not None:
         return "a part of the tokens is not supported by cuDNN: it counts them from 0"
     asked = to_flat(spec).keys()
     for name, reason in _WITHOUT.items():

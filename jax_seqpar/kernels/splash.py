@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..mask import Mask, Spec
+from ..mask import AnyTokens, Mask, Spec, TokenList, Tokens
 from ..mask.keywords import to_flat
 from ..mask.unused_segment import unused_id
 
@@ -84,8 +84,8 @@ class Passes(NamedTuple):
 class Schedule(NamedTuple):
     """For each block of a row, the partners that it meets one after another."""
 
-    partner: np.ndarray
-    meets: np.ndarray
+    partner: Any
+    meets: Any
 
     @property
     def nbytes(self) -> int:
@@ -99,8 +99,8 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
       query, key, value: anything with a shape and a dtype.
       spec: of such arrays, too.
     """
-    if spec.held_queries is not None or spec.held_keys is not None:
-        return "a part of the tokens is not supported by splash: it counts them from 0"
+    if reason := _why_not_held(spec):
+        return f"{reason} not supported by splash"
     asked = to_flat(spec).keys()
     for name, reason in _WITHOUT.items():
         if name in asked:
@@ -111,13 +111,27 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
     if query.dtype == jnp.float32 and precision not in (None, "default", "fastest", "bfloat16"):
         return f"products of precision {precision!r} are not supported by splash"
     H, V = query.shape[3], value.shape[3]
-    if _row_bytes(H, V, query.dtype) > MOST_ROW_BYTES:
+    # Parts leave the kernel in float32, and so its keys and values come in for their gradients.
+    dtype = jnp.dtype(query.dtype if spec.held_keys is None else jnp.float32)
+    if kv_row_bytes(H, V, dtype) > MOST_ROW_BYTES:
         return (
-            f"head dimensions H = {H} and V = {V} of {query.dtype} are not supported by splash: a "
+            f"head dimensions H = {H} and V = {V} of {dtype} are not supported by splash: a "
             f"block of keys and values leaves no room in the vector memory of a core"
         )
     if any(x.dtype.itemsize > 4 for x in jax.tree.leaves(spec.mask.segment_ids)):
         return "segment_ids of 64 bits are not supported by splash, which compares 32"
+    return None
+
+
+def _why_not_held(spec: Spec) -> str | None:
+    """Which of the tokens that the arrays hold the kernel cannot work with, None if it can."""
+    keys, (before, after) = spec.held_keys, spec.mask.reach
+    if keys is None:
+        return None if spec.held_queries is None else "a part of the queries with all keys is"
+    if isinstance(keys, TokenList) and before is not None:
+        return "local_window_size of keys that are no run is"
+    if isinstance(keys, TokenList) and after is not None and not keys.ascending:
+        return "causality of keys that are not in ascending order is"
     return None
 
 
@@ -134,25 +148,25 @@ def splash_attention(
     mask = spec.mask
     if 0 in (B, T, N, S, H, V):
         return jnp.zeros((B, T, N, V), query.dtype)
-    passes = choose_blocks(mask, T, S, _row_bytes(H, V, query.dtype))
-    padded_T, padded_S = _round_up(T, passes.wide.queries), _round_up(S, passes.wide.keys)
+    passes = choose_blocks(mask, T, S, kv_row_bytes(H, V, query.dtype))
+    padded_T, padded_S = round_up(T, passes.wide.queries), round_up(S, passes.wide.keys)
     band = Band.of(mask, S if padded_S > S else None)
     scale = H**-0.5 if spec.logits.scale is None else spec.logits.scale
     # The kernel knows no scale. Rounded once; not at all where the scale is a power of two.
     q = (query.astype(jnp.float32) * scale).astype(query.dtype)
     q, k, v = (
-        _pad(x, tokens, 1).swapaxes(1, 2)
+        pad(x, tokens, 1).swapaxes(1, 2)
         for x, tokens in ((q, padded_T), (key, padded_S), (value, padded_S))
     )
     sinks = jnp.full((N,), NO_SINK, jnp.float32)
     if spec.logits.sinks is not None:
         given = spec.logits.sinks.astype(jnp.float32)
         sinks = _with_gradient_of_its_dtype(jnp.maximum(given, NO_SINK))
-    segments = _segments(mask, T, S)
+    segments = segments_of(mask, Tokens(0, T), Tokens(0, S))
     if segments is not None:
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # as in _kernel
 
-        segments = SegmentIds(_pad(segments[0], padded_T, 1), _pad(segments[1], padded_S, 1))
+        segments = SegmentIds(pad(segments[0], padded_T, 1), pad(segments[1], padded_S, 1))
     kernel: Any = _kernel(spec, band, passes, T, S, interpret)
     out = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks)
     return out.swapaxes(1, 2)[:, :T]
@@ -175,14 +189,6 @@ def choose_blocks(mask: Mask, queries: int, keys: int, row_bytes: int = ROW_BYTE
     Args:
       row_bytes: of a key and its value.
     """
-    size = 1024 if row_bytes <= 4 * ROW_BYTES else 512
-
-    def passes(factor: int) -> Passes:
-        block = _even(keys, factor * size, factor * 512 if keys > 512 else LANES)
-        narrow = block // factor if keys > 512 else block
-        of_queries = _even(queries, size, LANES)
-        wide = Blocks(of_queries, block, min(narrow, 512 if factor == 1 else 256))
-        return Passes(wide, Blocks(of_queries, narrow, narrow))
 
     def fits(blocks: Blocks) -> bool:
         both = (schedule(mask, blocks, queries, keys, side) for side in (0, 1))
@@ -190,7 +196,22 @@ def choose_blocks(mask: Mask, queries: int, keys: int, row_bytes: int = ROW_BYTE
 
     # Vector memory has room for wide blocks of short rows only.
     factors = (1, 2, 4) if row_bytes <= ROW_BYTES else (1,)
-    return next((p for p in map(passes, factors) if fits(p.wide)), passes(1))
+    passes = [even_passes(queries, keys, row_bytes, factor) for factor in factors]
+    return next((p for p in passes if fits(p.wide)), passes[0])
+
+
+def even_passes(queries: int, keys: int, row_bytes: int, factor: int = 1) -> Passes:
+    """Blocks of one size; those of keys in wide ones times a factor.
+
+    Args:
+      row_bytes: of a key and its value.
+    """
+    size = 1024 if row_bytes <= 4 * ROW_BYTES else 512
+    block = _even(keys, factor * size, factor * 512 if keys > 512 else LANES)
+    narrow = block // factor if keys > 512 else block
+    of_queries = _even(queries, size, LANES)
+    wide = Blocks(of_queries, block, min(narrow, 512 if factor == 1 else 256))
+    return Passes(wide, Blocks(of_queries, narrow, narrow))
 
 
 def schedule(mask: Mask, blocks: Blocks, queries: int, keys: int, side: int) -> Schedule | None:
@@ -210,14 +231,25 @@ def schedule(mask: Mask, blocks: Blocks, queries: int, keys: int, side: int) -> 
     low = np.zeros_like(first) if before is None else first - before
     high = np.full_like(first, partners) if after is None else last + after + 1
     low, high = np.clip(low, 0, partners), np.clip(high, 0, partners)
+    return meetings(low, high, partner_size, -(-partners // partner_size), np)
+
+
+def meetings(low: Any, high: Any, size: int, count: int, xp: Any) -> Schedule:
+    """The schedule of blocks that meet the partners `low ... high`, one range for each.
+
+    Args:
+      size: partners of a block.
+      count: blocks of partners.
+      xp: NumPy, for as many steps as some block takes, or `jax.numpy`, for `count` of them.
+    """
     some = low < high
-    low, high = low // partner_size, -(-high // partner_size)
-    count = np.where(some, high - low, 0)
-    step = np.arange(max(count.max(), 1))
-    meets = step < count[:, None]
+    low, high = low // size, -(-high // size)
+    steps = xp.where(some, high - low, 0)
+    step = np.arange(max(steps.max(), 1) if xp is np else count)
+    meets = step < steps[:, None]
     # After the last partner it stays, so nothing is fetched for the steps that are left out.
-    partner = np.maximum(np.minimum(low[:, None] + step, high[:, None] - 1), 0)
-    small = np.int8 if partner.max() < 128 else np.int16 if partner.max() < 1 << 15 else np.int32
+    partner = xp.clip(xp.minimum(low[:, None] + step, high[:, None] - 1), 0, count - 1)
+    small = np.int8 if count <= 128 else np.int16 if count <= 1 << 15 else np.int32
     return Schedule(partner.astype(small), meets.astype(np.int8))
 
 
@@ -231,7 +263,7 @@ def _kernel(
     wide, narrow = passes
     positions = None
     if not band.is_everything:
-        padded = _round_up(queries, wide.queries)
+        padded = round_up(queries, wide.queries)
         positions = jnp.arange(padded, dtype=jnp.int32) + spec.mask.query_offset
 
     def info(blocks: Blocks, side: int) -> infos.MaskInfo:
@@ -267,44 +299,47 @@ def _kernel(
     )
 
 
-def _segments(mask: Mask, queries: int, keys: int) -> tuple[Array, Array] | None:
+def segments_of(mask: Mask, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Array] | None:
     """Segments of queries and keys, what lies beyond the lengths in segments of its own."""
     lengths = (mask.query_seq_lengths, mask.key_value_seq_lengths)
     ids = mask.segment_ids
     given = [x for x in (*(ids or ()), *lengths) if x is not None]
     if not given:
         return None
-    one = tuple(jnp.zeros((len(given[0]), n), jnp.int32) for n in (queries, keys))
-    both = one if ids is None else ids
+    held = (queries, keys)
+    if ids is None:
+        both = tuple(jnp.zeros((len(given[0]), x.size), jnp.int32) for x in held)
+    else:
+        both = tuple(x.slice(part, 1) for x, part in zip(held, ids, strict=True))
     of_queries, of_keys = (x.astype(jnp.int32) for x in both)
     # Segments that no token has, so that what lies beyond the lengths attends to nothing.
     if lengths[0] is not None:
         other = _NO_QUERY if ids is None else unused_id((of_queries, of_keys))
-        of_queries = _within(lengths[0], of_queries, other)
+        of_queries = _within(lengths[0], of_queries, queries, other)
     if lengths[1] is not None:
         other = _NO_KEY if ids is None else unused_id((of_queries, of_keys))
-        of_keys = _within(lengths[1], of_keys, other)
+        of_keys = _within(lengths[1], of_keys, keys, other)
     return of_queries, of_keys
 
 
-def _within(length: Array, ids: Array, other: Any) -> Array:
-    tokens = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    return jnp.where(tokens < length.astype(jnp.int32)[:, None], ids, other)
+def _within(length: Array, ids: Array, held: AnyTokens, other: Any) -> Array:
+    numbers = held.numbers[None]
+    return jnp.where(numbers < length.astype(jnp.int32)[:, None], ids, other)
 
 
-def _row_bytes(head_dim: int, value_dim: int, dtype: Any) -> int:
+def kv_row_bytes(head_dim: int, value_dim: int, dtype: Any) -> int:
     """Bytes of a key and its value in vector memory."""
-    return sum(_round_up(n, LANES) for n in (head_dim, value_dim)) * jnp.dtype(dtype).itemsize
+    return sum(round_up(n, LANES) for n in (head_dim, value_dim)) * jnp.dtype(dtype).itemsize
 
 
-def _round_up(n: int, size: int) -> int:
+def round_up(n: int, size: int) -> int:
     return -(-n // size) * size
 
 
 def _even(tokens: int, most: int, unit: int) -> int:
     """The size of blocks of one size, at most `most` and a multiple of `unit`."""
-    return _round_up(-(-tokens // -(-tokens // most)), unit)
+    return round_up(-(-tokens // -(-tokens // most)), unit)
 
 
-def _pad(x: Array, size: int, axis: int) -> Array:
+def pad(x: Array, size: int, axis: int) -> Array:
     return jnp.pad(x, [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)])

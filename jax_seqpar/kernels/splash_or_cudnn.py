@@ -9,8 +9,10 @@ from jaxtyping import Array, Float
 from .._checks import check_flag, check_platform, got
 from ..mask import Spec
 from ..varying_axes import varying_axes
-from . import cudnn, splash
+from . import cudnn, splash, splash_parts
 from .kernel import Kernel
+from .parts import Part
+from .softmax_residual import Residual
 
 KERNELS = {"tpu": ("splash", splash.why_not), "gpu": ("cuDNN", cudnn.why_not)}
 
@@ -65,6 +67,10 @@ class Fused(Kernel):
         return KERNELS[self._platform][0] if self._platform in KERNELS else "fused"
 
     @property
+    def gives_parts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._platform == "tpu"
+
+    @property
     def check_vma(self) -> bool:
         return self._platform != "tpu"
 
@@ -79,23 +85,55 @@ class Fused(Kernel):
         value: Float[Array, "B S K V"],
         spec: Spec,
     ) -> tuple[Array, None]:
+        self._check(query, key, value, spec)
+        if self._platform == "gpu":
+            return cudnn.cudnn_attention(query, key, value, spec), None
+        out = splash.splash_attention(query, key, value, spec, interpret=self.interpret)
+        return out, None
+
+    def attend_part(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+    ) -> Part:
+        self._check(query, key, value, spec, part=True)
+        return splash_parts.attend_part(query, key, value, spec, interpret=self.interpret)
+
+    def part_gradients(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K V"],
+        spec: Spec,
+        D: Float[Array, "B T N"],
+        residual: Residual,
+        out_gradient: Float[Array, "B T N V"],
+    ) -> tuple[Array, Array, Array, dict[str, Array]]:
+        self._check(query, key, value, spec, part=True)
+        rows = D, residual, out_gradient
+        return splash_parts.part_gradients(query, key, value, spec, *rows, interpret=self.interpret)
+
+    def _check(
+        self, query: Array, key: Array, value: Array, spec: Spec, *, part: bool = False
+    ) -> None:
+        """Raises ValueError for a call that the kernel cannot do."""
         reason = self.why_not(query, key, value, spec)
+        if spec.held_keys is not None and not part:
+            reason = "a part of the keys is attended to by attend_part"
         if reason is not None:
             raise ValueError(
                 f"Fused cannot do this: {reason}. {got(query.shape, key.shape, value.shape)} "
                 f"Write kernel=jax_seqpar.Blockwise(), which supports it, or take that of "
                 f"jax_seqpar.choose_kernel(query, key, value, ...)."
             )
-        if self._platform == "gpu":
-            return cudnn.cudnn_attention(query, key, value, spec), None
-        if axes := varying_axes((query, key, value, spec)):
+        if self._platform == "tpu" and (axes := varying_axes((query, key, value, spec))):
             raise ValueError(
                 f"Fused on platform 'tpu' is a Pallas kernel, which does not state how its output "
                 f"varies over the mesh axes {sorted(axes)}. Write check_vma=False in the "
                 f"jax.shard_map."
             )
-        out = splash.splash_attention(query, key, value, spec, interpret=self.interpret)
-        return out, None
 
     def workspace(
         self,

@@ -74,9 +74,11 @@ class TokenList:
 
     Attributes:
       numbers: each once, counted from 0.
+      ascending: whether each is known to be larger than the one before it; static.
     """
 
     numbers: Int[Array, "size"]
+    ascending: bool = False
 
     @property
     def size(self) -> int:
@@ -88,7 +90,8 @@ class TokenList:
         return jnp.take(x, self.numbers, axis, mode="clip")
 
     def block(self, start: Any, size: int) -> "TokenList":
-        return TokenList(jax.lax.dynamic_slice_in_dim(self.numbers, start, size))
+        part = jax.lax.dynamic_slice_in_dim(self.numbers, start, size)
+        return TokenList(part, self.ascending)
 
     @property
     def bounds(self) -> tuple[Array, Array]:
@@ -99,12 +102,13 @@ class TokenList:
         return places((self.numbers >= low) & (self.numbers < high))
 
     def tree_flatten(self) -> Any:
-        return (self.numbers,), None
+        return (self.numbers,), self.ascending
 
     @classmethod
-    def tree_unflatten(cls, _: None, leaves: Any) -> "TokenList":
+    def tree_unflatten(cls, ascending: bool, leaves: Any) -> "TokenList":
         tokens = object.__new__(cls)  # as `Tokens` does
         object.__setattr__(tokens, "numbers", leaves[0])
+        object.__setattr__(tokens, "ascending", ascending)
         return tokens
 
 
