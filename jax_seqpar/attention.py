@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 from ._checks import axis_size
 from .kernels import Kernel
-from .kernels.choice import kernel_of_call
 from .kernels.kernel import check_residual
 from .mask import Spec, accumulated, keyword_form
 from .mask.array_fields import Axes
@@ -20,11 +19,10 @@ from .mesh import (
     AnyMesh,
     mesh_of_operands,
     mesh_of_shard_map,
-    platform_of,
     set_explicit_sharding,
 )
 from .mesh_layout import MeshLayout, axes_size, check_is_layout, names
-from .order import Contiguous, TokenOrder
+from .order import TokenOrder
 from .program_cache import compiled_with
 from .strategies import Strategy, Ulysses
 from .strategies.choice import Call, choose
@@ -112,22 +110,11 @@ def dot_product_attention(
     q, k, v = (_of_sequence(x, degree) for x in (query, key, value))
     # Inside a jax.shard_map types say what varies over its axes.
     check_vma = bool(varying_axes((query, key, value, spec)))
+    call = Call(q, k, v, spec, mesh, layout, kernel, return_residual, check_vma)
     if strategy == "auto":
-        call = Call(q, k, v, spec, mesh, layout, kernel, return_residual, check_vma)
         strategy = Ulysses() if layout.tokens is None else choose(call).strategy
     check_has_tokens(strategy, layout)
-    keeps_sequence = layout.tokens is None or strategy.sees_all_tokens
-    kernel = kernel_of_call(
-        kernel,
-        q,
-        k,
-        v,
-        spec,
-        platform=platform_of(mesh),
-        whole=keeps_sequence and not return_residual,  # which no kernel of a platform gives
-        runs=layout.tokens is None or _gives_runs(strategy, layout),
-        check_vma=check_vma,
-    )
+    kernel = call.kernel_for(strategy)
     check_residual(kernel, value, return_residual)
     # None given means all; to name them all forbids a vmap over one more sharded axis.
     axis_names = frozenset(mesh.axis_names) - set(manual) if manual else frozenset()
@@ -140,12 +127,6 @@ def dot_product_attention(
 def _of_sequence(x: Array, degree: int) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array of the whole sequence."""
     return jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * degree, *x.shape[2:]), x.dtype)
-
-
-def _gives_runs(strategy: Strategy, layout: MeshLayout) -> bool:
-    """Whether a kernel is given all keys in their order, and a run of queries."""
-    in_order = strategy.sees_all_tokens or layout.order == Contiguous()
-    return strategy.sees_all_keys and in_order
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,12 @@ from jax_seqpar import (
     Logits,
     Mask,
     Triton,
-    attention,
     choose_kernel,
     dot_product_attention,
     head_keys,
 )
-from jax_seqpar.kernels import cudnn, triton_blocks, triton_plan
-from jax_seqpar.kernels.choice import kernel_of_call
-from jax_seqpar.mask import Spec, Tokens
+from jax_seqpar.kernels import choice, cudnn, triton_blocks, triton_plan
+from jax_seqpar.mask import Spec, TokenList, Tokens
 from jax_seqpar.mask.threefry import keep
 from torch_ref.masks import attends
 
@@ -238,14 +236,19 @@ def test_it_is_chosen_on_a_gpu_where_cudnn_lacks_something(arrays, asked):
 
 
 def test_it_is_chosen_for_parts_and_residuals_but_not_where_types_are_checked():
-    choose = partial(kernel_of_call, None, *SHAPES, Spec(Mask(is_causal=True)), runs=True)
-    assert choose(platform="gpu", whole=False) == Triton(platform="gpu")
-    assert choose(platform="gpu", whole=False, runs=False) == Blockwise(1024, 1024)
-    assert choose(platform="cpu", whole=False) == Blockwise()
-    assert choose(platform="gpu", whole=False, check_vma=True) == Blockwise(1024, 1024)
-    choose = partial(kernel_of_call, None, *FLOAT32, Spec(Mask(is_causal=True)), runs=True)
-    assert choose(platform="gpu", whole=True) == Triton(platform="gpu")
-    assert choose(platform="gpu", whole=True, check_vma=True) == Blockwise(1024, 1024)
+    def chosen(platform, arrays=SHAPES, held=(None, None), **asked):
+        spec = Spec(Mask(is_causal=True), held_queries=held[0], held_keys=held[1])
+        query, key, value = arrays
+        return choice.choose(query, key, value, spec, platform, **asked).kernel
+
+    run, listed = Tokens(0, 16), TokenList(jnp.arange(16))
+    for held in ((run, None), (listed, None), (run, run), (listed, listed)):
+        assert chosen("gpu", held=held) == Triton(platform="gpu")
+        assert chosen("cpu", held=held) == Blockwise()
+        assert chosen("gpu", held=held, check_vma=True) == Blockwise(1024, 1024)
+    for arrays in (SHAPES, FLOAT32):
+        assert chosen("gpu", arrays, residual=True) == Triton(platform="gpu")
+        assert chosen("gpu", arrays, check_vma=True) == Blockwise(1024, 1024)
 
 
 @pytest.mark.parametrize(
@@ -265,12 +268,12 @@ def test_an_outer_shard_map_gets_the_blockwise_kernel(monkeypatch):
     """There types say what varies over its axes, and a Pallas kernel says nothing."""
     chosen = []
 
-    def kernel_of(*args, **options):
-        kernel = kernel_of_call(*args, **options | {"platform": "gpu"})
-        chosen.append(kernel)
-        return Blockwise()
+    def choose_for_gpu(query, key, value, spec, platform, **options):
+        chosen.append(choose(query, key, value, spec, "gpu", **options).kernel)
+        return choice.KernelChoice(Blockwise(), "blockwise", "")
 
-    monkeypatch.setattr(attention, "kernel_of_call", kernel_of)
+    choose = choice.choose
+    monkeypatch.setattr(choice, "choose", choose_for_gpu)
     mesh = jax.make_mesh((2, 4), ("stage", "seq"), axis_types=(AxisType.Auto,) * 2)
     x = jnp.zeros((2, 16, 4, 16))
     attend = partial(dot_product_attention, is_causal=True)

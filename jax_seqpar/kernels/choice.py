@@ -13,7 +13,6 @@ from ..mask.checks import check_call
 from ..mask.keywords import from_keywords
 from .blockwise import Blockwise
 from .cudnn import compute_capability
-from .function_kernel import as_kernel
 from .kernel import Kernel
 from .splash_or_cudnn import Fused
 from .triton import Triton
@@ -98,36 +97,6 @@ def checked_spec(caller: str, query: Any, key: Any, value: Any, keywords: dict[s
     return spec
 
 
-def kernel_of_call(
-    kernel: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    spec: Spec,
-    *,
-    platform: str | None,
-    whole: bool,
-    runs: bool,
-    check_vma: bool = False,
-) -> Kernel:
-    """The kernel that is asked for, or the one that is chosen where `kernel` is None.
-
-    Args:
-      whole: whether a fused kernel may be chosen: it is given the whole sequence, as it counts its
-        queries from 0, and no residual is wanted.
-      runs: whether the kernel is given all keys, and a run of queries at least, as `Triton` takes.
-      check_vma: whether the caller's `jax.shard_map` checks how arrays vary, of which `Triton`
-        states nothing.
-
-    Raises:
-      ValueError: for what is no kernel.
-    """
-    if kernel is not None:
-        return as_kernel(kernel)
-    asked = {"whole": whole, "runs": runs, "check_vma": check_vma}
-    return choose(query, key, value, spec, platform, **asked).kernel
-
-
 def choose(
     query: Any,
     key: Any,
@@ -135,17 +104,27 @@ def choose(
     spec: Spec,
     platform: str | None,
     *,
-    whole: bool = True,
-    runs: bool = True,
+    residual: bool = False,
     check_vma: bool = False,
 ) -> KernelChoice:
-    """`choose_kernel` of a Spec that has been checked, with the options of `kernel_of_call`."""
+    """`choose_kernel` of a Spec that has been checked, with the tokens that a strategy gives it.
+
+    Args:
+      residual: whether the log of the sums is wanted, which no kernel of a platform returns.
+      check_vma: whether the caller's `jax.shard_map` checks how arrays vary, of which a Pallas
+        kernel states nothing.
+    """
     on = platform or jax.default_backend()
     fused, triton = Fused(platform), Triton(platform=platform)
-    reason = fused.why_not(query, key, value, spec) if whole else f"{on}: a part of the rows"
+    reason = fused.why_not(query, key, value, spec)
+    if reason is None and residual:
+        reason = f"{on}: return_residual is not supported by {fused.name}"
+    # Of whole rows its own error says what to write instead.
+    if reason is None and check_vma and not fused.check_vma and spec.held_keys is not None:
+        reason = f"{on}: a jax.shard_map that checks types is not supported by {fused.name}"
     if reason is None:
         return KernelChoice(fused, fused.name, f"{on}: {fused.name} supports all that is asked")
-    takes_triton = runs and not check_vma and _has_room_for_triton()
+    takes_triton = not check_vma and _has_room_for_triton()
     if takes_triton and triton.why_not(query, key, value, spec) is None:
         return KernelChoice(triton, triton.name, f"{reason}; Triton supports all that is asked")
     blockwise = _blockwise(on, spec.mask)

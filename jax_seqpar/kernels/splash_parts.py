@@ -225,10 +225,11 @@ class _Plan:
         size, other_size = blocks[:2] if side == 0 else blocks[1::-1]
         find = self.reach.keys_of if side == 0 else self.reach.queries_of
 
-        def of_block(start: Array) -> tuple[Array, Array]:
-            # A list ends with its last token: its last block begins earlier, and meets as many.
-            return find(own.block(start, min(size, own.size)), others)
-
-        starts = jnp.arange(0, own.size, size, dtype=jnp.int32)
-        low, high = jax.vmap(of_block)(starts)
+        if isinstance(own, TokenList):
+            # Not by slices of the list, which XLA would gather in a loop.
+            rows = jnp.pad(own.numbers, (0, -own.size % size), mode="edge").reshape(-1, size)
+            low, high = jax.vmap(lambda numbers: find(TokenList(numbers), others))(rows)
+        else:
+            starts = own.start + jnp.arange(0, own.size, size, dtype=jnp.int32)
+            low, high = jax.vmap(lambda start: find(Tokens(start, size), others))(starts)
         return meetings(low, high, other_size, -(-others.size // other_size), jnp)

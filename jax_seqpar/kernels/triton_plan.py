@@ -138,7 +138,7 @@ def pad_rows(
     """What the gradients read of each query, for padded operands."""
     more = query.shape[1] - D.shape[1]
 
-    def pad(x: Array, number: float) -> Array:
+    def pad(x: Array, number: Any) -> Array:
         return jnp.pad(x, ((0, 0), (0, more), (0, 0)), constant_values=number)
 
     channels = value.shape[3] - out_gradient.shape[3]

@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ..chips import Chip, chip_of
 from ..device_order import place_of as _place
-from ..kernels import Kernel
-from ..kernels.choice import checked_spec, kernel_of_call
-from ..mask import Spec, Tokens
+from ..kernels import Kernel, choice
+from ..kernels.choice import checked_spec
+from ..kernels.function_kernel import as_kernel
+from ..mask import Spec
 from ..mesh import AnyMesh, find_mesh, platform_of
 from ..mesh_layout import MeshLayout, axes_size, check_division, check_is_layout, check_mesh, names
-from ..order import Contiguous
 from .all_gather import AllGatherKV
 from .cost import EFFICIENCY, ON_GPU, Cost, Group, Layer, cost_of
 from .hybrid import Hybrid
@@ -131,7 +133,7 @@ class Call:
     Attributes:
       query, key, value: of the whole sequence; shapes and dtypes matter.
       kernel: that of the call; None is each strategy's own choice.
-      check_vma: as for `kernel_of_call`.
+      check_vma: as for `jax_seqpar.kernels.choice.choose`.
     """
 
     query: Any
@@ -152,27 +154,46 @@ class Call:
 
     def kernel_of(self, strategy: Strategy) -> tuple[Kernel, str | None]:
         """The kernel that the strategy would have, and why it cannot have it."""
-        operands = self.query, self.key, self.value
-        in_order = strategy.sees_all_tokens or self.layout.order == Contiguous()
-        kernel = kernel_of_call(
-            self.kernel,
-            *operands,
-            self.spec,
-            platform=platform_of(self.mesh),
-            whole=strategy.sees_all_tokens and not self.return_residual,
-            runs=strategy.sees_all_keys and in_order,
-            check_vma=self.check_vma,
-        )
-        if not strategy.sees_all_keys and not (kernel.gives_parts or kernel.attends_in_turns):
+        kernel, operands = self.kernel_for(strategy), (self.query, self.key, self.value)
+        if not strategy.sees_all_keys and kernel.attends_in_turns:
+            return kernel, kernel.why_not(*operands, self.spec)
+        if not strategy.sees_all_keys and not kernel.gives_parts:
             return kernel, f"{kernel!r} does not attend to a part of the keys"
-        spec = self.spec
-        if strategy.sees_all_keys and not strategy.sees_all_tokens:
-            # Any share of the queries stands for all: kernels ask of what kind it is.
-            degree = axes_size(self.layout.tokens, self.mesh.shape)
-            share = self.query.shape[1] // degree
-            held = Tokens(0, share) if in_order else self.layout.order.tokens(share, 0, degree)
-            spec = replace(spec, held_queries=held)
-        return kernel, kernel.why_not(*operands, spec)
+        return kernel, kernel.why_not(*operands, self.spec_for(strategy))
+
+    def kernel_for(self, strategy: Strategy) -> Kernel:
+        """The kernel that is asked for, or the one that suits what the strategy gives it."""
+        if self.kernel is not None:
+            return as_kernel(self.kernel)
+        return choice.choose(
+            self.query,
+            self.key,
+            self.value,
+            self.spec_for(strategy),
+            platform_of(self.mesh),
+            residual=self.return_residual,
+            check_vma=self.check_vma,
+        ).kernel
+
+    def spec_for(self, strategy: Strategy) -> Spec:
+        """The Spec that a kernel is given, with the tokens of the first device.
+
+        They stand for any device's: kernels ask of what kind they are.
+        """
+        layout = self.layout
+        if layout.tokens is None or strategy.sees_all_tokens:
+            return self.spec
+        axes, order = names(layout.tokens), layout.order
+        if isinstance(strategy, Hybrid):
+            axes, order = axes[:1], order.grouped(axes_size(axes[1:], self.mesh.shape))
+        degree = axes_size(axes, self.mesh.shape)
+
+        def held(x: Any) -> Any:
+            # By shapes alone, as this is asked at each call.
+            return jax.eval_shape(partial(order.tokens, x.shape[1] // degree, 0, degree))
+
+        keys = None if strategy.sees_all_keys else held(self.key)
+        return replace(self.spec, held_queries=held(self.query), held_keys=keys)
 
     def layer(self, gradients: bool) -> Layer:
         """What one device of the other mesh axes has of the arrays."""

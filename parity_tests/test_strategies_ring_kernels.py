@@ -1,0 +1,353 @@
+"""Rings of the platforms' kernels, interpreted: values, gradients, roundings, blocks, the choice.
+
+What a ring sends, and rings of the blockwise kernel, are in `test_strategies_ring`; when a
+compiled ring sends it in `test_plan_tpu` and `test_plan_gpu`.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import ONE_AXIS
+from features import Sizes, in_order, in_sequence, operands, run_jax, run_torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
+from questions import QUICK, permuted_bytes
+from wrong_rings import WRONG
+
+from jax_seqpar import (
+    AllGatherKV,
+    Contiguous,
+    Fused,
+    Hybrid,
+    Logits,
+    Mask,
+    MeshLayout,
+    Ring,
+    Striped,
+    TokenOrder,
+    Triton,
+    Zigzag,
+    dot_product_attention,
+)
+from jax_seqpar.kernels import Kernel, choice, splash, splash_parts
+from jax_seqpar.kernels.parts import Part
+from jax_seqpar.mask import Spec, Tokens
+from jax_seqpar.strategies.choice import Call
+from torch_ref.masks import attends
+
+pytestmark = pytest.mark.timeout(300)
+
+TRITON, SPLASH = Triton(16, 16, interpret=True), Fused(interpret=True)
+KERNELS: dict[str, Any] = {"triton": TRITON, "splash": SPLASH}
+ORDERS = (Contiguous(), Zigzag(), Striped())
+EPS = float(np.finfo(np.float32).eps)
+# Two sequences, grouped queries, 24 tokens a device: no whole blocks of either kernel.
+SIZES = Sizes(B=2, T=96, S=96, N=4, K=2, H=16, V=8)
+SINKS = np.array([0.5, -1.0, 2.0, -np.inf], np.float32)
+
+
+def documents(tokens: int) -> np.ndarray:
+    """Of odd lengths, whose numbers come back."""
+    return np.stack([np.arange(tokens) // 37, np.arange(tokens) // 23 % 3]).astype(np.int32)
+
+
+CAUSAL: dict[str, Any] = {"is_causal": True}
+ALL_OF_BOTH = CAUSAL | {
+    "segment_ids": documents(96),
+    "logits_soft_cap": 2.0,
+    "sinks": SINKS,
+    "key_value_seq_lengths": np.array([90, 50], np.int32),
+    "query_seq_lengths": np.array([80, 96], np.int32),
+    "scale": 0.3,
+}
+ALL_OF_TRITON = ALL_OF_BOTH | {
+    "local_window_size": (40, 0),
+    "alibi_slopes": np.array([0.5, 0.2, 0.1, 0.3], np.float32),
+    "dropout_rate": 0.2,
+    "dropout_rng": np.array([7, 11], np.uint32),
+}
+WINDOW = {"local_window_size": (40, 7), "query_offset": 3}
+# By kernel, options and the orders in which the kernel has them.
+CASES: dict[str, tuple[Kernel, dict[str, Any], tuple[TokenOrder, ...]]] = {
+    "triton, causal": (TRITON, CAUSAL, (Zigzag(),)),
+    "triton, all": (TRITON, ALL_OF_TRITON, ORDERS),
+    "splash, causal": (SPLASH, CAUSAL, ORDERS),
+    "splash, window": (SPLASH, WINDOW, (Contiguous(),)),
+    "splash, all": (SPLASH, ALL_OF_BOTH, (Contiguous(), Zigzag())),
+    "splash, no mask": (SPLASH, {}, (Striped(),)),
+}
+TABLE = [(*row[:2], order) for row in CASES.values() for order in row[2]]
+NAMES = [f"{name}, {order!r}" for name, row in CASES.items() for order in row[2]]
+
+
+def ring(kernel: Any, degree: int, order: TokenOrder) -> Any:
+    layout = replace(ONE_AXIS[degree].on(), order=order)
+    return partial(dot_product_attention, kernel=kernel, strategy=Ring(), layout=layout)
+
+
+def results(kernel: Any, degree: int, order: TokenOrder, asked: Any, inputs: Any) -> Any:
+    """Output and gradients of a ring, in the order of the sequence."""
+    dealt, arrays = in_order(order, degree, asked, inputs)
+    got = run_jax(ring(kernel, degree, order), dealt, "", arrays, QUICK)
+    return in_sequence(order, degree, got)
+
+
+def largest_error(kernel: Any, order: TokenOrder, asked: Any, inputs: Any) -> float:
+    """Of a ring of four, relative to the largest entry in float64, by PyTorch."""
+    got = results(kernel, 4, order, asked, inputs)
+    truth = run_torch(asked, "", inputs)
+    without = ~truth["out"].any((2, 3))
+    assert not np.asarray(got["out"])[without].any()
+    assert not np.asarray(got["dq"])[without].any()
+    return max(
+        float(np.abs(np.asarray(got[n], np.float64) - x).max() / np.abs(x).max())
+        for n, x in truth.items()
+    )
+
+
+@pytest.mark.parametrize(("kernel", "asked", "order"), TABLE, ids=NAMES)
+def test_output_and_gradients(kernel, asked, order):
+    """Within 16 units of float32 of the largest entry, as each kernel on one device."""
+    assert largest_error(kernel, order, asked, operands(SIZES)) <= 16 * EPS
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of splash: three of queries and of keys, where a device has 384 tokens."""
+    passes = splash.Passes(splash.Blocks(128, 256, 128), splash.Blocks(128, 128, 128))
+    monkeypatch.setattr(splash_parts, "even_passes", lambda *sizes: passes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "order"),
+    ((CAUSAL, Zigzag()), (CAUSAL, Striped()), (CAUSAL | WINDOW, Contiguous())),
+    ids=("zigzag", "striped", "window"),
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_splash_in_several_blocks(asked, order):
+    inputs = operands(replace(SIZES, B=1, T=1536, S=1536, N=1, K=1))
+    assert largest_error(SPLASH, order, asked, inputs) <= 16 * EPS
+
+
+# ---------------------------------------------------------------- wrong rings
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "wrong",
+    ("the other half of a zigzag", "residual of the last part", "gradients one trip short"),
+)
+def test_a_wrong_ring_is_caught(wrong, kernel, monkeypatch):
+    WRONG[wrong](monkeypatch)
+    assert largest_error(KERNELS[kernel], Zigzag(), CAUSAL, operands(SIZES)) > 1e-3
+
+
+def test_splash_that_takes_a_zigzag_for_a_run_is_caught(monkeypatch):
+    def places(plan: Any) -> Any:
+        return jnp.pad(plan.queries.numbers - plan.keys.numbers[0], (0, 128 - 24))
+
+    monkeypatch.setattr(splash_parts._Plan, "positions", property(places))
+    assert largest_error(SPLASH, Zigzag(), CAUSAL, operands(SIZES)) > 1e-3
+
+
+def test_triton_that_takes_a_zigzag_for_a_run_is_caught(monkeypatch):
+    from jax_seqpar.kernels import triton_blocks
+
+    right = triton_blocks._numbers
+    monkeypatch.setattr(triton_blocks, "_numbers", lambda held: right(held)[:1])
+    assert largest_error(TRITON, Zigzag(), CAUSAL, operands(SIZES)) > 1e-3
+
+
+# ---------------------------------------------------------------- roundings
+
+
+def rms_in_bfloat16(kernel: Any, degree: int) -> dict[str, float]:
+    inputs = operands(replace(SIZES, T=128, S=128), "bfloat16")
+    if degree == 1:
+        got = run_jax(kernel, CAUSAL, "", inputs, QUICK)
+    else:
+        got = results(kernel, degree, Zigzag(), CAUSAL, inputs)
+    return {
+        n: float(np.sqrt(np.mean((np.asarray(got[n], np.float64) - x) ** 2)))
+        for n, x in run_torch(CAUSAL, "", inputs).items()
+    }
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_parts_leave_the_kernel_in_float32(kernel, monkeypatch):
+    """In bfloat16 a ring of eight errs at most 1.02 times as one device does, by root mean square.
+
+    One whose kernel rounds its parts errs more, in the output and in the gradients.
+    """
+    attend: Any = KERNELS[kernel]
+    one, eight = (rms_in_bfloat16(attend, degree) for degree in (1, 8))
+    assert {n: x / one[n] for n, x in eight.items() if x > 1.02 * one[n]} == {}
+    right_part, right_gradients = type(attend).attend_part, type(attend).part_gradients
+
+    def rounded(x: Any) -> Any:
+        return jax.lax.reduce_precision(x, 8, 7)  # bfloat16
+
+    def attend_part(*args: Any) -> Part:
+        out, residual = right_part(*args)
+        return Part(rounded(out), residual)
+
+    def part_gradients(*args: Any) -> Any:
+        *of_operands, added = right_gradients(*args)
+        return *map(rounded, of_operands), added
+
+    monkeypatch.setattr(type(attend), "attend_part", attend_part)
+    monkeypatch.setattr(type(attend), "part_gradients", part_gradients)
+    wrong = rms_in_bfloat16(attend, 8)
+    assert all(wrong[n] > 1.1 * x for n, x in one.items())
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    index=st.integers(0, 3),
+    other=st.integers(0, 3),
+    blocks=st.sampled_from(((4, 6), (8, 8), (12, 4), (24, 24))),
+    offset=st.integers(-30, 30),
+    window=st.none() | st.integers(0, 30),
+    order=st.sampled_from(ORDERS),
+    side=st.integers(0, 1),
+)
+def test_a_schedule_has_the_blocks_of_the_mask(index, other, blocks, offset, window, order, side):
+    """Each block meets those from the first with which it has a pair that attends to the last."""
+    asked: Any = {"is_causal": True, "query_offset": offset}
+    if order == Contiguous() and window is not None:
+        asked["local_window_size"] = (window, 0)
+    held = [order.tokens(24, i, 4) for i in (index, other)]
+    spec = Spec(Mask(**asked), held_queries=held[0], held_keys=held[1])
+    x = jnp.zeros((1, 24, 1, 8))
+    plan = splash_parts._Plan.of(x, x, x, spec)
+    found: Any = plan.schedule(splash.Blocks(*blocks, blocks[1]), side)
+    some: Any = attends(96, 96, **asked)
+    some = some.numpy().reshape(96, 96)[np.ix_(*(np.asarray(x.numbers) for x in held))]
+    some = some.reshape(24 // blocks[0], blocks[0], 24 // blocks[1], blocks[1]).any((1, 3))
+    partners, meetings = map(np.asarray, found)
+    for row, partner, meets in zip(some.T if side else some, partners, meetings, strict=True):
+        needed = np.flatnonzero(row)
+        hull = list(range(needed[0], needed[-1] + 1)) if len(needed) else []
+        assert partner[meets == 1].tolist() == hull
+        assert partner.min() >= 0
+        assert partner.max() < len(row)
+
+
+# ---------------------------------------------------------------- what it sends, the choice
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_ring_sends_as_much_with_every_kernel(kernel):
+    q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES, "bfloat16"))
+    attend = partial(ring(KERNELS[kernel], 4, Zigzag()), **CAUSAL)
+    expected = Ring().traffic(q.shape, k.shape, v.shape, degree=4, itemsize=2)
+    assert permuted_bytes(attend, q, k, v) == expected
+
+
+def in_a_ring(platform: str, order: TokenOrder, strategy: Any, **asked: Any) -> Any:
+    """The kernel of eight devices of a platform, and the reason for it."""
+    device = jax.sharding.AbstractDevice("some chip", num_cores=1, platform=platform)
+    axes = {"outer": 2, "inner": 4} if isinstance(strategy, Hybrid) else {"seq": 8}
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), abstract_device=device)
+    x = jax.ShapeDtypeStruct((1, 1 << 12, 8, 128), jnp.bfloat16)
+    spec = Spec(asked.pop("mask", Mask(is_causal=True)), asked.pop("logits", Logits()))
+    call = Call(x, x, x, spec, mesh, MeshLayout(tuple(axes), order=order), **asked)
+    kernel, why_not = call.kernel_of(strategy)
+    assert why_not is None
+    with_tokens = call.spec_for(strategy)
+    found = choice.choose(x, x, x, with_tokens, platform, **{n: True for n in asked})
+    assert found.kernel == kernel
+    return found
+
+
+BOTH_SIDES = {"mask": Mask(local_window_size=(9, 4))}
+CHOICES: dict[str, tuple[str, TokenOrder, Any, dict[str, Any], str, str]] = {
+    "causal": ("tpu", Contiguous(), Ring(), {}, "splash", "supports all"),
+    "zigzag": ("tpu", Zigzag(), Ring(), {}, "splash", "supports all"),
+    "striped": ("tpu", Striped(), Ring(), {}, "splash", "supports all"),
+    "window": ("tpu", Contiguous(), Ring(), BOTH_SIDES, "splash", "supports all"),
+    "hybrid": ("tpu", Contiguous(), Hybrid(), {}, "splash", "supports all"),
+    "window in a zigzag": (
+        "tpu", Zigzag(), Ring(), BOTH_SIDES, "blockwise", "window_size of keys that are no run"
+    ),
+    "hybrid in a zigzag": (
+        "tpu", Zigzag(), Hybrid(), {}, "blockwise", "keys that are not in ascending order is not"
+    ),
+    "residual": (
+        "tpu", Zigzag(), Ring(), {"return_residual": True}, "blockwise", "return_residual is not"
+    ),
+    "types": (
+        "tpu", Zigzag(), Ring(), {"check_vma": True}, "blockwise", "jax.shard_map that checks types"
+    ),
+    "ALiBi": (
+        "tpu", Zigzag(), Ring(), {"logits": Logits(alibi_slopes=jnp.ones(8))}, "blockwise",
+        "alibi_slopes is not supported by splash",
+    ),
+    "queries alone": (
+        "tpu", Contiguous(), AllGatherKV(), {}, "blockwise", "a part of the queries with all keys"
+    ),
+    "GPU": ("gpu", Zigzag(), Ring(), BOTH_SIDES, "triton", "cuDNN: its output of 16 bits would be"),
+    "GPU, hybrid": ("gpu", Zigzag(), Hybrid(), {}, "triton", "Triton supports all that is asked"),
+    "GPU, all-gather": ("gpu", Striped(), AllGatherKV(), {}, "triton", "it counts them from 0"),
+    "GPU, types": ("gpu", Zigzag(), Ring(), {"check_vma": True}, "blockwise", "cuDNN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("platform", "order", "strategy", "asked", "name", "reason"), CHOICES.values(), ids=CHOICES
+)
+def test_the_kernel_that_is_chosen(platform, order, strategy, asked, name, reason):
+    found = in_a_ring(platform, order, strategy, **asked)
+    assert found.name == name
+    assert reason in found.reason
+
+
+def test_what_a_kernel_lacks_is_refused_by_name():
+    q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
+    lacking: Any = (
+        (SPLASH, Zigzag(), WINDOW, r"local_window_size of keys that are no run is not supported"),
+        (SPLASH, Zigzag(), {"logits": Logits(alibi_slopes=jnp.ones(4))}, r"alibi_slopes is not"),
+        (TRITON, Zigzag(), {"bias": jnp.zeros((1, 1, 96, 96))}, r"bias is not supported by Triton"),
+        (Fused("gpu"), Zigzag(), {}, r"Fused.*does not attend to a part of the keys"),
+    )
+    for kernel, order, asked, message in lacking:
+        with pytest.raises(ValueError, match=f"{message}.*Write kernel=jax_seqpar.Blockwise"):
+            ring(kernel, 4, order)(q, k, v, **asked)
+    held = Spec(held_queries=Tokens(0, 96), held_keys=Tokens(0, 96))
+    with pytest.raises(ValueError, match=r"a part of the keys is attended to by attend_part"):
+        SPLASH.attend(q, k, v, held)
+    large = [jnp.zeros((1, 16, 1, n)) for n in (640, 640, 640)]
+    large = [x.astype(jnp.bfloat16) for x in large]
+    assert SPLASH.why_not(*large, Spec()) is None
+    assert "H = 640 and V = 640 of float32" in str(SPLASH.why_not(*large, held))
+
+
+# ---------------------------------------------------------------- for a GPU that is not here
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_triton_lowers_parts_for_a_gpu(order):
+    """One kernel forward and two for the gradients, of a run and of a list of tokens."""
+    query, key = (jax.ShapeDtypeStruct((1, 256, n, 64), jnp.bfloat16) for n in (4, 2))
+
+    def run(query: Any, key: Any, index: Any) -> Any:
+        held = {f"held_{x}": order.tokens(256, index, 4) for x in ("queries", "keys")}
+        mask = Mask(is_causal=True, local_window_size=(100, 0))
+        logits = Logits(soft_cap=3.0, alibi_slopes=jnp.ones(4))
+        spec, kernel = Spec(mask, logits, **held), Triton(platform="gpu")
+        part = kernel.attend_part(query, key, key, spec)
+        D = jnp.zeros(query.shape[:3])
+        return part, kernel.part_gradients(query, key, key, spec, D, part.residual, query)
+
+    traced = jax.jit(run).trace(query, key, jax.ShapeDtypeStruct((), jnp.int32))
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 3
