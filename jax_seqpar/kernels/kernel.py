@@ -148,7 +148,8 @@ class Kernel:
         """The attention to the keys of `spec.held_keys`, in float32, of a kernel that gives parts.
 
         Args:
-          spec: without sinks, which are of no part.
+          spec: without sinks, which are of no part. `held_keys` may be traced: a run or a list of
+            tokens, of one kind in all rounds.
         """
         raise NotImplementedError
 
