@@ -245,7 +245,7 @@ def meetings(low: Any, high: Any, size: int, count: int, xp: Any) -> Schedule:
     some = low < high
     low, high = low // size, -(-high // size)
     steps = xp.where(some, high - low, 0)
-    step = np.arange(max(steps.max(), 1) if xp is np else count)
+    step = np.arange(max(steps.max(), 1) if xp is np else count)[None]
     meets = step < steps[:, None]
     # After the last partner it stays, so nothing is fetched for the steps that are left out.
     partner = xp.clip(xp.minimum(low[:, None] + step, high[:, None] - 1), 0, count - 1)

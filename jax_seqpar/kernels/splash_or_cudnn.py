@@ -37,9 +37,9 @@ class Fused(Kernel):
     2^20 in bfloat16 with H and V up to 128, there without dq; of longer ones it computes all. It
     rounds the scaled query to its dtype, and its products of float32 are those of the TPU's default
     precision. It attends to a part of the keys for a ring, in float32; cuDNN, whose output has 16
-    bits, does not. Inside `jax.shard_map` it needs `check_vma=False`. Both kernels recompute the weights
-    for the gradient from the log of the sum of exp, one float32 number: at logits of 1e5 its
-    steps are 1/128, and weights are off by up to 0.4 %. Those of `blockwise_attention` are not.
+    bits, does not. Inside `jax.shard_map` it needs `check_vma=False`. Both kernels recompute the
+    weights for the gradient from the log of the sum of exp, one float32 number: at logits of 1e5
+    its steps are 1/128, and weights are off by up to 0.4 %. Those of `blockwise_attention` are not.
 
     Args:
       platform: "tpu", "gpu" or "cpu", which has no such kernel; if None, that of JAX's default

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ..mask import AnyTokens, Mask, Spec, TokenList, Tokens
+from ..mask.block_ranges import keys_of, queries_of
 from .parts import Part
 from .softmax_residual import Residual
 from .splash import (
@@ -223,7 +224,7 @@ class _Plan:
             return None
         own, others = (self.queries, self.keys)[:: 1 if side == 0 else -1]
         size, other_size = blocks[:2] if side == 0 else blocks[1::-1]
-        find = self.reach.keys_of if side == 0 else self.reach.queries_of
+        find = partial((keys_of, queries_of)[side], self.reach)
 
         if isinstance(own, TokenList):
             # Not by slices of the list, which XLA would gather in a loop.

@@ -44,9 +44,9 @@ class Ring(KeepsQueries):
     Rounds in which no device has a key to attend to are left out: a window of W tokens in the
     contiguous order takes ceil(W P / S), packed documents as many as the longest of them spans.
 
-    The kernel has to give parts (`Fused()` on a TPU, `Triton()` on a GPU, `Blockwise()` anywhere), or
-    attend in turns: `Exact()`, whose keys and values go round four times forward and twice for the
-    gradients, and whose result has the bits of one device. Under a causal mask choose
+    The kernel has to give parts (`Fused()` on a TPU, `Triton()` on a GPU, `Blockwise()` anywhere),
+    or attend in turns: `Exact()`, whose keys and values go round four times forward and twice for
+    the gradients, and whose result has the bits of one device. Under a causal mask choose
     `MeshLayout(order=Zigzag())`, with which all devices have the same work.
     """
 
