@@ -7,9 +7,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 from ahead_of_time import DEVICES, compiled, hiding, most_bytes, program
+from cases import slow
 from wrong_rings import WaitingRing
 
-from jax_seqpar import Blockwise, Logits, Mask, Ring, Ulysses, compiler_options
+from jax_seqpar import (
+    Blockwise,
+    Contiguous,
+    Logits,
+    Mask,
+    MeshLayout,
+    Ring,
+    Striped,
+    Ulysses,
+    Zigzag,
+    compiler_options,
+)
 from jax_seqpar.plan import (
     collectives,
     kernel_calls,
@@ -93,6 +105,21 @@ def test_a_transfer_hides_under_the_attention_of_another_slice():
     assert all_to_alls == [{"all-to-all": n} for n in (4, 8, 16)]
     assert [kernel_calls(text) for text in texts] == [1, 2, 6]
     assert [len(hiding(text)) for text in texts] == [0, 2, 6]
+
+
+@pytest.mark.parametrize("order", (Zigzag(), slow(Contiguous()), slow(Striped())), ids=str)
+def test_every_transfer_of_a_ring_of_splash_hides_under_a_kernel(order):
+    """By name, as a loop that is no attention counts as one to `kernels_under_transfers`."""
+    layout = MeshLayout(order=order)
+    forward = program("v5e:2x4", 1 << 14, strategy=Ring(), layout=layout)
+    texts = [x["text"] for x in compiled(forward, replace(forward, gradients=True))]
+    # A device's own keys, those in the loop, and the last ones, which are not sent on.
+    assert [kernel_calls(text) for text in texts] == [3, 9]
+    assert [collectives(text) for text in texts] == [{"collective-permute": n} for n in (2, 6)]
+    for text, count in zip(texts, (2, 6), strict=True):
+        transfers = kernels_under_transfers(text)
+        assert len(transfers) == count
+        assert all(any("splash" in name for name in under) for under in transfers.values())
 
 
 def test_every_transfer_of_a_ring_hides_under_an_attention():

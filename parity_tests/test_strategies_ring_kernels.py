@@ -203,6 +203,7 @@ def test_parts_leave_the_kernel_in_float32(kernel, monkeypatch):
 
     monkeypatch.setattr(type(attend), "attend_part", attend_part)
     monkeypatch.setattr(type(attend), "part_gradients", part_gradients)
+    jax.clear_caches()  # of the right ring, which JAX would take for a kernel that is equal
     wrong = rms_in_bfloat16(attend, 8)
     assert all(wrong[n] > 1.1 * x for n, x in one.items())
 
