@@ -113,14 +113,20 @@ def test_the_memory_of_a_ring_does_not_grow_with_the_ring(gradients):
 @pytest.mark.parametrize("gradients", (False, slow(True)), ids=("forward", "gradients"))
 @pytest.mark.parametrize("heads", ((16, 16), slow((32, 8)), slow((24, 4))), ids=str)
 @pytest.mark.parametrize(
-    "strategy", (AllGatherKV(), *map(slow, (Ulysses(), Ring(), RINGS, GATHERS))), ids=str
+    ("strategy", "kernel"),
+    (
+        (AllGatherKV(), Blockwise()),
+        slow(Ulysses(), Fused("tpu")),
+        slow(Ring(), Fused("tpu")),
+        *(slow(strategy, Blockwise()) for strategy in (Ring(), RINGS, GATHERS)),
+    ),
+    ids=str,
 )
-def test_memory_on_a_tpu(strategy, heads, gradients):
+def test_memory_on_a_tpu(strategy, kernel, heads, gradients):
     """Of a million tokens: beside fewer the 128 MB of VMEM, in which XLA has copies, are many."""
     hybrid = isinstance(strategy, Hybrid)
     degree: Any = (2, 4) if hybrid else 8
     options = {"degree": degree} if hybrid else {}
-    kernel = Fused("tpu") if isinstance(strategy, Ulysses) else Blockwise()
     asked = program(
         strategy, TOPOLOGY, 1 << 20, *heads, kernel=kernel, gradients=gradients, **options
     )

@@ -226,6 +226,18 @@ class Kernel:
         """
         return 0
 
+    def part_workspace(
+        self,
+        query: tuple[int, ...],
+        key: tuple[int, ...],
+        value: tuple[int, ...],
+        *,
+        itemsize: int,
+        gradients: bool,
+    ) -> int:
+        """`workspace` of `attend_part` and `part_gradients`, for a ring."""
+        return self.workspace(query, key, value, itemsize=itemsize, gradients=gradients)
+
     def sharing(
         self,
         axes: tuple[tuple[AxisName, int], ...],

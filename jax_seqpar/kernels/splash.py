@@ -99,8 +99,8 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
       query, key, value: anything with a shape and a dtype.
       spec: of such arrays, too.
     """
-    if reason := _why_not_held(spec):
-        return f"{reason} not supported by splash"
+    if tokens := _unsupported_tokens(spec):
+        return f"{tokens} is not supported by splash"
     asked = to_flat(spec).keys()
     for name, reason in _WITHOUT.items():
         if name in asked:
@@ -123,15 +123,15 @@ def why_not(query: Any, key: Any, value: Any, spec: Spec) -> str | None:
     return None
 
 
-def _why_not_held(spec: Spec) -> str | None:
-    """Which of the tokens that the arrays hold the kernel cannot work with, None if it can."""
+def _unsupported_tokens(spec: Spec) -> str | None:
+    """The tokens that are held and that the kernel cannot work with, None if it can."""
     keys, (before, after) = spec.held_keys, spec.mask.reach
     if keys is None:
-        return None if spec.held_queries is None else "a part of the queries with all keys is"
+        return None if spec.held_queries is None else "a part of the queries with all keys"
     if isinstance(keys, TokenList) and before is not None:
-        return "local_window_size of keys that are no run is"
+        return "local_window_size of keys that are no run"
     if isinstance(keys, TokenList) and after is not None and not keys.ascending:
-        return "causality of keys that are not in ascending order is"
+        return "causality of keys that are not in ascending order"
     return None
 
 

@@ -1,5 +1,6 @@
 """The platform's own kernels: splash attention on TPUs, cuDNN on NVIDIA GPUs."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +153,24 @@ class Fused(Kernel):
         B, T, N, _ = query
         lanes = 128 if self._platform == "tpu" else 1
         return 4 * lanes * (B * T * N if gradients else key[1])
+
+    def part_workspace(
+        self,
+        query: tuple[int, ...],
+        key: tuple[int, ...],
+        value: tuple[int, ...],
+        *,
+        itemsize: int,
+        gradients: bool,
+    ) -> int:
+        """Splash has its operands heads first, and again in float32 those that `splash_parts`
+        widens; positions and the log of the sums are in all 128 lanes of a register.
+        """
+        B, T, N, _ = query
+        widened = (query, key, value) if gradients else (query,)
+        bytes_wide = 4 if itemsize < 4 else 0
+        operands = itemsize * sum(map(math.prod, (query, key, value)))
+        return operands + bytes_wide * sum(map(math.prod, widened)) + 4 * 128 * (B * T * N + T)
 
     def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
         if self._platform not in KERNELS:

@@ -83,40 +83,47 @@ def part_gradients(
       D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
       residual: of whole rows.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-
     T, S = query.shape[1], key.shape[1]
     plan = _Plan.of(query, key, value, spec)
-    q, k, v = plan.operands(query, key, value)
     lse = residual.top + jnp.log(residual.divisor)
-    lse, D, do = (plan.of_queries(x) for x in (lse, D, out_gradient))
-    wide, narrow = plan.passes
-    layout = kernels.QKVLayout.HEAD_DIM_MINOR
-    both = {f"{x}_layout": layout for x in "qkv"} | plan.options(interpret)
-
-    def gradients(q: Array, k: Array, v: Array, segments: Any, *rows: Array) -> Any:
-        wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
-        dq = kernels._splash_attention_bwd_dq(
-            *(wide_q, k, v, segments, None, *rows),
-            bq=narrow.queries,
-            bkv=narrow.keys,
-            mask_info=plan.info(narrow, 0),
-            **both,
-        )
-        _, dk, dv = kernels._splash_attention_bwd_dkv(
-            *(q, wide_k, wide_v, segments, None, *rows),
-            bq=wide.queries,
-            bkv=wide.keys,
-            bkv_compute=wide.keys_at_once,
-            mask_info=plan.info(wide, 1),
-            use_fused_bwd_kernel=False,
-            **both,
-        )
-        return dq * plan.scale, dk, dv
-
-    found = jax.vmap(gradients)(q, k, v, plan.segments(), lse, do, D)
+    rows = (plan.of_queries(x) for x in (lse, out_gradient, D))
+    gradients = jax.vmap(partial(_gradients_of_one, plan, interpret))
+    found = gradients(*plan.operands(query, key, value), plan.segments(), *rows)
     dq, dk, dv = (x.swapaxes(1, 2)[:, :n] for x, n in zip(found, (T, S, S), strict=True))
     return dq, dk, dv, {}
+
+
+def _gradients_of_one(
+    plan: "_Plan", interpret: bool, q: Array, k: Array, v: Array, segments: Any, *rows: Array
+) -> tuple[Array, Array, Array]:
+    """The gradients of one sequence, heads first: dq by one kernel, dk and dv by another.
+
+    Args:
+      rows: log of the sums, gradient of the output and `D`.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+    wide, narrow = plan.passes
+    wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
+    layout = kernels.QKVLayout.HEAD_DIM_MINOR
+    both = {f"{x}_layout": layout for x in "qkv"} | plan.options(interpret)
+    dq = kernels._splash_attention_bwd_dq(
+        *(wide_q, k, v, segments, None, *rows),
+        bq=narrow.queries,
+        bkv=narrow.keys,
+        mask_info=plan.info(narrow, 0),
+        **both,
+    )
+    _, dk, dv = kernels._splash_attention_bwd_dkv(
+        *(q, wide_k, wide_v, segments, None, *rows),
+        bq=wide.queries,
+        bkv=wide.keys,
+        bkv_compute=wide.keys_at_once,
+        mask_info=plan.info(wide, 1),
+        use_fused_bwd_kernel=False,
+        **both,
+    )
+    return dq * plan.scale, dk, dv
 
 
 @dataclass(frozen=True)

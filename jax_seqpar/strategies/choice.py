@@ -154,12 +154,12 @@ class Call:
 
     def kernel_of(self, strategy: Strategy) -> tuple[Kernel, str | None]:
         """The kernel that the strategy would have, and why it cannot have it."""
-        kernel, operands = self.kernel_for(strategy), (self.query, self.key, self.value)
-        if not strategy.sees_all_keys and kernel.attends_in_turns:
-            return kernel, kernel.why_not(*operands, self.spec)
-        if not strategy.sees_all_keys and not kernel.gives_parts:
+        kernel, spec = self.kernel_for(strategy), self.spec_for(strategy)
+        if spec.held_keys is not None and kernel.attends_in_turns:
+            spec = self.spec  # it visits the keys of all devices
+        elif spec.held_keys is not None and not kernel.gives_parts:
             return kernel, f"{kernel!r} does not attend to a part of the keys"
-        return kernel, kernel.why_not(*operands, self.spec_for(strategy))
+        return kernel, kernel.why_not(self.query, self.key, self.value, spec)
 
     def kernel_for(self, strategy: Strategy) -> Kernel:
         """The kernel that is asked for, or the one that suits what the strategy gives it."""

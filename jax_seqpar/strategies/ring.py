@@ -67,7 +67,8 @@ class Ring(KeepsQueries):
         if not kernel.gives_parts and not kernel.attends_in_turns:
             raise ValueError(
                 f"kernel={kernel!r} does not attend to a part of the keys, as a ring needs it to. "
-                f"Write kernel=jax_seqpar.Blockwise(), or strategy=jax_seqpar.Ulysses()."
+                f"Write kernel=jax_seqpar.Blockwise(), on a GPU kernel=jax_seqpar.Triton(), or "
+                f"strategy=jax_seqpar.Ulysses(), which gives the kernel all keys."
             )
         if 0 in (*query.shape[:3], *value.shape[1:]):
             return kernel.attend(query, key, value, spec)  # nothing, which no device has to send
@@ -109,7 +110,7 @@ class Ring(KeepsQueries):
             sums = [*(sums if P > 2 else ()), *[k, v] * 3, q, q]
         held += array_bytes(*sums, itemsize=wide)
         options = {"itemsize": itemsize, "gradients": gradients}
-        return held + kernel.workspace(q, k, v, **options)
+        return held + kernel.part_workspace(q, k, v, **options)
 
 
 @dataclass(frozen=True)
