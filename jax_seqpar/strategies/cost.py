@@ -18,7 +18,7 @@ from .hybrid import Hybrid
 from .ring import Ring
 from .strategy import Degree, Shape, Strategy, array_bytes
 from .ulysses import head_plan
-from .whole_blocks import Deal
+from .whole_blocks import Deal, deals, numbers_dealt
 
 # Of a chip's FLOP/s: cuDNN's and blockwise attention's on a GPU as measured (`examples/README.md`),
 # the others by their likes. Only ratios matter, and only where strategies have other kernels.
@@ -93,16 +93,12 @@ class Layer:
     def deals(self, degree: int, *, keys: bool) -> list[Deal]:
         """How queries, and keys where they are dealt, too, come to lie in whole blocks."""
         tokens = (self.query[1], self.key[1]) if keys else (self.query[1],)
-        block = min(self.kernel.block, max(tokens))
-        return [Deal.in_blocks(self.order, block, n, degree) for n in tokens]
+        return deals(self.order, self.kernel.block, tokens, degree)
 
     def bytes_dealt(self, degree: int, *, keys: bool) -> int:
         """Received by a device where its tokens are dealt in whole blocks, and dealt back."""
-        deals = self.deals(degree, keys=keys)
-        heads = (self.query[2], self.key[2])[: len(deals)]
-        moved = sum(deal.received * n for deal, n in zip(deals, heads, strict=True))
-        channels = self.query[3] + self.value[3]
-        return self.query[0] * moved * channels * self.itemsize * (2 if self.gradients else 1)
+        numbers = numbers_dealt(self.deals(degree, keys=keys), *self.shapes)
+        return numbers * self.itemsize * (2 if self.gradients else 1)
 
     def memory(self, strategy: Strategy, degree: Degree) -> int:
         """`Strategy.memory` of this layer."""

@@ -28,7 +28,7 @@ from ..varying_axes import full_varying, match_varying_axes
 from .hops import hops
 from .send import send
 from .strategy import Degree, KeepsQueries, Shape, array_bytes, check_traffic, output, share
-from .whole_blocks import Deal, padded
+from .whole_blocks import deals, numbers_dealt, padded
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,28 @@ class Ring(KeepsQueries):
         small = {n: x for n, x in arrays_of(spec.logits) if n != "bias"}
         spec = spec.with_logits(**{n: x.astype(accumulated(x.dtype)) for n, x in small.items()})
         return _attention(plan, *match_varying_axes((query, key, value, spec)))
+
+    def traffic(
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        kernel: Kernel = blockwise_attention,
+    ) -> int:
+        """What the turns of the kernel send: most kernels have one, of keys and values.
+
+        All rounds, and of tokens in their order, which `Exact()` has dealt in whole blocks; a mask
+        that makes rounds needless and other orders are counted by `choose_strategy`.
+        """
+        P = check_traffic(query, key, degree)
+        dealt = deals(Contiguous(), kernel.block, (query[1], key[1]), P)
+        forward, _ = kernel.turns(key[3], value[3], itemsize)
+        received = key[0] * dealt[1].sizes[1] * key[2] * (P - 1)
+        moved = numbers_dealt(dealt, query, key, value) * itemsize
+        return received * sum(turn.sent for turn in forward) + moved
 
     def memory(
         self,
@@ -242,8 +264,7 @@ def _in_turns(
     """The attention of a kernel that asks for the turns it needs, of whole blocks of tokens."""
     degree = axis_size(axis_name)
     T, S = (x.shape[1] * degree for x in (query, key))
-    block = min(kernel.block, max(T, S))
-    queries, keys = (Deal.in_blocks(order, block, n, degree) for n in (T, S))
+    queries, keys = deals(order, kernel.block, (T, S), degree)
     spec = padded(spec, query.shape[0], queries=queries, keys=keys)
     spec = replace(spec, held_queries=queries.held(axis_name))
     sizes = queries.sizes[1], keys.sizes[1]

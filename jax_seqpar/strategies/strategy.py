@@ -144,10 +144,9 @@ class KeepsQueries:
         itemsize: int,
         kernel: Kernel = blockwise_attention,
     ) -> int:
-        """Bytes of all keys and values but a device's own; a ring leaves out what nobody needs.
+        """Bytes of all keys and values but a device's own.
 
-        Of every kernel but `Exact()` in a ring, whose turns `Kernel.turns` counts, and where its
-        blocks move (`jax_seqpar.strategies.whole_blocks`).
+        What `Exact()` deals anew where an order deals no whole blocks is not counted.
         """
         devices = check_traffic(query, key, degree)
         return array_bytes(key, value, itemsize=itemsize) * (devices - 1) // devices

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._checks import Shape
 from ..mask import AnyTokens, Mask, Spec
 from ..mask.array_fields import Axes
 from ..mesh_layout import AxisName
@@ -130,6 +131,27 @@ class Deal:
         places, is_token = np.empty(self.tokens, np.int64), numbers < self.tokens
         places[numbers[is_token]] = np.flatnonzero(is_token)
         return places // size, places % size
+
+
+def deals(order: TokenOrder, block: int, tokens: tuple[int, ...], degree: int) -> list[Deal]:
+    """How arrays with so many tokens come to lie in whole blocks.
+
+    Args:
+      block: `Kernel.block`; a shorter sequence is one block.
+      tokens: of the queries, and of the keys where they are dealt, too.
+    """
+    block = min(block, max(tokens))
+    return [Deal.in_blocks(order, block, n, degree) for n in tokens]
+
+
+def numbers_dealt(deals: list[Deal], query: Shape, key: Shape, value: Shape) -> int:
+    """Numbers that a device receives where query, key and value are dealt, and the output back.
+
+    Args:
+      deals: as `deals` gives them; of queries alone where keys stay.
+    """
+    moved = sum(deal.received * x[2] for deal, x in zip(deals, (query, key), strict=False))
+    return query[0] * moved * (query[3] + value[3])
 
 
 def padded(spec: Spec, batch: int, **deals: Deal) -> Spec:

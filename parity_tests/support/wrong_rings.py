@@ -95,9 +95,7 @@ class WaitingRing(_OtherRing):
     """A ring that sends keys and values on when it has attended to them: all transfers are exposed."""
 
     @staticmethod
-    def circulate(
-        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any
-    ) -> Any:
+    def circulate(plan: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any) -> Any:
         def one_round(i: Any, state: Any) -> Any:
             here, carry = jax.lax.optimization_barrier(state)
             here = plan.send(here, direction)
@@ -110,9 +108,7 @@ class UnrolledRing(_OtherRing):
     """A ring without a loop, of which XLA starts all transfers before the first attention."""
 
     @staticmethod
-    def circulate(
-        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any
-    ) -> Any:
+    def circulate(plan: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any) -> Any:
         for distance in range(1, rounds + 1):
             kv = plan.send(kv, direction)
             carry = visit(kv, direction * distance, carry)
