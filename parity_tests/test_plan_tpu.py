@@ -118,7 +118,7 @@ def under_splash(text: str) -> list[bool]:
 
 @pytest.mark.parametrize("order", (Zigzag(), slow(Contiguous()), slow(Striped())), ids=str)
 def test_every_transfer_of_a_ring_of_splash_hides_under_a_kernel(order):
-    """Forward one before the loop and one in it; with gradients the loop's two, and two after it."""
+    """Forward one before the loop and one in it; two in that of the gradients, two after it."""
     layout = MeshLayout(order=order)
     forward = program("v5e:2x4", 1 << 14, strategy=Ring(), layout=layout)
     texts = [x["text"] for x in compiled(forward, replace(forward, gradients=True))]

@@ -135,6 +135,19 @@ def test_bytes_by_kernel(kernel):
     assert inner == received_bytes(exchanged, 4)
 
 
+@pytest.mark.parametrize("kernel", (Exact(), Blockwise()), ids=("exact", "blockwise"))
+@pytest.mark.parametrize("block", (8, 256))
+@pytest.mark.usefixtures("optimised")
+def test_traffic_of_a_ring_by_kernel(kernel, block, monkeypatch):
+    """Four turns of exact attention; blocks that are larger than a device's part are dealt anew."""
+    monkeypatch.setattr(arithmetic, "BLOCK", block)
+    shapes = layer_of(8, 2).shapes
+    arrays = [jnp.ones(x, jnp.float32) for x in shapes]
+    attend = partial(dot_product_attention, strategy=Ring(), layout=ONE_AXIS[4].on(), kernel=kernel)
+    sent = Ring().traffic(*shapes, degree=4, itemsize=4, kernel=kernel)
+    assert sent == permuted_bytes(attend, *arrays) > 0
+
+
 @pytest.mark.parametrize("order", (Zigzag(), Striped()), ids=str)
 @pytest.mark.parametrize("gradients", (False, True), ids=("forward", "gradients"))
 def test_a_ring_counts_the_turns_of_exact_attention(gradients, order, monkeypatch):

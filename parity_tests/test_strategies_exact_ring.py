@@ -36,7 +36,7 @@ from jax_seqpar.exact import arithmetic, forward_in_turns
 from jax_seqpar.parity.inputs import adversarial
 from jax_seqpar.plan import collectives
 from jax_seqpar.plan import temporaries as temporaries_of
-from jax_seqpar.strategies import ring, whole_blocks
+from jax_seqpar.strategies import ring, ring_plan, whole_blocks
 from jax_seqpar.strategies.whole_blocks import Deal
 
 pytestmark = [
@@ -162,8 +162,8 @@ def test_under_vmap_and_with_64_bits():
 
 
 def one_device_left_out(patch):
-    right = ring.hops
-    patch.setattr(ring, "hops", lambda *x: (right(*x)[0] - 1, right(*x)[1]))
+    right = ring_plan.hops
+    patch.setattr(ring_plan, "hops", lambda *x: (right(*x)[0] - 1, right(*x)[1]))
 
 
 def logits_of_the_last_part(patch):
@@ -179,17 +179,17 @@ def logits_of_the_last_part(patch):
 
 def anchors_of_its_own(patch):
     """Of the queries of the device that has the keys."""
-    right = ring._RingPlan.turn
+    right = ring.RingPlan.turn
 
     def turn(self, visit, held, spec, nothing, meet, nothing_added=None, join=jnp.add):
         own = (lambda a, b: b) if join is jnp.maximum else join
         return right(self, visit, held, spec, nothing, meet, nothing_added, own)
 
-    patch.setattr(ring._RingPlan, "turn", turn)
+    patch.setattr(ring.RingPlan, "turn", turn)
 
 
 def own_keys_forgotten(patch):
-    right = ring._RingPlan.turn
+    right = ring.RingPlan.turn
 
     def turn(self, visit, held, spec, nothing, *rest):
         def others(here, spec):
@@ -198,11 +198,11 @@ def own_keys_forgotten(patch):
 
         return right(self, others, held, spec, nothing, *rest)
 
-    patch.setattr(ring._RingPlan, "turn", turn)
+    patch.setattr(ring.RingPlan, "turn", turn)
 
 
 def sums_that_stay_away(patch):
-    patch.setattr(ring._RingPlan, "send_home", lambda self, tree, distance, direction: tree)
+    patch.setattr(ring.RingPlan, "send_home", lambda self, tree, distance, direction: tree)
 
 
 def blocks_in_parts(patch):

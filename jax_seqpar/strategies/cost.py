@@ -16,7 +16,7 @@ from .all_gather import AllGatherKV
 from .hops import hops
 from .hybrid import Hybrid
 from .ring import Ring
-from .strategy import Degree, Shape, Strategy, array_bytes
+from .strategy import Degree, Shape, Strategy
 from .ulysses import head_plan
 from .whole_blocks import Deal, deals, numbers_dealt
 
@@ -246,7 +246,3 @@ def _flops_of_pair(layer: Layer) -> float:
     """Forward, of one query and one key of one head in every sequence of the batch."""
     B, _, _, H = layer.query
     return 2.0 * B * (H + layer.value[3])
-
-
-def _kv_bytes(layer: Layer) -> int:
-    return array_bytes(layer.key, layer.value, itemsize=layer.itemsize)

@@ -1,8 +1,7 @@
 """Ring: keys and values travel from device to device, each of which attends to what it holds."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ from jaxtyping import Array
 
 from .._checks import axis_size
 from ..kernels import Kernel, Residual, blockwise_attention
-from ..kernels.kernel import together
 from ..kernels.parts import (
     Part,
     merge,
@@ -20,13 +18,12 @@ from ..kernels.parts import (
     sinks_gradient,
     with_sinks,
 )
-from ..mask import AnyTokens, Spec, accumulated
+from ..mask import Spec, accumulated
 from ..mask.array_fields import arrays_of
 from ..mesh_layout import AxisName
 from ..order import Contiguous, TokenOrder
 from ..varying_axes import full_varying, match_varying_axes
-from .hops import hops
-from .send import send
+from .ring_plan import RingPlan
 from .strategy import Degree, KeepsQueries, Shape, array_bytes, check_traffic, output, share
 from .whole_blocks import deals, numbers_dealt, padded
 
@@ -76,7 +73,7 @@ class Ring(KeepsQueries):
             return _in_turns(kernel, query, key, value, spec, axis_name, order), None
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore
         sizes = query.shape[1], key.shape[1]
-        plan = _RingPlan(kernel, axis_name, axis_size(axis_name), order, precision, *sizes)
+        plan = RingPlan(kernel, axis_name, axis_size(axis_name), order, precision, *sizes)
         # Their gradients are added up over the devices, which 16 bits would round each time.
         small = {n: x for n, x in arrays_of(spec.logits) if n != "bias"}
         spec = spec.with_logits(**{n: x.astype(accumulated(x.dtype)) for n, x in small.items()})
@@ -135,123 +132,6 @@ class Ring(KeepsQueries):
         return held + kernel.part_workspace(q, k, v, **options)
 
 
-@dataclass(frozen=True)
-class _RingPlan:
-    """What does not change from round to round.
-
-    Attributes:
-      degree: devices of the ring.
-      precision: of matrix products where the attention is called. JAX traces the rules of
-        derivatives later, where another may be in force.
-      queries, keys: tokens of a device.
-    """
-
-    kernel: Kernel
-    axis_name: AxisName
-    degree: int
-    order: TokenOrder
-    precision: str | None
-    queries: int
-    keys: int
-
-    def tokens(self, size: int, distance: Any) -> AnyTokens:
-        """Those of the device that is so many places before this one."""
-        # With 64 bits on, loops count in int64.
-        distance = jnp.asarray(distance, jnp.int32)
-        index = (jax.lax.axis_index(self.axis_name) - distance) % self.degree
-        return self.order.tokens(size, index, self.degree)
-
-    def send(self, tree: Any, distance: int) -> Any:
-        """Sends the arrays of a tree so many places on."""
-        return jax.tree.map(lambda x: send(x, distance, self.axis_name), tree)
-
-    def send_home(self, tree: Any, distance: Any, direction: int) -> Any:
-        """Sends arrays back to where they set out, `distance` places away."""
-        if isinstance(distance, int):
-            return self.send(tree, -direction * distance)
-        return jax.lax.fori_loop(0, distance, lambda _, x: self.send(x, -direction), tree)
-
-    def hops(self, spec: Spec) -> list[tuple[int, Any]]:
-        """Direction and number of rounds of each trip that keys and values make."""
-        P = self.degree
-        before, after = hops(spec.mask, self.order, self.queries * P, self.keys * P, P)
-        return [
-            (d, n) for d, n in ((1, before), (-1, after)) if not (isinstance(n, int) and n == 0)
-        ]
-
-    def circulate(
-        self, direction: int, rounds: Any, kv: Any, visit: Callable[..., Any], carry: Any
-    ) -> Any:
-        """`carry = visit(kv, distance, carry)` with the keys and values of each device in turn.
-
-        In a loop, which holds two of them at a time and compiles as many attentions whatever the
-        degree. (Of an unrolled ring of splash kernels XLA starts all transfers first, which makes
-        it an all-gather.) Each round the next keys and values are on their way while those that are
-        here are attended to; those of the last round are not sent on, where it is known which that
-        is.
-
-        Args:
-          kv: a tree of arrays of this device's keys.
-          visit: given the distance that they have come, against the direction where negative.
-        """
-
-        def one_round(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            here, carry = state
-            following = self.send(here, direction)
-            return following, visit(here, direction * (i + 1), carry)
-
-        state = (self.send(kv, direction), carry)
-        if not isinstance(rounds, int):
-            return jax.lax.fori_loop(0, rounds, one_round, state)[1]
-        if rounds > 1:
-            state = jax.lax.fori_loop(0, rounds - 1, one_round, state)
-        here, carry = state
-        return visit(here, direction * rounds, carry)
-
-    def turn(
-        self,
-        visit: Callable[..., tuple[Any, Any]],
-        held: Any,
-        spec: Spec,
-        nothing: Any,
-        meet: Any,
-        nothing_added: Any = None,
-        join: Callable[[Any, Any], Any] = jnp.add,
-    ) -> tuple[Any, Any]:
-        """What the queries of this device make of all keys, and all queries of its keys.
-
-        See `jax_seqpar.kernels.kernel.Turns`. Its own keys last: what belongs to them comes home
-        from the others meanwhile.
-        """
-
-        def at(here: Any, distance: Any, found: Any) -> tuple[Any, Any]:
-            part = replace(spec, held_keys=self.tokens(self.keys, distance))
-            in_these, added = visit(here, part)
-            return together(meet, found, in_these), added
-
-        def one_way(direction: int, rounds: Any, found: Any) -> tuple[Any, Any]:
-            """What the devices on one side add to this device's keys, and what is found there."""
-
-            def one(here: Any, distance: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-                # What was added so far follows its keys while this device's part is computed.
-                added, found = state
-                if not (isinstance(rounds, int) and rounds == 1):
-                    added = self.send(added, direction)
-                found, own = at(here, distance, found)
-                return together(join, added, own), found
-
-            start = nothing_added, found
-            added, found = self.circulate(direction, rounds, held, one, start)
-            return self.send_home(added, rounds, direction), found
-
-        came_home, found = [], nothing
-        for direction, rounds in self.hops(spec):
-            added, found = one_way(direction, rounds, found)
-            came_home.append(added)
-        found, own = at(held, 0, found)
-        return found, reduce(partial(together, join), came_home, own)
-
-
 def _in_turns(
     kernel: Kernel,
     query: Array,
@@ -268,7 +148,7 @@ def _in_turns(
     spec = padded(spec, query.shape[0], queries=queries, keys=keys)
     spec = replace(spec, held_queries=queries.held(axis_name))
     sizes = queries.sizes[1], keys.sizes[1]
-    plan = _RingPlan(kernel, axis_name, degree, queries.after, None, *sizes)
+    plan = RingPlan(kernel, axis_name, degree, queries.after, None, *sizes)
     dealt = queries.forth(query, axis_name), *(keys.forth(x, axis_name) for x in (key, value))
     out = kernel.attend_in_turns(plan, *match_varying_axes((*dealt, spec)))
     return queries.back(out, axis_name)
@@ -276,17 +156,17 @@ def _in_turns(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    plan: _RingPlan, query: Array, key: Array, value: Array, spec: Spec
+    plan: RingPlan, query: Array, key: Array, value: Array, spec: Spec
 ) -> tuple[Array, Residual]:
     return _attention_fwd(plan, query, key, value, spec)[0]
 
 
-def _attention_fwd(plan: _RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Any:
+def _attention_fwd(plan: RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Any:
     part = _forward(plan, query, key, value, spec)
     return (part.out.astype(query.dtype), part.residual), (query, key, value, spec, part)
 
 
-def _attention_bwd(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
+def _attention_bwd(plan: RingPlan, saved: Any, gradients: Any) -> Any:
     *of_operands, added = _backward(plan, saved, gradients)
     spec = saved[3]
     return *of_operands, spec.map(lambda x, axes: None).with_logits(**added)
@@ -296,20 +176,20 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _forward(plan: _RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Part:
+def _forward(plan: RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Part:
     """The attention to all keys, sinks included, in float32."""
     with jax.default_matmul_precision(plan.precision):
         return _attend_to_all(plan, query, key, value, spec)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
+def _backward(plan: RingPlan, saved: Any, gradients: Any) -> Any:
     """The gradients of query, key and value, and of the arrays of the logits by name."""
     with jax.default_matmul_precision(plan.precision):
         return _gradients(plan, saved, gradients)
 
 
-def _no_second_derivative(plan: _RingPlan, primals: Any, tangents: Any) -> Any:
+def _no_second_derivative(plan: RingPlan, primals: Any, tangents: Any) -> Any:
     raise ValueError(
         f"a ring over mesh axis {plan.axis_name!r} has the first derivative in reverse mode alone, "
         f"and another one is asked for. Write strategy=jax_seqpar.Ulysses(), which has those of "
@@ -322,7 +202,7 @@ _forward.defjvp(_no_second_derivative)
 _backward.defjvp(_no_second_derivative)
 
 
-def _attend_to_all(plan: _RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Part:
+def _attend_to_all(plan: RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Part:
     local = _part_spec(plan, spec, query.shape[1])
 
     def attend(kv: Array, distance: Any) -> Part:
@@ -340,7 +220,7 @@ def _attend_to_all(plan: _RingPlan, query: Array, key: Array, value: Array, spec
     return with_sinks(part, spec.logits.sinks)
 
 
-def _gradients(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
+def _gradients(plan: RingPlan, saved: Any, gradients: Any) -> Any:
     query, key, value, spec, part = saved
     out_gradient, residual_gradient = gradients
     local = _part_spec(plan, spec, query.shape[1])
@@ -369,7 +249,7 @@ def _gradients(plan: _RingPlan, saved: Any, gradients: Any) -> Any:
     return *(x.astype(query.dtype) for x in (dq, dk, dv)), added
 
 
-def _part_spec(plan: _RingPlan, spec: Spec, queries: int) -> Spec:
+def _part_spec(plan: RingPlan, spec: Spec, queries: int) -> Spec:
     """The Spec of the parts: of this device's queries, and without sinks, which are of no part."""
     logits = replace(spec.logits, sinks=None)
     return replace(spec, logits=logits, held_queries=plan.tokens(queries, 0))

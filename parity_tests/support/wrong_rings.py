@@ -32,7 +32,7 @@ def _residual_of_the_last_part(patch: Any) -> None:
 
 
 def _sums_that_stay_away(patch: Any) -> None:
-    patch.setattr(ring._RingPlan, "send_home", lambda self, x, distance, direction: x)
+    patch.setattr(ring.RingPlan, "send_home", lambda self, x, distance, direction: x)
 
 
 def _other_half(patch: Any) -> None:
@@ -48,8 +48,8 @@ def _other_half(patch: Any) -> None:
 
 
 def _keys_of_the_next(patch: Any) -> None:
-    right = ring._RingPlan.tokens
-    patch.setattr(ring._RingPlan, "tokens", lambda self, size, far: right(self, size, -far))
+    right = ring.RingPlan.tokens
+    patch.setattr(ring.RingPlan, "tokens", lambda self, size, far: right(self, size, -far))
 
 
 def _parts_in_16_bits(patch: Any) -> None:
@@ -83,16 +83,16 @@ class _OtherRing(Ring):
     ) -> Any: ...
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        right = ring._RingPlan.circulate
-        ring._RingPlan.circulate = type(self).circulate
+        right = ring.RingPlan.circulate
+        ring.RingPlan.circulate = type(self).circulate  # pyright: ignore
         try:
             return super().__call__(*args, **options)
         finally:
-            ring._RingPlan.circulate = right
+            ring.RingPlan.circulate = right
 
 
 class WaitingRing(_OtherRing):
-    """A ring that sends keys and values on when it has attended to them: all transfers are exposed."""
+    """A ring that sends keys on when it has attended to them: all transfers are exposed."""
 
     @staticmethod
     def circulate(plan: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any) -> Any:
