@@ -1,4 +1,4 @@
-"""The hashes that exact attention has on every machine, kept beside this file."""
+"""The hashes that exact attention and training have on every machine, kept beside this file."""
 
 import hashlib
 import json
@@ -24,8 +24,11 @@ def digest(arrays: dict[str, Any], spec: Spec | None = None) -> str:
     return sha.hexdigest()
 
 
-def expected_digest(inputs: Arrays, spec: Spec) -> str | None:
-    """What output and gradients of exact attention hash to; None for inputs that nobody kept."""
+def expected_digest(inputs: Arrays, spec: Spec | None = None) -> str | None:
+    """What output and gradients of exact attention hash to, or the last step of a training.
+
+    None for inputs that nobody kept.
+    """
     found = json.loads(FILE.read_text()).get(digest(inputs, spec))
     return found and found["outputs"]
 

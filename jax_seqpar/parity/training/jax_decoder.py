@@ -1,0 +1,111 @@
+"""A decoder of `jax_seqpar.exact` operations, line by line as `torch_ref.exact.decoder` has it.
+
+Weights are a dict by PyTorch's names, so that nothing has to be mapped. `examples/decoder.py` is
+the same function made of Flax layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ...attention import dot_product_attention
+from ...exact.activation import swiglu
+from ...exact.attention import Exact
+from ...exact.embedding import embed
+from ...exact.linear import add, fork, linear
+from ...exact.loss import cross_entropy
+from ...exact.norm import rms_norm
+from ...exact.rotary import rotary
+from ...mesh_layout import MeshLayout
+from ...training import Batch
+from ..inputs import Arrays
+from .task import Training
+
+Weights = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that JAX trains.
+
+    Attributes:
+      loss: of parameters and a batch on the mesh.
+      load: NumPy arrays by PyTorch's names to parameters, sharded as they are trained.
+      save: parameters, or a tree like them, back to NumPy.
+    """
+
+    loss: Callable[[Any, Batch], Array]
+    load: Callable[[Arrays], Any]
+    save: Callable[[Any], Arrays]
+
+
+def exact_decoder(training: Training, layout: MeshLayout) -> Model:
+    """The decoder in exact arithmetic, its weights shared over the batch's devices (FSDP).
+
+    Args:
+      training: the sizes.
+      layout: of tokens, on the mesh of `jax.set_mesh`.
+    """
+
+    def load(arrays: Arrays) -> Weights:
+        mesh: Any = jax.sharding.get_mesh()
+        return {
+            name: jax.device_put(x, NamedSharding(mesh, _sharding(training, layout, x)))
+            for name, x in arrays.items()
+        }
+
+    def loss(weights: Weights, batch: Batch) -> Array:
+        whole = {
+            n: jax.lax.with_sharding_constraint(w, PartitionSpec()) for n, w in weights.items()
+        }
+        return _loss(training, layout, whole, batch)
+
+    return Model(loss, load, lambda tree: {name: np.asarray(x) for name, x in tree.items()})
+
+
+def _sharding(training: Training, layout: MeshLayout, x: np.ndarray) -> PartitionSpec:
+    """The first axis of the size of the features over the devices that share the batch."""
+    axis = x.shape.index(training.features)
+    return PartitionSpec(*(layout.batch if i == axis else None for i in range(x.ndim)))
+
+
+def _loss(training: Training, layout: MeshLayout, weights: Weights, batch: Batch) -> Array:
+    rows, columns = fork(weights["embedding"], 2)
+    x = embed(rows, batch.tokens)
+    for i in range(training.layers):
+        prefix = f"layers.{i}."
+        p = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        x = _attention_block(training, layout, p, x, batch.positions)
+        x = _mlp_block(training, p, x)
+    y = rms_norm(x, weights["final_norm"], training.epsilon)
+    logits = linear("BSD,VD->BSV", y, columns)
+    return cross_entropy(logits, batch.labels, normaliser=batch.normaliser)
+
+
+def _attention_block(
+    training: Training, layout: MeshLayout, p: Weights, x: Array, positions: Array
+) -> Array:
+    skip, x = fork(x, 2)
+    n = fork(rms_norm(x, p["attention_norm"], training.epsilon), 3)
+    q, k, v = (
+        _heads(linear("BSD,DF->BSF", y, p[w]), training) for y, w in zip(n, "qkv", strict=True)
+    )
+    q, k = (rotary(y, positions, training.theta) for y in (q, k))
+    o = dot_product_attention(q, k, v, is_causal=True, kernel=Exact(), layout=layout)
+    return add(skip, linear("BSF,FD->BSD", o.reshape(*o.shape[:2], -1), p["o"]))
+
+
+def _heads(y: Array, training: Training) -> Array:
+    return y.reshape(*y.shape[:2], -1, training.head_dim)
+
+
+def _mlp_block(training: Training, p: Weights, x: Array) -> Array:
+    skip, x = fork(x, 2)
+    for_gate, for_up = fork(rms_norm(x, p["mlp_norm"], training.epsilon), 2)
+    gate, up = linear("BSD,DF->BSF", for_gate, p["gate"]), linear("BSD,DF->BSF", for_up, p["up"])
+    return add(skip, linear("BSF,FD->BSD", swiglu(gate, up), p["down"]))

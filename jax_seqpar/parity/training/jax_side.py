@@ -1,0 +1,104 @@
+"""The training in JAX, on a mesh of data and sequence parallel devices."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType
+
+from ...exact.clip import clip_by_global_norm
+from ...exact.optimizer import adamw
+from ...mesh_layout import MeshLayout
+from ...training import TokenLayout
+from .jax_decoder import Model, exact_decoder
+from .steps import Step, named
+from .task import Training
+
+LAYOUT = MeshLayout(tokens="seq", batch="data")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer of a training, and how its state names the counter and the two moments."""
+
+    make: Callable[[Training], optax.GradientTransformation]
+    steps: str
+    mean: str
+    square: str
+
+
+def _exact_adamw(training: Training) -> optax.GradientTransformation:
+    rate, decay = training.learning_rate, training.weight_decay
+    return optax.chain(clip_by_global_norm(training.largest_norm), adamw(rate, weight_decay=decay))
+
+
+EXACT_ADAMW = Optimizer(_exact_adamw, "steps", "mean", "square")
+
+
+def train_in_jax(
+    training: Training,
+    data: int,
+    sequence: int,
+    *,
+    model: Callable[[Training, MeshLayout], Model] = exact_decoder,
+    optimizer: Optimizer = EXACT_ADAMW,
+    start: Step | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> list[Step]:
+    """Trains on a mesh `data x seq` of the first devices.
+
+    Args:
+      model: called under the mesh, with the layout of the tokens.
+      start: the step after which to go on, of any side; the first weights if None.
+      on_step: called with each step, to save it or to show how far the run is.
+    """
+    mesh = _mesh(data, sequence)
+    batches = TokenLayout(replace(LAYOUT, mesh=mesh))
+    tx, start = optimizer.make(training), start or training.start()
+    # optax takes powers of a Python float by an int32, which strict promotion forbids.
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+        its = model(training, LAYOUT)
+        params, state = _loaded(its, tx, optimizer, start)
+
+        @jax.jit
+        def make_step(params: Any, state: Any, batch: Any) -> Any:
+            loss, gradients = jax.value_and_grad(its.loss)(params, batch)
+            updates, state = tx.update(gradients, state, params)
+            return loss, optax.apply_updates(params, updates), state
+
+        steps = []
+        for number, tokens in enumerate(training.batches(start.number), start.number + 1):
+            loss, params, state = make_step(params, state, batches.shard(tokens))
+            moments = (optax.tree.get(state, n) for n in (optimizer.mean, optimizer.square))
+            arrays = named(*map(its.save, (params, *moments)))
+            steps.append(Step(number, np.float32(loss), arrays))
+            on_step(steps[-1])
+    return steps
+
+
+def _mesh(data: int, sequence: int) -> jax.sharding.Mesh:
+    devices = jax.devices()
+    if len(devices) < data * sequence:
+        raise ValueError(
+            f"a mesh of {data} x {sequence} needs {data * sequence} devices, there are "
+            f"{len(devices)}. Before JAX is first used, write jax.config.update("
+            f'"jax_num_cpu_devices", {data * sequence}).'
+        )
+    auto = (AxisType.Auto,) * 2
+    return jax.make_mesh(
+        (data, sequence), ("data", "seq"), auto, devices=devices[: data * sequence]
+    )
+
+
+def _loaded(
+    model: Model, tx: optax.GradientTransformation, optimizer: Optimizer, start: Step
+) -> tuple[Any, Any]:
+    """Parameters and state of the optimizer after a step."""
+    params, mean, square = (model.load(start.of_kind(kind)) for kind in ("weight", "m", "v"))
+    moments = {optimizer.mean: mean, optimizer.square: square}
+    state = optax.tree.set(tx.init(params), **{optimizer.steps: jnp.int32(start.number)}, **moments)
+    return params, state
