@@ -3,106 +3,103 @@
     python examples/bit_equal_training.py
     python examples/bit_equal_training.py --plant "rotary off by one"
     python examples/bit_equal_training.py --steps 100 --png losses.png
+    python examples/bit_equal_training.py --steps 10 --folder steps
+    python examples/bit_equal_training.py --steps 20 --folder steps
 
 Of each step: the loss with its 32 bits, a hash of all weights and moments, and whether the three
 agree. Beside it the same training in ordinary float32 on the same two meshes, whose losses part.
-With `--plant` a bug is put into PyTorch's side, and the first number that differs is named. Needs
-the extras "training" and "parity". Exit status: 0 if all bits are equal, 1 if not.
+With `--plant` a bug is put into PyTorch's side, and the first number that differs is named. With
+`--folder` each step of JAX on one device is saved there, and every side, PyTorch too, goes on after
+the newest one that it finds. Needs the extras "training" and "parity". Exit status: 0 if all bits
+are equal, 1 if not. `seqpar parity --training` is the same without Flax, in four steps.
 """
 
-from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import jax
-import numpy as np
 import typer
 from loss_plot import plot
-from planted_training_bugs import BUGS
+from planted_training_bugs import BUGS, planted
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from training_in_both import Step, Training, digest_of, train_in_jax, train_on_ranks
+from training_in_flax import train_in_flax
 
+from jax_seqpar.parity.training.run import MESHES, RANKS, TrainingResult
+from jax_seqpar.parity.training.step_files import newest_step, save_step
+from jax_seqpar.parity.training.steps import Step, first_difference
+from jax_seqpar.parity.training.table import training_summary, training_table
+from jax_seqpar.parity.training.task import Training
+from jax_seqpar.parity.training.torch_side import Ranks, train_on_ranks
 
-def first_difference(a: Sequence[Step], b: Sequence[Step]) -> str | None:
-    """The first step, tensor and element whose bits differ, in words; None if there is none."""
-    for number, (one, other) in enumerate(zip(a, b, strict=True), 1):
-        for name, x in one.arrays.items():
-            differs = np.argwhere(x.view(np.int32) != other.arrays[name].view(np.int32))
-            if len(differs):
-                at = tuple(map(int, differs[0]))
-                return (
-                    f"step {number}, {name}{list(at)}: {x[at]!r} and {other.arrays[name][at]!r}; "
-                    f"{len(differs)} of its {x.size} numbers differ"
-                )
-        if bits(one.loss) != bits(other.loss):
-            return f"step {number}, the loss: {one.loss!r} and {other.loss!r}"
-    return None
-
-
-def bits(loss: np.float32) -> str:
-    """The 32 bits of a loss in hexadecimal."""
-    return f"{int(loss.view(np.uint32)):08x}"
-
-
-def table_of(exact: dict[str, list[Step]], ordinary: dict[str, list[Step]], rows: int) -> Table:
-    """The first steps and the last ones, side by side."""
-    table = Table("step", "loss", *exact, "equal", *(f"float32, {name}" for name in ordinary))
-    runs = list(exact.values())
-    steps = len(runs[0])
-    shown = [n for n in range(steps) if n < rows // 2 or n >= steps - rows // 2]
-    for n in shown:
-        digests = [digest_of(run[n])[:8] for run in runs]
-        same = len(set(digests)) == 1
-        table.add_row(
-            str(n + 1),
-            f"{runs[0][n].loss:.6f}",
-            *(f"{bits(run[n].loss)} {d}" for run, d in zip(runs, digests, strict=True)),
-            "[green]yes" if same else "[red]no",
-            *(bits(run[n].loss) for run in ordinary.values()),
-        )
-    return table
+Runs = dict[str, list[Step]]
 
 
 def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 20,
     plant: Annotated[str | None, typer.Option(help=f"A bug in PyTorch: {', '.join(BUGS)}.")] = None,
     png: Annotated[Path | None, typer.Option(help="A picture of the losses.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Save steps here, and go on after the newest one.")
+    ] = None,
 ) -> None:
     """Trains on all sides, and compares every bit."""
     if plant is not None and plant not in BUGS:
         raise typer.BadParameter(f"--plant {plant!r}: write one of {', '.join(BUGS)}.")
+    start = _start(folder)
+    if start is not None and start.number >= steps:
+        raise typer.BadParameter(f"--steps {steps}: {folder} has {start.number}. Write more.")
     jax.config.update("jax_num_cpu_devices", 8)
-    training = Training(steps=steps)
-    meshes = {"JAX 1": (1, 1), "JAX 2x4": (2, 4)}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("exact", total=4 * steps + 1)
-
-        def done() -> None:
-            progress.advance(task)
-
-        exact = {name: train_in_jax(training, *mesh, on_step=done) for name, mesh in meshes.items()}
-        progress.update(task, description="PyTorch, 2x2 ranks")
-        exact["PyTorch 2x2"] = train_on_ranks(training, 2, 2, plant)
-        progress.update(task, description="float32", advance=1)
-        ordinary = {
-            name: train_in_jax(training, *mesh, exact=False, on_step=done)
-            for name, mesh in meshes.items()
-        }
+    result, ordinary = _runs(Training(steps=steps), plant, folder, start)
     console = Console()
-    console.print(table_of(exact, ordinary, 20))
-    first, *others = exact
-    found = {name: first_difference(exact[first], exact[name]) for name in others}
-    for name, difference in found.items():
-        console.print(f"{first} and {name}: {difference or 'no bit differs'}", highlight=False)
+    beside = {f"float32, {name}": run for name, run in ordinary.items()}
+    console.print(training_table(result, beside=beside))
+    for line in training_summary(result):
+        console.print(line, highlight=False)
     parted = first_difference(*ordinary.values())
     console.print(f"float32 on two meshes: {parted or 'no bit differs'}", highlight=False)
     if png is not None:
-        curves = {**exact, **{f"float32, {name}": run for name, run in ordinary.items()}}
+        curves = {**result.runs, **beside}
         plot({name: [float(s.loss) for s in run] for name, run in curves.items()}, png)
-    if any(found.values()):
+    if not result.passed:
         raise typer.Exit(1)
+
+
+def _start(folder: Path | None) -> Step | None:
+    """The newest step in the folder, which is made; None without one."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return newest_step(folder) if any(folder.glob("step-*.safetensors")) else None
+
+
+def _runs(
+    training: Training, plant: str | None, folder: Path | None, start: Step | None
+) -> tuple[TrainingResult, Runs]:
+    """The exact runs of all sides, and those of ordinary float32 in JAX."""
+    left = training.steps - (start.number if start else 0)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("exact", total=2 * left * len(MESHES) + 1)
+
+        def in_jax(mesh: tuple[int, int], keep: Path | None = None, *, exact: bool) -> list[Step]:
+            def on_step(step: Step) -> None:
+                progress.advance(task)
+                if keep is not None:
+                    save_step(keep, step)
+
+            return train_in_flax(training, *mesh, exact=exact, start=start, on_step=on_step)
+
+        (first, alone), *others = MESHES.items()
+        runs = {first: in_jax(alone, folder, exact=True)}
+        runs |= {name: in_jax(mesh, exact=True) for name, mesh in others}
+        progress.update(task, description=RANKS)
+        ranks = Ranks(2, 2, partial(planted, plant) if plant else nullcontext)
+        runs[RANKS] = train_on_ranks(training, ranks, start=start)
+        progress.update(task, description="float32", advance=1)
+        ordinary = {name: in_jax(mesh, exact=False) for name, mesh in MESHES.items()}
+    return TrainingResult(runs), ordinary
 
 
 if __name__ == "__main__":

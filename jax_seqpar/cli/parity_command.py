@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import jax
 import typer
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from .._extras import require_torch
+from .._extras import require, require_torch
 from ..bridge.torch_ranks import RankError
 from ..mask.keywords import from_flat
 from ..parity.checks import Check
@@ -29,12 +30,16 @@ from .console import say, stdout
 from .interrupt import stop, stop_soon
 from .versions import versions
 
+# Options that a training has, too; its sizes are those of the kept hash.
+OF_TRAINING = ("training", "json_file", "timeout")
+
 
 def _size(help: str, default: int) -> Any:
     return typer.Option(min=1, help=f"{help} Default: {default}.")
 
 
 def parity(
+    context: typer.Context,
     degree: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Devices and ranks; repeat. Default: 1, 2, 4, 8."),
@@ -81,14 +86,20 @@ def parity(
         Path | None, typer.Option(help="Write inputs and outputs of failing checks here.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for the ranks of one degree.")] = 300.0,
+    training: Annotated[
+        bool, typer.Option("--training", help="A short training in place of attention alone.")
+    ] = False,
 ) -> None:
     """Run the same attention on PyTorch ranks and on JAX devices; compare every bit.
+
+    With --training, run the same steps of training on both, and compare every loss, weight and
+    moment.
 
     Exit status: 0 if all is equal, 1 if anything differs, 2 for sizes or files that do not fit, 3
     if the PyTorch ranks failed, 130 if interrupted.
     """
     require_torch()
-    asked = {name: x for name, x in locals().items() if x is not None}
+    asked = {name: x for name, x in locals().items() if name != "context" and x is not None}
     about = {
         "command": shlex.join(["seqpar", *sys.argv[1:]]),
         "seed": seed,
@@ -96,16 +107,16 @@ def parity(
         "versions": versions(),
         "platform": platform.platform(),
     }
+    if training:
+        _train(context, about, json_file, timeout)
+        return
     sizes = ("batch", "tokens", "heads", "kv_heads", "head_dim", "dtype")
     given: dict[str, Any] = {name: asked[name] for name in sizes if name in asked}
     try:
         if input and given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"--input has its own sizes and dtype. Leave out {options}.")
-        if not 0 < timeout < math.inf:
-            raise ValueError(
-                f"--timeout must be a positive number of seconds, got {timeout}. Write 300."
-            )
+        _refuse_timeout(timeout)
         _refuse_places({"--json": json_file, "--report": report}, save_failing)
         spec = from_flat(
             {
@@ -119,9 +130,7 @@ def parity(
         named = inputs_by_label(Case(**given), input or [], seed, kernel)
         plans = {d: plan(d, named, spec, kernel, seed) for d in sorted(set(degree or (1, 2, 4, 8)))}
         jax.config.update("jax_num_cpu_devices", max(plans))
-        # Of a run before, or of one that does not get to its end, nobody is to read "passed".
-        if json_file is not None:
-            _write_json(json_file, {"passed": False, "error": "the run did not end", **about})
+        _begin_json(json_file, about)
         if report is not None:
             report.write_text(unfinished_report(about), encoding="utf-8")
     except (ValueError, OSError) as error:
@@ -230,6 +239,52 @@ def _refuse_places(files: dict[str, Path | None], save_failing: Path | None) -> 
                 f"--save-failing {save_failing}: {place} is a file, not a folder. Write the name "
                 f"of a folder."
             )
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Raises ValueError for an option that would change nothing of a training."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [n for n, source in sources.items() if source == ParameterSource.COMMANDLINE]
+    if others := [name for name in given if name not in OF_TRAINING]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise ValueError(f"--training has its own sizes and arithmetic. Leave out {options}.")
+
+
+def _train(
+    context: typer.Context, about: dict[str, Any], json_file: Path | None, timeout: float
+) -> None:
+    """The training in place of attention: its table, its verdict and its exit status."""
+    require("optax")
+    from .training_parity import print_training, run
+
+    try:
+        _refuse_others(context)
+        _refuse_timeout(timeout)
+        _refuse_places({"--json": json_file}, None)
+        _begin_json(json_file, about)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    console = stdout()
+    with _ranks_may_fail(console):
+        result = run(timeout)
+    print_training(console, result)
+    if json_file is not None:
+        _write_json(json_file, {"passed": result.passed, **about, **result.to_json()})
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _refuse_timeout(timeout: float) -> None:
+    if not 0 < timeout < math.inf:
+        raise ValueError(
+            f"--timeout must be a positive number of seconds, got {timeout}. Write 300."
+        )
+
+
+def _begin_json(file: Path | None, about: dict[str, Any]) -> None:
+    """Of a run before, or of one that does not get to its end, nobody is to read "passed"."""
+    if file is not None:
+        _write_json(file, {"passed": False, "error": "the run did not end", **about})
 
 
 def _write_json(file: Path, payload: dict[str, Any]) -> None:

@@ -75,8 +75,8 @@ def run_training(
       on_step: called with each step of JAX, for a progress display.
 
     Raises:
-      ValueError: fewer than eight JAX devices, or ranks that differ.
-      RankError, TimeoutError: of `start_ranks`.
+      ValueError: fewer than eight JAX devices.
+      RankError, TimeoutError: of `train_on_ranks`.
     """
     from .torch_side import Ranks, ranks_that_train
 

@@ -12,7 +12,7 @@ from torch_ref.exact import optimizer, training_step
 from torch_ref.exact.decoder import Decoder
 from torch_ref.exact.ranks import make_ranks
 
-from ...bridge.torch_ranks import start_ranks
+from ...bridge.torch_ranks import RankError, start_ranks
 from ...compare.numpy_conversion import numpy_to_torch, torch_to_numpy
 from .steps import KINDS, Step, named
 from .task import Training, labels_of
@@ -47,8 +47,8 @@ def train_on_ranks(
       timeout: seconds for the ranks.
 
     Raises:
-      ValueError: if two ranks differ.
-      RankError, TimeoutError: of `start_ranks`.
+      RankError: if two ranks differ, or one fails.
+      TimeoutError: of `start_ranks`.
     """
     with ranks_that_train(training, ranks, start=start, timeout=timeout) as collect:
         return collect()
@@ -69,9 +69,9 @@ def _agreed(by_rank: list[tuple[list[Step], str]]) -> list[Step]:
     (steps, digest), *others = by_rank
     for rank, (_, other) in enumerate(others, 1):
         if other != digest:
-            raise ValueError(
-                f"rank {rank} ended with SHA-256 {other}, rank 0 with {digest}, where all must "
-                f"agree. Write seqpar certify to see whether PyTorch's arithmetic can be trusted."
+            raise RankError(
+                f"rank {rank} ended with SHA-256 {other}, rank 0 with {digest}, where all ranks "
+                f"must agree. Write seqpar certify to see whether PyTorch's sums can be trusted."
             )
     return steps
 
