@@ -38,6 +38,10 @@ WIDENED = "round32: widened again"
 OUT, NARROWED, DIVISION = "out: one NaN, no -0", "out: 16 bits", "division: float64"
 SOFT_CAP, DROPOUT = "soft cap and its slope", "dropout"
 ATTENTION = "attention and its gradients"
+TIES, CHAIN = "R: ties and ends", "R: between a product and a sum"
+LOG, LOG_SAMPLE = "log: the hardest cases", "log: a million others"
+ROOT, SINES = "rsqrt: the hardest case and a million", "sin and cos: tables of angles"
+SUMS, MM = "sums of int64", "mm: the bit budget at its edge"
 
 LEAST_NORMAL = np.float32(2.0**-126)
 
@@ -420,6 +424,41 @@ def bits64(x: np.ndarray) -> np.ndarray:
     return (sign | np.uint64(0x7FC00000) | payload).astype(np.uint32).view(np.float32)
 
 
+def log_of(dtype: type) -> Callable[[Operation], Operation]:
+    """A library's logarithm, rounded to float32."""
+    return in_place_of(lambda x: np.log(x.astype(dtype)).astype(np.float32))
+
+
+def root_of(dtype: type, units: float) -> Callable[[Operation], Operation]:
+    """Two roundings of a dtype, and so many units of float64 off."""
+    return in_place_of(
+        lambda x: ((1 / np.sqrt(x.astype(dtype))) * (1 + units * 2.0**-53)).astype(np.float32)
+    )
+
+
+def sines_of(dtype: type, late: int = 0) -> Callable[[Operation], Operation]:
+    """By the angle in radians, of a whole turn."""
+
+    def sines(angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        radians = ((angles + late) * (2 * np.pi / 2**24)).astype(dtype)
+        return np.sin(radians).astype(np.float32), np.cos(radians).astype(np.float32)
+
+    return in_place_of(sines)
+
+
+def engine_of(product: Operation, digit_bits: int) -> Callable[[Operation], Operation]:
+    """One more engine of `mm`, which adds up products of digits in its own way."""
+
+    def engine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        e, f = exponents(a, 1), exponents(b, 0)
+        x, y = (np.rint(np.ldexp(z.astype(float), 24 - s)) for z, s in ((a, e), (b, f)))
+        high, low = two_digits(y, digit_bits)
+        sums = np.ldexp(product(x, high), digit_bits) + product(x, low)
+        return np.ldexp(sums, e + f - 48).astype(np.float32)
+
+    return lambda right: lambda a, b: (*right(a, b), engine(a, b))
+
+
 def with_sign(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.copysign(y, x).astype(np.float32)
 
@@ -610,6 +649,48 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
     },
     "dk and dv swapped": ("attention", gradients_swapped, {ATTENTION}),
     "attention that is not exact": ("attention", in_place_of(plain_attention), {ATTENTION}),
+    "R truncates": ("rounded", answer(everywhere, truncated), {TIES}),
+    "R takes a tie away from 0": ("rounded", answer(everywhere, half_away), {TIES}),
+    "R keeps subnormals": ("rounded", answer(everywhere, lambda x, y: narrow(x)), {TIES}),
+    "R keeps -0": (
+        "rounded",
+        answer(lambda x, y: (x == 0) & np.signbit(x), lambda x, y: np.float32(-0.0)),
+        {TIES},
+    ),
+    "R left out before a sum": (
+        "chained",
+        in_place_of(lambda a, b, c: (a.astype(float) * b + c).astype(np.float32)),
+        {CHAIN},
+    ),
+    "log of float64": ("log", log_of(np.float64), {LOG}),
+    "log of float32": ("log", log_of(np.float32), {LOG, LOG_SAMPLE}),
+    "log of its own result": (
+        "log",
+        answer(lambda x, y: x > 1e6, one_up),
+        {LOG_SAMPLE},
+    ),
+    "rsqrt two units of float64 off": ("reciprocal_root", root_of(np.float64, 2), {ROOT}),
+    "rsqrt of float32": ("reciprocal_root", root_of(np.float32, 0), {ROOT}),
+    "sines of float32": ("sines", sines_of(np.float32), {SINES}),
+    "sines of a whole turn": ("sines", sines_of(np.float64), {SINES}),
+    "sines one angle late": ("sines", sines_of(np.float64, 1), {SINES}),
+    "sums of float64": (
+        "sums",
+        in_place_of(lambda x: x.astype(float).sum(1).astype(np.int64)),
+        {SUMS},
+    ),
+    "sums of int32": ("sums", in_place_of(lambda x: x.astype(np.int32).sum(1)), {SUMS}),
+    "mm without digits": ("products", engine_of(np.matmul, 0), {MM}),
+    "mm with sums of float32": (
+        "products",
+        engine_of(partial(product_of, np.float32), 12),
+        {MM},
+    ),
+    "mm with room for sums of 52 bits": (
+        "products",
+        engine_of(partial(product_of_bits, 52), 12),
+        {MM},
+    ),
 }
 
 
@@ -659,7 +740,7 @@ def test_jax_is_trusted():
     assert found.trusted, str(found)
     assert str(found).endswith(": trusted, its bits are those of the specification.")
     assert f"JAX {jax.__version__} on cpu" in found.backend
-    assert len(found.checks) == 18
+    assert len(found.checks) == 26
     assert all(check.total > 0 for check in found.checks)
 
 

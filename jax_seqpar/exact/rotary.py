@@ -31,7 +31,7 @@ def rotary(
       positions: at least 0.
     """
     with jax.enable_x64(True):
-        sine, cosine = _sines(positions, frequencies(theta, x.shape[-1]))
+        sine, cosine = sines(positions, frequencies(theta, x.shape[-1]))
     return _turned(x, sine[:, :, None], cosine[:, :, None])
 
 
@@ -45,7 +45,7 @@ def frequencies(theta: float, channels: int) -> tuple[int, ...]:
         return tuple(int(turn * 2**TURN_BITS) for turn in turns)
 
 
-def _sines(positions: Array, frequencies: tuple[int, ...]) -> tuple[Array, Array]:
+def sines(positions: Array, frequencies: tuple[int, ...]) -> tuple[Array, Array]:
     """Sine and cosine of each position's angles, `[B, T, H/2]`, float32."""
     steps = jnp.asarray(np.array(frequencies, np.uint64))[None, None]
     # Whole turns overflow, and are meant to.

@@ -11,7 +11,8 @@ from rich.table import Table
 from .._extras import require_torch
 from ..compare.numpy_conversion import numpy_to_torch, torch_to_numpy
 from ..exact.self_test.certificate import Certificate, certify
-from ..exact.self_test.questions import DROPOUT_RATE, DROPOUT_SHAPE, SOFT_CAP, Operations, ask
+from ..exact.self_test.operations import Operations
+from ..exact.self_test.questions import DROPOUT_RATE, DROPOUT_SHAPE, SOFT_CAP, ask
 
 
 def certificates(backend: str | None = None) -> list[Certificate]:
@@ -44,7 +45,7 @@ def _operations() -> Operations:
     torch = require_torch()
     from torch_ref import dropout
     from torch_ref.exact import arithmetic as exact
-    from torch_ref.exact import exact_attention
+    from torch_ref.exact import elementary, exact_attention, matmul, rotary, rounding
 
     def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arrays: torch_to_numpy(function(*map(numpy_to_torch, arrays)))
@@ -65,15 +66,21 @@ def _operations() -> Operations:
         tanh, slope = exact.tanh_and_slope(numpy_to_torch(z), SOFT_CAP)
         return torch_to_numpy(SOFT_CAP * tanh), torch_to_numpy(slope)
 
-    def matmul(a: Any, b: Any) -> Any:
+    def plain_product(a: Any, b: Any) -> Any:
         return torch._int_mm(a, b) if a.dtype == torch.int8 else a @ b
+
+    def sines(angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cos, sin = rotary.cos_and_sin(numpy_to_torch(angles))
+        return torch_to_numpy(sin), torch_to_numpy(cos)
+
+    product = on_arrays(lambda a, b: matmul.mm(exact.flush(a), exact.flush(b)))
 
     return Operations(
         exp=on_arrays(lambda x: exact.exp(x.double()).float()),
         dot=on_arrays(lambda a, b: exact.dot(exact.flush(a), exact.flush(b))),
         weighted_sum=on_arrays(lambda p, x: exact.weighted_sum(p.double(), exact.flush(x))),
         gradient_sum=on_arrays(lambda d, x, a: exact.gradient_sum(d, exact.flush(x), a.double())),
-        matmul=on_arrays(matmul),
+        matmul=on_arrays(plain_product),
         flush=on_arrays(exact.flush),
         round32=on_arrays(lambda x: exact.round32(x).float()),
         widened=on_arrays(exact.round32),
@@ -83,4 +90,11 @@ def _operations() -> Operations:
         soft_cap=soft_cap,
         dropout=on_arrays(lambda key: dropout.keep(key, DROPOUT_RATE, *DROPOUT_SHAPE)),
         attention=attention,
+        rounded=on_arrays(rounding.R),
+        chained=on_arrays(lambda a, b, c: rounding.add(rounding.multiply(a, b), c)),
+        log=on_arrays(elementary.log),
+        reciprocal_root=on_arrays(elementary.rsqrt),
+        sines=sines,
+        sums=on_arrays(lambda x: x.sum(1)),
+        products=lambda a, b: (product(a, b),),
     )

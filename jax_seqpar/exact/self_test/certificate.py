@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...mask import threefry
-from .. import arithmetic, elementary
+from .. import arithmetic, elementary, matmul, norm, rotary, rounding
 from ..attention import exact_attention
-from .questions import DROPOUT_RATE, DROPOUT_SHAPE, SOFT_CAP, Check, Operations, ask
+from .check import Check
+from .operations import Operations
+from .questions import DROPOUT_RATE, DROPOUT_SHAPE, SOFT_CAP, ask
+from .training_questions import ANGLE_BITS
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def _jax_operations() -> Operations:
         out, pull = jax.vjp(attend, query, key, value)
         return (out, *pull(grad))
 
-    def matmul(a, b):
+    def plain_product(a, b):
         accumulated = jnp.int32 if a.dtype == jnp.int8 else a.dtype
         return jnp.matmul(a, b, preferred_element_type=accumulated)
 
@@ -86,12 +89,21 @@ def _jax_operations() -> Operations:
         heads = threefry.head_keys(key, B, N)
         return threefry.keep(heads, DROPOUT_RATE, jnp.arange(T), jnp.arange(S))
 
+    def sines(angles):
+        # Positions, of which one is one unit of an angle.
+        one = (1 << rotary.TURN_BITS - ANGLE_BITS,)
+        return tuple(x[0, :, 0] for x in rotary.sines(angles[None], one))
+
+    def products(a, b):
+        engines = (matmul.float64_products, matmul.int8_products)
+        return tuple(matmul.matmul("MK,KN->MN", a, b, engine=engine) for engine in engines)
+
     return Operations(
         exp=wide(elementary.exp),
         dot=wide(arithmetic.exact_dot),
         weighted_sum=wide(arithmetic.weighted_sum),
         gradient_sum=wide(arithmetic.gradient_sum),
-        matmul=wide(matmul),
+        matmul=wide(plain_product),
         flush=wide(arithmetic.flush),
         round32=wide(arithmetic.round32),
         widened=wide(lambda x: arithmetic.round32(x).astype(jnp.float64)),
@@ -101,4 +113,11 @@ def _jax_operations() -> Operations:
         soft_cap=wide(soft_cap),
         dropout=wide(keep),
         attention=wide(attention),
+        rounded=wide(rounding.nearest),
+        chained=wide(lambda a, b, c: rounding.add(rounding.multiply(a, b), c)),
+        log=wide(elementary.log),
+        reciprocal_root=wide(norm.reciprocal_root),
+        sines=wide(sines),
+        sums=wide(lambda x: x.sum(axis=1)),
+        products=wide(products),
     )

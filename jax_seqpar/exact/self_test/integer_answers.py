@@ -3,12 +3,17 @@
 Arrays hold Python integers (of dtype object); numbers are so many times a power of two.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .. import arithmetic
+
+# Bits after the point of the series of sine and cosine, and pi with so many.
+POINT = 128
+PI = 0x3243F6A8885A308D313198A2E03707344
 
 
 def _elementwise(function: Callable[[int, int], int]) -> Callable[..., Any]:
@@ -63,6 +68,26 @@ def gradient_sum(d: np.ndarray, x: np.ndarray, anchors: np.ndarray) -> np.ndarra
             firsts, seconds = firsts + first, seconds + second
     total = scaled(firsts, 0) + scaled(seconds, -second_bits)
     return scaled(total, anchors - first_bits)
+
+
+def product(a: np.ndarray, b: np.ndarray, bits: int) -> np.ndarray:
+    """`mm` of the specification: rows of a and columns of b so many bits below their largest."""
+    e, f = exponent(a, axis=1), exponent(b, axis=0)
+    return scaled(rint(a, bits - e) @ rint(b, bits - f), e + f - 2 * bits)
+
+
+def sine_and_cosine(angle: int, bits: int) -> tuple[float, float]:
+    """Of `angle` 2^-bits turns, below one: their series in integers of 128 bits after the point.
+
+    Of the results 96 bits are right: pi is rounded, and every term is.
+    """
+    x = (2 * PI * angle) >> bits
+    sums, term = [0, 0], 1 << POINT
+    for n in range(1, 80):
+        sums[(n - 1) % 2] += term if (n - 1) % 4 < 2 else -term
+        term = ((term * x) >> POINT) // n
+    cosine, sine = (math.ldexp(rint(x, 96 - POINT), -96) for x in sums)
+    return sine, cosine
 
 
 def token(x: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:

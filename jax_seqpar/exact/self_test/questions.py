@@ -3,13 +3,10 @@
 The questions are data: inputs, and answers found without the backend by Python integers and NumPy.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-
 import numpy as np
 
 from .. import arithmetic
+from .check import Check, compare, compare_hash
 from .integer_answers import (
     gradient_sum,
     integers,
@@ -18,6 +15,8 @@ from .integer_answers import (
     scaled,
     weighted_sum,
 )
+from .operations import Operations
+from .training_questions import TRAINING_QUESTIONS
 
 # float32 bits of x and of e^x: the inputs whose results come nearest to a rounding boundary, of all
 # in [-87.3, -2^-26]. The first leaves 1.27 units of float64, the next 2.42.
@@ -44,61 +43,6 @@ DROPOUT_RATE = 0.6  # above one half, so that a comparison of signed words is wr
 DROPOUT_SHAPE = (2, 3, 16, 24)  # B, N, T, S
 
 
-@dataclass(frozen=True)
-class Operations:
-    """One implementation, from and to NumPy arrays.
-
-    Attributes:
-      exp: of float32.
-      dot: `[M, H] x [N, H] -> [M, N]`, float64, as `exact_dot`.
-      weighted_sum: `[M, S] x [S, V] -> [M, V]`, as `arithmetic.weighted_sum`.
-      gradient_sum: `[M, S] x [S, H]` and anchors `[M, 1]`, int32, to `[M, H]`, as in `arithmetic`.
-      matmul: `[M, H] x [H, N]`, of float64, or of int8 to int32.
-      flush, round32, out: as in `arithmetic`.
-      widened: `round32`, and at once float64 again.
-      narrowed: of float64, through `out` to bfloat16 and to float16.
-      reciprocal: of float64.
-      soft_cap: float64 logits to the capped ones, at `SOFT_CAP`, and the slope.
-      dropout: the words of a key to the mask of kept weights, of `DROPOUT_SHAPE` and at
-        `DROPOUT_RATE`.
-      attention: `(query, key, value, grad) -> (out, dq, dk, dv)`, causal.
-    """
-
-    exp: Callable[..., np.ndarray]
-    dot: Callable[..., np.ndarray]
-    weighted_sum: Callable[..., np.ndarray]
-    gradient_sum: Callable[..., np.ndarray]
-    matmul: Callable[..., np.ndarray]
-    flush: Callable[..., np.ndarray]
-    round32: Callable[..., np.ndarray]
-    widened: Callable[..., np.ndarray]
-    out: Callable[..., np.ndarray]
-    narrowed: Callable[..., tuple[np.ndarray, np.ndarray]]
-    reciprocal: Callable[..., np.ndarray]
-    soft_cap: Callable[..., tuple[np.ndarray, np.ndarray]]
-    dropout: Callable[..., np.ndarray]
-    attention: Callable[..., tuple[np.ndarray, ...]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """The answers to one question.
-
-    Attributes:
-      name: what was asked.
-      wrong: how many of the answers differ in any bit.
-      total: of how many.
-    """
-
-    name: str
-    wrong: int
-    total: int
-
-    @property
-    def passed(self) -> bool:
-        return self.wrong == 0
-
-
 def ask(operations: Operations) -> tuple[Check, ...]:
     """Every question, put to one implementation."""
     return tuple(check(operations) for check in _QUESTIONS)
@@ -109,14 +53,14 @@ def _exp_hard_cases(ask: Operations) -> Check:
         np.array(bits, np.uint32).view(np.float32)
         for bits in zip(*EXP_HARD_CASES.items(), strict=True)
     )
-    return _compare("exp: the hardest cases", ask.exp(x), expected)
+    return compare("exp: the hardest cases", ask.exp(x), expected)
 
 
 def _exp_sample(ask: Operations) -> Check:
     """NumPy's exp of float64 has an error below the 1.27 units that matter."""
     bits = np.linspace(0xB2800000, 0xC2A00000, 1 << 20).astype(np.uint32)  # -2^-26 to -80
     x = bits.view(np.float32)
-    return _compare(
+    return compare(
         "exp: a million others", ask.exp(x), np.exp(x.astype(np.float64)).astype(np.float32)
     )
 
@@ -124,7 +68,7 @@ def _exp_sample(ask: Operations) -> Check:
 def _exp_ends(ask: Operations) -> Check:
     x = np.array([0.0, -0.0, -(2.0**-149), -80.0, -80.00001, -104.0, -np.inf], np.float32)
     tail = np.exp(np.float64(-80.0)).astype(np.float32)
-    return _compare("exp: its ends", ask.exp(x), np.array([1, 1, 1, tail, 0, 0, 0], np.float32))
+    return compare("exp: its ends", ask.exp(x), np.array([1, 1, 1, tail, 0, 0, 0], np.float32))
 
 
 def _dots(ask: Operations) -> Check:
@@ -141,7 +85,7 @@ def _dots(ask: Operations) -> Check:
         left, left_unit = on_grid(python_integers(a), arithmetic.LEFT_BITS)
         right, right_unit = on_grid(python_integers(b), arithmetic.RIGHT_BITS)
         expected.append(scaled(left @ right.T, left_unit + right_unit.T))
-    return _compare("dot: the bit budget at its edge", np.stack(got), np.stack(expected))
+    return compare("dot: the bit budget at its edge", np.stack(got), np.stack(expected))
 
 
 def _weighted_sums(ask: Operations) -> Check:
@@ -170,7 +114,7 @@ def _compare_sums(name: str, ask: Operations, tokens: int) -> Check:
     x[::16] >>= np.arange(len(x[::16]))[:, None] % 9 + 4
     got = ask.weighted_sum(weights.astype(np.float32) * np.float32(2.0**-24), x.astype(np.float32))
     expected = weighted_sum(python_integers(weights), python_integers(x), unit=-24)
-    return _compare(name, got, expected)
+    return compare(name, got, expected)
 
 
 def _gradient_sums(ask: Operations) -> Check:
@@ -186,28 +130,26 @@ def _gradient_sums(ask: Operations) -> Check:
     anchors = np.array([[76], [76], [82], [102]], np.int32)
     got = ask.gradient_sum(d.astype(np.float64), x.astype(np.float32), anchors)
     expected = gradient_sum(*map(python_integers, (d, x, anchors)))
-    return _compare("gradient sum: blocks and slices", got, expected)
+    return compare("gradient sum: blocks and slices", got, expected)
 
 
 def _products64(ask: Operations) -> Check:
     a, b = integers((512, 64), 23, 5), integers((64, 2048), 23, 6)
     got = ask.matmul(a.astype(np.float64), b.astype(np.float64))
-    return _compare("matrix product: float64", got, (a @ b).astype(np.float64))
+    return compare("matrix product: float64", got, (a @ b).astype(np.float64))
 
 
 def _products8(ask: Operations) -> Check:
     a, b = integers((512, 1024), 7, 7), integers((1024, 256), 7, 8)
     got = ask.matmul(a.astype(np.int8), b.astype(np.int8))
-    return _compare("matrix product: int8", got, (a @ b).astype(np.int32))
+    return compare("matrix product: int8", got, (a @ b).astype(np.int32))
 
 
 def _flushes(ask: Operations) -> Check:
     x = np.array([0, 1, 0x007FFFFF, 0x00800000, 0x00800001, 0x3F800001], np.uint32).view(np.float32)
     kept = np.array([0, 0, 0, 1, 1, 1])
     x, kept = np.concatenate([x, -x]), np.concatenate([kept, kept])
-    return _compare(
-        "flush: subnormals are 0", ask.flush(x) + 0.0, x.astype(np.float64) * kept + 0.0
-    )
+    return compare("flush: subnormals are 0", ask.flush(x) + 0.0, x.astype(np.float64) * kept + 0.0)
 
 
 def _roundings(ask: Operations) -> Check:
@@ -218,13 +160,13 @@ def _roundings(ask: Operations) -> Check:
     rounded = np.array([0, 0, 0, np.inf, np.inf], np.float32)
     expected = np.concatenate([x.astype(np.float32), -x.astype(np.float32), rounded])
     got = ask.round32(np.concatenate([x, -x, odd]))
-    return _compare("round32: ties and ends", got, expected)
+    return compare("round32: ties and ends", got, expected)
 
 
 def _widenings(ask: Operations) -> Check:
     """A compiler may take two conversions, to and fro, for none."""
     x = integers((1 << 12,), 50, 10).astype(np.float64)
-    return _compare(
+    return compare(
         "round32: widened again", ask.widened(x), x.astype(np.float32).astype(np.float64)
     )
 
@@ -233,7 +175,7 @@ def _outputs(ask: Operations) -> Check:
     nans = np.array([0x7FF8000000000000, 0xFFF8000000000000, 0x7FF0000000000001], np.uint64)
     x = np.concatenate([nans.view(np.float64), [-0.0, 0.0, -(2.0**-127), -1.0, -np.inf]])
     expected = np.array([0x7FC00000] * 3 + [0, 0, 0, 0xBF800000, 0xFF800000], np.uint32)
-    return _compare("out: one NaN, no -0", ask.out(x), expected.view(np.float32))
+    return compare("out: one NaN, no -0", ask.out(x), expected.view(np.float32))
 
 
 def _narrowings(ask: Operations) -> Check:
@@ -266,17 +208,17 @@ def _narrowings(ask: Operations) -> Check:
     }
     x = np.array(list(bits), np.uint64).view(np.float64)
     got = [y.view(np.uint16) for y in ask.narrowed(x)]
-    return _compare("out: 16 bits", np.stack(got), np.array(list(bits.values()), np.uint16).T)
+    return compare("out: 16 bits", np.stack(got), np.array(list(bits.values()), np.uint16).T)
 
 
 def _reciprocals(ask: Operations) -> Check:
     x = np.abs(integers((1 << 16,), 50, 9)).astype(np.float64) + 1
-    return _compare("division: float64", ask.reciprocal(x), 1 / x)
+    return compare("division: float64", ask.reciprocal(x), 1 / x)
 
 
 def _soft_caps(ask: Operations) -> Check:
     arrays = ask.soft_cap(soft_cap_logits())
-    return _compare_hash("soft cap and its slope", arrays, SOFT_CAP_HASH)
+    return compare_hash("soft cap and its slope", arrays, SOFT_CAP_HASH)
 
 
 def soft_cap_logits() -> np.ndarray:
@@ -286,12 +228,12 @@ def soft_cap_logits() -> np.ndarray:
 
 
 def _dropouts(ask: Operations) -> Check:
-    return _compare_hash("dropout", [ask.dropout(DROPOUT_KEY)], DROPOUT_HASH)
+    return compare_hash("dropout", [ask.dropout(DROPOUT_KEY)], DROPOUT_HASH)
 
 
 def _attention(ask: Operations) -> Check:
     arrays = ask.attention(*_attention_inputs())
-    return _compare_hash("attention and its gradients", arrays, ATTENTION_HASH)
+    return compare_hash("attention and its gradients", arrays, ATTENTION_HASH)
 
 
 def _attention_inputs() -> tuple[np.ndarray, ...]:
@@ -324,24 +266,5 @@ _QUESTIONS = (
     _soft_caps,
     _dropouts,
     _attention,
+    *TRAINING_QUESTIONS,
 )
-
-
-def _compare(name: str, got: np.ndarray, expected: np.ndarray) -> Check:
-    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
-        return Check(name, expected.size, expected.size)
-    unsigned = f"u{got.dtype.itemsize}"
-    wrong = np.count_nonzero(got.view(unsigned) != np.ascontiguousarray(expected).view(unsigned))
-    return Check(name, int(wrong), got.size)
-
-
-def _compare_hash(name: str, got: Iterable[np.ndarray], expected: str) -> Check:
-    return Check(name, int(sha256(got) != expected), 1)
-
-
-def sha256(arrays: Iterable[np.ndarray]) -> str:
-    """SHA-256 of the bits of arrays, one after the other, little-endian."""
-    digest = hashlib.sha256()
-    for x in arrays:
-        digest.update(np.ascontiguousarray(x, x.dtype.newbyteorder("<")).tobytes())
-    return digest.hexdigest()
