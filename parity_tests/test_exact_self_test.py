@@ -20,7 +20,8 @@ import torch
 from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from jax_seqpar.exact import certify
 from jax_seqpar.exact.self_test import certificate, questions
-from jax_seqpar.exact.self_test.questions import Check, Operations
+from jax_seqpar.exact.self_test.check import Check, sha256
+from jax_seqpar.exact.self_test.operations import Operations
 from jax_seqpar.kernels import dense_attention
 from jax_seqpar.parity.torch_self_test import certify_torch
 from torch_ref.dropout import head_keys, limit, threefry2x32
@@ -757,16 +758,16 @@ def test_the_hashes_are_those_of_the_integers():
     capped = [integer_oracle.soft_cap(Fraction(float(x)), cap) for x in z]
     arrays = np.array(capped, object).T.astype(np.float64)
     assert np.array_equal(arrays.astype(object), np.array(capped, object).T)
-    assert questions.sha256(arrays) == questions.SOFT_CAP_HASH
+    assert sha256(arrays) == questions.SOFT_CAP_HASH
 
     words = limit(questions.DROPOUT_RATE)
     kept = integer_oracle.is_kept(questions.DROPOUT_SHAPE, words, questions.DROPOUT_KEY)
-    assert questions.sha256([kept]) == questions.DROPOUT_HASH
+    assert sha256([kept]) == questions.DROPOUT_HASH
 
     *operands, grad = questions._attention_inputs()
     results = integer_oracle.attention(*operands, grad=grad, is_causal=True)
     assert list(results) == ["forward", "dq", "dk", "dv"]
-    assert questions.sha256(results.values()) == questions.ATTENTION_HASH
+    assert sha256(results.values()) == questions.ATTENTION_HASH
 
 
 def test_dropout_by_the_right_words_is_right():

@@ -17,7 +17,7 @@ from jax_seqpar import Logits, choose_kernel, cli
 from jax_seqpar.cli import devices, installed, kernels_by_feature
 from jax_seqpar.cli.finding import State
 from jax_seqpar.exact.self_test import certificate
-from jax_seqpar.exact.self_test.questions import Check
+from jax_seqpar.exact.self_test.check import Check
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 

@@ -14,12 +14,13 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ...attention import dot_product_attention
+from ...exact import linear as exact_linear
+from ...exact import norm as exact_norm
 from ...exact.activation import swiglu
 from ...exact.attention import Exact
 from ...exact.embedding import embed
-from ...exact.linear import add, fork, linear
+from ...exact.linear import add, linear
 from ...exact.loss import cross_entropy
-from ...exact.norm import rms_norm
 from ...exact.rotary import rotary
 from ...mesh_layout import MeshLayout
 from ...training import Batch
@@ -27,6 +28,10 @@ from ..inputs import Arrays
 from .task import Training
 
 Weights = dict[str, Array]
+
+# Pyright takes what a `jax.custom_vjp` returns for an object.
+fork: Callable[[Any, int], Any] = exact_linear.fork
+rms_norm: Callable[[Array, Array, float], Any] = exact_norm.rms_norm
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 from jax.sharding import AxisType
 
 from ...exact.clip import clip_by_global_norm
@@ -56,21 +57,14 @@ def train_in_jax(
       start: the step after which to go on, of any side; the first weights if None.
       on_step: called with each step, to save it or to show how far the run is.
     """
-    mesh = _mesh(data, sequence)
+    mesh = mesh_of(data, sequence)
     batches = TokenLayout(replace(LAYOUT, mesh=mesh))
     tx, start = optimizer.make(training), start or training.start()
     # optax takes powers of a Python float by an int32, which strict promotion forbids.
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         its = model(training, LAYOUT)
-        params, state = _loaded(its, tx, optimizer, start)
-
-        @jax.jit
-        def make_step(params: Any, state: Any, batch: Any) -> Any:
-            loss, gradients = jax.value_and_grad(its.loss)(params, batch)
-            updates, state = tx.update(gradients, state, params)
-            return loss, optax.apply_updates(params, updates), state
-
-        steps = []
+        params, state = loaded(its, tx, optimizer, start)
+        make_step, steps = jax.jit(step_of(its, tx)), []
         for number, tokens in enumerate(training.batches(start.number), start.number + 1):
             loss, params, state = make_step(params, state, batches.shard(tokens))
             moments = (optax.tree.get(state, n) for n in (optimizer.mean, optimizer.square))
@@ -80,7 +74,19 @@ def train_in_jax(
     return steps
 
 
-def _mesh(data: int, sequence: int) -> jax.sharding.Mesh:
+def step_of(model: Model, tx: optax.GradientTransformation) -> Callable[[Any, Any, Any], Any]:
+    """A step: of parameters, the optimizer's state and a batch to loss, parameters and state."""
+
+    def make_step(params: Any, state: Any, batch: Any) -> tuple[Array, Any, Any]:
+        loss, gradients = jax.value_and_grad(model.loss)(params, batch)
+        updates, state = tx.update(gradients, state, params)
+        return loss, optax.apply_updates(params, updates), state
+
+    return make_step
+
+
+def mesh_of(data: int, sequence: int) -> jax.sharding.Mesh:
+    """A mesh `data x seq` of the first devices, with Auto axes."""
     devices = jax.devices()
     if len(devices) < data * sequence:
         raise ValueError(
@@ -94,7 +100,7 @@ def _mesh(data: int, sequence: int) -> jax.sharding.Mesh:
     )
 
 
-def _loaded(
+def loaded(
     model: Model, tx: optax.GradientTransformation, optimizer: Optimizer, start: Step
 ) -> tuple[Any, Any]:
     """Parameters and state of the optimizer after a step."""
