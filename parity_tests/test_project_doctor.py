@@ -266,7 +266,7 @@ def test_as_a_command_without_any_optional_package():
     """In a process of its own: typer and rich alone, as the extra `cli` installs them."""
     code = """
 import sys
-for name in ("torch", "flax", "einops", "safetensors", "matplotlib"):
+for name in ("torch", "flax", "einops", "safetensors", "matplotlib", "optax"):
     sys.modules[name] = None
 from jax_seqpar.cli import app, devices
 from jax_seqpar.exact.self_test.certificate import Certificate

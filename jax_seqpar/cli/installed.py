@@ -41,6 +41,7 @@ PACKAGES = (
     Package("torch", ("jax-seqpar", "parity"), "parity", "seqpar parity and the bridge", "torch"),
     Package("einops", ("jax-seqpar", "parity"), "parity", "the PyTorch reference", "einops"),
     Package("safetensors", ("jax-seqpar", "parity"), "parity", "files of tensors", "safetensors"),
+    Package("optax", ("jax-seqpar", "parity"), "parity", "seqpar parity --training", "optax"),
     Package("libtpu", ("jax", "tpu"), "tpu", "TPUs"),
     Package("jax-cuda12-plugin", ("jax", "cuda12"), "cuda", "NVIDIA GPUs"),
     Package("jax-cuda13-plugin", ("jax", "cuda13"), "cuda", "NVIDIA GPUs"),
