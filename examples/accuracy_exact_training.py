@@ -9,6 +9,7 @@ in exact arithmetic (JAX), and in float32 and float64 (PyTorch): how far the los
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import jax
@@ -51,6 +52,11 @@ def operations(labels: np.ndarray) -> dict[str, Operation]:
         "linear, 2816 terms": (project, ordinary.linear, [(B, S, 4 * F), (4 * F, D)]),
         "RMSNorm": (lambda x, w: norm.rms_norm(x, w, 1e-5), ordinary.norm, [(B, S, D), (D,)]),
         "rotary": (rotate, ordinary.rotary, [(B, S, N, H)]),
+        "rotary beside tables of float64": (
+            rotate,
+            partial(ordinary.rotary, tables=torch.float64),
+            [(B, S, N, H)],
+        ),
         "SwiGLU": (activation.swiglu, ordinary.swiglu, [(B, S, F), (B, S, F)]),
         "attention": (attend, ordinary.attention, [(B, S, N, H), (B, S, K, H), (B, S, K, H)]),
         "cross entropy": (

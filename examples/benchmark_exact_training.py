@@ -147,7 +147,7 @@ def turns(rows: dict[str, list[Timer]], repeats: int, step: Step) -> list[dict[s
             "float32": float(ordinary),
             "exact": float(exact),
             "ratio": float(exact / ordinary),
-            "share": float(100 * exact / parts),
+            "share": None if name == "whole step" else float(100 * exact / parts),
         }
         for name, (ordinary, exact) in fastest.items()
     ]

@@ -20,10 +20,15 @@ def norm(x: Tensor, scale: Tensor) -> Tensor:
     return functional.rms_norm(x, x.shape[-1:], scale, 1e-5)
 
 
-def rotary(x: Tensor, theta: float = 10_000.0) -> Tensor:
-    """x, its two halves of channels turned by the positions; angles are of float64."""
-    channels = torch.arange(0, x.shape[-1], 2, dtype=torch.float64)
-    angles = torch.arange(x.shape[1])[:, None, None] * theta ** (-channels / x.shape[-1])
+def rotary(x: Tensor, theta: float = 10_000.0, tables: torch.dtype | None = None) -> Tensor:
+    """x, its two halves of channels turned by the positions.
+
+    tables: the dtype of the angles and of their sines; that of x if None.
+    """
+    dtype = tables or x.dtype
+    channels = torch.arange(0, x.shape[-1], 2, dtype=dtype)
+    positions = torch.arange(x.shape[1], dtype=dtype)
+    angles = positions[:, None, None] * theta ** (-channels / x.shape[-1])
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

@@ -31,9 +31,21 @@ def alone(less_optimised) -> list[Step]:
     return train_in_jax(TRAINING, 1, 1)
 
 
-def test_flax_on_a_mesh_has_the_bits_of_one_device(alone):
-    """Data and sequence parallel, weights shared as in FSDP; ordinary float32 differs."""
-    assert first_difference(alone, train_in_flax(TRAINING, 2, 4)) is None
+def test_a_killed_training_goes_on_elsewhere(alone, tmp_path):
+    """PyTorch on four ranks, killed; Flax on a mesh of eight devices, with weights shared as in
+    FSDP; and from a step of Flax on, PyTorch in one process."""
+    ranks = Ranks(2, 2, on_step=partial(save_and_die_at, tmp_path, 1))
+    with pytest.raises(RankError):
+        train_on_ranks(TRAINING, ranks)
+    killed = newest_step(tmp_path)
+    assert first_difference(alone[:1], [killed]) is None
+    on_mesh = train_in_flax(TRAINING, 2, 4, start=killed, on_step=partial(save_step, tmp_path))
+    assert first_difference(alone[1:], on_mesh) is None
+    second = load_step(tmp_path / "step-000002.safetensors")
+    assert first_difference(alone[2:], train_on_ranks(TRAINING, Ranks(1, 1), start=second)) is None
+
+
+def test_ordinary_training_on_a_mesh_differs(alone):
     ordinary = [train_in_flax(TRAINING, *mesh, exact=False) for mesh in ((1, 1), (2, 4))]
     assert first_difference(*ordinary) is not None
     # It trains: the losses of both are near, and not those of the first weights.
@@ -56,24 +68,6 @@ def test_a_planted_bug_is_named(alone, bug):
     assert found is not None
     assert found.startswith("step 1, ")
     assert "numbers differ" in found
-
-
-def test_a_killed_training_goes_on_elsewhere(alone, tmp_path):
-    """JAX on one device, then PyTorch on four ranks, both killed; Flax on eight devices ends it."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=train_and_die, args=(TRAINING, tmp_path, 1)
-    )
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
-    assert newest_step(tmp_path).number == 1
-    ranks = Ranks(2, 2, on_step=partial(save_and_die_at, tmp_path, 2))
-    with pytest.raises(RankError):
-        train_on_ranks(TRAINING, ranks, start=newest_step(tmp_path))
-    assert newest_step(tmp_path).number == 2
-    last = train_in_flax(TRAINING, 2, 4, start=newest_step(tmp_path))
-    saved = [load_step(file) for file in sorted(tmp_path.glob("*.safetensors"))]
-    assert first_difference(alone, [*saved, *last]) is None
 
 
 @pytest.mark.parametrize("lost", ["m", "v"])
@@ -99,6 +93,18 @@ def test_a_step_is_saved_to_the_bit(alone, tmp_path):
 def test_tiles_are_refused():
     with pytest.raises(ValueError, match="tiles = 2 add up gradients in float32"):
         Placement(tiles=2, arithmetic=ExactArithmetic())
+
+
+@pytest.mark.slow  # one program more
+def test_a_killed_process_of_jax_is_continued(alone, tmp_path):
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_and_die, args=(TRAINING, tmp_path, 1)
+    )
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    rest = train_on_ranks(TRAINING, Ranks(2, 2), start=newest_step(tmp_path))
+    assert first_difference(alone[1:], rest) is None
 
 
 @pytest.mark.slow  # minutes: the command's own sizes

@@ -1,5 +1,6 @@
 """`seqpar parity`: the same attention on PyTorch ranks and on JAX devices, every bit compared."""
 
+import inspect
 import json
 import math
 import platform
@@ -13,7 +14,6 @@ from typing import Annotated, Any
 
 import jax
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
@@ -39,7 +39,6 @@ def _size(help: str, default: int) -> Any:
 
 
 def parity(
-    context: typer.Context,
     degree: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Devices and ranks; repeat. Default: 1, 2, 4, 8."),
@@ -99,7 +98,7 @@ def parity(
     if the PyTorch ranks failed, 130 if interrupted.
     """
     require_torch()
-    asked = {name: x for name, x in locals().items() if name != "context" and x is not None}
+    asked = {name: x for name, x in locals().items() if x is not None}
     about = {
         "command": shlex.join(["seqpar", *sys.argv[1:]]),
         "seed": seed,
@@ -108,7 +107,7 @@ def parity(
         "platform": platform.platform(),
     }
     if training:
-        _train(context, about, json_file, timeout)
+        _train(asked, about, json_file, timeout)
         return
     sizes = ("batch", "tokens", "heads", "kv_heads", "head_dim", "dtype")
     given: dict[str, Any] = {name: asked[name] for name in sizes if name in asked}
@@ -241,24 +240,24 @@ def _refuse_places(files: dict[str, Path | None], save_failing: Path | None) -> 
             )
 
 
-def _refuse_others(context: typer.Context) -> None:
+def _refuse_others(asked: dict[str, Any]) -> None:
     """Raises ValueError for an option that would change nothing of a training."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = [n for n, source in sources.items() if source == ParameterSource.COMMANDLINE]
-    if others := [name for name in given if name not in OF_TRAINING]:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        raise ValueError(f"--training has its own sizes and arithmetic. Leave out {options}.")
+    options = inspect.signature(parity).parameters.items()
+    changed = [name for name, option in options if asked.get(name) != option.default]
+    if others := [name for name in changed if name not in OF_TRAINING]:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise ValueError(f"--training has its own sizes and arithmetic. Leave out {named}.")
 
 
 def _train(
-    context: typer.Context, about: dict[str, Any], json_file: Path | None, timeout: float
+    asked: dict[str, Any], about: dict[str, Any], json_file: Path | None, timeout: float
 ) -> None:
     """The training in place of attention: its table, its verdict and its exit status."""
     require("optax")
     from .training_parity import print_training, run
 
     try:
-        _refuse_others(context)
+        _refuse_others(asked)
         _refuse_timeout(timeout)
         _refuse_places({"--json": json_file}, None)
         _begin_json(json_file, about)

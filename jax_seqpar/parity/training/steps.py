@@ -54,10 +54,11 @@ def first_difference(a: Sequence[Step], b: Sequence[Step]) -> str | None:
       ValueError: for runs of other steps or of other tensors.
     """
     for one, other in zip(a, b, strict=True):
-        if (one.number, [*one.arrays]) != (other.number, [*other.arrays]):
+        lone = sorted(one.arrays.keys() ^ other.arrays.keys())
+        if one.number != other.number or lone:
             raise ValueError(
-                f"step {one.number} with {len(one.arrays)} tensors cannot be compared with step "
-                f"{other.number} with {len(other.arrays)}. Give two runs of one training."
+                f"step {one.number} cannot be compared with step {other.number}: in one run alone "
+                f"are the tensors {lone}. Give two runs of one training."
             )
         for name, x in one.arrays.items():
             y = other.arrays[name]
