@@ -85,7 +85,7 @@ def train_in_flax(
     *,
     exact: bool = True,
     start: Step | None = None,
-    on_step: Callable[[Step], None] = lambda step: None,
+    on_step: Callable[[Step], Any] = lambda step: None,
 ) -> list[Step]:
     """`train_in_jax` of this decoder, in exact arithmetic or as XLA and optax compute float32."""
     return train_in_jax(

@@ -48,7 +48,7 @@ def train_in_jax(
     model: Callable[[Training, MeshLayout], Model] = exact_decoder,
     optimizer: Optimizer = EXACT_ADAMW,
     start: Step | None = None,
-    on_step: Callable[[Step], None] = lambda step: None,
+    on_step: Callable[[Step], Any] = lambda step: None,
 ) -> list[Step]:
     """Trains on a mesh `data x seq` of the first devices.
 

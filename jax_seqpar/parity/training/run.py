@@ -66,7 +66,7 @@ def run_training(
     training: Training = Training(steps=STEPS),
     *,
     timeout: float = 300.0,
-    on_step: Callable[[Step], None] = lambda step: None,
+    on_step: Callable[[Step], Any] = lambda step: None,
 ) -> TrainingResult:
     """Trains in JAX on one device and on eight, and in PyTorch on four ranks.
 

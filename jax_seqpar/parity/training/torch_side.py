@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from .steps import KINDS, Step, named
 from .task import Training, labels_of
 
 Context = Callable[[], AbstractContextManager[None]]
-OnStep = Callable[[Step], None]
+OnStep = Callable[[Step], Any]
 
 
 @dataclass(frozen=True)
