@@ -670,7 +670,7 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
         answer(lambda x, y: x > 1e6, one_up),
         {LOG_SAMPLE},
     ),
-    "rsqrt two units of float64 off": ("reciprocal_root", root_of(np.float64, 2), {ROOT}),
+    "rsqrt three units of 2^-53 off": ("reciprocal_root", root_of(np.float64, 3), {ROOT}),
     "rsqrt of float32": ("reciprocal_root", root_of(np.float32, 0), {ROOT}),
     "sines of float32": ("sines", sines_of(np.float32), {SINES}),
     "sines of a whole turn": ("sines", sines_of(np.float64), {SINES}),
@@ -685,11 +685,6 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
     "mm with sums of float32": (
         "products",
         engine_of(partial(product_of, np.float32), 12),
-        {MM},
-    ),
-    "mm with room for sums of 52 bits": (
-        "products",
-        engine_of(partial(product_of_bits, 52), 12),
         {MM},
     ),
 }

@@ -81,13 +81,18 @@ def _integer_sums(ask: Operations) -> Check:
 
 
 def _products(ask: Operations) -> Check:
-    """As many terms as there may be: of the largest numbers, with changing signs, of many sizes.
+    """As many terms as there may be: of the largest numbers, of many sizes, and cancelling ones.
 
-    An answer is wrong where it is wrong by any engine.
+    Of the second row of a and the first of b one unit is left of a sum that grows to 64 bits, so
+    that a rounding on the way is seen. An answer is wrong where it is wrong by any engine.
     """
     a, b = (integers((4, MOST_TERMS - 1), 24, seed) for seed in (26, 27))
+    half = MOST_TERMS // 2 - 1
     for x in (a, b):
-        x[0], x[1] = (1 << 24) - 1, ((1 << 24) - 1) * np.where(x[1] > 0, 1, -1)
+        x[0] = (1 << 24) - 1
+        x[1, :half] = (1 << 24) - 1 - (np.abs(x[1, :half]) >> 10)
+        x[1, half:] = -np.append(x[1, :half], 0)
+        x[1, half] += 1
         x <<= 20
         x[3] >>= np.arange(x.shape[1]) % 20
     expected = product(python_integers(a), python_integers(b.T), OPERAND_BITS).astype(np.float32)
