@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from cases import KINDS, ONE_AXIS
-from decoder import Config, Decoder, Placement
+from decoder import Decoder, Placement
 from flax import nnx
 from jax.sharding import PartitionSpec
-from training_in_both import MAPPING, Training
+from training_in_flax import MAPPING, config_of
 
 from jax_seqpar import (
     AllGatherKV,
@@ -28,6 +28,8 @@ from jax_seqpar import (
 from jax_seqpar.bridge import from_torch
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.flax import Attention, ExactArithmetic
+from jax_seqpar.parity.training.task import Training
+from jax_seqpar.parity.training.torch_side import decoder_of
 from torch_ref.exact.decoder import logits as torch_logits
 from torch_ref.exact.loss import log_probabilities as torch_log_probabilities
 
@@ -133,9 +135,13 @@ def test_a_hundred_steps_in_a_scan(kind):
 # ---------------------------------------------------------------- the sampler and the trainer
 
 TRAINING = Training(
-    config=Config(vocabulary=64, features=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=8)
+    vocabulary=64, features=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=8
 )
-WEIGHTS = TRAINING.weights()
+WEIGHTS = {
+    name.removeprefix("weight "): torch.from_numpy(x)
+    for name, x in TRAINING.start().arrays.items()
+    if name.startswith("weight ")
+}
 TOKENS = np.random.default_rng(5).integers(0, 64, (B, S)).astype(np.int32)
 LABELS = np.roll(TOKENS, -1, 1)
 
@@ -144,10 +150,10 @@ def decoder_on(degree: int, exact: bool) -> tuple[Decoder, Any]:
     mesh = ONE_AXIS[degree].mesh(KINDS[0])
     place = Placement(arithmetic=ExactArithmetic()) if exact else Placement()
     with jax.set_mesh(mesh):
-        model = Decoder(TRAINING.config, place, rngs=nnx.Rngs(0))
+        model = Decoder(config_of(TRAINING), place, rngs=nnx.Rngs(0))
         state = nnx.state(model, nnx.Param)
-        weights = {name: torch.from_numpy(x) for name, x in WEIGHTS.items()}
-        nnx.update(model, from_torch(weights, MAPPING, sizes=TRAINING.sizes, like=state))
+        sizes = {"N": TRAINING.heads, "K": TRAINING.kv_heads}
+        nnx.update(model, from_torch(WEIGHTS, MAPPING, sizes=sizes, like=state))
     return model, mesh
 
 
@@ -198,9 +204,8 @@ def test_the_sampler_is_on_the_policy_of_the_trainer(sampler, degree):
 
 
 def test_and_of_the_trainer_in_pytorch(sampler):
-    weights = {name: torch.from_numpy(x) for name, x in WEIGHTS.items()}
     tokens, labels = (torch.from_numpy(x).long() for x in (TOKENS, LABELS))
-    out = torch_logits(TRAINING.torch_decoder(), weights, tokens)
+    out = torch_logits(decoder_of(TRAINING), WEIGHTS, tokens)
     found = torch_log_probabilities(out, labels).numpy()
     taken = ~np.isnan(sampler)
     assert compare_bits(sampler[taken], found[taken]).equal
