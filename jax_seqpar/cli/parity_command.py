@@ -30,8 +30,8 @@ from .console import say, stdout
 from .interrupt import stop, stop_soon
 from .versions import versions
 
-# Options that a training has, too; its sizes are those of the kept hash.
-OF_TRAINING = ("training", "json_file", "timeout")
+# Options that a training and a sampler have, too, whose sizes are their own.
+OF_OTHERS = ("training", "decode", "json_file", "timeout")
 
 
 def _size(help: str, default: int) -> Any:
@@ -88,11 +88,15 @@ def parity(
     training: Annotated[
         bool, typer.Option("--training", help="A short training in place of attention alone.")
     ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="A sampler beside the trainers instead.")
+    ] = False,
 ) -> None:
     """Run the same attention on PyTorch ranks and on JAX devices; compare every bit.
 
     With --training, run the same steps of training on both, and compare every loss, weight and
-    moment.
+    moment. With --decode, sample from a decoder, and compare the log-probability of each token with
+    what training forwards find for it.
 
     Exit status: 0 if all is equal, 1 if anything differs, 2 for sizes or files that do not fit, 3
     if the PyTorch ranks failed, 130 if interrupted.
@@ -106,8 +110,8 @@ def parity(
         "versions": versions(),
         "platform": platform.platform(),
     }
-    if training:
-        _train(asked, about, json_file, timeout)
+    if training or decode:
+        _other(asked, about, json_file, timeout)
         return
     sizes = ("batch", "tokens", "heads", "kv_heads", "head_dim", "dtype")
     given: dict[str, Any] = {name: asked[name] for name in sizes if name in asked}
@@ -241,21 +245,25 @@ def _refuse_places(files: dict[str, Path | None], save_failing: Path | None) -> 
 
 
 def _refuse_others(asked: dict[str, Any]) -> None:
-    """Raises ValueError for an option that would change nothing of a training."""
+    """Raises ValueError for an option that would change nothing of a training or a sampler."""
+    if asked["training"] and asked["decode"]:
+        raise ValueError("--training and --decode are two runs. Write one of them.")
+    what = "--training" if asked["training"] else "--decode"
     options = inspect.signature(parity).parameters.items()
     changed = [name for name, option in options if asked.get(name) != option.default]
-    if others := [name for name in changed if name not in OF_TRAINING]:
+    if others := [name for name in changed if name not in OF_OTHERS]:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        raise ValueError(f"--training has its own sizes and arithmetic. Leave out {named}.")
+        raise ValueError(f"{what} has its own sizes and arithmetic. Leave out {named}.")
 
 
-def _train(
+def _other(
     asked: dict[str, Any], about: dict[str, Any], json_file: Path | None, timeout: float
 ) -> None:
-    """The training in place of attention: its table, its verdict and its exit status."""
+    """A training or a sampler in place of attention: table, verdict and exit status."""
     require("optax")
-    from .training_parity import print_training, run
+    from . import sampler_parity, training_parity
 
+    run: Any = training_parity if asked["training"] else sampler_parity
     try:
         _refuse_others(asked)
         _refuse_timeout(timeout)
@@ -265,8 +273,8 @@ def _train(
         raise typer.BadParameter(str(error)) from None
     console = stdout()
     with _ranks_may_fail(console):
-        result = run(timeout)
-    print_training(console, result)
+        result = run.run(timeout)
+    run.show(console, result)
     if json_file is not None:
         _write_json(json_file, {"passed": result.passed, **about, **result.to_json()})
     if not result.passed:

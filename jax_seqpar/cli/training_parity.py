@@ -18,7 +18,7 @@ def run(timeout: float) -> TrainingResult:
         return run_training(timeout=timeout, on_step=lambda step: progress.advance(task))
 
 
-def print_training(console: Console, result: TrainingResult) -> None:
+def show(console: Console, result: TrainingResult) -> None:
     """The steps, and the verdict."""
     console.print(training_table(result))
     for line in training_summary(result):

@@ -6,6 +6,7 @@ the same function made of Flax layers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from ..inputs import Arrays
 from .task import Training
 
 Weights = dict[str, Array]
+Attend = Callable[[int, Array, Array, Array], Array]
 
 # Pyright takes what a `jax.custom_vjp` returns for an object.
 fork: Callable[[Any, int], Any] = exact_linear.fork
@@ -80,20 +82,37 @@ def _sharding(training: Training, layout: MeshLayout, x: np.ndarray) -> Partitio
 
 
 def _loss(training: Training, layout: MeshLayout, weights: Weights, batch: Batch) -> Array:
+    def attend(layer: int, query: Array, key: Array, value: Array) -> Array:
+        options: Any = {"kernel": Exact(), "layout": layout}
+        return dot_product_attention(query, key, value, is_causal=True, **options)
+
+    found = logits(training, weights, batch.tokens, batch.positions, attend)
+    return cross_entropy(found, batch.labels, normaliser=batch.normaliser)
+
+
+def logits(
+    training: Training, weights: Weights, tokens: Array, positions: Array, attend: Attend
+) -> Array:
+    """`[B, S, V]` of tokens `[B, S]`, float32.
+
+    Args:
+      weights: whole on every device.
+      positions: of the tokens, for the rotary embedding.
+      attend: the attention, `(number of the layer, query, key, value)` to its output.
+    """
     rows, columns = fork(weights["embedding"], 2)
-    x = embed(rows, batch.tokens)
+    x = embed(rows, tokens)
     for i in range(training.layers):
         prefix = f"layers.{i}."
         p = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-        x = _attention_block(training, layout, p, x, batch.positions)
+        x = _attention_block(training, p, x, positions, partial(attend, i))
         x = _mlp_block(training, p, x)
     y = rms_norm(x, weights["final_norm"], training.epsilon)
-    logits = linear("BSD,VD->BSV", y, columns)
-    return cross_entropy(logits, batch.labels, normaliser=batch.normaliser)
+    return linear("BSD,VD->BSV", y, columns)
 
 
 def _attention_block(
-    training: Training, layout: MeshLayout, p: Weights, x: Array, positions: Array
+    training: Training, p: Weights, x: Array, positions: Array, attend: Callable[..., Array]
 ) -> Array:
     skip, x = fork(x, 2)
     n = fork(rms_norm(x, p["attention_norm"], training.epsilon), 3)
@@ -101,7 +120,7 @@ def _attention_block(
         _heads(linear("BSD,DF->BSF", y, p[w]), training) for y, w in zip(n, "qkv", strict=True)
     )
     q, k = (rotary(y, positions, training.theta) for y in (q, k))
-    o = dot_product_attention(q, k, v, is_causal=True, kernel=Exact(), layout=layout)
+    o = attend(q, k, v)
     return add(skip, linear("BSF,FD->BSD", o.reshape(*o.shape[:2], -1), p["o"]))
 
 
