@@ -274,6 +274,18 @@ def test_a_cache_goes_on_at_another_degree(before, after, window):
         assert compare_bits(a, b).equal
 
 
+def test_a_row_that_has_lost_a_token_stays_lost_at_another_degree():
+    decoder = Decoder(layout_of(4), tokens=16)
+    start, out, cache = next(decoder.steps(decoder.filled()))
+    assert np.isnan(out[0]).all()
+    moved = replace(decoder, layout=layout_of(2))
+    _, out, _ = next(moved.steps(cache.on(moved.layout), start + 1))
+    assert np.isnan(out[0]).all()
+    again = cache.on(moved.layout).fill(KEY[:, :16], VALUE[:, :16])
+    positions = np.full((B, 1), 15, np.int32)
+    assert not np.isnan(attend_to_cache(QUERY[:, 15:16], again, positions=positions)).any()
+
+
 def test_heads_of_the_output_are_scattered():
     decoder = Decoder(layout_of(4), logits=Logits(sinks=SINKS))
     for kernel in (SlotBlocks(), Exact()):

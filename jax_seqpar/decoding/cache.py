@@ -183,7 +183,10 @@ class KeyValueCache:
                 f"axis {layout.tokens!r}. Write KeyValueCache.empty(..., tokens="
                 f"{-(-self.tokens // degree) * degree}) at the start."
             )
-        used = jnp.zeros((old.key.shape[0], degree), jnp.int32)
+        # A row that has lost a token stays lost: each new device has more used than slots.
+        lost = (old.used > self.tokens // old.used.shape[1]).any(1, keepdims=True)
+        used = jnp.broadcast_to(jnp.where(lost, self.tokens + 1, 0), (lost.shape[0], degree))
+        used = used.astype(jnp.int32)
         moved = _placed(Slots(*old[:3], used), layout, mesh)
         cache = KeyValueCache(moved, layout, self.window)
         return replace(cache, slots=_dealt(cache, mesh))
@@ -269,7 +272,8 @@ def _dealt(cache: KeyValueCache, mesh: AnyMesh) -> Slots:
     axes = names(cache.layout.tokens)
 
     def deal(slots: Slots) -> Slots:
-        return of_device.deal(slots, *slots[:3], axes, cache.window)
+        dealt = of_device.deal(slots, *slots[:3], axes, cache.window)
+        return dealt._replace(used=jnp.where(slots.lost, slots.used, dealt.used))
 
     return shard_map(mesh, deal, (cache.specs,), cache.specs)(cache.slots)
 
