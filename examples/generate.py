@@ -64,8 +64,9 @@ class Sampler:
         """`[B]` from `[B, V]`: a function of the row's logits, its position and the seed."""
         if self.temperature == 0:
             return logits.argmax(-1).astype(jnp.int32)
-        rows = jnp.arange(logits.shape[0])
-        keys = jax.vmap(lambda *x: jax.random.key(sum(x)))(rows * 2**20, position + self.seed)
+        rows, fold = jnp.arange(logits.shape[0]), jax.random.fold_in
+        key = jax.random.key(self.seed)
+        keys = jax.vmap(lambda row, at: fold(fold(key, row), at))(rows, position)
         drawn = jax.vmap(jax.random.categorical)(keys, logits / self.temperature)
         return drawn.astype(jnp.int32)
 

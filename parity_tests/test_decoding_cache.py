@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -296,6 +297,68 @@ def test_heads_of_the_output_are_scattered():
         assert far(scattered, whole) < 3e-7
 
 
+# ---------------------------------------------------------------- rings that were dropped from
+
+
+def ring_after(drops: tuple[int, ...], tokens: int) -> tuple[np.ndarray, int]:
+    """The next row of a ring of 6 slots and a window of 4, after so many tokens and drops."""
+    decoder = Decoder(layout_of(2), lengths=(0, 0), window=4, tokens=6)
+    cache, start = decoder.filled(), np.zeros(B, int)
+    *_, (start, _, cache) = islice(decoder.steps(cache), tokens)
+    start = start + 1
+    for first in drops:
+        cache, start = cache.drop(np.full(B, first)), np.full(B, first)
+    return next(decoder.steps(cache, start))[1], int(start[0])
+
+
+@pytest.mark.parametrize(
+    ("drops", "tokens", "is_lost"),
+    (
+        ((8,), 11, True),
+        ((9,), 11, False),
+        ((9, 8), 11, True),  # what was written over is known after the first drop, too
+        ((0,), 11, False),  # nothing before it is needed
+        ((0,), 3, False),
+        ((1,), 4, False),
+        ((2,), 5, False),
+        ((20,), 5, False),
+    ),
+)
+def test_what_a_ring_has_lost(drops, tokens, is_lost):
+    out, start = ring_after(drops, tokens)
+    if start >= END:
+        return
+    right = Decoder(layout_of(2), lengths=(start, start), window=4).expected()[0]
+    assert np.isnan(out).all() == is_lost == np.isnan(out).any()
+    assert is_lost or start > tokens or np.abs(out - right).max() < 1e-6
+
+
+def test_padding_that_is_not_a_number_is_not_kept():
+    """Nor what a longer prompt left there."""
+    decoder = Decoder(layout_of(4))
+    cache = decoder.filled().fill(KEY[:, :16] * np.nan, VALUE[:, :16] * np.nan)
+    junk = np.arange(16)[None, :, None, None] >= np.array(decoder.lengths)[:, None, None, None]
+    prompt = (np.where(junk, np.nan, x[:, :16]) for x in (KEY, VALUE))
+    cache = cache.fill(*prompt, lengths=np.array(decoder.lengths))
+    assert far([out for _, out, _ in decoder.steps(cache)], decoder.expected()) < 1e-6
+
+
+def test_positions_that_32_bits_do_not_hold_are_padding():
+    decoder = Decoder(layout_of(4))
+    late = np.array([[2**32 + 3], [2**30 + 5]])
+    cache = decoder.filled().append(KEY[:, :1], VALUE[:, :1], late)
+    assert all(map(np.array_equal, cache.slots, decoder.filled().slots))
+    assert not np.asarray(attend_to_cache(QUERY[:, :1], cache, positions=late)).any()
+
+
+def test_nothing_to_attend_with():
+    cache = Decoder(layout_of(4)).filled()
+    none = QUERY[:, :0], KEY[:, :0], VALUE[:, :0], np.zeros((B, 0), np.int32)
+    cache = cache.append(*none[1:])
+    assert attend_to_cache(none[0], cache, positions=none[3]).shape == (B, 0, N, V)
+    assert (cache.fill(*none[1:3]).slots.positions == EMPTY).all()
+
+
 # ---------------------------------------------------------------- what a step sends and holds
 
 
@@ -373,6 +436,9 @@ def test_a_wrong_cache_is_caught(bug, monkeypatch):
 # ---------------------------------------------------------------- refusals
 
 
+AT = np.zeros((B, 1), np.int32)
+
+
 def cache(**options: Any) -> KeyValueCache:
     sizes = {"kv_heads": K, "head_dim": H, "value_dim": V, "layout": layout_of(4)}
     return KeyValueCache.empty(B, 16, **(sizes | options))
@@ -397,6 +463,28 @@ def attend(**options: Any) -> Any:
         (lambda: cache().fill(KEY[:, :20], VALUE[:, :20]), "20 tokens do not fit in 16 slots"),
         (lambda: cache().append(KEY[:, :1], VALUE[:, :1], np.zeros((B, 2), int)), "positions have"),
         (lambda: cache().append(KEY[:, :1], VALUE[:, :1], np.zeros((B, 1))), "expected integers"),
+        (
+            lambda: cache().append([1.0], VALUE[:, :1], np.zeros((B, 1), int)),
+            "key must be an array",
+        ),
+        (lambda: cache().drop(np.zeros((B, 1), int)), "expected .2,., one of each row"),
+        (lambda: cache().drop(np.zeros(B)), "positions of drop are float64"),
+        (lambda: cache().fill(KEY[:, :16], VALUE[:, :16], lengths=5), "lengths have shape"),
+        (
+            lambda: cache(window=3).fill(
+                KEY[:, :4], VALUE[:, :4], positions=np.array([[0, 1, 0, 1]])
+            ),
+            "position 0 twice, of which a ring buffer keeps one",
+        ),
+        (partial(cache, layout="seq"), "layout must be a MeshLayout"),
+        (partial(cache, layout=replace(layout_of(4), tokens="sq")), "names axis 'sq'"),
+        (partial(attend, strategy="ring"), "strategy='ring' does not attend to a cache"),
+        (
+            lambda: jax.grad(lambda q: attend_to_cache(q, cache(), positions=AT).sum())(
+                jnp.asarray(QUERY[:, :1])
+            ),
+            "is differentiated, and has no derivative",
+        ),
         (
             lambda: KeyValueCache.empty(B, 12, K, H, layout=layout_of(2)).on(layout_of(8)),
             "12 slots is not divisible by the 8 devices",

@@ -220,6 +220,30 @@ def test_in_float32_the_sampler_is_off_the_policy():
     assert np.abs(ordinary[taken] - right[taken]).max() < 1e-4
 
 
+def test_a_refused_call_leaves_the_cache_as_it_is():
+    """Six queries are too many for a ring buffer of steps of two."""
+    layer, mesh = layer_of(mask=Mask(is_causal=True, local_window_size=(4, 0)))
+    with jax.set_mesh(mesh):
+        layer.init_cache(B, 40, at_once=2, shared_by="sequence")
+        assert layer.cache is not None
+        layer(jnp.asarray(X[:, :8]), fill_cache=True)
+        with pytest.raises(ValueError, match="6 queries at once"):
+            layer(jnp.asarray(X[:, 8:14]), decode=True)
+        assert layer.cache.get_value().next_position.tolist() == [8, 8]
+
+
+def test_a_padded_chunk_that_fits_is_taken():
+    layer, mesh = layer_of()
+    with jax.set_mesh(mesh):
+        layer.init_cache(B, 12)
+        assert layer.cache is not None
+        layer(jnp.asarray(X[:, :8]), fill_cache=True)
+        layer(jnp.asarray(X[:, 8:14]), decode=True, lengths=np.array([4, 3]))
+        assert layer.cache.get_value().next_position.tolist() == [12, 11]
+        with pytest.raises(ValueError, match="1 tokens after 12 do not fit the cache of 12"):
+            layer(jnp.asarray(X[:, :1]), decode=True)
+
+
 def test_refusals():
     layer, mesh = layer_of()
     x = jnp.ones((B, 4, D))
@@ -231,6 +255,9 @@ def test_refusals():
             (partial(layer, decode=True, fill_cache=True), "replaces it. Write one of them"),
             (partial(layer, lengths=np.array([1, 2])), "tell a cache what is padding"),
             (partial(layer, decode=True, lengths=np.ones(2)), "lengths are float64 of shape"),
+            (partial(layer, fill_cache=True, lengths=np.array([5, 1])), "lengths are 0 to 5, exp"),
+            (partial(layer, decode=True, lengths=np.array([-1, 1])), "lengths are -1 to 1, exp"),
+            (partial(layer, decode=True, lengths=[1, 1]), "lengths must be an array"),
         ):
             with pytest.raises(ValueError, match=says):
                 call(x)

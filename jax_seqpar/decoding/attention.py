@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
+from .._checks import check_is_array
 from ..kernels import Kernel
 from ..mask import Logits, Mask, Spec
 from ..mesh import AnyMesh, find_mesh, set_explicit_sharding
 from ..mesh_layout import names
 from .cache import KeyValueCache, shard_map
-from .checks import check_attention, check_scatter
+from .checks import as_positions, check_attention, check_scatter
 from .slot_blocks import SlotBlocks
 from .slots import EMPTY, Slots
 from .split_kv import SplitKV
@@ -53,10 +55,13 @@ def attend_to_cache(
     Raises:
       ValueError: for what does not fit, or is not known of the slots of a cache.
     """
-    check_attention(cache, query, positions, mask, logits, kernel)
+    check_is_array("query", query)
+    check_attention(cache, query, mask, logits, kernel)
     layout, mesh = cache.layout, find_mesh(cache.layout.mesh, query)
     check_scatter(strategy, query.shape[2], layout, mesh.shape)
-    positions = jnp.asarray(positions, jnp.int32)
+    positions = as_positions("attend_to_cache", positions, (query.shape[:2],))
+    if 0 in query.shape:
+        return jnp.zeros((*query.shape[:3], cache.slots.value.shape[3]), query.dtype)
     return _attend(_Call(mesh, mask, kernel, strategy), cache, query, positions, logits)
 
 
@@ -76,8 +81,23 @@ class _Call:
         return replace(self.mask, is_causal=True, positions=(queries, slots))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(
+    call: _Call, cache: KeyValueCache, query: Array, positions: Array, logits: Logits
+) -> Array:
+    return _forward(call, cache, query, positions, logits)
+
+
+@_attend.defjvp
+def _no_derivative(call: _Call, primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        f"attention to a cache of {primals[0].tokens} slots is differentiated, and has no "
+        f"derivative. Write jax_seqpar.dot_product_attention(query, key, value, ...)."
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(
     call: _Call, cache: KeyValueCache, query: Array, positions: Array, logits: Logits
 ) -> Array:
     layout, axes = cache.layout, names(cache.layout.tokens)

@@ -13,9 +13,17 @@ from jaxtyping import Array, Float, Integer
 
 from .._checks import axis_size
 from ..mesh import AnyMesh, find_mesh, place, set_explicit_sharding
-from ..mesh_layout import MeshLayout, axes_size, names
+from ..mesh_layout import MeshLayout, axes_size, check_is_layout, names
 from . import slots as of_device
-from .checks import check_dropped, check_fits, check_sizes, check_tokens
+from .checks import (
+    as_numbers,
+    as_positions,
+    check_distinct,
+    check_fits,
+    check_sizes,
+    check_tokens,
+    no_slots,
+)
 from .slots import EMPTY, Slots
 
 
@@ -77,15 +85,17 @@ class KeyValueCache:
             batch or KV heads.
         """
         check_sizes(batch, tokens, kv_heads, head_dim, value_dim, dtype, window)
+        check_is_layout(layout)
         mesh = find_mesh(layout.mesh)
-        degree = axes_size(layout.tokens, mesh.shape)
         check_fits(batch, kv_heads, layout, mesh.shape)
+        degree = axes_size(layout.tokens, mesh.shape)
         shape = (batch, -(-tokens // degree) * degree, kv_heads)
         slots = Slots(
             jnp.zeros((*shape, head_dim), dtype),
             jnp.zeros((*shape, head_dim if value_dim is None else value_dim), dtype),
             jnp.full(shape[:2], EMPTY, jnp.int32),
             jnp.zeros((batch, degree), jnp.int32),
+            jnp.zeros((batch, degree), bool),
         )
         return cls(_placed(slots, layout, mesh), layout, window)
 
@@ -116,17 +126,19 @@ class KeyValueCache:
         Raises:
           ValueError: for more tokens than there are slots, and shapes that do not fit.
         """
-        B, S = key.shape[:2]
-        mesh = find_mesh(self.layout.mesh, key)
+        check_tokens("fill", self, key, value)
+        (B, S), mesh = key.shape[:2], find_mesh(self.layout.mesh, key)
         degree = axes_size(self.layout.tokens, mesh.shape)
-        check_tokens("fill", self, key, value, positions)
-        check_dropped("fill", self.window is None and self.tokens < S, S, self.tokens)
+        if self.window is None and self.tokens < S:
+            raise no_slots("fill", S, self.tokens)
         self.layout.order.check("key", S, degree)
         if positions is None:
             positions = jnp.asarray(self.layout.order.permutation(S, degree), jnp.int32)[None]
-        positions = jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (B, S))
+        elif self.window is not None:
+            check_distinct(positions)
+        positions = jnp.broadcast_to(as_positions("fill", positions, ((1, S), (B, S))), (B, S))
         if lengths is not None:
-            held = positions < jnp.asarray(lengths, jnp.int32)[:, None]
+            held = positions < as_numbers("lengths", lengths, B)[:, None]
             positions = jnp.where(held, positions, EMPTY)
         return replace(self, slots=_fill(self, mesh, key, value, positions))
 
@@ -147,14 +159,14 @@ class KeyValueCache:
           ValueError: for a row that has no slot left, where that is known; and shapes that do not
             fit.
         """
+        check_tokens("append", self, key, value)
         mesh = find_mesh(self.layout.mesh, key)
-        check_tokens("append", self, key, value, positions)
-        positions = jnp.asarray(positions, jnp.int32)
+        positions = as_positions("append", positions, (key.shape[:2],))
         slots = _append(self, mesh, key, value, positions)
-        if not isinstance(slots.used, Tracer) and slots.used.is_fully_addressable:
-            capacity = self.tokens // slots.used.shape[1]
-            most = int(slots.used.max()) if slots.used.size else 0
-            check_dropped("append", most > capacity, most, capacity)
+        new = slots.lost if isinstance(slots.lost, Tracer) else slots.lost & ~self.slots.lost
+        if not isinstance(new, Tracer) and new.is_fully_addressable and new.any():
+            capacity = self.tokens // new.shape[1]
+            raise no_slots("append", int(slots.used.max()), capacity, on="one device")
         return replace(self, slots=slots)
 
     def drop(self, positions: Integer[Array | np.ndarray, "B"]) -> "KeyValueCache":
@@ -162,9 +174,13 @@ class KeyValueCache:
 
         For speculative decoding. What a ring buffer has written over does not come back: a row
         whose next query may attend to such a token is NaN from there on.
+
+        Args:
+          positions: of each row, the first that is dropped; 0 makes a row new.
         """
         mesh = find_mesh(self.layout.mesh, self.slots.key)
-        return replace(self, slots=_drop(self, mesh, jnp.asarray(positions, jnp.int32)))
+        first = as_numbers("positions of drop", positions, self.slots.key.shape[0])
+        return replace(self, slots=_drop(self, mesh, first[:, None]))
 
     def on(self, layout: MeshLayout) -> "KeyValueCache":
         """The same tokens on another mesh, or shared in another way; eagerly.
@@ -174,20 +190,20 @@ class KeyValueCache:
         Raises:
           ValueError: where its devices do not divide slots, batch or KV heads.
         """
+        check_is_layout(layout)
         mesh, old = find_mesh(layout.mesh), self.slots
-        degree = axes_size(layout.tokens, mesh.shape)
         check_fits(old.key.shape[0], old.key.shape[2], layout, mesh.shape)
+        degree = axes_size(layout.tokens, mesh.shape)
         if self.tokens % degree:
             raise ValueError(
                 f"a cache of {self.tokens} slots is not divisible by the {degree} devices of mesh "
                 f"axis {layout.tokens!r}. Write KeyValueCache.empty(..., tokens="
                 f"{-(-self.tokens // degree) * degree}) at the start."
             )
-        # A row that has lost a token stays lost: each new device has more used than slots.
-        lost = (old.used > self.tokens // old.used.shape[1]).any(1, keepdims=True)
-        used = jnp.broadcast_to(jnp.where(lost, self.tokens + 1, 0), (lost.shape[0], degree))
-        used = used.astype(jnp.int32)
-        moved = _placed(Slots(*old[:3], used), layout, mesh)
+        of_row = (old.key.shape[0], degree)
+        used = jnp.broadcast_to(old.used.max(1, keepdims=True), of_row)
+        lost = jnp.broadcast_to(old.lost.any(1, keepdims=True), of_row)
+        moved = _placed(Slots(*old[:3], used, lost), layout, mesh)
         cache = KeyValueCache(moved, layout, self.window)
         return replace(cache, slots=_dealt(cache, mesh))
 
@@ -217,7 +233,7 @@ def place_on_devices(axes: tuple[str, ...]) -> tuple[Any, int]:
 def _specs(layout: MeshLayout) -> Any:
     array: Any = layout.partition_spec
     row: Any = layout.token_spec
-    return Slots(array, array, row, row)
+    return Slots(array, array, row, row, row)
 
 
 def _placed(slots: Slots, layout: MeshLayout, mesh: AnyMesh) -> Slots:
@@ -254,15 +270,11 @@ def _append(cache: KeyValueCache, mesh: AnyMesh, key: Any, value: Any, positions
 
 @partial(jax.jit, static_argnums=1)
 def _drop(cache: KeyValueCache, mesh: AnyMesh, first: Any) -> Slots:
-    axes = names(cache.layout.tokens)
-
     def drop(slots: Slots, first: Array) -> Slots:
-        _, degree = place_on_devices(axes)
-        last = jnp.where(slots.positions < EMPTY, slots.positions, -1).max(1)
-        last = jax.lax.pmax(last, axes) if axes else last
-        return of_device.drop(slots, first, last, degree=degree, window=cache.window)
+        axes = names(cache.layout.tokens)
+        return of_device.drop(slots, first, axes=axes, window=cache.window)
 
-    row = PartitionSpec(cache.layout.batch)
+    row = PartitionSpec(cache.layout.batch, None)
     function = shard_map(mesh, drop, (cache.specs, row), cache.specs)
     return function(cache.slots, *_resharded((first,), (row,), mesh))
 
@@ -273,7 +285,9 @@ def _dealt(cache: KeyValueCache, mesh: AnyMesh) -> Slots:
 
     def deal(slots: Slots) -> Slots:
         dealt = of_device.deal(slots, *slots[:3], axes, cache.window)
-        return dealt._replace(used=jnp.where(slots.lost, slots.used, dealt.used))
+        # What a row has lost stays lost, and what a ring buffer has written over.
+        used = dealt.used if cache.window is None else slots.used
+        return dealt._replace(used=used, lost=slots.lost)
 
     return shard_map(mesh, deal, (cache.specs,), cache.specs)(cache.slots)
 

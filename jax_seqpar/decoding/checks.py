@@ -1,18 +1,22 @@
 """Checks of a cache and of what is written to it and attends to it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
 
-from .._checks import check_count, check_has_numbers
+from .._checks import check_count, check_has_numbers, check_is_array
 from ..kernels import Kernel
 from ..mask import Logits, Mask, Spec
 from ..mask.array_fields import arrays_of
 from ..mask.checks import check_call
-from ..mesh_layout import MeshLayout, axes_size
+from ..mesh_layout import MeshLayout, axes_size, check_mesh
+from .slots import EMPTY
+from .split_kv import SplitKV
 
 
 def check_sizes(
@@ -49,6 +53,7 @@ def check_sizes(
 
 def check_fits(batch: int, kv_heads: int, layout: MeshLayout, mesh: Mapping[str, int]) -> None:
     """Raises ValueError unless the devices divide the sequences and the heads of a cache."""
+    check_mesh(layout, mesh, ())
     for name, n, field in (("batch", batch, "batch"), ("kv_heads", kv_heads, "heads")):
         axes = getattr(layout, field)
         devices = axes_size(axes, mesh)
@@ -59,10 +64,11 @@ def check_fits(batch: int, kv_heads: int, layout: MeshLayout, mesh: Mapping[str,
             )
 
 
-def check_tokens(what: str, cache: Any, key: Any, value: Any, positions: Any) -> None:
+def check_tokens(what: str, cache: Any, key: Any, value: Any) -> None:
     """Raises ValueError unless tokens have the sizes of the cache that they are written to."""
     held = cache.slots
     for name, new, old in (("key", key, held.key), ("value", value, held.value)):
+        check_is_array(name, new)
         fits = new.ndim == 4 and new.shape[0] == old.shape[0] and new.shape[2:] == old.shape[2:]
         if not fits:
             raise ValueError(
@@ -73,45 +79,73 @@ def check_tokens(what: str, cache: Any, key: Any, value: Any, positions: Any) ->
         raise ValueError(
             f"{what}: key has {key.shape[1]} tokens and value {value.shape[1]}. Give both alike."
         )
-    if positions is None:
+
+
+def as_positions(what: str, positions: Any, shapes: Sequence[tuple[int, ...]]) -> Array:
+    """Positions as int32, at most `EMPTY`.
+
+    Raises:
+      ValueError: unless they are integers of one of the shapes.
+    """
+    check_is_array("positions", positions)
+    if positions.shape not in shapes:
+        raise ValueError(
+            f"{what}: positions have shape {positions.shape}, expected {shapes[-1]}, one of each "
+            f"token. Write jnp.broadcast_to(positions, {shapes[-1]})."
+        )
+    return _as_int32(f"{what}: positions", positions)
+
+
+def as_numbers(name: str, x: Any, batch: int) -> Array:
+    """One number of each row `[B]`, as int32 and at most `EMPTY`.
+
+    Raises:
+      ValueError: unless they are integers of that shape.
+    """
+    x = x if hasattr(x, "shape") else np.asarray(x)
+    if x.shape != (batch,):
+        raise ValueError(
+            f"{name} have shape {x.shape}, expected ({batch},), one of each row. Write "
+            f"jnp.full({batch}, ...)."
+        )
+    return _as_int32(name, x)
+
+
+def _as_int32(name: str, x: Any) -> Array:
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} are {x.dtype}, expected integers. Write .astype(jnp.int32).")
+    if x.dtype.itemsize >= 4:  # what 32 bits do not hold is later than everything
+        x = (np if isinstance(x, np.ndarray) else jnp).minimum(x, EMPTY)
+    return jnp.asarray(x).astype(jnp.int32)
+
+
+def check_distinct(positions: Any) -> None:
+    """Raises ValueError for a position that a row has twice, where they are known.
+
+    A ring buffer has one slot for each.
+    """
+    if isinstance(positions, Tracer) or not getattr(positions, "is_fully_addressable", True):
         return
-    rows = (1, key.shape[0]) if what == "fill" else (key.shape[0],)
-    if positions.ndim != 2 or positions.shape[0] not in rows or positions.shape[1] != key.shape[1]:
-        raise ValueError(
-            f"{what}: positions have shape {positions.shape}, expected {key.shape[:2]}, one of "
-            f"each token. Write jnp.broadcast_to(positions, {key.shape[:2]})."
-        )
-    check_position_dtype(what, positions)
+    for row in np.asarray(positions):
+        row = row[row < EMPTY]
+        found, counts = np.unique(row, return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"fill: a row has position {found[counts > 1][0]} twice, of which a ring buffer "
+                f"keeps one. Write EMPTY for what is padding, and each other position once."
+            )
 
 
-def check_position_dtype(what: str, positions: Any) -> None:
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise ValueError(
-            f"{what}: positions are {positions.dtype}, expected integers. Write "
-            f"positions.astype(jnp.int32)."
-        )
+def no_slots(what: str, tokens: int, slots: int, on: str = "all devices") -> ValueError:
+    """Error for tokens that have no slot."""
+    return ValueError(
+        f"{what}: {tokens} tokens do not fit in {slots} slots of a row on {on}. Make a cache with "
+        f"more tokens by KeyValueCache.empty(..., tokens=...), or drop some."
+    )
 
 
-def check_dropped(what: str, is_full: bool, tokens: int, slots: int) -> None:
-    """Raises ValueError where tokens have no slot."""
-    if is_full:
-        raise ValueError(
-            f"{what}: {tokens} tokens do not fit in {slots} slots of a row"
-            f"{' on one device' if what == 'append' else ''}. Make a cache with more tokens by "
-            f"KeyValueCache.empty(..., tokens=...), or drop some."
-        )
-
-
-def check_attention(
-    cache: Any, query: Any, positions: Any, mask: Mask, logits: Logits, kernel: Any
-) -> None:
+def check_attention(cache: Any, query: Any, mask: Mask, logits: Logits, kernel: Any) -> None:
     """Raises ValueError for what no cache can be attended to with."""
-    if positions.shape != query.shape[:2]:
-        raise ValueError(
-            f"positions have shape {positions.shape}, expected {query.shape[:2]}, one of each "
-            f"query. Write jnp.broadcast_to(positions, {query.shape[:2]})."
-        )
-    check_position_dtype("attend_to_cache", positions)
     if not isinstance(mask, Mask) or not isinstance(logits, Logits):
         raise ValueError(f"mask and logits are {mask!r} and {logits!r}. Write Mask() and Logits().")
     if not mask.is_causal and (mask.window is not None or logits.alibi_slopes is not None):
@@ -157,6 +191,10 @@ def _check_window(cache: Any, tokens: int, mask: Mask) -> None:
 
 def check_scatter(strategy: Any, heads: int, layout: MeshLayout, mesh: Mapping[str, int]) -> None:
     """Raises ValueError unless the devices of the tokens can share the heads of the output."""
+    if not isinstance(strategy, SplitKV):
+        raise ValueError(
+            f"strategy={strategy!r} does not attend to a cache. Write strategy=SplitKV()."
+        )
     devices = axes_size(layout.heads, mesh) * axes_size(layout.tokens, mesh)
     if strategy.scatter_heads and heads % devices:
         raise ValueError(

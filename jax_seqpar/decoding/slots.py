@@ -26,38 +26,48 @@ class Slots(NamedTuple):
     Attributes:
       key, value: `[B, C, K, H]` and `[B, C, K, V]`.
       positions: `[B, C]`, int32.
-      used: `[B, 1]`, int32: the slots from the first that were written to. More than C where a
-        token was lost. As a global array it has a column for each device.
+      used: `[B, 1]`, int32: the slots from the first that were written to; in a ring buffer, where
+        a slot goes by the position, one more than the largest position ever written. As a global
+        array it has a column for each device.
+      lost: `[B, 1]`: whether a token that a query may attend to has no slot any more.
     """
 
     key: Float[Array, "B C K H"]
     value: Float[Array, "B C K V"]
     positions: Int[Array, "B C"]
     used: Int[Array, "B P"]
+    lost: Bool[Array, "B P"]
 
     @property
     def capacity(self) -> int:
         """C."""
         return self.positions.shape[1]
 
-    @property
-    def lost(self) -> Bool[Array, "B P"]:
-        """Whether a token of the sequence had no slot."""
-        return self.used > self.capacity
-
 
 def fill(slots: Slots, key: Array, value: Array, positions: Array) -> Slots:
-    """The first slots hold these tokens `[B, S, ...]`, the others none."""
-    size = key.shape[1]
-    places = jnp.arange(1, size + 1, dtype=jnp.int32)
-    used = jnp.where(positions < EMPTY, places, 0).max(1, keepdims=True)
-    empty = jnp.full_like(slots.positions, EMPTY)
+    """The first slots hold these tokens `[B, S, ...]`, the others none.
+
+    What is padding is not kept: a NaN of it times a weight of 0 would be NaN.
+    """
+    size, is_token = key.shape[1], (positions < EMPTY)[..., None, None]
+
+    def filled(old: Array, new: Array) -> Array:
+        new = jnp.where(is_token, new, jnp.zeros_like(new)).astype(old.dtype)
+        return jnp.zeros_like(old).at[:, :size].set(new)
+
     return Slots(
-        slots.key.at[:, :size].set(key.astype(slots.key.dtype)),
-        slots.value.at[:, :size].set(value.astype(slots.value.dtype)),
-        empty.at[:, :size].set(positions),
-        used,
+        filled(slots.key, key),
+        filled(slots.value, value),
+        jnp.full_like(slots.positions, EMPTY).at[:, :size].set(positions),
+        _first_free(positions),
+        jnp.zeros_like(slots.lost),
     )
+
+
+def _first_free(positions: Array) -> Array:
+    """`[B, 1]`, the number of slots up to the last that holds a token."""
+    places = jnp.arange(1, positions.shape[1] + 1, dtype=jnp.int32)[None]
+    return jnp.where(positions < EMPTY, places, 0).max(1, keepdims=True, initial=0)
 
 
 def deal(
@@ -75,13 +85,13 @@ def deal(
     """
     degree = axis_size(axes) if axes else 1
     total = slots.capacity * degree
+    is_token = positions < EMPTY
+    last = jnp.where(is_token, positions, -1).max(1, keepdims=True, initial=-1)
+    last = jax.lax.pmax(last, axes) if axes else last
     if window is None:
-        number = _ranks(positions, axes)
-        kept = positions < EMPTY
+        number, kept = _ranks(positions, axes), is_token
     else:
-        last = jnp.where(positions < EMPTY, positions, -1).max(1, keepdims=True)
-        last = jax.lax.pmax(last, axes) if axes else last
-        number, kept = positions, (positions < EMPTY) & (positions > last - total)
+        number, kept = positions, is_token & (positions > last - total)
     owner, place = number % degree, number // degree % slots.capacity
     places = jnp.where(kept, owner * slots.capacity + place, total)
 
@@ -94,12 +104,12 @@ def deal(
 
     # An integer is added to zeros, so no bit of a number changes; and an empty slot is 0.
     numbers = dealt(positions - EMPTY) + EMPTY
-    used = (numbers < EMPTY).sum(1, keepdims=True, dtype=jnp.int32)
     return Slots(
         _of_bits(dealt(_bits(key.astype(slots.key.dtype))), slots.key.dtype),
         _of_bits(dealt(_bits(value.astype(slots.value.dtype))), slots.value.dtype),
         numbers,
-        used if window is None else jnp.zeros_like(used),
+        _first_free(numbers) if window is None else last + 1,
+        jnp.zeros_like(slots.lost),
     )
 
 
@@ -132,37 +142,43 @@ def append(
     """
     own = (positions % degree == device) & (positions < EMPTY)
     if ring_buffer:
-        places, used = positions // degree % slots.capacity, slots.used
+        places, lost = positions // degree % slots.capacity, slots.lost
+        written = jnp.where(own, positions + 1, 0).max(1, keepdims=True, initial=0)
+        used = jnp.maximum(slots.used, written)
     else:
         places = slots.used + jnp.cumsum(own, axis=1, dtype=jnp.int32) - 1
         used = slots.used + own.sum(1, keepdims=True, dtype=jnp.int32)
+        lost = slots.lost | (used > slots.capacity)
     places = jnp.where(own, places, slots.capacity)
     return Slots(
         _write(slots.key, key, places),
         _write(slots.value, value, places),
         _write(slots.positions, positions, places),
         used,
+        lost,
     )
 
 
-def drop(slots: Slots, first: Array, last: Array, *, degree: int, window: int | None) -> Slots:
-    """Forgets the tokens from position `first` `[B]` on.
+def drop(slots: Slots, first: Array, *, axes: Axes, window: int | None) -> Slots:
+    """Forgets the tokens from position `first` `[B, 1]` on.
 
     Args:
-      last: `[B]`, the last position of all devices.
-      window: of a ring buffer. Where a forgotten token was written over one that the next query
-        may attend to, the row has lost it.
+      axes: the mesh axes of the tokens, of which there may be none.
+      window: of a ring buffer. Where a token was written over one that the next query may attend
+        to, the row has lost it.
     """
-    positions = jnp.where(slots.positions >= first[:, None], EMPTY, slots.positions)
-    if window is not None:
-        lost = last - slots.capacity * degree >= jnp.minimum(first, last + 1) - window
-        lost &= first <= last
-        used = jnp.where(lost[:, None], slots.capacity + 1, slots.used)
-        return slots._replace(positions=positions, used=used)
-    places = jnp.arange(1, slots.capacity + 1, dtype=jnp.int32)
-    used = jnp.where(positions < EMPTY, places, 0).max(1, keepdims=True)
-    # A token without a slot may be before `first`, which no slot tells.
-    return slots._replace(positions=positions, used=jnp.where(slots.lost, slots.used, used))
+    positions = jnp.where(slots.positions >= first, EMPTY, slots.positions)
+    if window is None:
+        used, lost = _first_free(positions), slots.lost
+    else:
+        used = slots.used
+        written = jax.lax.pmax(used, axes) if axes else used
+        held = slots.capacity * (axis_size(axes) if axes else 1)
+        lost = slots.lost | (written - 1 - held >= jnp.maximum(first - window, 0))
+    # Where nothing is left, nothing is missing.
+    is_new = first <= 0
+    used, lost = jnp.where(is_new, 0, used), ~is_new & lost
+    return slots._replace(positions=positions, used=used, lost=lost)
 
 
 def _write(x: Array, new: Array, places: Array) -> Array:

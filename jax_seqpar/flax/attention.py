@@ -34,6 +34,7 @@ from .layer_checks import (
     check_head_dim,
     check_layer,
     check_lengths,
+    check_modes,
     check_own_rules,
     check_token_division,
     check_use_bias,
@@ -199,8 +200,10 @@ class Attention(nnx.Module):
         if decode or fill_cache:
             mesh = self.layout.mesh or jax.sharding.get_abstract_mesh()
             rate = self.dropout_rate if drops else 0.0
-            check_decode(cache, x, mesh.shape, segment_ids, rate, fills=fill_cache)
-        check_lengths(lengths, x, decode=decode, fill_cache=fill_cache)
+            check_lengths(lengths, x)
+            tokens = x.shape[1] if lengths is None else lengths
+            check_decode(cache, x, tokens, mesh.shape, segment_ids, rate, fills=fill_cache)
+        check_modes(x, lengths, decode=decode, fill_cache=fill_cache)
         check_dropout(self.dropout_rate, deterministic, rngs)
         numbers = self._numbers(x, cache.next_position if decode and cache is not None else None)
         query, key, value = self._project(x, numbers if positions is None else positions)
@@ -271,7 +274,8 @@ class Attention(nnx.Module):
 
         Args:
           batch: B.
-          tokens: of the longest sequence.
+          tokens: of the longest sequence. A prompt that is shared along the sequence takes slots
+            for its padding, too.
           shared_by: how the devices of heads and tokens share it: by "heads", where a step sends
             nothing; or along the "sequence", with one maximum and one sum a step
             (`jax_seqpar.decoding`). None takes heads where the devices divide the KV heads.
@@ -300,7 +304,7 @@ class Attention(nnx.Module):
     ) -> None:
         """Puts a prompt into the cache."""
         B, T = key.shape[:2]
-        held = jnp.full(B, T, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+        held = jnp.full(B, T, jnp.int32) if lengths is None else _of_rows(lengths, T)
         tokens = cache.tokens.fill(key, value, positions=numbers, lengths=held)
         self._keep(LayerCache(tokens, held))
 
@@ -317,17 +321,24 @@ class Attention(nnx.Module):
         T, kernel = query.shape[1], decoding_kernel(self.kernel)
         count: Any = T
         if lengths is not None:
-            count = jnp.asarray(lengths, jnp.int32)
+            count = _of_rows(lengths, T)
             is_token = jnp.arange(T, dtype=jnp.int32)[None] < count[:, None]
             positions = jnp.where(is_token, positions, EMPTY)
         tokens = cache.tokens.append(key, value, positions)
-        self._keep(LayerCache(tokens, cache.next_position + count))
         attend = partial(attend_to_cache, mask=self.mask, logits=logits, kernel=kernel)
-        return attend(query, tokens, positions=positions)
+        out = attend(query, tokens, positions=positions)
+        # After what may be refused.
+        self._keep(LayerCache(tokens, cache.next_position + count))
+        return out
 
     def _keep(self, cache: LayerCache) -> None:
         assert self.cache is not None
         self.cache.set_value(cache)
+
+
+def _of_rows(lengths: Any, most: int) -> Array:
+    """Lengths as int32, `0 ... most`: under `jit` nobody knows that they are more."""
+    return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, most)
 
 
 def _widened(x: Array) -> Array:

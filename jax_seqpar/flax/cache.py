@@ -126,6 +126,7 @@ def check_cache_batch(batch: int, devices: int, axes: object) -> None:
 def check_decode(
     cache: LayerCache | None,
     x: Any,
+    tokens: Any,
     mesh_shape: Any,
     segment_ids: Any,
     dropout_rate: float,
@@ -135,15 +136,16 @@ def check_decode(
     """Raises ValueError for decoding without a cache, or with what a cache does not keep.
 
     Args:
+      tokens: of x that are no padding; a number, or those of each row.
       mesh_shape: of the mesh of this call, by axis; empty if that of the arrays is taken.
       dropout_rate: of this call, 0 if it is deterministic.
       fills: whether x is a whole prompt.
     """
-    batch, tokens = x.shape[:2]
+    batch = x.shape[0]
     what = "fill_cache=True" if fills else "decode=True"
     if cache is None:
         raise ValueError(f"{what} needs a cache: call init_cache({batch}, tokens) first.")
-    slots, index = cache.tokens.slots, cache.next_position
+    slots = cache.tokens.slots
     if slots.key.shape[0] != batch:
         raise ValueError(
             f"x has batch B = {batch}, but the cache is of {slots.key.shape[0]} sequences: call "
@@ -155,12 +157,7 @@ def check_decode(
             f"the cache is on a mesh {dict(own.shape)}, this call on {dict(mesh_shape)}: call "
             f"init_cache(batch, tokens) under the mesh of the call."
         )
-    held = 0 if fills or isinstance(index, Tracer) else int(index.max())
-    if cache.tokens.window is None and held + tokens > cache.tokens.tokens:
-        raise ValueError(
-            f"{tokens} tokens after {held} do not fit the cache of {cache.tokens.tokens}: "
-            f"call init_cache({batch}, {held + tokens}), or with more tokens."
-        )
+    _check_room(cache, x.shape[1] if fills else tokens, fills)
     if segment_ids is not None:
         raise ValueError(
             f"{what} keeps one document per sequence, got segment_ids of shape "
@@ -169,4 +166,21 @@ def check_decode(
     if dropout_rate > 0:
         raise ValueError(
             f"{what} has no dropout, got dropout_rate = {dropout_rate}: write deterministic=True."
+        )
+
+
+def _check_room(cache: LayerCache, tokens: Any, fills: bool) -> None:
+    """Raises ValueError for a row with more tokens than slots, where that is known."""
+    index, slots = cache.next_position, cache.tokens.tokens
+    known = not isinstance(index, Tracer) and not isinstance(tokens, Tracer)
+    if cache.tokens.window is not None or not (known or fills):
+        return
+    before = np.zeros(1, int) if fills else np.asarray(index)
+    new = np.broadcast_to(np.asarray(tokens), before.shape)
+    row = int((before + new).argmax())
+    if before[row] + new[row] > slots:
+        raise ValueError(
+            f"{new[row]} tokens after {before[row]} do not fit the cache of {slots}: call "
+            f"init_cache({cache.tokens.slots.key.shape[0]}, {before[row] + new[row]}), or with "
+            f"more tokens."
         )

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
+from .._checks import check_is_array
 from ..mask import Logits, Mask
 from ..mesh import AnyMesh
 from ..mesh_layout import MeshLayout, axes_size, check_mesh, names
@@ -94,22 +96,35 @@ def check_use_bias(use_bias: Any) -> None:
         )
 
 
-def check_lengths(lengths: Any, x: Any, *, decode: bool, fill_cache: bool) -> None:
-    """Raises ValueError for lengths that are not of x, or where no cache needs them."""
+def check_modes(x: Any, lengths: Any, *, decode: bool, fill_cache: bool) -> None:
+    """Raises ValueError for two uses of a cache at once, and for lengths that no cache needs."""
     if decode and fill_cache:
         raise ValueError(
             f"x of shape {x.shape}: decode=True follows what is in the cache, and fill_cache=True "
             f"replaces it. Write one of them."
         )
+    if lengths is not None and not (decode or fill_cache):
+        raise ValueError(
+            f"lengths {lengths!r} tell a cache what is padding. Write fill_cache=True or "
+            f"decode=True, or leave lengths out."
+        )
+
+
+def check_lengths(lengths: Any, x: Any) -> None:
+    """Raises ValueError unless lengths are integers, one of each row of x, and fit it."""
     if lengths is None:
         return
-    if not (decode or fill_cache):
-        raise ValueError(
-            f"lengths of shape {lengths.shape} tell a cache what is padding. Write "
-            f"fill_cache=True or decode=True, or leave lengths out."
-        )
+    check_is_array("lengths", lengths)
     if lengths.shape != x.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths are {lengths.dtype} of shape {lengths.shape}, expected integers of shape "
             f"{x.shape[:1]}, one of each row. Write lengths.astype(jnp.int32)."
+        )
+    if isinstance(lengths, Tracer):
+        return
+    least, most = int(lengths.min(initial=0)), int(lengths.max(initial=0))
+    if least < 0 or most > x.shape[1]:
+        raise ValueError(
+            f"lengths are {least} to {most}, expected 0 to {x.shape[1]}, the tokens of x. Write "
+            f"how many of them are no padding."
         )

@@ -34,6 +34,7 @@ def shapes(
         lying(held, jnp.bfloat16, layout.partition_spec),
         lying(held[:2], jnp.int32, layout.token_spec),
         lying((batch, devices), jnp.int32, layout.token_spec),
+        lying((batch, devices), bool, layout.token_spec),
     )
     new = (lying((batch, 1, n, dim), jnp.bfloat16) for n in (heads, kv_heads, kv_heads))
     return KeyValueCache(slots, layout), *new, lying((batch, 1), jnp.int32)
