@@ -338,7 +338,7 @@ def test_padding_that_is_not_a_number_is_not_kept():
     decoder = Decoder(layout_of(4))
     cache = decoder.filled().fill(KEY[:, :16] * np.nan, VALUE[:, :16] * np.nan)
     junk = np.arange(16)[None, :, None, None] >= np.array(decoder.lengths)[:, None, None, None]
-    prompt = (np.where(junk, np.nan, x[:, :16]) for x in (KEY, VALUE))
+    prompt: Any = (np.where(junk, np.nan, x[:, :16]) for x in (KEY, VALUE))
     cache = cache.fill(*prompt, lengths=np.array(decoder.lengths))
     assert far([out for _, out, _ in decoder.steps(cache)], decoder.expected()) < 1e-6
 
@@ -436,6 +436,11 @@ def test_a_wrong_cache_is_caught(bug, monkeypatch):
 # ---------------------------------------------------------------- refusals
 
 
+def wrong(x: Any) -> Any:
+    """An argument that type checkers would find before a test does."""
+    return x
+
+
 AT = np.zeros((B, 1), np.int32)
 
 
@@ -464,12 +469,12 @@ def attend(**options: Any) -> Any:
         (lambda: cache().append(KEY[:, :1], VALUE[:, :1], np.zeros((B, 2), int)), "positions have"),
         (lambda: cache().append(KEY[:, :1], VALUE[:, :1], np.zeros((B, 1))), "expected integers"),
         (
-            lambda: cache().append([1.0], VALUE[:, :1], np.zeros((B, 1), int)),
+            lambda: cache().append(wrong([1.0]), VALUE[:, :1], np.zeros((B, 1), int)),
             "key must be an array",
         ),
         (lambda: cache().drop(np.zeros((B, 1), int)), "expected .2,., one of each row"),
         (lambda: cache().drop(np.zeros(B)), "positions of drop are float64"),
-        (lambda: cache().fill(KEY[:, :16], VALUE[:, :16], lengths=5), "lengths have shape"),
+        (lambda: cache().fill(KEY[:, :16], VALUE[:, :16], lengths=wrong(5)), "lengths have shape"),
         (
             lambda: cache(window=3).fill(
                 KEY[:, :4], VALUE[:, :4], positions=np.array([[0, 1, 0, 1]])

@@ -247,6 +247,7 @@ def test_a_padded_chunk_that_fits_is_taken():
 def test_refusals():
     layer, mesh = layer_of()
     x = jnp.ones((B, 4, D))
+    not_an_array: Any = [1, 1]
     with jax.set_mesh(mesh):
         with pytest.raises(ValueError, match=r"fill_cache=True needs a cache: call init_cache\(2"):
             layer(x, fill_cache=True)
@@ -257,7 +258,7 @@ def test_refusals():
             (partial(layer, decode=True, lengths=np.ones(2)), "lengths are float64 of shape"),
             (partial(layer, fill_cache=True, lengths=np.array([5, 1])), "lengths are 0 to 5, exp"),
             (partial(layer, decode=True, lengths=np.array([-1, 1])), "lengths are -1 to 1, exp"),
-            (partial(layer, decode=True, lengths=[1, 1]), "lengths must be an array"),
+            (partial(layer, decode=True, lengths=not_an_array), "lengths must be an array"),
         ):
             with pytest.raises(ValueError, match=says):
                 call(x)

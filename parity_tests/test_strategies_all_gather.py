@@ -191,7 +191,7 @@ REFUSED = {
     ),
     "the TPU's kernel": (
         {"kernel": Fused(interpret=True)},
-        r"a part of the tokens is not supported",
+        r"a part of the queries with all keys is not supported by splash",
     ),
     "the class": (
         {"strategy": AllGatherKV},
