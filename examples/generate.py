@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -203,8 +204,11 @@ def main(
         model = trained(Decoder(CONFIG, place, rngs=nnx.Rngs(0)), mesh, files or [], steps, folder)
         written, found, times = [bytearray(x) for x in prompts], [], [time.perf_counter()]
         sampler = Sampler(new, temperature, seed)
+        steps_of = sampler.sample(model, prompts, mesh)
+        with console.status("reading the prompts"):
+            first = next(steps_of)
         with Live(_table(prompts, written), console=console, refresh_per_second=20) as live:
-            for tokens, probabilities in sampler.sample(model, prompts, mesh):
+            for tokens, probabilities in chain([first], steps_of):
                 for row, token in zip(written, tokens, strict=True):
                     row.append(token)
                 found.append(probabilities)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark_decoding
 import plot_benchmarks
 import pytest
 from cases import slow
@@ -176,3 +177,22 @@ def test_pictures_of_what_was_measured(tmp_path):
         assert (tmp_path / f"{command}.png").read_bytes().startswith(b"\x89PNG")
     done = CliRunner().invoke(plot_benchmarks.app, ["ratios", str(tmp_path / "none")])
     assert done.exit_code == 2
+
+
+def test_what_a_decoding_step_sends(tmp_path):
+    """By the formula of its page: two all-reduces of 4 B N (V + 2) bytes, and none by heads."""
+    file = tmp_path / "decoding.json"
+    sizes = ("--tokens", "64", "--prompt", "16", "--heads", "4", "--kv-heads", "2")
+    options = (*sizes, "--head-dim", "8", *ONCE, "--json", str(file))
+    result = CliRunner().invoke(benchmark_decoding.app, options, env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    rows = {(x["what"], x["degree"]): x for x in json.loads(file.read_text())["rows"]}
+    for degree in (2, 4, 8):
+        step = rows["along the tokens", degree]
+        assert step["collectives"] == "2 all-reduce"
+        assert 1e3 * step["sent"] == 2 * (degree - 1) / degree * 4 * 2 * 4 * (8 + 2)
+    assert rows["by heads", 2]["collectives"] == "none"
+    assert rows["prefill, Ulysses", 8]["collectives"] == "4 all-to-all"
+    assert min(x["ratio"] for x in rows.values()) > 0
+    wrong = CliRunner().invoke(benchmark_decoding.app, ["--tokens", "20"])
+    assert wrong.exit_code == 2

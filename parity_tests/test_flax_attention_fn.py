@@ -176,6 +176,14 @@ def test_decoding_token_by_token(kind):
             out, changed = step({"params": params, "cache": cache}, X[:, i : i + 1])
             cache = changed["cache"]
             got.append(out)
+
+        def body(cache, x):
+            out, changed = layer.apply({"params": params, "cache": cache}, x, mutable=["cache"])
+            return changed["cache"], out
+
+        one_by_one = jnp.swapaxes(jnp.asarray(X), 0, 1)[:, :, None]
+        scanned = jax.jit(partial(jax.lax.scan, body))(variables["cache"], one_by_one)[1]
+        assert_close(np.swapaxes(np.asarray(scanned)[:, :, 0], 0, 1), np.concatenate(got, axis=1))
         expected = linen_layer().apply({"params": params}, X, mask=CAUSAL)
     assert_close(np.concatenate([np.asarray(x) for x in got], axis=1), expected)
 
