@@ -800,7 +800,7 @@ def test_help_lists_every_option():
     assert listed == {
         *("--degree", "--batch", "--tokens", "--heads", "--kv-heads", "--head-dim", "--dtype"),
         *("--causal", "--no-causal", "--seed", "--input", "--json", "--save-failing"),
-        *("--kernel", "--timeout", "--help", "--report", "--training"),
+        *("--kernel", "--timeout", "--help", "--report", "--training", "--decode"),
         *("--window", "--scale", "--soft-cap", "--query-offset"),
     }
     assert "Exit status: 0" in result.output

@@ -247,7 +247,10 @@ def _refuse_places(files: dict[str, Path | None], save_failing: Path | None) -> 
 def _refuse_others(asked: dict[str, Any]) -> None:
     """Raises ValueError for an option that would change nothing of a training or a sampler."""
     if asked["training"] and asked["decode"]:
-        raise ValueError("--training and --decode are two runs. Write one of them.")
+        raise ValueError(
+            f"--training and --decode are two runs, got {asked['training']} and "
+            f"{asked['decode']}. Write one of them."
+        )
     what = "--training" if asked["training"] else "--decode"
     options = inspect.signature(parity).parameters.items()
     changed = [name for name, option in options if asked.get(name) != option.default]
