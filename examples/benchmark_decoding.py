@@ -181,6 +181,7 @@ def prefills(sizes: Sizes, prompt: int) -> Iterator[Subject]:
 
 
 def layout_of(degree: int) -> Any:
+    """Tokens over so many devices."""
     devices, auto = jax.devices()[:degree], (jax.sharding.AxisType.Auto,)
     return MeshLayout(mesh=jax.make_mesh((degree,), ("seq",), auto, devices=devices))
 
@@ -240,6 +241,7 @@ def _count(x: Collective) -> str:
 
 
 def shape_of(x: Any) -> Any:
+    """What stands for an array where a program is compiled."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_a_ported_llama_writes_what_pytorch_writes():
         written = np.stack([tokens for tokens, _ in steps], axis=1)
     assert len(np.unique(written)) > 20, "a text that repeats one token shows little"
     assert np.array_equal(written, np.stack(expected))
+
+
+def test_no_two_draws_share_a_key():
+    """Rows, positions and seeds apart: a sum of the three would give some of them one key."""
+    logits, at = jnp.zeros((2, 1 << 20)), jnp.array([3, 3])
+    drawn = [
+        Sampler(1, 1.0, seed).draw(logits, at + later)
+        for seed, later in ((0, 0), (0, 1), (1, 0), (1 << 20, 0))
+    ]
+    assert len(np.unique(drawn)) == 8
+    again = Sampler(1, 1.0, 1).draw(logits, at)
+    assert np.array_equal(again, drawn[2])
 
 
 @pytest.mark.parametrize("exact", (False, True))

@@ -74,6 +74,7 @@ def test_the_command(result, monkeypatch, tmp_path):
     (
         (("--decode", "--training"), "Write one of them"),
         (("--decode", "--tokens", "64"), "--decode has its own sizes"),
+        (("--decode", "--timeout", "9"), "Leave out --timeout"),
     ),
 )
 def test_options_of_another_run(options, says):

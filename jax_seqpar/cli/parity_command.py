@@ -30,8 +30,9 @@ from .console import say, stdout
 from .interrupt import stop, stop_soon
 from .versions import versions
 
-# Options that a training and a sampler have, too, whose sizes are their own.
-OF_OTHERS = ("training", "decode", "json_file", "timeout")
+# Options that a training and a sampler have, too; their sizes are their own.
+OF_SAMPLER = ("decode", "json_file")
+OF_TRAINING = ("training", "json_file", "timeout")
 
 
 def _size(help: str, default: int) -> Any:
@@ -251,10 +252,10 @@ def _refuse_others(asked: dict[str, Any]) -> None:
             f"--training and --decode are two runs, got {asked['training']} and "
             f"{asked['decode']}. Write one of them."
         )
-    what = "--training" if asked["training"] else "--decode"
+    what, allowed = ("--training", OF_TRAINING) if asked["training"] else ("--decode", OF_SAMPLER)
     options = inspect.signature(parity).parameters.items()
     changed = [name for name, option in options if asked.get(name) != option.default]
-    if others := [name for name in changed if name not in OF_OTHERS]:
+    if others := [name for name in changed if name not in allowed]:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise ValueError(f"{what} has its own sizes and arithmetic. Leave out {named}.")
 
@@ -266,7 +267,6 @@ def _other(
     require("optax")
     from . import sampler_parity, training_parity
 
-    run: Any = training_parity if asked["training"] else sampler_parity
     try:
         _refuse_others(asked)
         _refuse_timeout(timeout)
@@ -276,8 +276,9 @@ def _other(
         raise typer.BadParameter(str(error)) from None
     console = stdout()
     with _ranks_may_fail(console):
-        result = run.run(timeout)
-    run.show(console, result)
+        result: Any = training_parity.run(timeout) if asked["training"] else sampler_parity.run()
+    show: Any = training_parity.show if asked["training"] else sampler_parity.show
+    show(console, result)
     if json_file is not None:
         _write_json(json_file, {"passed": result.passed, **about, **result.to_json()})
     if not result.passed:

@@ -12,9 +12,8 @@ from .console import say
 NEW = 16
 
 
-def run(timeout: float) -> SamplerResult:
+def run() -> SamplerResult:
     """The sampler and its trainers, while standard error shows how far it is."""
-    del timeout  # of ranks, of which there are none here
     jax.config.update("jax_num_cpu_devices", max(TRAINERS))
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
