@@ -185,7 +185,11 @@ MASKS = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_blocks_meet_where_some_query_attends(name, monkeypatch):
-    """A range is from the first block of which some token attends to the last; empty for none."""
+    """A range is from the first block of which some token attends to the last; empty for none.
+
+    Inside of it is a run of blocks of which all tokens attend, the first one where there are
+    several: of masks that are one run each, all of those blocks.
+    """
     # So few that those of segments and positions are found in several parts.
     monkeypatch.setattr(triton_blocks, "PAIRS_AT_ONCE", 200)
     mask, blocks = MASKS[name], triton_plan.Blocks(16, 32, 4, 1)
@@ -193,17 +197,26 @@ def test_blocks_meet_where_some_query_attends(name, monkeypatch):
     asked = {n: getattr(mask, n) for n in (*fields, "query_seq_lengths", "key_value_seq_lengths")}
     some = attends(96, 96, **as_torch({n: x for n, x in asked.items() if x is not None}))
     assert some is not None
-    some = np.broadcast_to(some.numpy(), (2, 1, 96, 96))[:, 0].reshape(2, 6, 16, 3, 32)
-    some: Any = some.any((2, 4))
+    pairs = np.broadcast_to(some.numpy(), (2, 1, 96, 96))[:, 0].reshape(2, 6, 16, 3, 32)
+    some: Any = pairs.any((2, 4))
+    every: Any = pairs.all((2, 4))
     sides: Any = (("queries", 2), ("keys", 1))
     for side, axis in sides:
         grid = triton_blocks.Grid(side, blocks, (2, 96, 2, 16), (2, 96, 1, 16))
-        low, high = np.moveaxis(np.asarray(jax.jit(grid._ranges)(Spec(mask))), -1, 0)
+        ranges = np.moveaxis(np.asarray(jax.jit(grid._ranges)(Spec(mask))), -1, 0)
+        low, high, full_low, full_high = ranges
         count = some.shape[axis]
         first = np.where(some.any(axis), some.argmax(axis), 0)
         last = np.where(some.any(axis), count - np.flip(some, axis).argmax(axis), 0)
         assert np.array_equal(high, last)
         assert np.array_equal(np.where(high > 0, low, 0), first)
+        numbers = np.expand_dims(np.arange(count), 2 - axis)
+        inside = numbers >= np.expand_dims(full_low, axis)
+        inside &= numbers < np.expand_dims(full_high, axis)
+        assert not (inside & ~every).any()
+        in_a_run = every & (np.diff(every.astype(int), axis=axis, prepend=0) == 1)
+        if (in_a_run.sum(axis) <= 1).all():
+            assert np.array_equal(inside, every)
 
 
 SHAPES = [jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)] * 3

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from ..mask import Spec
 from .parts import residual_products, sinks_gradient
+from .powers_of_two import from_residual, power
 from .softmax_residual import Residual
 from .triton_blocks import (
     KEY_ROWS,
@@ -23,9 +24,10 @@ from .triton_blocks import (
     Grid,
     Pair,
     dot,
-    exp,
+    for_meetings,
     load_head,
     load_tokens,
+    own_start,
 )
 from .triton_plan import Blocks, Plan
 
@@ -36,17 +38,17 @@ class Rows(NamedTuple):
     q: Any
     do: Any
     D: Any  # the sum of gradient times output, less that of the residual
-    top: Any
-    share: Any  # 1 / divisor
+    reference: Any  # of the largest logit, for powers of two
+    share: Any  # of a power in the sum of the row
 
     def load(self, tokens: Any, head: Any) -> "Rows":
         return Rows(*(ref[0, tokens, head] for ref in self))
 
-    def weights(self, pair: Pair, k: Array, v: Array) -> Any:
+    def weights(self, pair: Pair, k: Array, v: Array, interpret: bool) -> Any:
         """The weights, the gradient of the logits, and the derivative of the latter."""
-        D, top, share = (pair.for_queries(x) for x in self[2:])
+        D, reference, share = (pair.for_queries(x) for x in self[2:])
         z, pull = pair.logits_and_pull(pair.products(self.q, k))
-        p = exp(z - top) * share
+        p = power(z, reference, interpret) * share
         return p, p * (pair.drop(pair.products(self.do, v)) - D), pull
 
 
@@ -95,7 +97,7 @@ def part_gradients(
       D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
       residual: of whole rows.
     """
-    rows = Rows(query, out_gradient, D, residual.top, 1 / residual.divisor)
+    rows = Rows(query, out_gradient, D, *from_residual(residual))
     dq, dslopes = _query_gradients(plan, dtype, rows, key, value, spec)
     dk, dv = _key_gradients(plan, dtype, rows, key, value, spec)
     added = {} if dslopes is None else {"alibi_slopes": dslopes.sum((0, 1))}
@@ -109,9 +111,9 @@ def _query_gradients(
     query = rows.q
     results = [(jax.ShapeDtypeStruct(query.shape, dtype), QUERY_ROWS)]
     if spec.logits.alibi_slopes is not None:
-        results.append((jax.ShapeDtypeStruct(rows.top.shape, jnp.float32), QUERY_ROWS[:3]))
+        results.append((jax.ShapeDtypeStruct(rows.reference.shape, jnp.float32), QUERY_ROWS[:3]))
     dq, *dslopes = Grid("queries", plan.dq, query.shape, key.shape).run(
-        partial(dq_kernel, plan.dq),
+        partial(dq_kernel, plan.dq, plan.interpret),
         spec,
         [*((x, QUERY_ROWS[: x.ndim]) for x in rows), (key, KEY_ROWS), (value, KEY_ROWS)],
         results,
@@ -120,27 +122,29 @@ def _query_gradients(
     return dq, dslopes[0] if dslopes else None
 
 
-def dq_kernel(blocks: Blocks, held: Any, meets: Any, spec: Spec, *refs: Any) -> None:
+def dq_kernel(
+    blocks: Blocks, interpret: bool, held: Any, meets: Any, spec: Spec, *refs: Any
+) -> None:
     """One block of queries of one head; the arguments are references, as `Grid.run` says."""
     *row_refs, k_ref, v_ref = refs[:7]
     dq_ref, *dslope_refs = refs[7:]
-    queries = Block.load(held[0], pl.program_id(0) * blocks.queries, blocks.queries)
+    queries = Block.load(held[0], own_start("queries", blocks.queries), blocks.queries)
     own = load_tokens(load_head(spec, 0), "queries", queries)
     rows = Rows(*row_refs).load(slice(None), 0)
 
-    def add(j: Array, carry: Any) -> Any:
+    def add(own: Spec, j: Array, carry: Any) -> Any:
         dq, dslope = carry
         here = pl.ds(j * blocks.keys, blocks.keys)
         keys = Block.load(held[1], j * blocks.keys, blocks.keys)
         pair = Pair(load_tokens(own, "keys", keys), queries, keys)
         k, v = k_ref[0, here, 0], v_ref[0, here, 0]
-        _, dz, pull = rows.weights(pair, k, v)
+        _, dz, pull = rows.weights(pair, k, v, interpret)
         ddots, part = pull(dz)
         dslope = dslope if part is None else dslope + part.sum(1)
         return dq + dot(ddots, k, 0), dslope
 
     before = (jnp.zeros(rows.q.shape, jnp.float32), jnp.zeros((blocks.queries,), jnp.float32))
-    dq, dslope = jax.lax.fori_loop(meets[0, 0, 0], meets[0, 0, 1], add, before)
+    dq, dslope = for_meetings(own, meets, add, before)
     dq_ref[0, :, 0] = dq.astype(dq_ref.dtype)
     for ref in dslope_refs:
         ref[0, :, 0] = dslope
@@ -151,7 +155,7 @@ def _key_gradients(
 ) -> tuple[Array, Array]:
     """dk and dv."""
     return Grid("keys", plan.dkv, rows.q.shape, key.shape).run(
-        partial(dkv_kernel, plan.dkv),
+        partial(dkv_kernel, plan.dkv, plan.interpret),
         spec,
         [*((x, QUERY_ROWS[: x.ndim]) for x in rows), (key, KEY_ROWS), (value, KEY_ROWS)],
         [(jax.ShapeDtypeStruct(x.shape, dtype), KEY_ROWS) for x in (key, value)],
@@ -159,7 +163,9 @@ def _key_gradients(
     )
 
 
-def dkv_kernel(blocks: Blocks, held: Any, meets: Any, spec: Spec, *refs: Any) -> None:
+def dkv_kernel(
+    blocks: Blocks, interpret: bool, held: Any, meets: Any, spec: Spec, *refs: Any
+) -> None:
     """One block of keys of one KV head; the arguments are references, as `Grid.run` says.
 
     Keys are the first axis of the logits, as they are of dk and dv. With queries first, Triton
@@ -167,22 +173,22 @@ def dkv_kernel(blocks: Blocks, held: Any, meets: Any, spec: Spec, *refs: Any) ->
     of 2, and needs more than 120 s in place of 4 to compile dropout (JAX 0.10.2, for an H100).
     """
     *row_refs, k_ref, v_ref, dk_ref, dv_ref = refs
-    keys = Block.load(held[1], pl.program_id(0) * blocks.keys, blocks.keys)
+    keys = Block.load(held[1], own_start("keys", blocks.keys), blocks.keys)
     k, v = k_ref[0, :, 0], v_ref[0, :, 0]
 
     def add_head(head: Array, carry: Any) -> Any:
         own = load_tokens(load_head(spec, head), "keys", keys)
 
-        def add(i: Array, carry: Any) -> Any:
+        def add(own: Spec, i: Array, carry: Any) -> Any:
             dk, dv = carry
             here = pl.ds(i * blocks.queries, blocks.queries)
             queries = Block.load(held[0], i * blocks.queries, blocks.queries)
             pair = Pair(load_tokens(own, "queries", queries), queries, keys, keys_first=True)
             rows = Rows(*row_refs).load(here, head)
-            p, dz, pull = rows.weights(pair, k, v)
+            p, dz, pull = rows.weights(pair, k, v, interpret)
             return dk + dot(pull(dz)[0], rows.q, 0), dv + dot(pair.drop(p), rows.do, 0)
 
-        return jax.lax.fori_loop(meets[0, 0, 0], meets[0, 0, 1], add, carry)
+        return for_meetings(own, meets, add, carry)
 
     before = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
     dk, dv = jax.lax.fori_loop(0, row_refs[0].shape[2], add_head, before)

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from ..mask import Spec
+from .powers_of_two import LOG2_E, power, to_residual
 from .softmax_residual import Residual, finite
 from .triton_blocks import (
     KEY_ROWS,
@@ -21,9 +22,10 @@ from .triton_blocks import (
     Grid,
     Pair,
     dot,
-    exp,
+    for_meetings,
     load_head,
     load_tokens,
+    own_start,
 )
 from .triton_plan import Blocks, Plan
 
@@ -36,17 +38,18 @@ def forward(
     out = jax.ShapeDtypeStruct((*rows, V), dtype)
     number = jax.ShapeDtypeStruct(rows, jnp.float32)
     out, *residual = Grid("queries", plan.forward, query.shape, key.shape).run(
-        partial(forward_kernel, plan.forward),
+        partial(forward_kernel, plan.forward, plan.interpret),
         spec,
         [(query, QUERY_ROWS), (key, KEY_ROWS), (value, KEY_ROWS)],
         [(out, QUERY_ROWS), *[(number, QUERY_ROWS[:3])] * 2],
         interpret=plan.interpret,
     )
-    return out, Residual(*residual)
+    return out, to_residual(*residual)
 
 
 def forward_kernel(
     blocks: Blocks,
+    interpret: bool,
     held: Any,
     meets: Any,
     spec: Spec,
@@ -57,30 +60,31 @@ def forward_kernel(
     *residual_refs: Any,
 ) -> None:
     """One block of queries of one head; the arguments are references, as `Grid.run` says."""
-    queries = Block.load(held[0], pl.program_id(0) * blocks.queries, blocks.queries)
+    queries = Block.load(held[0], own_start("queries", blocks.queries), blocks.queries)
     own = load_tokens(load_head(spec, 0), "queries", queries)
     q = q_ref[0, :, 0]
 
-    def add(j: Array, carry: Any) -> Any:
-        top, total, weighted = carry
+    def add(own: Spec, j: Array, carry: Any) -> Any:
+        reference, total, weighted = carry
         here = pl.ds(j * blocks.keys, blocks.keys)
         keys = Block.load(held[1], j * blocks.keys, blocks.keys)
         pair = Pair(load_tokens(own, "keys", keys), queries, keys)
         z, _ = pair.logits_and_pull(pair.products(q, k_ref[0, here, 0]))
-        higher = jnp.maximum(top, z.max(1))
-        p = exp(z - finite(higher)[:, None])
-        rescale = exp(top - finite(higher))
+        higher = jnp.maximum(reference, z.max(1) * LOG2_E)
+        p = power(z, finite(higher)[:, None], interpret)
+        rescale = jnp.exp2(reference - finite(higher))
         part = dot(pair.drop(p), v_ref[0, here, 0], 0)
         return higher, total * rescale + p.sum(1), weighted * rescale[:, None] + part
 
-    top = jnp.full((blocks.queries,), -jnp.inf, jnp.float32)
-    total = jnp.zeros_like(top)
+    reference = jnp.full((blocks.queries,), -jnp.inf, jnp.float32)
+    total = jnp.zeros_like(reference)
     if own.logits.sinks is not None:
-        top = jnp.maximum(top, own.logits.sinks.astype(jnp.float32))
-        total = jnp.where(top == -jnp.inf, total, 1)
-    before = (top, total, jnp.zeros((blocks.queries, v_ref.shape[3]), jnp.float32))
-    top, total, weighted = jax.lax.fori_loop(meets[0, 0, 0], meets[0, 0, 1], add, before)
-    residual = Residual(finite(top), total)
-    out_ref[0, :, 0] = (weighted / residual.divisor[:, None]).astype(out_ref.dtype)
-    for ref, x in zip(residual_refs, residual, strict=True):
+        sinks = total + own.logits.sinks.astype(jnp.float32)
+        reference = sinks * LOG2_E
+        total = power(sinks, finite(reference), interpret)
+    before = (reference, total, jnp.zeros((blocks.queries, v_ref.shape[3]), jnp.float32))
+    reference, total, weighted = for_meetings(own, meets, add, before)
+    divisor = jnp.where(total == 0, 1, total)
+    out_ref[0, :, 0] = (weighted / divisor[:, None]).astype(out_ref.dtype)
+    for ref, x in zip(residual_refs, (reference, total), strict=True):
         ref[0, :, 0] = x

@@ -122,6 +122,16 @@ class Spec:
         queries = self.held_queries or Tokens(0, query_tokens)
         return block_ranges.queries_of(self.mask, _in_sequence(keys, self.held_keys), queries)
 
+    def common_keys(self, queries: Tokens, key_tokens: int) -> tuple[Array, Array]:
+        """Half-open range of the kernel's keys that every one of the queries attends to."""
+        keys = self.held_keys or Tokens(0, key_tokens)
+        return block_ranges.common_keys(self.mask, _in_sequence(queries, self.held_queries), keys)
+
+    def common_queries(self, keys: Tokens, query_tokens: int) -> tuple[Array, Array]:
+        """Half-open range of the kernel's queries that attend to every one of the keys."""
+        queries = self.held_queries or Tokens(0, query_tokens)
+        return block_ranges.common_queries(self.mask, _in_sequence(keys, self.held_keys), queries)
+
     def to_logits(self, dots: Array, terms: Terms, head_dim: int) -> Array:
         """The logits `[B, N, t, s]` in floating point, -inf where nothing attends.
 

@@ -2,6 +2,8 @@
 
 Kernels leave out what is outside of a range. A range may be too wide, and never too narrow: mask
 arrays are not read, and of segments and positions only the least and the greatest of a block.
+Inside of a second range, of partners that meet every token of the block, kernels evaluate no mask:
+this one may be too narrow, and never too wide.
 """
 
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .mask import Mask
-from .token_numbers import AnyTokens, places
+from .token_numbers import AnyTokens, Tokens, places
 
 
 def keys_of(mask: Mask, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Array]:
@@ -23,6 +25,67 @@ def keys_of(mask: Mask, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Arr
 def queries_of(mask: Mask, keys: AnyTokens, queries: AnyTokens) -> tuple[Array, Array]:
     """Half-open range of `queries`, counted from their first, that may attend to some key."""
     return _partners(mask, "keys", keys, queries)
+
+
+def common_keys(mask: Mask, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Array]:
+    """Half-open range of `keys`, counted from their first, that every query attends to."""
+    return _common_partners(mask, "queries", queries, keys)
+
+
+def common_queries(mask: Mask, keys: AnyTokens, queries: AnyTokens) -> tuple[Array, Array]:
+    """Half-open range of `queries`, counted from their first, that attend to every key."""
+    return _common_partners(mask, "keys", keys, queries)
+
+
+def _common_partners(
+    mask: Mask, side: Literal["queries", "keys"], block: AnyTokens, partners: AnyTokens
+) -> tuple[Array, Array]:
+    """Half-open range of `partners` that meet every token of a block of queries or keys.
+
+    Args:
+      side: what the block is; partners are the other.
+    """
+    low, high = partners.bounds
+    conditions = []
+    if mask.array is not None:
+        high = low
+    before, after = _reach_of(mask, side)
+    if mask.positions is None:
+        offset = mask.query_offset if side == "queries" else -mask.query_offset
+        first, end = (bound + offset for bound in block.bounds)
+        low = low if before is None else jnp.maximum(low, end - 1 - before)
+        high = high if after is None else jnp.minimum(high, first + after + 1)
+    else:
+        positions = tuple(x.astype(jnp.int32) for x in mask.positions)
+        of_block, of_partners = _of_sides(positions, side, block, partners)
+        if before is not None:
+            conditions.append(of_partners >= of_block.max(1, keepdims=True) - before)
+        if after is not None:
+            conditions.append(of_partners <= of_block.min(1, keepdims=True) + after)
+    own, others = mask.query_seq_lengths, mask.key_value_seq_lengths
+    if side == "keys":
+        own, others = others, own
+    if others is not None:
+        high = jnp.minimum(high, others.min().astype(jnp.int32))
+    if own is not None:
+        high = jnp.where(block.bounds[1] <= own.min(), high, low)
+    if mask.segment_ids is not None:
+        of_block, of_partners = _of_sides(mask.segment_ids, side, block, partners)
+        conditions.append(of_partners == of_block.min(1, keepdims=True))
+        conditions.append(of_partners == of_block.max(1, keepdims=True))
+    if isinstance(partners, Tokens):
+        low, high = partners.within(low, high)
+    else:
+        conditions.append(((partners.numbers >= low) & (partners.numbers < high))[None])
+        low, high = 0, partners.size
+    if conditions:
+        meets = reduce(jnp.logical_and, conditions).all(0)
+        numbers = jnp.arange(partners.size, dtype=jnp.int32)
+        meets = jnp.broadcast_to(meets, partners.size) & (numbers >= low) & (numbers < high)
+        low, _ = places(meets)
+        high, _ = places(~meets & (numbers >= low))
+    low, high = (jnp.clip(bound, 0, partners.size) for bound in (low, high))
+    return jnp.minimum(low, high), high
 
 
 def _partners(
