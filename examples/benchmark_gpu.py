@@ -1,14 +1,18 @@
 """Times of the kernels on one NVIDIA GPU, beside `jax.nn`'s cuDNN and PyTorch's flash attention.
 
-    XLA_PYTHON_CLIENT_PREALLOCATE=false python examples/benchmark_gpu.py
-    ... python examples/benchmark_gpu.py --tokens 8192 --json results.json
+    export XLA_PYTHON_CLIENT_PREALLOCATE=false
+    python examples/benchmark_gpu.py kernels
+    python examples/benchmark_gpu.py masks --tokens 8192 --json results.json
 
-Causal attention of one sequence, bfloat16 but where the row says otherwise, forward alone and
-forward with gradients. Medians of repeats that take turns, each of several calls; TFLOP/s counts
-the pairs that attend: 2 S^2 N H forward, 7 S^2 N H in all. `fused` is the kernel that
+`kernels`: causal attention of one sequence, bfloat16 but where a row says otherwise, forward alone
+and forward with gradients. Medians of repeats that take turns, each of several calls; TFLOP/s
+counts the pairs that attend: 2 S^2 N H forward, 7 S^2 N H in all. `fused` is the kernel that
 `dot_product_attention` chooses; it should cost what cuDNN costs. `triton` is what it chooses where
-cuDNN lacks what is asked. Float32 products of a GPU have 10
-bits unless `jax.default_matmul_precision` says otherwise; exact attention takes float64.
+cuDNN lacks what is asked. Float32 products of a GPU have 10 bits unless
+`jax.default_matmul_precision` says otherwise; exact attention takes float64.
+
+`masks`: every mask and option by each kernel that has it, beside cuDNN's causal attention, whose
+pairs TFLOP/s counts in every row.
 """
 
 import math
@@ -23,7 +27,16 @@ import typer
 from benchmark_tools import PASSES, Run, planned, progress, save, show, take_turns, timer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jax_seqpar import Triton, blockwise_attention, exact_attention, fused_attention
+from jax_seqpar import (
+    Dropout,
+    Logits,
+    Mask,
+    Triton,
+    blockwise_attention,
+    choose_kernel,
+    exact_attention,
+    fused_attention,
+)
 
 CUDNN = "jax.nn, cuDNN"
 # With the tokens beyond which a row takes seconds, and is left out.
@@ -36,17 +49,42 @@ KERNELS: dict[str, tuple[Any, Any, float]] = {
     "blockwise, float32": (blockwise_attention, jnp.float32, 1 << 14),
     "exact, float32": (exact_attention, jnp.float32, 1 << 12),
 }
+CAUSAL = {"is_causal": True}
 FLOPS = {"forward": 2, "both": 7}  # matrix products of S^2 N H, halved by causality
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def jax_runs(attention: Any, dtype: Any, shape: tuple[int, ...], calls: int) -> Any:
+def options(S: int, heads: int) -> dict[str, dict[str, Any]]:
+    """Masks and options beside causality, by the name of their row."""
+    ids = jnp.arange(S, dtype=jnp.int32)[None] * 16 // S
+    causal = Mask(is_causal=True)
+    return {
+        "causal": {"mask": causal},
+        f"window {S // 8}": {"mask": Mask(True, local_window_size=(S // 8 - 1, 0))},
+        "half the length": {
+            "mask": Mask(True, key_value_seq_lengths=jnp.array([S // 2], jnp.int32))
+        },
+        "16 documents": {"mask": Mask(True, segment_ids=ids)},
+        "positions": {"mask": Mask(True, positions=jnp.arange(S, dtype=jnp.int32)[None])},
+        "soft cap": {"mask": causal, "logits": Logits(soft_cap=30.0)},
+        "ALiBi": {
+            "mask": causal,
+            "logits": Logits(alibi_slopes=jnp.float32(0.5) ** jnp.arange(1.0, heads + 1)),
+        },
+        "sinks": {"mask": causal, "logits": Logits(sinks=jnp.zeros(heads))},
+        "dropout": {"mask": causal, "dropout": Dropout(0.1, jnp.array([1, 2], jnp.uint32))},
+    }
+
+
+def jax_runs(
+    attention: Any, dtype: Any, shape: tuple[int, ...], calls: int, asked: dict[str, Any]
+) -> Any:
     """Returns forward, forward with gradients, and the bytes that each program plans."""
     inputs = [
         jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 4)
     ]
-    attend = partial(attention, is_causal=True)
+    attend = partial(attention, **asked)
 
     def both(query: Any, key: Any, value: Any, grad: Any) -> Any:
         out, pull = jax.vjp(attend, query, key, value)
@@ -92,7 +130,7 @@ def torch_runs(shape: tuple[int, ...], calls: int) -> list[Run]:
 
 
 @app.command()
-def benchmark(
+def kernels(
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Repeat. Default: 4K, 16K, 64K.")
     ] = None,
@@ -116,19 +154,60 @@ def benchmark(
             rows, plans = {}, {}
             for what, (attention, dtype, most) in KERNELS.items():
                 if most >= S:
-                    runs, plans[what] = jax_runs(attention, dtype, shape, calls)
+                    runs, plans[what] = jax_runs(attention, dtype, shape, calls, CAUSAL)
                     rows[what] = [timer(run) for run in runs]
             if torch.cuda.is_available():
                 rows["torch flash"] = [timer(run) for run in torch_runs(shape, calls)]
-            for line in take_turns(rows, CUDNN, repeats, step):
-                for name in PASSES:
-                    seconds = line[name]["median"] / calls
-                    flops = FLOPS[name] * S**2 * heads * head_dim
-                    line[name] |= {"ms": seconds * 1e3, "tflops": flops / seconds / 1e12}
-                line["planned_bytes"] = plans.get(line["what"], [None, None])
-                found.append({"tokens": S} | line)
+            found += with_rates(take_turns(rows, CUDNN, repeats, step), shape, calls, plans)
     show_table(found, heads, head_dim, device := jax.devices()[0].device_kind)
     save(json_file, {"baseline": CUDNN, "device": device, "calls": calls, "rows": found})
+
+
+@app.command()
+def masks(
+    tokens: Annotated[int, typer.Option(min=128, help="Of query, key and value.")] = 16384,
+    heads: Annotated[int, typer.Option(min=1, help="Of query, key and value.")] = 16,
+    head_dim: Annotated[int, typer.Option(min=8, help="Channels of a head.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="After one to warm up.")] = 3,
+    calls: Annotated[int, typer.Option(min=1, help="Of each repeat.")] = 4,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every number to this file.")
+    ] = None,
+) -> None:
+    """Seconds of every mask and option by every kernel that has it."""
+    if jax.default_backend() != "gpu":
+        raise typer.BadParameter("JAX sees no GPU.")
+    shape = (1, tokens, heads, head_dim)
+    like: Any = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
+    subjects: list[tuple[str, Any, dict[str, Any]]] = [(CUDNN, KERNELS[CUDNN][0], CAUSAL)]
+    for name, asked in options(tokens, heads).items():
+        if choose_kernel(*like, platform="gpu", **asked).name == "cuDNN":
+            subjects.append((f"{name}, cuDNN", fused_attention, asked))
+        subjects.append((f"{name}, triton", Triton(), asked))
+        subjects.append((f"{name}, blockwise", blockwise_attention, asked))
+    with progress(len(subjects) * (repeats + 1)) as step:
+        rows, plans = {}, {}
+        for what, attention, asked in subjects:
+            runs, plans[what] = jax_runs(attention, jnp.bfloat16, shape, calls, asked)
+            rows[what] = [timer(run) for run in runs]
+        found = take_turns(rows, CUDNN, repeats, step)
+        found = with_rates(found, shape, calls, plans)
+    show_table(found, heads, head_dim, device := jax.devices()[0].device_kind)
+    save(json_file, {"baseline": CUDNN, "device": device, "calls": calls, "rows": found})
+
+
+def with_rates(
+    rows: list[dict[str, Any]], shape: tuple[int, ...], calls: int, plans: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows with milliseconds of a call, TFLOP/s of all causal pairs, and planned bytes."""
+    _, S, heads, head_dim = shape
+    for line in rows:
+        for name in PASSES:
+            seconds = line[name]["median"] / calls
+            flops = FLOPS[name] * S**2 * heads * head_dim
+            line[name] |= {"ms": seconds * 1e3, "tflops": flops / seconds / 1e12}
+        line |= {"tokens": S, "planned_bytes": plans.get(line["what"], [None, None])}
+    return rows
 
 
 def show_table(rows: list[dict[str, Any]], heads: int, head_dim: int, device: str) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -105,7 +106,10 @@ def show(title: str, columns: dict[str, str], rows: list[Any], section: str | No
         if section is not None and before is not None and before[section] != row[section]:
             table.add_section()
         table.add_row(*(cell(row, path) for path in columns))
-    console.print(table)
+    # As wide as its numbers, also where the terminal is narrower: none is cut.
+    wide = Console(width=1000)
+    wide.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
+    wide.print(table)
 
 
 def cell(row: Any, path: str) -> str:

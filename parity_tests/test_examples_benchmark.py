@@ -152,8 +152,12 @@ def test_every_row_of_compile_times_is_measured(tmp_path):
     assert all(0 < row["forward"] < row["32 layers"] for row in rows)
 
 
-def test_no_gpu_to_measure():
-    done = benchmark(script="benchmark_gpu.py")
+@pytest.mark.parametrize(
+    ("script", "command"),
+    (("benchmark_gpu.py", ["kernels"]), ("benchmark_gpu.py", ["masks"]), ("tune_triton.py", [])),
+)
+def test_no_gpu_to_measure(script, command):
+    done = benchmark(*command, script=script)
     assert done.returncode == 2
     assert "JAX sees no GPU" in done.stderr
 

@@ -43,7 +43,11 @@ from jax_seqpar import (
 )
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import certify
+from jax_seqpar.parity.golden import expected_digest
 from jax_seqpar.parity.inputs import Case, adversarial
+from jax_seqpar.parity.training.jax_side import train_in_jax
+from jax_seqpar.parity.training.run import STEPS
+from jax_seqpar.parity.training.task import Training
 from jax_seqpar.training import TokenLayout
 
 pytestmark = pytest.mark.gpu
@@ -82,6 +86,13 @@ def test_and_with_every_shape(case):
     inputs = case.inputs()
     given = {"is_causal": case.is_causal}
     check_equal(jax_exact(inputs, **given), torch_exact(inputs, **given))
+
+
+def test_a_training_has_its_bits():
+    """The last step of `seqpar parity --training` hashes to what it does on CPUs."""
+    training = Training(steps=STEPS)
+    *_, last = train_in_jax(training, 1, 1)
+    assert last.sha256 == expected_digest(training.inputs())
 
 
 @pytest.mark.parametrize("by_positions", (False, True))
