@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from ahead_of_time import DEVICES, compiled, hiding, most_bytes, program
 from cases import slow
-from wrong_rings import UnrolledRing, WaitingRing
+from wrong_rings import LateRing, UnrolledRing, WaitingRing
 
 from jax_seqpar import (
     Blockwise,
@@ -126,6 +126,13 @@ def test_every_transfer_of_a_ring_of_splash_hides_under_a_kernel(order):
     assert [kernel_calls(text) for text in texts] == [3, 9]
     assert [collectives(text) for text in texts] == [{"collective-permute": n} for n in (2, 6)]
     assert [under_splash(text) for text in texts] == [[True] * 2, [True] * 6]
+
+
+def test_a_transfer_hides_under_splash_and_not_under_the_merge():
+    """Of few KV heads, whose transfer the compiler would put beside the merge of two parts."""
+    asked = program("v5p:2x2x2", 1 << 14, heads=24, kv_heads=4, strategy=Ring())
+    texts = [x["text"] for x in compiled(asked, replace(asked, strategy=LateRing()))]
+    assert [under_splash(text) for text in texts] == [[True, True], [False, True]]
 
 
 def test_an_unrolled_ring_of_splash_waits_for_transfers():

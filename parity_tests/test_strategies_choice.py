@@ -36,6 +36,7 @@ from jax_seqpar.chips import chip_of
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import arithmetic
 from jax_seqpar.plan.compiled_text import received_bytes
+from jax_seqpar.plan.transfers import transfers
 from jax_seqpar.strategies import choice as choice_module
 from jax_seqpar.strategies.cost import Group, Layer, cost_of, pairs
 from torch_ref.masks import attends
@@ -146,6 +147,21 @@ def test_traffic_of_a_ring_by_kernel(kernel, block, monkeypatch):
     attend = partial(dot_product_attention, strategy=Ring(), layout=ONE_AXIS[4].on(), kernel=kernel)
     sent = Ring().traffic(*shapes, degree=4, itemsize=4, kernel=kernel)
     assert sent == permuted_bytes(attend, *arrays) > 0
+
+
+@pytest.mark.parametrize(("kernel", "block"), ((Exact(), 8), (Exact(), 256), (Blockwise(), 256)))
+@pytest.mark.usefixtures("optimised")
+def test_traffic_of_an_all_gather_by_kernel(kernel, block, monkeypatch):
+    """Exact attention has the queries of blocks that are larger than a device's part dealt anew,
+    and the output dealt back."""
+    monkeypatch.setattr(arithmetic, "BLOCK", block)
+    shapes, options = layer_of(8, 2).shapes, {"strategy": AllGatherKV(), "kernel": kernel}
+    arrays = [jnp.ones(x, jnp.float32) for x in shapes]
+    text = compiled(partial(dot_product_attention, layout=ONE_AXIS[4].on(), **options), *arrays)
+    dealt = sum(x.nbytes for x in transfers(text) if x.kind == "collective-permute")
+    assert (dealt > 0) == (block > 16 and kernel == Exact())
+    sent = AllGatherKV().traffic(*shapes, degree=4, itemsize=4, kernel=kernel)
+    assert sent == received_bytes(text, 4) + dealt
 
 
 @pytest.mark.parametrize("order", (Zigzag(), Striped()), ids=str)

@@ -10,8 +10,17 @@ from ..kernels import Kernel, Residual, blockwise_attention
 from ..mask import Spec
 from ..mesh_layout import AxisName
 from ..order import Contiguous, TokenOrder
-from .strategy import Degree, KeepsQueries, Shape, array_bytes, check_traffic, output, share
-from .whole_blocks import Deal, padded
+from .strategy import (
+    Degree,
+    KeepsQueries,
+    Shape,
+    array_bytes,
+    bytes_of_others,
+    check_traffic,
+    output,
+    share,
+)
+from .whole_blocks import Deal, deals, numbers_dealt, padded
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,26 @@ class AllGatherKV(KeepsQueries):
         query = queries.forth(query, axis_name)
         out, residual = local.attend(query, gather(key), gather(value), part)
         return queries.back(out, axis_name), residual
+
+    def traffic(
+        self,
+        query: Shape,
+        key: Shape,
+        value: Shape,
+        *,
+        degree: Degree,
+        itemsize: int,
+        kernel: Kernel = blockwise_attention,
+    ) -> int:
+        """Keys and values of the others, and what is dealt anew for a kernel of whole blocks.
+
+        Of tokens in their order, whose queries `Exact()` has dealt where a device has no whole
+        blocks, and their output dealt back; other orders are counted by `choose_strategy`.
+        """
+        P = check_traffic(query, key, degree)
+        dealt = deals(Contiguous(), kernel.block, (query[1],), P)
+        moved = numbers_dealt(dealt, query, key, value) * itemsize
+        return bytes_of_others(key, value, P, itemsize) + moved
 
     def memory(
         self,

@@ -16,7 +16,7 @@ from .all_gather import AllGatherKV
 from .hops import hops
 from .hybrid import Hybrid
 from .ring import Ring
-from .strategy import Degree, Shape, Strategy
+from .strategy import Degree, Shape, Strategy, bytes_of_others
 from .ulysses import head_plan
 from .whole_blocks import Deal, deals, numbers_dealt
 
@@ -148,12 +148,14 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
         return _of_ring(layer, degree, near < degree, chip, seconds_per_pair * N)
     if isinstance(strategy, AllGatherKV):
         busiest = work.sum(1).max() * N
+        # Not its `traffic`, which is of tokens in their order.
+        forward = bytes_of_others(layer.key, layer.value, degree, layer.itemsize)
+        dealt = layer.bytes_dealt(degree, keys=False)
     else:
         plan = head_plan(N, layer.key[2], degree, layer.kernel)
         busiest = work.sum() * plan.query_heads / degree
-    sent: Any = {"degree": degree, "itemsize": layer.itemsize, "kernel": layer.kernel}
-    forward = strategy.traffic(*layer.shapes, **sent)
-    dealt = layer.bytes_dealt(degree, keys=False) if isinstance(strategy, AllGatherKV) else 0
+        sent: Any = {"degree": degree, "itemsize": layer.itemsize, "kernel": layer.kernel}
+        forward, dealt = strategy.traffic(*layer.shapes, **sent), 0
     received = forward * (2 if layer.gradients else 1) + dealt
     between = received * (degree - near) // max(degree - 1, 1)
     waiting = (received - between) / chip.inside + between / chip.between

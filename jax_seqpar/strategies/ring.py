@@ -210,13 +210,13 @@ def _attend_to_all(plan: RingPlan, query: Array, key: Array, value: Array, spec:
         held = replace(local, held_keys=plan.tokens(key.shape[1], distance))
         return plan.kernel.attend_part(query, k, v, held)
 
-    def visit(kv: Array, distance: Any, part: Part) -> Part:
-        return merge(part, attend(kv, distance))
+    def meet(state: tuple[Part, None], of_these: Part) -> tuple[Part, None]:
+        return merge(state[0], of_these), None
 
     kv = _packed(key, value)
     part = attend(kv, 0)
     for direction, rounds in plan.hops(spec):
-        part = plan.circulate(direction, rounds, kv, visit, part)
+        part, _ = plan.circulate(direction, rounds, kv, attend, meet, part)
     return with_sinks(part, spec.logits.sinks)
 
 

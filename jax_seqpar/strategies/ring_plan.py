@@ -62,9 +62,16 @@ class RingPlan:
         ]
 
     def circulate(
-        self, direction: int, rounds: Any, kv: Any, visit: Callable[..., Any], carry: Any
-    ) -> Any:
-        """`carry = visit(kv, distance, carry)` with the keys and values of each device in turn.
+        self,
+        direction: int,
+        rounds: Any,
+        kv: Any,
+        visit: Callable[..., Any],
+        meet: Callable[..., Any],
+        found: Any,
+        added: Any = None,
+    ) -> tuple[Any, Any]:
+        """`found, added = meet((found, added), visit(kv, distance))`, of each device's keys.
 
         In a loop, which holds two of them at a time and compiles as many attentions whatever the
         degree. (Of an unrolled ring of splash kernels XLA starts all transfers first, which makes
@@ -75,20 +82,27 @@ class RingPlan:
         Args:
           kv: a tree of arrays of this device's keys.
           visit: given the distance that they have come, against the direction where negative.
+          added: what was added to the keys before; it goes with them.
         """
 
-        def one_round(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            here, carry = state
-            following = self.send(here, direction)
-            return following, visit(here, direction * (i + 1), carry)
+        def one_round(i: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            here, found, added = state
+            of_these = visit(here, direction * (i + 1))
+            arrived = self.send((here, added), direction)
+            # All has arrived before it meets. Without this barrier libtpu 0.0.42, which knows no
+            # duration of a kernel that is not XLA's, started transfers when the attention was done,
+            # under the merge alone (v5p:2x2x2, 24 query and 4 KV heads).
+            (following, added), of_these = jax.lax.optimization_barrier((arrived, of_these))
+            return following, *meet((found, added), of_these)
 
-        state = (self.send(kv, direction), carry)
+        state = self.send(kv, direction), found, added
         if not isinstance(rounds, int):
-            return jax.lax.fori_loop(0, rounds, one_round, state)[1]
+            return jax.lax.fori_loop(0, rounds, one_round, state)[1:]
+        here, found, added = state
         if rounds > 1:
-            state = jax.lax.fori_loop(0, rounds - 1, one_round, state)
-        here, carry = state
-        return visit(here, direction * rounds, carry)
+            here, found, added = jax.lax.fori_loop(0, rounds - 1, one_round, state)
+            added = self.send(added, direction)
+        return meet((found, added), visit(here, direction * rounds))
 
     def turn(
         self,
@@ -106,29 +120,13 @@ class RingPlan:
         from the others meanwhile.
         """
 
-        def at(here: Any, distance: Any, found: Any) -> tuple[Any, Any]:
-            part = replace(spec, held_keys=self.tokens(self.keys, distance))
-            in_these, added = visit(here, part)
-            return together(meet, found, in_these), added
-
-        def one_way(direction: int, rounds: Any, found: Any) -> tuple[Any, Any]:
-            """What the devices on one side add to this device's keys, and what is found there."""
-
-            def one(here: Any, distance: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-                # What was added so far follows its keys while this device's part is computed.
-                added, found = state
-                if not (isinstance(rounds, int) and rounds == 1):
-                    added = self.send(added, direction)
-                found, own = at(here, distance, found)
-                return together(join, added, own), found
-
-            start = nothing_added, found
-            added, found = self.circulate(direction, rounds, held, one, start)
-            return self.send_home(added, rounds, direction), found
+        def at(here: Any, distance: Any) -> tuple[Any, Any]:
+            return visit(here, replace(spec, held_keys=self.tokens(self.keys, distance)))
 
         came_home, found = [], nothing
         for direction, rounds in self.hops(spec):
-            added, found = one_way(direction, rounds, found)
-            came_home.append(added)
-        found, own = at(held, 0, found)
-        return found, reduce(partial(together, join), came_home, own)
+            both = partial(together, (meet, join))
+            found, added = self.circulate(direction, rounds, held, at, both, found, nothing_added)
+            came_home.append(self.send_home(added, rounds, direction))
+        in_these, own = at(held, 0)
+        return together(meet, found, in_these), reduce(partial(together, join), came_home, own)

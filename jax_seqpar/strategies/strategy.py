@@ -134,22 +134,10 @@ class KeepsQueries:
     def pad_heads(self, spec: Spec, heads: int, kv_heads: int, axes: Axes, kernel: Kernel) -> Spec:
         return spec
 
-    def traffic(
-        self,
-        query: Shape,
-        key: Shape,
-        value: Shape,
-        *,
-        degree: Degree,
-        itemsize: int,
-        kernel: Kernel = blockwise_attention,
-    ) -> int:
-        """Bytes of all keys and values but a device's own.
 
-        What `Exact()` deals anew where an order deals no whole blocks is not counted.
-        """
-        devices = check_traffic(query, key, degree)
-        return array_bytes(key, value, itemsize=itemsize) * (devices - 1) // devices
+def bytes_of_others(key: Shape, value: Shape, degree: int, itemsize: int) -> int:
+    """Bytes of all keys and values but those that a device has itself."""
+    return array_bytes(key, value, itemsize=itemsize) * (degree - 1) // degree
 
 
 def array_bytes(*shapes: Shape, itemsize: int) -> int:

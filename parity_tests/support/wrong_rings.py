@@ -79,7 +79,7 @@ class _OtherRing(Ring):
 
     @staticmethod
     def circulate(
-        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any
+        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, meet: Any, part: Any
     ) -> Any: ...
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -95,21 +95,43 @@ class WaitingRing(_OtherRing):
     """A ring that sends keys on when it has attended to them: all transfers are exposed."""
 
     @staticmethod
-    def circulate(plan: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any) -> Any:
+    def circulate(
+        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, meet: Any, part: Any
+    ) -> Any:
         def one_round(i: Any, state: Any) -> Any:
             here, carry = jax.lax.optimization_barrier(state)
             here = plan.send(here, direction)
-            return here, visit(here, direction * (i + 1), carry)
+            return here, meet(carry, visit(here, direction * (i + 1)))
 
-        return jax.lax.fori_loop(0, rounds, one_round, (kv, carry))[1]
+        return jax.lax.fori_loop(0, rounds, one_round, (kv, (part, None)))[1]
+
+
+class LateRing(_OtherRing):
+    """A ring whose transfers may end when parts have been merged, as the compiler likes."""
+
+    @staticmethod
+    def circulate(
+        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, meet: Any, part: Any
+    ) -> Any:
+        def one_round(i: Any, state: Any) -> Any:
+            here, carry = state
+            following = plan.send(here, direction)
+            return following, meet(carry, visit(here, direction * (i + 1)))
+
+        start = plan.send(kv, direction), (part, None)
+        here, carry = jax.lax.fori_loop(0, rounds - 1, one_round, start)
+        return meet(carry, visit(here, direction * rounds))
 
 
 class UnrolledRing(_OtherRing):
     """A ring without a loop, of which XLA starts all transfers before the first attention."""
 
     @staticmethod
-    def circulate(plan: Any, direction: int, rounds: int, kv: Any, visit: Any, carry: Any) -> Any:
+    def circulate(
+        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, meet: Any, part: Any
+    ) -> Any:
+        carry = part, None
         for distance in range(1, rounds + 1):
             kv = plan.send(kv, direction)
-            carry = visit(kv, direction * distance, carry)
+            carry = meet(carry, visit(kv, direction * distance))
         return carry
