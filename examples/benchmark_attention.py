@@ -38,6 +38,7 @@ the output, slice by slice. So two slices save forward, and nothing with gradien
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
@@ -48,7 +49,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from benchmark_peers import HAS_DEEPSPEED, PEER, PEER_RING, Ranks, flash_runs
+from benchmark_peers import HAS_DEEPSPEED, PEER, PEERS, Ranks, flash_runs
 from benchmark_tools import (
     PASSES,
     TIMES,
@@ -207,12 +208,11 @@ def pipeline(
     """Times Ulysses, a ring, and others' on gloo; aim: DeepSpeed takes 1.3 times ours or more."""
     jax.config.update("jax_num_cpu_devices", degree)
     ours, ring = f"jax_seqpar, {degree} devices", f"jax_seqpar ring, {degree} devices"
-    peer, peer_ring = (f"{what}, {degree} ranks" for what in (PEER, PEER_RING))
     cases = [Case(batch, n, heads, heads, head_dim) for n in tokens or (4096, 8192)]
     found = []
     if not HAS_DEEPSPEED:
         console.print(f'No DeepSpeed, so {PEER}: pip install "jax-seqpar[peers]"', markup=False)
-    with progress(len(cases) * 4 * (repeats + 1)) as step:
+    with progress(len(cases) * (2 + len(PEERS)) * (repeats + 1)) as step:
         for case in cases:
             mesh = jax.make_mesh((degree,), ("seq",), devices=jax.devices("cpu")[:degree])
             sharding = NamedSharding(mesh, MeshLayout().partition_spec)
@@ -223,17 +223,15 @@ def pipeline(
                 )
                 for what, strategy in ((ours, Ulysses()), (ring, Ring()))
             }
-            with (
-                Ranks(PEER, degree, case, threads) as ulysses_ranks,
-                Ranks(PEER_RING, degree, case, threads) as ring_ranks,
-            ):
-                ranks = {peer: ulysses_ranks, peer_ring: ring_ranks}
+            with ExitStack() as stack:
                 rows = {what: [timer(run) for run in pair] for what, pair in runs.items()}
-                rows |= {
-                    what: [partial(x.seconds, name) for name in PASSES] for what, x in ranks.items()
-                }
+                ranks = []
+                for what, passes in PEERS.items():
+                    ranks.append(stack.enter_context(Ranks(what, degree, case, threads)))
+                    timers = [partial(ranks[-1].seconds, name) for name in passes]
+                    rows[f"{what}, {degree} ranks"] = timers
                 lines = take_turns(rows, ours, repeats, step)
-                outputs = [np.asarray(runs[ring][0]()), *(x.output() for x in ranks.values())]
+                outputs = [np.asarray(runs[ring][0]()), *(x.output() for x in ranks)]
             out = np.asarray(runs[ours][0]())
             apart = max(float(np.abs(out - x).max()) for x in outputs)
             found += [{"tokens": case.tokens} | line | {"outputs_apart": apart} for line in lines]

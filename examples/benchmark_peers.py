@@ -1,11 +1,12 @@
 """What `benchmark_attention.py` compares with: PyTorch's kernel, and pipelines on gloo ranks.
 
-Those of others that have a ring do not run on CPUs. Seen with PyTorch 2.13: yunchang 0.6.4 calls
-`aten::_scaled_dot_product_flash_attention`, which PyTorch has for GPUs alone, and for its other
-kernels raises "Not implemented backward for PyTorch attention types" (`kernels/attention.py`);
-ring-flash-attn 0.1.8 imports `flash_attn`, which needs CUDA; PyTorch's own `context_parallel` has
-no sharding strategy for its kernel for CPUs. `torch_ref.ring` is the ring here: written to be read,
-with all weights of a part in memory.
+Those of others that have a ring do not run on CPUs as they are. Seen with PyTorch 2.13: yunchang
+0.6.4 calls `aten::_scaled_dot_product_flash_attention`, which PyTorch has for GPUs alone, and for
+its other kernels raises "Not implemented backward for PyTorch attention types"
+(`kernels/attention.py`); ring-flash-attn 0.1.8 imports `flash_attn`, which needs CUDA; PyTorch's
+own `context_parallel` has no sharding strategy for its kernel for CPUs. So yunchang, where it is
+installed, is measured with PyTorch's kernel for CPUs put in place, and its ring forward alone.
+`torch_ref.ring` is the other ring here: written to be read, with all weights of a part in memory.
 """
 
 import datetime
@@ -35,6 +36,11 @@ from torch_ref.ulysses import DistributedAttention
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 PEER, PEER_RING = "DeepSpeed" if HAS_DEEPSPEED else "torch_ref", "torch_ref ring"
+YUNCHANG, YUNCHANG_RING = "yunchang", "yunchang ring"
+# What runs here, and which passes.
+PEERS = {PEER: PASSES, PEER_RING: PASSES}
+if importlib.util.find_spec("yunchang") is not None:
+    PEERS |= {YUNCHANG: PASSES, YUNCHANG_RING: PASSES[:1]}
 TIMEOUT = 3600.0
 
 
@@ -55,7 +61,7 @@ class Ranks:
     turns with them.
 
     Args:
-      what: the pipeline, `PEER` or `PEER_RING`.
+      what: the pipeline, one of `PEERS`.
     """
 
     def __init__(self, what: str, degree: int, case: Case, threads: int):
@@ -118,7 +124,11 @@ def rank_main(rank: int, what: str, case: Case, degree: int, port: int) -> np.nd
 
 
 def pipeline(what: str) -> Callable[..., torch.Tensor]:
-    """The causal attention of a rank's tokens, `PEER` or `PEER_RING`."""
+    """The causal attention of a rank's tokens, one of `PEERS`."""
+    if what == YUNCHANG:
+        return yunchang_attention()
+    if what == YUNCHANG_RING:
+        return yunchang_ring()
     if what == PEER_RING:
         return partial(ring_attention, is_causal=True)
     ulysses = deepspeed_attention() if HAS_DEEPSPEED else DistributedAttention(sdpa)
@@ -134,6 +144,26 @@ def deepspeed_attention() -> Any:
 
     deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
     return layer.DistributedAttention(sdpa, dist.group.WORLD, scatter_idx=2, gather_idx=1)
+
+
+def yunchang_attention() -> Any:
+    """yunchang's Ulysses, with PyTorch's attention on each rank."""
+    from yunchang import UlyssesAttention  # pyright: ignore[reportMissingImports]
+    from yunchang.kernels import AttnType  # pyright: ignore[reportMissingImports]
+
+    attention = UlyssesAttention(dist.group.WORLD, attn_type=AttnType.TORCH_MATH)
+    attention.attn_fn = lambda q, k, v, **options: sdpa(q, k, v)
+    return attention
+
+
+def yunchang_ring() -> Any:
+    """yunchang's ring, with PyTorch's kernel for CPUs in place of that for GPUs."""
+    from yunchang.kernels import attention  # pyright: ignore[reportMissingImports]
+    from yunchang.ring import ring_pytorch_attn  # pyright: ignore[reportMissingImports]
+
+    for_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attention._scaled_dot_product_flash_attention = for_cpu
+    return partial(ring_pytorch_attn.ring_pytorch_attn_func, causal=True, group=dist.group.WORLD)
 
 
 def _runs(attend: Callable[[], torch.Tensor], leaves: Any, grad: torch.Tensor) -> list[Run]:

@@ -77,17 +77,22 @@ def timer(run: Run) -> Timer:
 def take_turns(
     rows: dict[str, list[Timer]], baseline: str, repeats: int, step: Step
 ) -> list[dict[str, Any]]:
-    """Seconds of each row, and their ratios to those of the baseline in the same repeat."""
+    """Seconds of each row, and their ratios to those of the baseline in the same repeat.
+
+    A row without a timer of the second pass has None there.
+    """
     seconds: dict[str, list[list[float]]] = {what: [[], []] for what in rows}
     for repeat in range(repeats + 1):
         for what, timers in rows.items():
             step(what)
-            for seconds_of, found in zip(timers, seconds[what], strict=True):
+            for seconds_of, found in zip(timers, seconds[what], strict=False):
                 last = seconds_of()
                 if repeat > 0:
                     found.append(last)
 
-    def timing(found: list[float], reference: list[float]) -> dict[str, Any]:
+    def timing(found: list[float], reference: list[float]) -> dict[str, Any] | None:
+        if not found:
+            return None
         ratio = statistics.median(x / y for x, y in zip(found, reference, strict=True))
         return {"median": statistics.median(found), "ratio": ratio, "seconds": found}
 
@@ -115,7 +120,7 @@ def show(title: str, columns: dict[str, str], rows: list[Any], section: str | No
 def cell(row: Any, path: str) -> str:
     """Text of the number at a path into a row; bytes in MB."""
     for name in path.split("."):
-        row = row[int(name)] if name.isdigit() else row[name]
+        row = None if row is None else row[int(name)] if name.isdigit() else row[name]
     if row is None or isinstance(row, str):
         return row or "-"
     if "_bytes" in path:

@@ -13,7 +13,17 @@ import pytest
 from ahead_of_time import compiled
 from cases import slow
 
-from jax_seqpar import AllGatherKV, Blockwise, Fused, Hybrid, Mask, MeshLayout, Ring, Ulysses
+from jax_seqpar import (
+    AllGatherKV,
+    Blockwise,
+    Exact,
+    Fused,
+    Hybrid,
+    Mask,
+    MeshLayout,
+    Ring,
+    Ulysses,
+)
 from jax_seqpar.plan import Program, missing_compiler
 
 TOPOLOGY = "v5p:2x2x2"
@@ -89,6 +99,17 @@ def test_memory_on_simulated_devices(strategy, seed):
         one = replace(asked, gradients=gradients)
         ratio = on_cpu(one) / formula(one, degree, 4, Blockwise())
         assert least < ratio < most, (one.query, one.key, degree, gradients)
+
+
+@pytest.mark.parametrize("gradients", (False, slow(True)), ids=("forward", "gradients"))
+@pytest.mark.parametrize("heads", ((8, 1), slow((8, 8)), slow((4, 4))), ids=str)
+def test_memory_of_exact_attention_in_a_ring(heads, gradients):
+    """Sums in float64 that a ring of another kernel has not."""
+    options: Any = {"channels": 64, "dtype": "float32", "gradients": gradients}
+    asked = program(Ring(), "cpu:4", 1 << 17, *heads, kernel=Exact(), **options)
+    held = on_cpu(asked)
+    assert abs(held / formula(asked, 4, 4, Exact()) - 1) < 0.06
+    assert held > 2.5 * formula(asked, 4, 4, Blockwise())
 
 
 @pytest.mark.parametrize("gradients", (False, slow(True)), ids=("forward", "gradients"))

@@ -97,6 +97,29 @@ class Exact(Kernel):
         sums = Turn(channels * itemsize + 8, channels * 16, GRADIENT_PRODUCTS)
         return (logits, logits, logits, values), (Turn(8, 12, 0.0), sums)
 
+    def part_workspace(
+        self,
+        query: tuple[int, ...],
+        key: tuple[int, ...],
+        value: tuple[int, ...],
+        *,
+        itemsize: int,
+        gradients: bool,
+    ) -> int:
+        """The sums of a ring's turns, in float64, and the operands of one head.
+
+        Of the output four digits of each number, in four arrays: what is found so far and in one
+        part, and what loops over heads write them to. With gradients five arrays with two slices of
+        each number of dk and dv: those here, on their way and those that came home. The operands
+        and their digits are of one query head forward, and of all those of a KV head backward. The
+        counts of arrays are those of XLA:CPU (`parity_tests/test_strategies_memory.py`).
+        """
+        (B, T, N, H), (_, S, K, V) = query, value
+        sums = 4 * 32 * B * T * N * V
+        if not gradients:
+            return sums + itemsize * B * T * N * H + 8 * T * (20 * H + 2 * V)
+        return sums + 5 * 16 * B * S * K * (H + V) + 12 * 8 * (N // K) * T * (H + V)
+
     def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
         return None if spec.held_keys is None else "exact attention takes all the keys of a row"
 

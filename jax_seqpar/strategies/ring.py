@@ -117,15 +117,19 @@ class Ring(KeepsQueries):
         The three are a device's own, those that are attended to and those on their way. With
         gradients each has its gradient beside it in float32, and the gradient of the queries has
         two arrays as the output has. Two devices have one round: none on their way, and the outputs
-        in float32 are gone when the gradients of the queries are there.
+        in float32 are gone when the gradients of the queries are there. A kernel that attends in
+        turns has sums of its own, which are in its `part_workspace`, of whole blocks of tokens.
         """
-        P = check_traffic(query, key, degree)
-        q, k, v = (share(x, x[1] // P, x[2]) for x in (query, key, value))
+        P, in_turns = check_traffic(query, key, degree), kernel.attends_in_turns
+        dealt = deals(Contiguous(), kernel.block, (query[1], key[1]), P)
+        T, S = (deal.sizes[1] for deal in dealt)
+        q, k, v = share(query, T, query[2]), *(share(x, S, x[2]) for x in (key, value))
         out, wide = output(q, v), max(itemsize, 4)
-        slices = min(P, 3)
-        held = array_bytes(*[k, v] * slices, out, itemsize=itemsize)
-        sums = [out, out]
-        if gradients:
+        held = array_bytes(*[k, v] * min(P, 3), out, itemsize=itemsize)
+        sums = [] if in_turns else [out, out]
+        if gradients and in_turns:
+            held += array_bytes(q, k, v, itemsize=itemsize)
+        elif gradients:
             sums = [*(sums if P > 2 else ()), *[k, v] * 3, q, q]
         held += array_bytes(*sums, itemsize=wide)
         options = {"itemsize": itemsize, "gradients": gradients}
