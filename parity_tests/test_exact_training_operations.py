@@ -12,11 +12,25 @@ import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_seqpar.compare import compare_bits
-from jax_seqpar.exact import activation, elementary, embedding, linear, loss, norm, rotary, rounding
+from jax_seqpar.exact import (
+    activation,
+    dropout,
+    elementary,
+    embedding,
+    linear,
+    loss,
+    norm,
+    rotary,
+    rounding,
+    tiled_loss,
+)
 from jax_seqpar.exact import matmul as matmul_module
+from jax_seqpar.exact.accumulation import accumulated_value_and_grad
 from jax_seqpar.exact.matmul import float64_products, int8_products, matmul
 from jax_seqpar.exact.narrow import narrow
+from jax_seqpar.mask import head_keys
 from torch_ref.exact import activation as torch_activation
+from torch_ref.exact import dropout as torch_dropout
 from torch_ref.exact import elementary as torch_elementary
 from torch_ref.exact import embedding as torch_embedding
 from torch_ref.exact import linear as torch_linear
@@ -107,6 +121,8 @@ def of_jax(function: Callable[..., Any], arrays: list[Any], cotangent: np.ndarra
 IDS = np.random.default_rng(5).integers(0, V, (B, S))
 LABELS = np.where(np.arange(S) < S - 3, IDS, -100)
 POSITIONS = np.arange(10**6, 10**6 + S)
+OPTIONS: Any = {"label_smoothing": 0.1, "z_loss": 1e-3}
+RNG = (7, 2**32 - 5)
 TABLES = torch_rotary.rotary_tables(torch.from_numpy(POSITIONS), 16, 10_000.0)
 
 # A function of JAX, the same one of PyTorch, their operands, and the shape of the output.
@@ -136,10 +152,24 @@ LAYERS: dict[str, tuple[Any, Any, list[np.ndarray], tuple[int, ...]]] = {
         (B, S, D),
     ),
     "loss": (
-        lambda z: loss.cross_entropy(z, jnp.asarray(LABELS), z_loss=1e-3),
-        lambda z: torch_loss.cross_entropy(z, torch.from_numpy(LABELS), z_loss=1e-3),
+        lambda z: loss.cross_entropy(z, jnp.asarray(LABELS), **OPTIONS),
+        lambda z: torch_loss.cross_entropy(z, torch.from_numpy(LABELS), **OPTIONS),
         [wild(13, B, S, V).clip(-30, 30)],
         (),
+    ),
+    "tiled loss": (
+        partial(tiled_loss.tiled_cross_entropy, labels=jnp.asarray(LABELS), tiles=4, **OPTIONS),
+        lambda x, w: torch_loss.cross_entropy(
+            torch_linear.linear(x, w.T), torch.from_numpy(LABELS), **OPTIONS
+        ),
+        [wild(16, B, S, D).clip(-2, 2), wild(17, V, D).clip(-2, 2)],
+        (),
+    ),
+    "dropout": (
+        lambda x: dropout.dropout(x, 0.3, jnp.array(RNG, jnp.uint32), jnp.arange(S)),
+        lambda x: torch_dropout.dropout(x, 0.3, torch.tensor(RNG)),
+        [wild(18, B, S, D)],
+        (B, S, D),
     ),
     "rotary": (
         lambda x: rotary.rotary(x, jnp.asarray(POSITIONS)[None]),
@@ -178,6 +208,10 @@ def rounded_by_library(x: Any) -> Any:
     return elementary.round32(jnp.log(x.astype(jnp.float64)))
 
 
+def second_head(rng: Any, batch: int, heads: int) -> Any:
+    return head_keys(rng, batch, heads + 1)[:, 1:]
+
+
 MUTATIONS = {
     "a sum in float32": ("norm", norm, "total", float32_total),
     "the balance rounded up": ("linear", linear, "balanced_matmul", balanced_the_other_way),
@@ -186,6 +220,10 @@ MUTATIONS = {
     "a slope without 1 +": ("swiglu", activation, "add", lambda a, b: a - b),
     "angles of 23 bits": ("rotary", rotary, "ANGLE_BITS", 23),
     "rows summed on 31 bits": ("embedding", embedding, "TOTAL_BITS", 31),
+    "a mean of logits in float32": ("loss", loss, "total", float32_total),
+    "exponents of the last tile": ("tiled loss", tiled_loss, "_met", lambda _, own: own),
+    "a tile that is not balanced": ("tiled loss", tiled_loss, "balanced", lambda _, *xy: xy),
+    "another head of dropout": ("dropout", dropout.threefry, "head_keys", second_head),
 }
 
 
@@ -197,6 +235,42 @@ def test_mutations_are_caught(mutation, monkeypatch):
     ours, theirs = both(name)
     assert not compare_bits(ours, theirs).equal
     jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("tiles", "options", "message"),
+    [
+        (3, {}, "tiles = 3 must divide the tokens S"),
+        (4, {"z_loss": -1.0}, "z_loss at least 0, got 0.0 and -1.0. Write 0 for none"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(tiles, options, message):
+    hidden, table = (jnp.asarray(x) for x in LAYERS["tiled loss"][2])
+    with pytest.raises(ValueError, match=message):
+        tiled_loss.tiled_cross_entropy(hidden, table, jnp.asarray(LABELS), tiles=tiles, **options)
+
+
+def test_tiles_of_int8_products_have_the_same_bits():
+    """The carries of each tile are carried on."""
+    ours, _, arrays, _ = LAYERS["tiled loss"]
+    cotangent: Any = np.float32(0.7)
+    found = of_jax(partial(ours, engine=int8_products), arrays, cotangent)
+    assert compare_bits(found, of_jax(ours, arrays, cotangent)).equal
+
+
+def test_gradients_of_several_batches_are_added_in_order():
+    given = [flushed(wild(seed, 1000)) for seed in (20, 21, 22)]
+
+    def sums(batches: Any) -> Any:
+        loss = accumulated_value_and_grad(lambda x, batch: (x * batch).sum() * 0 + batch[0])
+        gradient = accumulated_value_and_grad(lambda x, batch: (x * batch).sum())
+        return loss(jnp.zeros(1000), batches)[0], gradient(jnp.zeros(1000), batches)[1]
+
+    a, b, c = given
+    total, other = flushed(flushed(a + b) + c), flushed(a + flushed(b + c))
+    loss, gradient = jax.jit(sums)(jnp.asarray(given))
+    assert compare_bits((loss, gradient), (total[0], total)).equal
+    assert not compare_bits(gradient, other).equal
 
 
 def test_gradients_of_several_uses_are_added_in_order():
@@ -232,7 +306,7 @@ def test_a_product_of_too_many_terms_is_refused():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
-@pytest.mark.parametrize("name", ["linear", "norm", "embedding", "loss"])
+@pytest.mark.parametrize("name", ["linear", "norm", "embedding", "loss", "tiled loss", "dropout"])
 def test_layers_have_the_same_bits_on_a_mesh(name, kind):
     """Tokens over four devices, batch over two."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), (kind,) * 2)
@@ -241,7 +315,8 @@ def test_layers_have_the_same_bits_on_a_mesh(name, kind):
     ids, labels = (jax.device_put(jnp.asarray(x), sharding) for x in (IDS, LABELS))
     functions = {
         "embedding": lambda table: embedding.embed(table, ids),
-        "loss": lambda z: loss.cross_entropy(z, labels, z_loss=1e-3),
+        "loss": lambda z: loss.cross_entropy(z, labels, **OPTIONS),
+        "tiled loss": partial(tiled_loss.tiled_cross_entropy, labels=labels, tiles=4, **OPTIONS),
     }
     ours, _, arrays, shape = LAYERS[name]
     cotangent: Any = wild(15, *shape) if shape else np.float32(0.7)

@@ -1,6 +1,7 @@
 """Every operation of exact training in PyTorch against Python integers, bit for bit."""
 
 import exact_training_oracle as oracle
+import jax
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from exact_training_inputs import numbers, rows, tails
 from jax_seqpar.compare import compare_bits
 from torch_ref.exact import arithmetic, clip, elementary, matmul, optimizer, rounding, sums
 from torch_ref.exact.activation import swiglu
-from torch_ref.exact.dropout import dropout
+from torch_ref.exact.dropout import dropout, fold
 from torch_ref.exact.embedding import embedding
 from torch_ref.exact.linear import linears
 from torch_ref.exact.loss import count_labels, cross_entropy
@@ -255,17 +256,24 @@ def test_embedding():
     assert_bits(got, (oracle.add(table, table * 0)[ids], gradient))
 
 
-@pytest.mark.parametrize("z_loss", (0.0, 1e-3))
+@pytest.mark.parametrize(("z_loss", "smoothing"), ((0.0, 0.0), (1e-3, 0.1), (0.0, 1.0)))
 @pytest.mark.parametrize("scale", (0.1, 20.0))
-def test_cross_entropy(z_loss, scale):
+def test_cross_entropy(z_loss, smoothing, scale):
     logits = numbers((60, 50), 53, wide=False) * np.float32(scale)
     labels = np.random.default_rng(54).integers(0, 50, 60)
     labels[[3, 50]] = -100
     leaf = torch.from_numpy(logits).requires_grad_()
-    loss = cross_entropy(leaf, torch.from_numpy(labels), z_loss=z_loss)
+    options = {"label_smoothing": smoothing, "z_loss": z_loss}
+    loss = cross_entropy(leaf, torch.from_numpy(labels), **options)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    expected = oracle.cross_entropy(logits, labels, z_loss, -100, 58)
+    expected = oracle.cross_entropy(logits, labels, z_loss, -100, 58, smoothing)
     assert_bits((loss[None], gradient), (np.array([expected[0]]), expected[1]))
+
+
+@pytest.mark.parametrize("options", ({"label_smoothing": 1.1}, {"z_loss": -1.0}))
+def test_a_loss_out_of_range_is_an_error(options):
+    with pytest.raises(ValueError, match=r"from 0 to 1 and z_loss at least 0.*Give 0 for none"):
+        cross_entropy(torch.ones(3, 4), torch.zeros(3).long(), **options)
 
 
 def test_the_mean_of_no_label_is_0():
@@ -305,7 +313,6 @@ TABLES = rotary_tables(torch.arange(20), 6, 10_000)
 # Of one input of activations or two, and of parameters.
 NARROW = {
     "linear": (lambda x, w: linears(x, w), 1),
-    "several linear": (lambda x, w: linears(x, w, w.clone()), 1),
     "norm": (lambda x, w: rms_norm(x, w[0], 1e-6), 1),
     "rotary": (lambda x, w: rotary(x, *TABLES), 1),
     "swiglu": (lambda x, y, w: swiglu(x, y), 2),
@@ -342,6 +349,20 @@ def test_activations_of_16_bits_are_those_of_32_rounded(name):
         assert_bits([got[1]], [expected[1].numpy()])
 
 
+def test_gradients_of_several_linear_layers_are_rounded_and_added():
+    """Each to 16 bits, their sum in 32, and that to 16 again."""
+    x = torch.from_numpy(numbers((20, 6), 61)).bfloat16().requires_grad_()
+    weights, dys = tensors(*numbers((3, 6, 5), 62)), tensors(*numbers((3, 20, 5), 63))
+    dys = [dy.bfloat16() for dy in dys]
+    (got,) = torch.autograd.grad(linears(x, *weights), x, dys)
+    products = (
+        oracle.mm(dy.float().numpy(), w.T.numpy()) for w, dy in zip(weights, dys, strict=True)
+    )
+    a, b, c = (oracle.bfloat16(product).astype(np.float32) for product in products)
+    expected = oracle.bfloat16(oracle.add(oracle.add(a, b), c)).astype(np.float32)
+    assert_bits([got.float()], [expected])
+
+
 def test_an_embedding_of_16_bits():
     table, ids = numbers((9, 6), 66), torch.arange(20) % 7
     leaf = torch.from_numpy(table).requires_grad_()
@@ -355,11 +376,19 @@ def test_an_embedding_of_16_bits():
     )
 
 
-def test_the_result_of_a_norm_may_be_wider():
-    """The last one, before the logits."""
-    x, gamma = torch.from_numpy(numbers((20, 6), 68)).bfloat16(), torch.from_numpy(numbers(6, 69))
-    got = rms_norm(x, gamma, 1e-6, dtype=torch.float32)
-    assert_bits([got], [oracle.rms_norm(x.float().numpy(), gamma.numpy(), 1e-6)])
+def test_logits_of_16_bits_are_not_rounded_to_them():
+    x, w = torch.from_numpy(numbers((20, 6), 68)).bfloat16(), torch.from_numpy(numbers((6, 9), 69))
+    (got,) = linears(x, w, dtype=torch.float32)
+    assert_bits([got], [oracle.mm(x.float().numpy(), w.numpy())])
+
+
+def test_keys_are_folded_as_jax_does():
+    key = torch.tensor([7, 2**32 - 5])
+    words = [jax.random.wrap_key_data(key.numpy().astype(np.uint32))]
+    for number in (0, 3, 2**31):
+        words.append(jax.random.fold_in(words[-1], np.uint32(number)))
+        key = fold(key, number)
+        assert key.tolist() == jax.random.key_data(words[-1]).tolist()
 
 
 # The step.

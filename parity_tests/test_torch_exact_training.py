@@ -8,8 +8,9 @@ from exact_training_inputs import numbers, rows
 from exact_training_runs import (
     BUGS,
     DECODER,
+    FULL_STEP,
     MESHES,
-    NARROW,
+    OF_DROPOUT,
     batch,
     exact_run,
     in_one_process,
@@ -79,17 +80,25 @@ def test_ordinary_training_differs_from_one_to_four_ranks(ranks):
     assert "weights.embedding" in differing(ranks[0]["ordinary"], ordinary_run(STEPS))
 
 
-def test_ranks_of_16_bits_and_two_batches(ranks):
-    expected = exact_run(2, NARROW, batches=2)
+@pytest.fixture(scope="module")
+def every_option():
+    return exact_run(1, **FULL_STEP)
+
+
+@pytest.mark.parametrize("mesh", [f"{data}x{sequence}" for data, sequence in MESHES])
+def test_ranks_with_every_option(every_option, ranks, mesh):
+    """16 bits, dropout of activations and of attention weights, smoothing, two batches."""
     for rank in ranks:
-        assert_same_bits(rank["16 bits"], expected)
-    of_32_bits = exact_run(2, batches=2)["losses"]
-    assert np.all(of_32_bits != expected["losses"])
-    np.testing.assert_allclose(expected["losses"], of_32_bits, rtol=0.01)
+        assert_same_bits(rank[f"{mesh}, every option"], every_option)
 
 
 def test_an_exponent_of_one_rank_is_found(one_step, ranks):
     assert all(len(differing(rank["mutation"], one_step)) > 10 for rank in ranks)
+
+
+@pytest.mark.parametrize("bug", OF_DROPOUT)
+def test_dropout_by_numbers_of_a_rank_is_found(every_option, ranks, bug):
+    assert all(len(differing(rank[bug], every_option)) > 10 for rank in ranks)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Cross entropy over all tokens of a mesh, with one rounding in each operation."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,26 +22,53 @@ def cross_entropy(
     labels: Integer[Array, "B S"],
     *,
     normaliser: Integer[Array, ""] | int | None = None,
+    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     ignore_index: int = IGNORE,
 ) -> Float32[Array, ""]:
-    """The mean over the labels that count of `log(sum(exp(z))) - z[label] + z_loss lse^2`.
+    """The mean of `lse - (1 - e) z[label] - e mean(z) + c lse^2` over the labels that count.
 
-    `x_j = R(z_j - max z)`, `p = exp(x)`, `l = R(sum rint(p 2^32) 2^-32)`,
-    `loss = log(l) (-) x_label`; with `lse = max z (+) log(l)` and z-loss c it is
-    `loss (+) (c (*) (lse (*) lse))`. The mean is `total(losses) (/) N`.
+    `lse` is `log(sum(exp(z)))`. `x_j = R(z_j - max z)`, `p = exp(x)`,
+    `l = R(sum rint(p 2^32) 2^-32)`, `loss = log(l) (-) x_label`; with label smoothing e
+    `loss = log(l) (-) R((1 - e) x_label + e (total(x) (/) V))`; with `lse = max z (+) log(l)` and
+    z-loss c it is `loss (+) (c (*) (lse (*) lse))`. The mean is `total(losses) (/) N`.
 
     Args:
       logits: sharded in any way.
       labels: already shifted; one outside of the vocabulary gives NaN.
       normaliser: N; the labels that count if None.
-      z_loss: rounded to float32.
+      label_smoothing: e, from 0 to 1; it and 1 - e are rounded to float32.
+      z_loss: c, at least 0, rounded to float32.
       ignore_index: the label that does not count.
+
+    Raises:
+      ValueError: for a label smoothing or a z-loss out of range.
     """
-    counts = labels != ignore_index
-    number = jnp.maximum(counts.sum() if normaliser is None else normaliser, 1)
-    number = jnp.asarray(number).astype(jnp.float32)
-    return _cross_entropy(z_loss, ignore_index, logits, labels, number)
+    options = LossOptions(label_smoothing, z_loss, ignore_index)
+    number = count_labels(labels, normaliser, ignore_index)
+    return _cross_entropy(options, logits, labels, number)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The numbers of a loss that no array holds; arguments as for `cross_entropy`."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    ignore_index: int = IGNORE
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.label_smoothing <= 1 and self.z_loss >= 0):
+            raise ValueError(
+                f"label_smoothing must be from 0 to 1 and z_loss at least 0, got "
+                f"{self.label_smoothing} and {self.z_loss}. Write 0 for none."
+            )
+
+
+def count_labels(labels: Integer[Array, "B S"], normaliser: Any, ignore_index: int) -> Array:
+    """N as float32: what was given, or how many labels count; 1 in place of 0."""
+    number = (labels != ignore_index).sum() if normaliser is None else normaliser
+    return jnp.asarray(jnp.maximum(number, 1)).astype(jnp.float32)
 
 
 def log_probabilities(
@@ -61,7 +89,7 @@ def log_probabilities(
 @jax.custom_jvp
 def _log_probabilities(logits: Array, labels: Array) -> Array:
     with jax.enable_x64(True):
-        return -_losses(_tokens(logits), logits, labels[..., None])[..., 0]
+        return -_without_z_loss(LossOptions(), _tokens(logits), logits, labels[..., None])[..., 0]
 
 
 @_log_probabilities.defjvp
@@ -81,27 +109,46 @@ class _Token(NamedTuple):
     lse: Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(
-    z_loss: float, ignore_index: int, logits: Array, labels: Array, number: Array
-) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(options: LossOptions, logits: Array, labels: Array, number: Array) -> Array:
     with jax.enable_x64(True):
-        token, label = _tokens(logits), labels[..., None]
-        losses = _losses(token, logits, label)
-        if z_loss:
-            c = jnp.full_like(token.lse, np.float32(z_loss))
-            losses = add(losses, multiply(c, multiply(token.lse, token.lse)))
-        losses = jnp.where(label != ignore_index, losses, jnp.float32(0))
-        return divide(total(losses, (0, 1, 2))[0, 0, 0], number)
+        return mean(token_losses(options, logits, labels), number)
 
 
-def _losses(token: _Token, logits: Array, label: Array) -> Array:
-    """`log(l) (-) x_label`; NaN for a label outside of the vocabulary."""
+def mean(losses: Float32[Array, "B S"], number: Float32[Array, ""]) -> Float32[Array, ""]:
+    """`total(losses) (/) N`. Call inside `with jax.enable_x64(True):`."""
+    return divide(total(losses, (0, 1))[0, 0], number)
+
+
+def token_losses(
+    options: LossOptions, logits: Float32[Array, "B S V"], labels: Integer[Array, "B S"]
+) -> Float32[Array, "B S"]:
+    """The loss of each token, 0 where its label does not count. In 64 bits, as `mean`."""
+    token, label = _tokens(logits), labels[..., None]
+    losses = _without_z_loss(options, token, logits, label)
+    if options.z_loss:
+        c = jnp.full_like(token.lse, np.float32(options.z_loss))
+        losses = add(losses, multiply(c, multiply(token.lse, token.lse)))
+    return jnp.where(label != options.ignore_index, losses, jnp.float32(0))[..., 0]
+
+
+def _without_z_loss(options: LossOptions, token: _Token, logits: Array, label: Array) -> Array:
+    """`log(l) (-) aim`; NaN for a label outside of the vocabulary."""
     # A sum of one number and zeros, and no lookup: the vocabulary may be sharded.
-    of_label = jnp.where(_vocabulary(logits) == label, token.shifted, 0).sum(-1, keepdims=True)
-    losses = subtract(log(token.sums), of_label)
+    aim = jnp.where(_vocabulary(logits) == label, token.shifted, 0).sum(-1, keepdims=True)
+    if options.label_smoothing:
+        e, k = _smoothing(options)
+        m = divide(total(token.shifted, -1), jnp.float32(logits.shape[-1]))
+        aim = nearest(k * flush(aim) + e * flush(m))
+    losses = subtract(log(token.sums), aim)
     valid = (label >= 0) & (label < logits.shape[-1])
     return jnp.where(valid, losses, jnp.float32(jnp.nan))
+
+
+def _smoothing(options: LossOptions) -> tuple[Array, Array]:
+    """e and `k = 1 - e`, each rounded to float32, as float64."""
+    e = options.label_smoothing
+    return jnp.float64(np.float32(e)), jnp.float64(np.float32(1 - e))
 
 
 def _tokens(logits: Array) -> _Token:
@@ -117,26 +164,43 @@ def _vocabulary(logits: Array) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
 
 
-def _forward(z_loss: float, ignore_index: int, logits: Array, labels: Array, number: Array):
-    loss = _cross_entropy(z_loss, ignore_index, logits, labels, number)
-    return loss, (logits, labels, number)
+def logit_gradients(
+    options: LossOptions,
+    logits: Float32[Array, "B S V"],
+    labels: Integer[Array, "B S"],
+    share: Float32[Array, ""],
+) -> Float32[Array, "B S V"]:
+    """The gradient of the logits, of which each token's part of the mean is `share`."""
+    token, label = _tokens(logits), labels[..., None]
+    w = multiply(token.weights, divide(jnp.ones_like(token.sums), token.sums))
+    if options.z_loss:
+        doubled = jnp.float64(np.float32(2 * np.float32(options.z_loss)))
+        w = multiply(w, nearest(1.0 + doubled * flush(token.lse)))
+    q = (_vocabulary(logits) == label).astype(jnp.float32)
+    if options.label_smoothing:
+        e, k = _smoothing(options)
+        others = nearest(e / logits.shape[-1])
+        q = jnp.where(q > 0, add(others, nearest(k)), others)
+    dz = multiply(subtract(w, q), share)
+    valid = (label >= 0) & (label < logits.shape[-1])
+    dz = jnp.where(valid, dz, jnp.float32(jnp.nan))
+    return jnp.where(label != options.ignore_index, dz, jnp.float32(0))
 
 
-def _backward(z_loss: float, ignore_index: int, saved: Any, g: Array):
+def share_of_token(number: Float32[Array, ""], g: Float32[Array, ""]) -> Float32[Array, ""]:
+    """`(1 (/) N) (*) g`, g the gradient of the mean. In 64 bits, as `mean`."""
+    return multiply(divide(jnp.ones_like(number), number), g)
+
+
+def _forward(options: LossOptions, logits: Array, labels: Array, number: Array):
+    return _cross_entropy(options, logits, labels, number), (logits, labels, number)
+
+
+def _backward(options: LossOptions, saved: Any, g: Array):
     logits, labels, number = saved
     with jax.enable_x64(True):
-        token, label = _tokens(logits), labels[..., None]
-        one = jnp.ones_like(token.sums)
-        w = multiply(token.weights, divide(one, token.sums))
-        if z_loss:
-            doubled = jnp.float64(np.float32(2 * np.float32(z_loss)))
-            w = multiply(w, nearest(1.0 + doubled * flush(token.lse)))
-        is_label = _vocabulary(logits) == label
-        share = multiply(divide(one, number), g)
-        dz = multiply(nearest(flush(w) - is_label.astype(jnp.float64)), share)
-        valid = (label >= 0) & (label < logits.shape[-1])
-        dz = jnp.where(valid, dz, jnp.float32(jnp.nan))
-        return jnp.where(label != ignore_index, dz, jnp.float32(0)), None, None
+        share = share_of_token(number, g)
+        return logit_gradients(options, logits, labels, share), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)

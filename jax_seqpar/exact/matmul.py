@@ -70,8 +70,15 @@ def balanced_matmul(
       x, dy: the activation and the gradient; the floor in the balance is not symmetric.
       engine, out_sharding: as for `matmul`.
     """
+    x, dy = balanced(letters, flush(x), flush(dy))
+    return _on_grids(letters, x, dy, engine, out_sharding)
+
+
+def balanced(
+    letters: str, x: Float[Array, "..."], dy: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Both operands of `balanced_matmul`, flushed, after the balance of each token."""
     first, second, summed = _parts(letters)
-    x, dy = flush(x), flush(dy)
     features_x, features_dy = (
         tuple(i for i, c in enumerate(own) if c not in summed) for own in (first, second)
     )
@@ -81,22 +88,52 @@ def balanced_matmul(
     ) // 2
     x = x * power_of_two(-_lined_up(balance, summed, first))
     dy = dy * power_of_two(_lined_up(balance, summed, second))
-    return _on_grids(letters, x, dy, engine, out_sharding)
+    return x, dy
 
 
 def _on_grids(
     letters: str, a: Array, b: Array, engine: Engine | None, out_sharding: Any
 ) -> Float32[Array, "..."]:
-    first, second, summed = _parts(letters)
+    e, f = operand_exponents(letters, a, b)
+    high, low = integer_sums(letters, (a, e), (b, f), engine, out_sharding)
+    return rounded_sum(letters, high, low, e, f)
+
+
+def operand_exponents(
+    letters: str, a: Float[Array, "..."], b: Float[Array, "..."]
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """Exponents of flushed operands along the summed axes, which stay, of size 1."""
+    *operands, summed = _parts(letters)
+    e, f = (
+        exponent(x, tuple(i for i, c in enumerate(own) if c in summed))
+        for x, own in zip((a, b), operands, strict=True)
+    )
+    return e, f
+
+
+def integer_sums(
+    letters: str,
+    a: tuple[Array, Array],
+    b: tuple[Array, Array],
+    engine: Engine | None = None,
+    out_sharding: Any = None,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """S of operands, each with its exponents, in two float64: the higher digits and the lower ones.
+
+    Sums of several sets of terms add up, high to high and low to low, if the exponents are those of
+    all terms, of which there are at most `MOST_TERMS`.
+    """
+    on_grids = (jnp.rint(x * power_of_two(OPERAND_BITS - e)) for x, e in (a, b))
+    high, low, bits = (engine or float64_products)(letters, *on_grids, out_sharding)
+    return high * 2.0**bits, low
+
+
+def rounded_sum(letters: str, high: Array, low: Array, e: Array, f: Array) -> Float32[Array, "..."]:
+    """`R((high + low) 2^(e + f - 48))`, the sum rounded once to float64."""
+    first, second, _ = _parts(letters)
     output = letters.split("->")[1]
-
-    def on_grid(x: Array, own: str) -> tuple[Array, Array]:
-        e = exponent(x, tuple(i for i, c in enumerate(own) if c in summed))
-        return jnp.rint(x * power_of_two(OPERAND_BITS - e)), _lined_up(e, own, output)
-
-    (a, e), (b, f) = on_grid(a, first), on_grid(b, second)
-    high, low, bits = (engine or float64_products)(letters, a, b, out_sharding)
-    return nearest((high * 2.0**bits + low) * power_of_two(e + f - 2 * OPERAND_BITS))
+    e = _lined_up(e, first, output) + _lined_up(f, second, output)
+    return nearest((high + low) * power_of_two(e - 2 * OPERAND_BITS))
 
 
 def _parts(letters: str) -> tuple[str, str, str]:
@@ -122,13 +159,7 @@ def float64_products(
 ) -> tuple[Array, Array, int]:
     """Two float64 products, with the higher and the lower digits of b: for CPUs, and GPUs."""
     first, second, summed = _parts(letters)
-    terms = math.prod(a.shape[first.index(c)] for c in summed)
-    if terms > MOST_TERMS:
-        raise ValueError(
-            f"a sum of {terms} terms has no room in the 53 bits of float64, which has it for "
-            f"{MOST_TERMS}. Split the {summed!r} axes of {letters!r}, and add the parts with "
-            f"jax_seqpar.exact.rounding.add."
-        )
+    check_terms(letters, math.prod(a.shape[first.index(c)] for c in summed))
     high = jnp.rint(b * 2.0**-LOW_DIGIT_BITS)
     # One product of matrices, as a compiler that shards the sum may add two of them too early.
     digits = jnp.stack([high, b - high * 2.0**LOW_DIGIT_BITS])
@@ -184,3 +215,13 @@ def _digits(x: Float[Array, "..."]) -> Int[Array, "4 ..."]:
         digits.append(digit.astype(jnp.int8))
         rest = (rest - digit) >> 8
     return jnp.stack(digits)
+
+
+def check_terms(letters: str, terms: int) -> None:
+    """Raises ValueError for more terms in a sum than 53 bits have room for."""
+    if terms > MOST_TERMS:
+        raise ValueError(
+            f"a sum of {terms} terms has no room in the 53 bits of float64, which has it for "
+            f"{MOST_TERMS}. Split the {_parts(letters)[2]!r} axes of {letters!r}, and add the "
+            f"parts with jax_seqpar.exact.rounding.add."
+        )

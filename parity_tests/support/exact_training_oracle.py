@@ -301,10 +301,16 @@ def embedding_backward(ids: Array, dx: Array, rows: int) -> Array:
 
 
 def cross_entropy(
-    logits: Array, labels: Array, z_loss: float, ignore_index: int, count: int
+    logits: Array,
+    labels: Array,
+    z_loss: float,
+    ignore_index: int,
+    count: int,
+    label_smoothing: float = 0.0,
 ) -> tuple[np.float32, Array]:
     """The mean over `count` labels, and the gradient of the logits `[T, V]`; labels `[T]`."""
-    z, c = read(logits), constant(z_loss)
+    z, c, V = read(logits), constant(z_loss), logits.shape[1]
+    e, k = constant(label_smoothing), constant(1 - label_smoothing)
     largest = np.max(z, axis=1, keepdims=True)
     x = R(z - largest)
     p = exp32(x)
@@ -314,12 +320,14 @@ def cross_entropy(
     lse = R(largest + log_l)
     counts = labels != ignore_index
     is_label = (np.arange(z.shape[1]) == labels[:, None]) * 1
-    loss = R(log_l[:, 0] - np.sum(x * is_label, axis=1))
+    m = R(sum32(x, 1) / V)
+    loss = R(log_l[:, 0] - R(round64(k * np.sum(x * is_label, axis=1) + e * m)))
     loss = R(loss + R(c * R(lse * lse)[:, 0]))
     losses = choose(counts, loss, Fraction(0))
     w = R(p * R(1 / denominator))
     w = R(w * R(round64(1 + 2 * c * lse)))
-    dz = R(R(w - is_label) * R(Fraction(1, count)))
+    q = R(R(e / V) + is_label * k)
+    dz = R(R(w - q) * R(Fraction(1, count)))
     mean = R(sum32(losses, 0) / count)
     return np.float32(float(mean)), out(choose(counts[:, None], dz, Fraction(0)))
 

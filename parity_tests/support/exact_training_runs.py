@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 from unittest import mock
 
@@ -14,15 +14,18 @@ from rank_functions import failure
 from torch import Tensor
 from torch.nn import functional
 
-from torch_ref.exact import embedding, linear, matmul, norm, sums
+from torch_ref.exact import decoder, embedding, linear, matmul, norm, sums
 from torch_ref.exact.arithmetic import exponent, power
 from torch_ref.exact.decoder import Decoder
+from torch_ref.exact.dropout import dropout, fold
 from torch_ref.exact.optimizer import adamw_numbers, cosine_rate
 from torch_ref.exact.ranks import Ranks, make_ranks
 from torch_ref.exact.training_step import Tensors, first_state, step
 
 DECODER = Decoder(vocabulary=256, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, hidden=128)
-NARROW = replace(DECODER, dtype=torch.bfloat16)
+# Every option of a step: activations of 16 bits, dropout, label smoothing, two batches.
+FULL = replace(DECODER, dtype=torch.bfloat16, dropout=0.1)
+FULL_STEP: dict[str, Any] = {"decoder": FULL, "batches": 2, "label_smoothing": 0.1}
 BATCH, TOKENS = 4, 64
 IGNORED = -100
 LARGEST_NORM = 0.5
@@ -62,6 +65,7 @@ def exact_run(
     decoder: Decoder = DECODER,
     *,
     batches: int = 1,
+    label_smoothing: float = 0.0,
     ranks: Ranks | None = None,
     part: tuple[int, int, int] = (1, 1, 0),
 ) -> dict[str, np.ndarray]:
@@ -73,7 +77,15 @@ def exact_run(
         held = [(local(ids, *part), local(labels, *part)) for ids, labels in given]
         numbers = adamw_numbers(t + 1, cosine_rate(t, steps, PEAK))
         loss, state = step(
-            decoder, state, held, numbers, largest_norm=LARGEST_NORM, z_loss=1e-4, ranks=ranks
+            decoder,
+            state,
+            held,
+            numbers,
+            largest_norm=LARGEST_NORM,
+            label_smoothing=label_smoothing,
+            z_loss=1e-4,
+            rng=fold(torch.tensor([0, 1]), t + 1) if decoder.dropout else None,
+            ranks=ranks,
         )
         losses.append(loss)
     found = {f"{kind}.{n}": x for kind, all_ in state._asdict().items() for n, x in all_.items()}
@@ -81,15 +93,19 @@ def exact_run(
 
 
 def on_ranks(rank: int, steps: int) -> dict[str, Any]:
-    """The runs of one of four ranks: by mesh, in 16 bits, with a planted bug, and ordinary."""
+    """The runs of one of four ranks: by mesh, with every option, with bugs, and ordinary."""
     found: dict[str, Any] = {}
     for data, sequence in MESHES:
         ranks, part = make_ranks(data, sequence, DECODER.kv_heads), (data, sequence, rank)
         found[f"{data}x{sequence}"] = exact_run(steps, ranks=ranks, part=part)
+        full = partial(exact_run, 1, **FULL_STEP, ranks=ranks, part=part)
+        found[f"{data}x{sequence}, every option"] = full()
         if (data, sequence) == (2, 2):
-            found["16 bits"] = exact_run(2, NARROW, batches=2, ranks=ranks, part=part)
             with planted(ONE_EXPONENT):
                 found["mutation"] = exact_run(1, ranks=ranks, part=part)
+            for name, bug in OF_DROPOUT.items():
+                with planted(bug):
+                    found[name] = full()
     found["ordinary"] = ordinary_run(steps, (4, 1, rank))
     found["complaints"] = failure(make_ranks, 3, 1, 2), failure(make_ranks, 1, 4, 3)
     return found
@@ -110,7 +126,16 @@ def _with_ceil(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return x * power(-c), dy * power(c)
 
 
+def _of_local_tokens(*args: Any, first_token: int, **options: Any) -> Tensor:
+    return dropout(*args, **options)
+
+
 ONE_EXPONENT: Bug = [(m, "meet", lambda e, group: e) for m in (sums, matmul, embedding)]
+OF_DROPOUT: dict[str, Bug] = {
+    "a sequence numbered by its rank": [(Ranks, "first_sequence", lambda self, n: 0)],
+    "a token numbered by its rank": [(decoder, "dropout", _of_local_tokens)],
+    "heads numbered by their rank": [(Ranks, "_heads", lambda self, N, K: slice(2))],
+}
 BUGS: dict[str, Bug] = {
     "a sum in float32": [(norm, "total", lambda x, dim, group=None: x.sum(dim))],
     "a rounding left out": [(norm, "R", lambda x: x)],

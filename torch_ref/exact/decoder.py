@@ -7,6 +7,9 @@ Parameters, float32 by name, with W as `[in, out]`:
     layers.{i}.q, .k, .v, .o                   [D, N H], [D, K H], [D, K H], [N H, D]
     layers.{i}.gate, .up, .down                [D, F], [D, F], [F, D]
     final_norm                                 [D]
+
+Dropout is of the attention's weights and of what attention and MLP add to the residual. The keys of
+layer i are `fold(fold(rng, i), place)`, its places 0, 1 and 2 in that order.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .activation import swiglu
+from .dropout import dropout, fold
 from .embedding import embedding
 from .linear import linear, linears
 from .norm import rms_norm
@@ -23,6 +27,7 @@ from .residual import fork, residual
 from .rotary import rotary, rotary_tables
 
 Tables = tuple[Tensor, Tensor]
+Keys = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Decoder:
     hidden units of SwiGLU.
 
     dtype: of what a layer returns, float32 or bfloat16. Parameters and logits are float32.
+    dropout: its rate, where `logits` is given a key.
     """
 
     vocabulary: int
@@ -43,6 +49,7 @@ class Decoder:
     theta: float = 10_000
     eps: float = 1e-6
     dtype: torch.dtype = torch.float32
+    dropout: float = 0.0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters by name, in the order of the names."""
@@ -60,7 +67,12 @@ class Decoder:
 
 
 def logits(
-    decoder: Decoder, parameters: dict[str, Tensor], ids: Tensor, ranks: Ranks | None = None
+    decoder: Decoder,
+    parameters: dict[str, Tensor],
+    ids: Tensor,
+    ranks: Ranks | None = None,
+    *,
+    rng: Tensor | None = None,
 ) -> Tensor:
     """The logits of the next token.
 
@@ -70,6 +82,7 @@ def logits(
         tokens of all ranks.
       ids: integers `[B, S]`, this rank's tokens.
       ranks: which tokens these are; all of them if None.
+      rng: `(2,)`, the key of the dropout of this batch; without one nothing is dropped.
 
     Returns:
       `[B, S, V]`, float32. Differentiable once.
@@ -82,30 +95,45 @@ def logits(
     for i in range(decoder.layers):
         prefix = f"layers.{i}."
         p = {n.removeprefix(prefix): w for n, w in parameters.items() if n.startswith(prefix)}
-        x = _attention_block(decoder, p, x, tables, ranks)
-        x = _mlp_block(decoder, p, x, ranks)
-    y = rms_norm(x, parameters["final_norm"], eps, dtype=torch.float32, group=group)
-    return linear(y, columns.T, group)
+        keys = (None,) * 3 if rng is None else tuple(fold(fold(rng, i), n) for n in range(3))
+        x = _attention_block(decoder, p, x, tables, ranks, keys)
+        x = _mlp_block(decoder, p, x, ranks, keys)
+    y = rms_norm(x, parameters["final_norm"], eps, group=group)
+    return linear(y, columns.T, group, dtype=torch.float32)
 
 
 def _attention_block(
-    decoder: Decoder, p: dict[str, Tensor], x: Tensor, tables: Tables, ranks: Ranks
+    decoder: Decoder, p: dict[str, Tensor], x: Tensor, tables: Tables, ranks: Ranks, keys: Keys
 ) -> Tensor:
     group, H = ranks.everyone, decoder.head_dim
     skip, x = fork(x)
     n = rms_norm(x, p["attention_norm"], decoder.eps, group=group)
     q, k, v = linears(n, p["q"], p["k"], p["v"], group=group)
     q, k, v = (y.unflatten(-1, (-1, H)) for y in (q, k, v))
-    o = ranks.attention(rotary(q, *tables), rotary(k, *tables), v)
-    return residual(skip, linear(o.flatten(-2), p["o"], group))
+    q, k = rotary(q, *tables), rotary(k, *tables)
+    o = ranks.attention(q, k, v, dropout_rate=decoder.dropout, rng=keys[0])
+    y = linear(o.flatten(-2), p["o"], group)
+    return residual(skip, _dropped(decoder, y, ranks, keys[1]))
 
 
-def _mlp_block(decoder: Decoder, p: dict[str, Tensor], x: Tensor, ranks: Ranks) -> Tensor:
+def _mlp_block(
+    decoder: Decoder, p: dict[str, Tensor], x: Tensor, ranks: Ranks, keys: Keys
+) -> Tensor:
     group = ranks.everyone
     skip, x = fork(x)
     n = rms_norm(x, p["mlp_norm"], decoder.eps, group=group)
     gate, up = linears(n, p["gate"], p["up"], group=group)
-    return residual(skip, linear(swiglu(gate, up), p["down"], group))
+    y = linear(swiglu(gate, up), p["down"], group)
+    return residual(skip, _dropped(decoder, y, ranks, keys[2]))
+
+
+def _dropped(decoder: Decoder, y: Tensor, ranks: Ranks, key: Tensor | None) -> Tensor:
+    """y after the dropout of its global coordinates."""
+    if key is None:
+        return y
+    B, S, _ = y.shape
+    first = {"first_sequence": ranks.first_sequence(B), "first_token": ranks.first_token(S)}
+    return dropout(y, decoder.dropout, key, **first)
 
 
 def _tables(decoder: Decoder, ids: Tensor, ranks: Ranks) -> Tables:

@@ -10,6 +10,13 @@ from ..dropout import gain, is_kept, threefry2x32
 from .rounding import multiply, narrow
 
 
+def fold(key: Tensor, number: int) -> Tensor:
+    """`threefry(key, (0, number))`: the key of one of several steps, batches, layers or places."""
+    words = key.long()
+    counter = torch.tensor(0), torch.tensor(number)
+    return torch.stack(threefry2x32((words[0], words[1]), counter))
+
+
 def dropout(
     x: Tensor, rate: float, rng: Tensor, *, first_sequence: int = 0, first_token: int = 0
 ) -> Tensor:

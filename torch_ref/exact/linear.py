@@ -12,46 +12,54 @@ from .matmul import mm, mmT
 from .rounding import add, narrow
 
 
-def linear(x: Tensor, weight: Tensor, group: Any = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, group: Any = None, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """`x W`; for arguments see `linears`."""
-    (y,) = linears(x, weight, group=group)
+    (y,) = linears(x, weight, group=group, dtype=dtype)
     return y
 
 
-def linears(x: Tensor, *weights: Tensor, group: Any = None) -> tuple[Tensor, ...]:
+def linears(
+    x: Tensor, *weights: Tensor, group: Any = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """Several linear layers of one input, as query, key and value, or gate and up.
 
-    Backward: `dx = (dx_1 (+) dx_2) (+) dx_3`, in the order of the weights, each `mm(dy, W^T)`;
-    `dW = mmT(x, dy)`, over the tokens of all ranks.
+    Backward: `dx = (dx_1 (+) dx_2) (+) dx_3`, in the order of the weights, each `mm(dy, W^T)`
+    rounded to the dtype of x, as their sum is; `dW = mmT(x, dy)`, over the tokens of all ranks.
 
     Args:
       x: `[..., I]`, float32 or bfloat16.
       weights: `[I, O]` each, float32.
       group: the ranks that hold the other tokens.
+      dtype: of the results, that of x if None; float32 for logits.
 
     Returns:
-      `[..., O]` for each weight, of the dtype of x. Differentiable once.
+      `[..., O]` for each weight. Differentiable once.
     """
-    return _Linears.apply(group, x, *weights)  # pyright: ignore[reportReturnType]
+    return _Linears.apply(group, dtype or x.dtype, x, *weights)  # pyright: ignore[reportReturnType]
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, group: Any, dtype: torch.dtype, x: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.group = group
         ctx.save_for_backward(x, *weights)
         rows = _rows(x)
         products = (mm(rows, flush(weight)) for weight in weights)
-        return tuple(narrow(y, x.dtype).view(*x.shape[:-1], -1) for y in products)
+        return tuple(narrow(y, dtype).view(*x.shape[:-1], -1) for y in products)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *weights = ctx.saved_tensors
         dys = [_rows(dy) for dy in grads]
-        parts = [mm(dy, flush(weight).T) for dy, weight in zip(dys, weights, strict=True)]
-        dx = narrow(reduce(add, parts), x.dtype).view(x.shape)
-        return None, dx, *(mmT(_rows(x), dy, ctx.group) for dy in dys)
+        products = (mm(dy, flush(weight).T) for dy, weight in zip(dys, weights, strict=True))
+        dx = reduce(add, [narrow(product, x.dtype).float() for product in products])
+        dx = narrow(dx, x.dtype).view(x.shape)
+        return None, None, dx, *(mmT(_rows(x), dy, ctx.group) for dy in dys)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Cross entropy over the vocabulary, with z-loss (Chowdhery et al. 2022, arXiv:2204.02311)."""
+"""Cross entropy over the vocabulary, with label smoothing (Szegedy et al. 2015, arXiv:1512.00567)
+and z-loss (Chowdhery et al. 2022, arXiv:2204.02311)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,27 +17,40 @@ SUM_BITS = 32
 IGNORE_INDEX = -100
 
 
+class _Numbers(NamedTuple):
+    """The float32 numbers of a loss: e, `k = 1 - e`, c, and N, how many labels count."""
+
+    smoothing: float
+    label: float
+    z_loss: float
+    count: int
+
+
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
     *,
+    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     ignore_index: int = IGNORE_INDEX,
     count: int | None = None,
     group: Any = None,
 ) -> Tensor:
-    """The mean of `log(sum_j exp(z_j)) - z_label + z_loss lse^2` over the labels that count.
+    """The mean of `lse - (1 - e) z_label - e mean(z) + c lse^2` over the labels that count, e the
+    label smoothing, c the z-loss.
 
     Of a token: `x_j = R(z_j - max z)`, `p = exp(x)`, `L = sum rint(p 2^32)`, `l = R(L 2^-32)`,
-    `lse = max z (+) log l`, loss `(log(l) (-) x_label) (+) (z_loss (*) (lse (*) lse))`, and 0 for a
-    label that does not count. Of all: `total(losses) (/) N`.
-    Backward: `w = (p (*) (1 (/) l)) (*) R(1 + 2 z_loss lse)`, `dz = R(w - [j = label]) (*) k`,
-    `k = (1 (/) N) (*) g`, where g is the gradient of the mean, 1 in most programs.
+    `lse = max z (+) log l`, `m = total(x) (/) V`, `aim = R((1 - e) x_label + e m)`, loss
+    `(log(l) (-) aim) (+) (c (*) (lse (*) lse))`, and 0 for a label that does not count. Of all:
+    `total(losses) (/) N`.
+    Backward: `w = (p (*) (1 (/) l)) (*) R(1 + 2 c lse)`, `q_j = (e (/) V) (+) [j = label] (1 - e)`,
+    `dz = R(w - q) (*) ((1 (/) N) (*) g)`, where g is the gradient of the mean, 1 in most programs.
 
     Args:
       logits: `[..., V]`, float32 or bfloat16; V at most 2^21.
       labels: integers, `[...]`.
-      z_loss: as the nearest float32.
+      label_smoothing: e, from 0 to 1; it and 1 - e as the nearest float32.
+      z_loss: c, as the nearest float32, at least 0.
       ignore_index: a label that does not count.
       count: N, the labels that count, `count_labels` of the same arguments if None. Where
         gradients of several batches are accumulated, the number of labels in all of them.
@@ -45,10 +59,16 @@ def cross_entropy(
     Returns:
       A scalar, the same on every rank; 0 where no label counts. Differentiable once, in the
       logits.
+
+    Raises:
+      ValueError: a z-loss or a label smoothing out of range.
     """
+    _check_options(label_smoothing, z_loss)
     n = count_labels(labels, ignore_index=ignore_index, group=group) if count is None else count
     # Of no label: a mean of 0, and not 0 / 0.
-    return _CrossEntropy.apply(logits, labels, nearest32(z_loss), ignore_index, max(n, 1), group)  # pyright: ignore[reportReturnType]
+    e, k, c = map(nearest32, (label_smoothing, 1 - label_smoothing, z_loss))
+    numbers = _Numbers(e, k, c, max(n, 1))
+    return _CrossEntropy.apply(logits, labels, numbers, ignore_index, group)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
@@ -84,9 +104,8 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         labels: Tensor,
-        z_loss: float,
+        numbers: _Numbers,
         ignore_index: int,
-        count: int,
         group: Any,
     ) -> Tensor:
         x, largest, p, denominator = _of_tokens(logits)
@@ -94,20 +113,31 @@ class _CrossEntropy(torch.autograd.Function):
         lse = add(largest, log_l)
         counts = (labels != ignore_index)[..., None]
         label = torch.where(counts, labels[..., None], 0)
-        loss = subtract(log_l, x.gather(-1, label))
-        loss = add(loss, multiply(z_loss, multiply(lse, lse)))
-        ctx.z_loss, ctx.count, ctx.dtype = z_loss, count, logits.dtype
+        mean = divide(total(x, -1), x.shape[-1])[..., None]
+        aim = R(numbers.label * flush(x.gather(-1, label)) + numbers.smoothing * flush(mean))
+        loss = subtract(log_l, aim)
+        loss = add(loss, multiply(numbers.z_loss, multiply(lse, lse)))
+        ctx.numbers, ctx.dtype = numbers, logits.dtype
         ctx.save_for_backward(p.float(), denominator, lse, counts, label)
         losses = torch.where(counts, loss, 0.0).flatten()
-        return divide(total(losses, 0, group), count)
+        return divide(total(losses, 0, group), numbers.count)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         p, denominator, lse, counts, label = ctx.saved_tensors
+        numbers, V = ctx.numbers, p.shape[-1]
         w = multiply(p, divide(1.0, denominator))
-        w = multiply(w, R(1 + 2 * ctx.z_loss * flush(lse)))
-        j = torch.arange(p.shape[-1], device=p.device)
-        k = multiply(divide(1.0, ctx.count), grad)
-        dz = multiply(subtract(w, (j == label).float()), k)
-        return narrow(torch.where(counts, dz, 0.0), ctx.dtype), None, None, None, None, None
+        w = multiply(w, R(1 + 2 * numbers.z_loss * flush(lse)))
+        is_label = torch.arange(V, device=p.device) == label
+        q = add(divide(numbers.smoothing, V), torch.where(is_label, numbers.label, 0.0))
+        dz = multiply(subtract(w, q), multiply(divide(1.0, numbers.count), grad))
+        return narrow(torch.where(counts, dz, 0.0), ctx.dtype), None, None, None, None
+
+
+def _check_options(label_smoothing: float, z_loss: float) -> None:
+    if not (0 <= label_smoothing <= 1 and z_loss >= 0):
+        raise ValueError(
+            f"label_smoothing must be from 0 to 1 and z_loss at least 0, got {label_smoothing} and "
+            f"{z_loss}. Give 0 for none."
+        )

@@ -12,9 +12,7 @@ from .rounding import R, add, divide, multiply, narrow
 from .sums import total
 
 
-def rms_norm(
-    x: Tensor, gamma: Tensor, eps: float, *, dtype: torch.dtype | None = None, group: Any = None
-) -> Tensor:
+def rms_norm(x: Tensor, gamma: Tensor, eps: float, *, group: Any = None) -> Tensor:
     """`x (*) r (*) gamma` with `r = rsqrt((total(x (*) x) (/) D) (+) eps)`.
 
     Backward: `dgamma = total_t(dy (*) n)`, over the tokens of all ranks; `dn = dy (*) gamma`,
@@ -24,26 +22,23 @@ def rms_norm(
       x: `[..., D]`, float32 or bfloat16.
       gamma: `[D]`, float32.
       eps: as the nearest float32.
-      dtype: of the result, that of x if None.
       group: the ranks that hold the other tokens.
 
     Returns:
-      `[..., D]`. Differentiable once.
+      Of the shape and dtype of x. Differentiable once.
     """
-    return _RMSNorm.apply(x, gamma, eps, dtype or x.dtype, group)  # pyright: ignore[reportReturnType]
+    return _RMSNorm.apply(x, gamma, eps, group)  # pyright: ignore[reportReturnType]
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, eps: float, dtype: torch.dtype, group: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, eps: float, group: Any) -> Tensor:
         s = total(multiply(x, x), -1)[..., None]
         r = rsqrt(add(divide(s, x.shape[-1]), eps))
         n = multiply(x, r)
         ctx.dtype, ctx.group = x.dtype, group
         ctx.save_for_backward(n, r, gamma)
-        return narrow(multiply(n, gamma), dtype)
+        return narrow(multiply(n, gamma), x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -53,4 +48,4 @@ class _RMSNorm(torch.autograd.Function):
         dn = multiply(dy, gamma)
         c = divide(total(multiply(dn, n), -1)[..., None], n.shape[-1])
         dx = multiply(R(flush(dn) - flush(n) * flush(c)), r)
-        return narrow(dx, ctx.dtype), dgamma, None, None, None
+        return narrow(dx, ctx.dtype), dgamma, None, None

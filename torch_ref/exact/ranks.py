@@ -7,7 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ulysses import DistributedAttention
+from ..dropout import head_keys
+from ..ulysses import DistributedAttention, heads_of_ranks
 from .attention import exact_attention
 
 
@@ -28,17 +29,47 @@ class Ranks:
         """The position of this rank's first token, of so many that each rank has."""
         return 0 if self.sequence is None else dist.get_rank(self.sequence) * tokens
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def first_sequence(self, sequences: int) -> int:
+        """The number of this rank's first sequence, of so many that each rank has."""
+        if self.sequence is None:
+            return 0
+        return dist.get_rank(self.everyone) // dist.get_world_size(self.sequence) * sequences
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        dropout_rate: float = 0.0,
+        rng: Tensor | None = None,
+    ) -> Tensor:
         """Causal attention over the whole sequence, from and to this rank's tokens.
 
         Args:
           query: `[B, S / P, N, H]`.
           key, value: `[B, S / P, K, H]`.
+          dropout_rate: the share of the weights that is dropped.
+          rng: `(2,)`, the key of the whole attention, of the sequences and heads of all ranks.
         """
-        attend = partial(exact_attention, is_causal=True, shared_by=self.kv_replicas)
+        (B, _, N, _), K = query.shape, key.shape[2]
+        options: dict[str, Any] = {"is_causal": True, "shared_by": self.kv_replicas}
+        if rng is not None:
+            first = self.first_sequence(B)
+            keys = head_keys(rng, first + B, N)[first:, self._heads(N, K)]
+            options |= {"dropout_rate": dropout_rate, "dropout_rng": keys}
+        attend = partial(exact_attention, **options)
         if self.sequence is None:
             return attend(query, key, value)
         return DistributedAttention(attend, self.sequence)(query, key, value, 0)
+
+    def _heads(self, N: int, K: int) -> slice:
+        """The query heads whose attention this rank computes."""
+        if self.sequence is None:
+            return slice(None)
+        rank = dist.get_rank(self.sequence)
+        heads, _ = heads_of_ranks(N, K, dist.get_world_size(self.sequence))
+        return slice(sum(heads[:rank]), sum(heads[: rank + 1]))
 
 
 def make_ranks(data: int, sequence: int, kv_heads: int) -> Ranks:

@@ -5,13 +5,14 @@ The loss and the new weights and moments are the same on every rank and for ever
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .clip import clip
 from .decoder import Decoder, logits
+from .dropout import fold
 from .loss import count_labels, cross_entropy
 from .optimizer import AdamWNumbers, adamw
 from .ranks import Ranks
@@ -40,7 +41,9 @@ def loss_and_gradients(
     weights: Tensors,
     batches: Sequence[Batch],
     *,
+    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    rng: Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensors]:
     """The loss over several batches and its gradients, added by `(+)` in the order of the batches.
@@ -50,16 +53,19 @@ def loss_and_gradients(
       weights: as `Decoder.shapes`.
       batches: pairs of ids and labels, `[B, S]` each, this rank's tokens. The loss is a mean over
         the labels of all batches, on all ranks, so that each batch adds its part of it.
-      z_loss: as in `cross_entropy`.
+      label_smoothing, z_loss: as in `cross_entropy`.
+      rng: `(2,)`, the key of the dropout of this step; that of batch i, from 0, is `fold(rng, i)`.
+        Without one nothing is dropped.
       ranks: which tokens this rank has; all of them if None.
     """
     ranks = ranks or Ranks()
     count = sum(count_labels(labels, group=ranks.everyone) for _, labels in batches)
     leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
     parts = []
-    for ids, labels in batches:
-        z = logits(decoder, leaves, ids, ranks)
-        loss = cross_entropy(z, labels, z_loss=z_loss, count=count, group=ranks.everyone)
+    for i, (ids, labels) in enumerate(batches):
+        z = logits(decoder, leaves, ids, ranks, rng=None if rng is None else fold(rng, i))
+        options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        loss = cross_entropy(z, labels, count=count, group=ranks.everyone, **options)
         parts.append((loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))))
     loss, *gradients = (reduce(add, x) for x in zip(*parts, strict=True))
     return loss, dict(zip(leaves, gradients, strict=True))
@@ -72,7 +78,9 @@ def step(
     numbers: AdamWNumbers,
     *,
     largest_norm: float,
+    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    rng: Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, State]:
     """The loss before the step and the state after it; for arguments see `loss_and_gradients`.
@@ -85,9 +93,8 @@ def step(
     Raises:
       ValueError: a norm of the gradients that is not finite, on every rank.
     """
-    loss, gradients = loss_and_gradients(
-        decoder, state.weights, batches, z_loss=z_loss, ranks=ranks
-    )
+    options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss, "rng": rng}
+    loss, gradients = loss_and_gradients(decoder, state.weights, batches, ranks=ranks, **options)
     gradients, _ = clip(gradients, largest_norm)
     moved = {
         name: adamw(w, state.m[name], state.v[name], gradients[name], numbers)
