@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from jax_seqpar import MeshLayout, Striped, Zigzag
-from jax_seqpar.training import IGNORE, TokenLayout, pack_documents
+from jax_seqpar.training import IGNORE, TokenLayout, micro_batches, pack_documents
 
 rng = np.random.default_rng(3)
 DATA_SEQ = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
@@ -269,3 +269,26 @@ def test_what_one_process_has_whole_is_not_gathered(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     whole = jnp.ones((*batch.tokens.shape, 3))
     assert PLACE.unshard(whole, batch).shape == (*TOKENS.shape, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_go_by_the_numbers_of_sequences(kind):
+    """Part i has sequences i B / k and on; each has the labels of all in its normaliser."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
+    layout = MeshLayout(batch="data")
+    segments = np.where(np.arange(10) < 7, SEGMENTS, 0)
+    batch = TokenLayout(layout.on(mesh)).shard(TOKENS, segment_ids=segments)
+    with jax.set_mesh(mesh):
+        parts = jax.jit(partial(micro_batches, count=2, layout=layout))(batch)
+    for name in ("tokens", "labels", "positions", "segment_ids"):
+        whole, split = getattr(batch, name), getattr(parts, name)
+        assert np.array_equal(split, np.asarray(whole).reshape(2, 2, 12)), name
+        assert split.addressable_shards[0].data.shape == (2, 1, 3)
+    assert parts.normaliser.tolist() == [int(batch.normaliser)] * 2
+    assert parts.size == (2, 10)
+
+
+def test_parts_that_devices_cannot_share_are_refused():
+    batch = PLACE.shard(TOKENS)
+    with pytest.raises(ValueError, match=r"batch B = 4 has no 4 parts that 2 devices.*divides 2"):
+        micro_batches(batch, 4, PLACE.layout)
