@@ -26,7 +26,7 @@ from jax_seqpar.flax import (
 )
 from jax_seqpar.mesh_layout import MeshAxes
 from jax_seqpar.strategies import Strategy
-from jax_seqpar.training import Batch, map_tiles, tiled_cross_entropy
+from jax_seqpar.training import Batch, map_tiles
 
 Sharding = Mapping[str, MeshAxes]
 Record = Callable[[str, Array], None]
@@ -39,7 +39,13 @@ FSDP_AND_TENSOR: Sharding = {"D": "data", "N": "tensor", "K": "tensor", "F": "te
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a decoder. By default 6 million parameters, for bytes."""
+    """Sizes of a decoder, and options of its training. By default 6 million parameters, for bytes.
+
+    Args:
+      dropout: the rate, of attention weights and of what attention and MLP add to the residual,
+        where a call is given a key.
+      label_smoothing, z_loss: of the loss.
+    """
 
     vocabulary: int = 256
     features: int = 256
@@ -53,6 +59,9 @@ class Config:
     tied: bool = True
     qk_norm: bool = False
     local_window_size: int | tuple[int, int] | None = None
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,8 @@ class Placement:
       layout, kernel, strategy: as for `jax_seqpar.dot_product_attention`; the mesh is that of
         `jax.set_mesh`.
       sharding: of the parameters, mesh axes by letter; None leaves them whole.
-      tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole.
+      tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole. In
+        exact arithmetic of the loss alone: the MLP's gradients are sums over all tokens.
       remat: computes each block again for the gradient, instead of keeping what is in it.
       dtype: of the computation; parameters are float32.
       arithmetic: of all layers; `ExactArithmetic()` has the same bits on every mesh.
@@ -77,13 +87,6 @@ class Placement:
     remat: bool = False
     dtype: Any = jnp.float32
     arithmetic: Arithmetic = Arithmetic()
-
-    def __post_init__(self) -> None:
-        if self.tiles > 1 and self.arithmetic != Arithmetic():
-            raise ValueError(
-                f"tiles = {self.tiles} add up gradients in float32, which {self.arithmetic!r} does "
-                f"not. Write tiles=1."
-            )
 
     @property
     def parameters(self) -> ParameterOptions:
@@ -105,7 +108,7 @@ class MLP(nnx.Module):
         self.place = place
 
     def __call__(self, x: Array, decode: bool) -> Array:
-        if self.place.tiles == 1 or decode:
+        if self.place.tiles == 1 or decode or not self.place.arithmetic.adds_tiles:
             of_gate, of_up = self.place.arithmetic.fork(x, 2)
             return self.down(self.place.arithmetic.swiglu(self.gate(of_gate), self.up(of_up)))
         kernels = [p.kernel[...] for p in (self.gate, self.up, self.down)]
@@ -131,6 +134,7 @@ class Block(nnx.Module):
             rotary=Rotary(config.theta),
             qk_norm=1e-6 if config.qk_norm else None,
             mask=Mask(is_causal=True, local_window_size=config.local_window_size),
+            dropout_rate=config.dropout,
             kernel=place.kernel,
             strategy=place.strategy,
             layout=place.layout,
@@ -139,19 +143,30 @@ class Block(nnx.Module):
         )
         self.mlp_norm = _norm(config, place, rngs)
         self.mlp = MLP(config, place, rngs)
-        self.arithmetic = place.arithmetic
+        self.arithmetic, self.layout, self.dropout = place.arithmetic, place.layout, config.dropout
 
-    def __call__(self, x: Array, record: Record, **attention: Any) -> Array:
+    def __call__(
+        self, x: Array, record: Record, dropout_rng: Array | None, **attention: Any
+    ) -> Array:
+        # The keys 0, 1 and 2 of the layer: of the attention's weights, its output, and the MLP's.
+        rngs = None if dropout_rng is None else nnx.Rngs(dropout=dropout_rng)
+        attention |= {"rngs": rngs, "deterministic": rngs is None}
         x, of_norm = self.arithmetic.fork(x, 2)
         normed = self.arithmetic.norm(self.attention_norm, of_norm)
         record("attention_norm", normed)
         mixed = self.attention(normed, record=record, **attention)
         record("attention", mixed)
+        mixed = self._drop(mixed, rngs)
         x, of_norm = self.arithmetic.fork(self.arithmetic.add(x, mixed), 2)
         normed = self.arithmetic.norm(self.mlp_norm, of_norm)
         fed = self.mlp(normed, decode=attention.get("decode", False))
         record("mlp", fed)
-        return self.arithmetic.add(x, fed)
+        return self.arithmetic.add(x, self._drop(fed, rngs))
+
+    def _drop(self, x: Array, rngs: nnx.Rngs | None) -> Array:
+        if rngs is None or self.dropout == 0:
+            return x
+        return self.arithmetic.dropout(x, self.dropout, rngs.dropout(), layout=self.layout)
 
 
 class Decoder(nnx.Module):
@@ -168,6 +183,7 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([Block(config, place, rngs) for _ in range(config.layers)])
         self.norm = _norm(config, place, rngs)
         self.place = place
+        self.loss_options = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
 
     def __call__(self, tokens: Array, *, record: Record | None = None, **attention: Any) -> Array:
         """Logits `[B, S, V]`, float32, of tokens `[B, S]`; arguments as for `hidden`."""
@@ -184,12 +200,20 @@ class Decoder(nnx.Module):
         Args:
           tokens: `[B, S]`, sharded as the layout says.
           record: called with the name of each tensor, layer by layer, and the tensor.
-          attention: `positions`, `segment_ids`, `decode`, as for `jax_seqpar.flax.Attention`.
+          attention: `positions`, `segment_ids`, `decode`, as for `jax_seqpar.flax.Attention`;
+            `dropout_rng`, a threefry key, without which nothing is dropped: that of layer i is
+            `jax.random.fold_in(dropout_rng, i)`.
         """
         return self._hidden(self._tables()[0], tokens, record=record, **attention)
 
     def _hidden(
-        self, table: Array, tokens: Array, *, record: Record | None, **attention: Any
+        self,
+        table: Array,
+        tokens: Array,
+        *,
+        record: Record | None,
+        dropout_rng: Array | None = None,
+        **attention: Any,
     ) -> Array:
         layout, arithmetic = self.place.layout, self.place.arithmetic
         if attention.get("decode"):  # a token has no devices to lie on
@@ -201,7 +225,8 @@ class Decoder(nnx.Module):
         for i, block in enumerate(self.blocks):
 
             def run(block: Block, x: Array, i: int = i) -> Array:
-                return block(x, lambda name, y: note(f"layers.{i}/{name}", y), **attention)
+                key = None if dropout_rng is None else jax.random.fold_in(dropout_rng, i)
+                return block(x, lambda name, y: note(f"layers.{i}/{name}", y), key, **attention)
 
             # What is recorded would leave the recomputed part.
             again = self.place.remat and record is None and not attention.get("decode")
@@ -212,20 +237,16 @@ class Decoder(nnx.Module):
         return x
 
     def loss(self, batch: Batch, **attention: Any) -> Array:
-        """The mean cross entropy of a batch."""
+        """The mean cross entropy of a batch; arguments as for `hidden`."""
         attention |= {"positions": batch.positions, "segment_ids": batch.segment_ids}
+        arithmetic, of_loss = self.place.arithmetic, (batch.labels, batch.normaliser)
         if self.place.tiles == 1:
             logits = self(batch.tokens, **attention)
-            return self.place.arithmetic.cross_entropy(logits, batch.labels, batch.normaliser)
+            return arithmetic.cross_entropy(logits, *of_loss, **self.loss_options)
         embedding, unembedding = self._tables()
-        return tiled_cross_entropy(
-            self._hidden(embedding, batch.tokens, record=None, **attention),
-            unembedding.T,
-            batch.labels,
-            tiles=self.place.tiles,
-            layout=self.place.layout,
-            normaliser=batch.normaliser,
-        )
+        hidden = self._hidden(embedding, batch.tokens, record=None, **attention)
+        options = self.loss_options | {"tiles": self.place.tiles, "layout": self.place.layout}
+        return arithmetic.tiled_cross_entropy(hidden, unembedding, *of_loss, **options)
 
     def _tables(self) -> tuple[Array, Array]:
         """Those of embedding and unembedding, gathered; one table twice where they are tied."""

@@ -4,22 +4,29 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from decoder import FSDP, Config, Decoder, Placement
 from flax import nnx
+from jax import Array
 
 from jax_seqpar import MeshLayout
 from jax_seqpar.bridge import Map, from_torch, to_torch_state
 from jax_seqpar.compare.numpy_conversion import numpy_to_torch, torch_to_numpy
+from jax_seqpar.exact.accumulation import accumulated_value_and_grad
 from jax_seqpar.flax import Arithmetic, ExactArithmetic
 from jax_seqpar.parity.training.jax_decoder import Model
 from jax_seqpar.parity.training.jax_side import EXACT_ADAMW, Optimizer, train_in_jax
+from jax_seqpar.parity.training.recipe import Recipe
 from jax_seqpar.parity.training.steps import Step
 from jax_seqpar.parity.training.task import Training
+from jax_seqpar.training import Batch, micro_batches
 
 # A weight of PyTorch's decoder, [in, out], and its path in the Flax tree.
 MAPPING = [
@@ -37,10 +44,24 @@ MAPPING = [
 ]
 
 
-def flax_decoder(arithmetic: Arithmetic, training: Training, layout: MeshLayout) -> Model:
+def flax_decoder(
+    arithmetic: Arithmetic,
+    training: Training,
+    layout: MeshLayout,
+    *,
+    recipe: Recipe = Recipe(),
+    tiles: int = 1,
+) -> Model:
     """The decoder of a training in Flax, its parameters shared over the batch's devices (FSDP)."""
-    place = Placement(layout, sharding=FSDP, arithmetic=arithmetic)
-    graph, like = nnx.split(Decoder(config_of(training), place, rngs=nnx.Rngs(0)))
+    dtype = jnp.bfloat16 if recipe.bfloat16 else jnp.float32
+    place = Placement(layout, sharding=FSDP, arithmetic=arithmetic, tiles=tiles, dtype=dtype)
+    config = replace(
+        config_of(training),
+        dropout=recipe.dropout,
+        label_smoothing=recipe.label_smoothing,
+        z_loss=recipe.z_loss,
+    )
+    graph, like = nnx.split(Decoder(config, place, rngs=nnx.Rngs(0)))
     sizes = {"N": training.heads, "K": training.kv_heads}
 
     def load(arrays: dict[str, np.ndarray]) -> Any:
@@ -51,7 +72,21 @@ def flax_decoder(arithmetic: Arithmetic, training: Training, layout: MeshLayout)
         tensors = to_torch_state(tree, MAPPING, sizes=sizes)
         return {name: torch_to_numpy(x) for name, x in tensors.items()}
 
-    return Model(lambda params, batch: nnx.merge(graph, params).loss(batch), load, save)
+    def loss(params: Any, part: tuple[Batch, Array | None]) -> Array:
+        batch, rng = part
+        return nnx.merge(graph, params).loss(batch, dropout_rng=rng)
+
+    def value_and_grad(params: Any, batch: Batch, number: Array) -> tuple[Array, Any]:
+        k, rng = recipe.micro_batches, None
+        if recipe.dropout:
+            of_step = jax.random.fold_in(jax.random.key(training.seed), number)
+            rng = jax.vmap(jax.random.fold_in, (None, 0))(of_step, jnp.arange(k))
+        if k > 1:
+            parts = micro_batches(batch, k, layout), rng
+            return accumulated_value_and_grad(loss)(params, parts)
+        return jax.value_and_grad(loss)(params, (batch, None if rng is None else rng[0]))
+
+    return Model(value_and_grad, load, save)
 
 
 def config_of(training: Training) -> Config:
@@ -84,15 +119,28 @@ def train_in_flax(
     sequence: int,
     *,
     exact: bool = True,
+    recipe: Recipe = Recipe(),
+    tiles: int = 1,
     start: Step | None = None,
     on_step: Callable[[Step], Any] = lambda step: None,
 ) -> list[Step]:
-    """`train_in_jax` of this decoder, in exact arithmetic or as XLA and optax compute float32."""
+    """`train_in_jax` of this decoder, in exact arithmetic or as XLA and optax compute float32.
+
+    Args:
+      recipe: how a step finds loss and gradients. Ordinary training takes one micro-batch.
+      tiles: of the loss, which change no bit of exact arithmetic.
+    """
+    if recipe.micro_batches > 1 and not exact:
+        raise ValueError(
+            f"micro_batches = {recipe.micro_batches} are added by exact arithmetic alone. Write "
+            f"exact=True."
+        )
+    arithmetic = ExactArithmetic() if exact else Arithmetic()
     return train_in_jax(
         training,
         data,
         sequence,
-        model=partial(flax_decoder, ExactArithmetic() if exact else Arithmetic()),
+        model=partial(flax_decoder, arithmetic, recipe=recipe, tiles=tiles),
         optimizer=EXACT_ADAMW if exact else ORDINARY_ADAMW,
         start=start,
         on_step=on_step,

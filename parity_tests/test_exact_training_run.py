@@ -2,19 +2,19 @@
 
 import multiprocessing
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
 import pytest
-from decoder import Placement
+from finetune_llama import loss_by_transformers, small_llama, start_of, state_of, training_of
 from killed_training import save_and_die_at, train_and_die
 from planted_training_bugs import BUGS, planted
 from training_in_flax import train_in_flax
 
 from jax_seqpar.bridge import RankError
-from jax_seqpar.flax import ExactArithmetic
 from jax_seqpar.parity.training.jax_side import train_in_jax
+from jax_seqpar.parity.training.recipe import Recipe
 from jax_seqpar.parity.training.step_files import load_step, newest_step, save_step
 from jax_seqpar.parity.training.steps import Step, first_difference
 from jax_seqpar.parity.training.task import Training
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("less_optimised")
 
 SIZES = {"vocabulary": 64, "features": 32, "hidden": 48, "head_dim": 8, "tokens": 32}
 TRAINING = Training(**SIZES, steps=3)
+RECIPE = Recipe(bfloat16=True, dropout=0.1, label_smoothing=0.1, z_loss=1e-3, micro_batches=2)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +91,44 @@ def test_a_step_is_saved_to_the_bit(alone, tmp_path):
         newest_step(empty)
 
 
-def test_tiles_are_refused():
-    with pytest.raises(ValueError, match="tiles = 2 add up gradients in float32"):
-        Placement(tiles=2, arithmetic=ExactArithmetic())
+@pytest.fixture(scope="module")
+def in_one_process(less_optimised) -> list[Step]:
+    return train_on_ranks(TRAINING, Ranks(1, 1), recipe=RECIPE)
+
+
+@pytest.mark.parametrize(("mesh", "tiles"), [((1, 1), 1), ((2, 4), 4)], ids=["1", "2x4, tiles"])
+def test_every_option_of_a_step(in_one_process, mesh, tiles):
+    """16 bits, dropout, label smoothing, z-loss, two batches a step; tiles change no bit."""
+    steps = train_in_flax(TRAINING, *mesh, recipe=RECIPE, tiles=tiles)
+    assert first_difference(in_one_process, steps) is None
+
+
+@pytest.mark.parametrize("option", [f.name for f in fields(Recipe)])
+def test_each_option_counts(in_one_process, option):
+    """Without any of them the first step has other bits."""
+    plain = {option: getattr(Recipe(), option)}
+    steps = train_on_ranks(replace(TRAINING, steps=1), Ranks(1, 1), recipe=replace(RECIPE, **plain))
+    assert first_difference(in_one_process[:1], steps) is not None
+
+
+def test_a_llama_of_transformers_is_fine_tuned():
+    """Ten steps, JAX on one device and on eight, and PyTorch; the loss is that of transformers."""
+    sizes = Training(**SIZES, steps=10)
+    llama = small_llama(sizes)
+    training = training_of(llama.config, tokens=sizes.tokens, steps=sizes.steps)
+    assert training == sizes
+    start = start_of(llama, training)
+    steps = train_in_jax(training, 1, 1, start=start)
+    assert first_difference(steps, train_in_flax(training, 2, 4, start=start)) is None
+    assert first_difference(steps, train_on_ranks(training, Ranks(1, 1), start=start)) is None
+
+    batches = [*training.batches()]
+    assert loss_by_transformers(llama, batches[0]) == pytest.approx(float(steps[0].loss), rel=1e-6)
+    llama.load_state_dict(state_of(steps[-2], training))
+    assert loss_by_transformers(llama, batches[-1]) == pytest.approx(
+        float(steps[-1].loss), rel=1e-6
+    )
+    assert steps[-1].loss < steps[0].loss - 0.1
 
 
 @pytest.mark.slow  # one program more

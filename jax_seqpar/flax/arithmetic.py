@@ -11,17 +11,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from ..exact import activation, embedding, linear, loss
+from ..exact import dropout as exact_dropout
 from ..exact import norm as exact_norm
 from ..exact import rotary as exact_rotary
+from ..exact import tiled_loss as exact_tiled_loss
 from ..exact.attention import Exact
 from ..exact.matmul import Engine
 from ..exact.narrow import narrow, widen
 from ..kernels import Kernel
+from ..mask import threefry
 from ..mesh_layout import MeshLayout
-from ..training.loss import cross_entropy
+from ..training.loss import cross_entropy, tiled_cross_entropy
 from ..training.tiles import map_tiles
 from .norm import rms_norm
 from .rotary import Rotary
+from .token_numbers import token_numbers
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Arithmetic:
     def kernel(self) -> Kernel | None:
         """The attention of a layer that names none; None leaves it to `choose_kernel`."""
         return None
+
+    @property
+    def adds_tiles(self) -> bool:
+        """Whether gradients of weights may be rounded in each tile of tokens, and added."""
+        return True
 
     def project(
         self,
@@ -61,6 +70,17 @@ class Arithmetic:
     def add(self, a: Array, b: Array) -> Array:
         """A residual connection."""
         return a + b
+
+    def dropout(self, x: Array, rate: float, rng: Array, *, layout: MeshLayout) -> Array:
+        """x `[B, S, D]`, of which a part is dropped, by a key and by global coordinates.
+
+        Args:
+          rng: a threefry key of `jax.random.key`; every use needs another one.
+          layout: of the tokens.
+        """
+        kept = exact_dropout.kept_activations(x.shape, rate, rng, token_numbers(x, layout))
+        c = jnp.asarray(threefry.inverse_keep_probability(rate), x.dtype)
+        return jnp.where(kept, x * c, jnp.zeros_like(x))
 
     def norm(self, layer: nnx.RMSNorm, x: Array) -> Array:
         """RMSNorm over the features."""
@@ -102,9 +122,35 @@ class Arithmetic:
         table = table.astype(hidden.dtype)
         return jnp.einsum("BSD,VD->BSV", hidden, table, preferred_element_type=jnp.float32)
 
-    def cross_entropy(self, logits: Array, labels: Array, normaliser: Any) -> Array:
+    def cross_entropy(
+        self,
+        logits: Array,
+        labels: Array,
+        normaliser: Any,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Array:
         """The mean over the labels that count."""
-        return cross_entropy(logits, labels, normaliser=normaliser)
+        options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        return cross_entropy(logits, labels, normaliser=normaliser, **options)
+
+    def tiled_cross_entropy(
+        self,
+        hidden: Array,
+        table: Float[Array, "V D"],
+        labels: Array,
+        normaliser: Any,
+        *,
+        tiles: int,
+        layout: MeshLayout,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Array:
+        """`cross_entropy` of `unembed(hidden, table)`, never with all the logits in memory."""
+        options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        options |= {"tiles": tiles, "layout": layout, "normaliser": normaliser}
+        return tiled_cross_entropy(hidden, table.T, labels, **options)
 
     def log_probabilities(self, logits: Array, labels: Array) -> Array:
         """`[B, S]`, of each label among the logits `[B, S, V]` of its token."""
@@ -131,7 +177,7 @@ class ExactArithmetic(Arithmetic):
     Loss, gradients and, with the optimizers of `jax_seqpar.exact.optimizer`, weights are equal in
     every bit on any mesh, and to those of `torch_ref.exact`; `jax_seqpar/exact/SPEC.md` defines
     them. Parameters are float32, what goes from layer to layer is float32 or bfloat16. Rotary
-    embeddings are those of a theta alone, losses have no tiles.
+    embeddings are those of a theta alone. Tiles change no bit: those of a loss divide S.
 
     Args:
       engine: of the products, `jax_seqpar.exact.matmul.float64_products` if None; no bit depends
@@ -143,6 +189,10 @@ class ExactArithmetic(Arithmetic):
     @property
     def kernel(self) -> Kernel | None:
         return Exact()
+
+    @property
+    def adds_tiles(self) -> bool:
+        return False
 
     def project(
         self,
@@ -167,6 +217,10 @@ class ExactArithmetic(Arithmetic):
 
     def add(self, a: Array, b: Array) -> Array:
         return _in_float32(linear.add)(a, widen(b))
+
+    def dropout(self, x: Array, rate: float, rng: Array, *, layout: MeshLayout) -> Array:
+        numbers = token_numbers(x, layout)
+        return _in_float32(exact_dropout.dropout)(x, rate, rng, numbers)
 
     def norm(self, layer: nnx.RMSNorm, x: Array) -> Array:
         assert layer.scale is not None
@@ -199,8 +253,33 @@ class ExactArithmetic(Arithmetic):
     def unembed(self, hidden: Array, table: Float[Array, "V D"]) -> Float[Array, "B S V"]:
         return linear.linear("BSD,VD->BSV", widen(hidden), table, engine=self.engine)
 
-    def cross_entropy(self, logits: Array, labels: Array, normaliser: Any) -> Array:
-        return loss.cross_entropy(logits, labels, normaliser=normaliser)
+    def cross_entropy(
+        self,
+        logits: Array,
+        labels: Array,
+        normaliser: Any,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Array:
+        options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        return loss.cross_entropy(logits, labels, normaliser=normaliser, **options)
+
+    def tiled_cross_entropy(
+        self,
+        hidden: Array,
+        table: Float[Array, "V D"],
+        labels: Array,
+        normaliser: Any,
+        *,
+        tiles: int,
+        layout: MeshLayout,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Array:
+        options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        options |= {"tiles": tiles, "normaliser": normaliser, "engine": self.engine}
+        return exact_tiled_loss.tiled_cross_entropy(widen(hidden), table, labels, **options)
 
     def log_probabilities(self, logits: Array, labels: Array) -> Array:
         return loss.log_probabilities(logits, labels)

@@ -17,8 +17,7 @@ from ..decoding.slots import EMPTY
 from ..kernels import Kernel
 from ..mask import Dropout, Logits, Mask, accumulated
 from ..mesh import find_mesh
-from ..mesh_layout import MeshLayout, axes_size, check_is_layout
-from ..order import Contiguous
+from ..mesh_layout import MeshLayout, check_is_layout
 from ..strategies import Strategy, Ulysses
 from .cache import (
     LayerCache,
@@ -43,6 +42,7 @@ from .norm import check_qk_norm
 from .precision import kernel_precision
 from .projection import ParameterOptions, Projection, parameter
 from .rotary import Rotary
+from .token_numbers import token_numbers
 
 
 class Attention(nnx.Module):
@@ -241,13 +241,9 @@ class Attention(nnx.Module):
         Args:
           start: `[B]`.
         """
-        T, order = x.shape[1], self.layout.order
         if start is not None:
-            return start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-        if order == Contiguous():
-            return jnp.arange(T, dtype=jnp.int32)[None]
-        degree = axes_size(self.layout.tokens, find_mesh(self.layout.mesh, x).shape)
-        return jnp.asarray(order.permutation(T, degree), jnp.int32)[None]
+            return start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        return token_numbers(x, self.layout)[None]
 
     def _project(self, x: Array, positions: Array | np.ndarray) -> tuple[Array, Array, Array]:
         of_query, of_key, of_value = self.arithmetic.fork(x, 3)

@@ -41,12 +41,13 @@ class Model:
     """A model that JAX trains.
 
     Attributes:
-      loss: of parameters and a batch on the mesh.
+      value_and_grad: loss and gradients, of parameters, a batch on the mesh, and the number of the
+        step, int32, which randomness may depend on.
       load: NumPy arrays by PyTorch's names to parameters, sharded as they are trained.
       save: parameters, or a tree like them, back to NumPy.
     """
 
-    loss: Callable[[Any, Batch], Array]
+    value_and_grad: Callable[[Any, Batch, Array], tuple[Array, Any]]
     load: Callable[[Arrays], Any]
     save: Callable[[Any], Arrays]
 
@@ -72,7 +73,12 @@ def exact_decoder(training: Training, layout: MeshLayout) -> Model:
         }
         return _loss(training, layout, whole, batch)
 
-    return Model(loss, load, lambda tree: {name: np.asarray(x) for name, x in tree.items()})
+    def value_and_grad(weights: Weights, batch: Batch, _: Array) -> tuple[Array, Weights]:
+        return jax.value_and_grad(loss)(weights, batch)
+
+    return Model(
+        value_and_grad, load, lambda tree: {name: np.asarray(x) for name, x in tree.items()}
+    )
 
 
 def _sharding(training: Training, layout: MeshLayout, x: np.ndarray) -> PartitionSpec:

@@ -66,7 +66,8 @@ def train_in_jax(
         params, state = loaded(its, tx, optimizer, start)
         make_step, steps = jax.jit(step_of(its, tx)), []
         for number, tokens in enumerate(training.batches(start.number), start.number + 1):
-            loss, params, state = make_step(params, state, batches.shard(tokens))
+            batch = batches.shard(tokens)
+            loss, params, state = make_step(params, state, batch, jnp.int32(number))
             moments = (optax.tree.get(state, n) for n in (optimizer.mean, optimizer.square))
             arrays = named(*map(its.save, (params, *moments)))
             steps.append(Step(number, np.float32(loss), arrays))
@@ -74,11 +75,12 @@ def train_in_jax(
     return steps
 
 
-def step_of(model: Model, tx: optax.GradientTransformation) -> Callable[[Any, Any, Any], Any]:
-    """A step: of parameters, the optimizer's state and a batch to loss, parameters and state."""
+def step_of(model: Model, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """A step: of parameters, the optimizer's state, a batch and the step's number to loss,
+    parameters and state."""
 
-    def make_step(params: Any, state: Any, batch: Any) -> tuple[Array, Any, Any]:
-        loss, gradients = jax.value_and_grad(model.loss)(params, batch)
+    def make_step(params: Any, state: Any, batch: Any, number: Array) -> tuple[Array, Any, Any]:
+        loss, gradients = model.value_and_grad(params, batch, number)
         updates, state = tx.update(gradients, state, params)
         return loss, optax.apply_updates(params, updates), state
 

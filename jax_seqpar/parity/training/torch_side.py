@@ -11,10 +11,12 @@ import torch
 
 from torch_ref.exact import optimizer, training_step
 from torch_ref.exact.decoder import Decoder
+from torch_ref.exact.dropout import fold
 from torch_ref.exact.ranks import make_ranks
 
 from ...bridge.torch_ranks import RankError, start_ranks
 from ...compare.numpy_conversion import numpy_to_torch, torch_to_numpy
+from .recipe import Recipe
 from .steps import KINDS, Step, named
 from .task import Training, labels_of
 
@@ -39,11 +41,17 @@ class Ranks:
 
 
 def train_on_ranks(
-    training: Training, ranks: Ranks, *, start: Step | None = None, timeout: float = 600.0
+    training: Training,
+    ranks: Ranks,
+    *,
+    recipe: Recipe = Recipe(),
+    start: Step | None = None,
+    timeout: float = 600.0,
 ) -> list[Step]:
     """Trains on gloo ranks, all of which have to agree.
 
     Args:
+      recipe: how a step finds loss and gradients.
       start: the step after which to go on, of any side; the first weights if None.
       timeout: seconds for the ranks.
 
@@ -51,17 +59,24 @@ def train_on_ranks(
       RankError: if two ranks differ, or one fails.
       TimeoutError: of `start_ranks`.
     """
-    with ranks_that_train(training, ranks, start=start, timeout=timeout) as collect:
+    options: Any = {"recipe": recipe, "start": start, "timeout": timeout}
+    with ranks_that_train(training, ranks, **options) as collect:
         return collect()
 
 
 @contextmanager
 def ranks_that_train(
-    training: Training, ranks: Ranks, *, start: Step | None = None, timeout: float = 600.0
+    training: Training,
+    ranks: Ranks,
+    *,
+    recipe: Recipe = Recipe(),
+    start: Step | None = None,
+    timeout: float = 600.0,
 ) -> Iterator[Callable[[], list[Step]]]:
     """`train_on_ranks` with other work in between: yields a function that waits for the steps."""
     first, count = start or training.start(), ranks.data * ranks.sequence
-    with start_ranks(_train_on_rank, count, training, ranks, first, timeout=timeout) as collect:
+    given = training, recipe, ranks, first
+    with start_ranks(_train_on_rank, count, *given, timeout=timeout) as collect:
         yield lambda: _agreed(collect())
 
 
@@ -78,23 +93,29 @@ def _agreed(by_rank: list[tuple[list[Step], str]]) -> list[Step]:
 
 
 def _train_on_rank(
-    rank: int, training: Training, ranks: Ranks, start: Step
+    rank: int, training: Training, recipe: Recipe, ranks: Ranks, start: Step
 ) -> tuple[list[Step], str]:
     """The steps, of rank 0 alone, and a digest of all of them."""
     groups = make_ranks(ranks.data, ranks.sequence, training.kv_heads)
     state = training_step.State(*(_tensors(start, kind) for kind in KINDS))
-    decoder, steps, digest = decoder_of(training), [], hashlib.sha256()
+    decoder, steps, digest = decoder_of(training, recipe), [], hashlib.sha256()
 
     with ranks.context():
         for number, tokens in enumerate(training.batches(start.number), start.number + 1):
-            batch = (_part(tokens, ranks, rank), _part(labels_of(tokens), ranks, rank))
+            parts = zip(
+                *(np.split(x, recipe.micro_batches) for x in (tokens, labels_of(tokens))),
+                strict=True,
+            )
             rate, decay = training.learning_rate, training.weight_decay
             loss, state = training_step.step(
                 decoder,
                 state,
-                [batch],
+                [(_part(ids, ranks, rank), _part(labels, ranks, rank)) for ids, labels in parts],
                 optimizer.adamw_numbers(number, rate, weight_decay=decay),
                 largest_norm=training.largest_norm,
+                label_smoothing=recipe.label_smoothing,
+                z_loss=recipe.z_loss,
+                rng=fold(torch.tensor([0, training.seed]), number) if recipe.dropout else None,
                 ranks=groups,
             )
             step = Step(number, np.float32(loss.item()), named(*map(_arrays, state)))
@@ -106,7 +127,7 @@ def _train_on_rank(
     return steps, digest.hexdigest()
 
 
-def decoder_of(training: Training) -> Decoder:
+def decoder_of(training: Training, recipe: Recipe = Recipe()) -> Decoder:
     """The sizes as PyTorch's decoder takes them."""
     return Decoder(
         vocabulary=training.vocabulary,
@@ -118,6 +139,8 @@ def decoder_of(training: Training) -> Decoder:
         hidden=training.hidden,
         theta=training.theta,
         eps=training.epsilon,
+        dtype=torch.bfloat16 if recipe.bfloat16 else torch.float32,
+        dropout=recipe.dropout,
     )
 
 
