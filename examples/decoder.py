@@ -183,7 +183,10 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([Block(config, place, rngs) for _ in range(config.layers)])
         self.norm = _norm(config, place, rngs)
         self.place = place
-        self.loss_options = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
+        self.loss_options: dict[str, Any] = {
+            "label_smoothing": config.label_smoothing,
+            "z_loss": config.z_loss,
+        }
 
     def __call__(self, tokens: Array, *, record: Record | None = None, **attention: Any) -> Array:
         """Logits `[B, S, V]`, float32, of tokens `[B, S]`; arguments as for `hidden`."""

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import signal
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +11,7 @@ from finetune_llama import loss_by_transformers, small_llama, start_of, state_of
 from killed_training import save_and_die_at, train_and_die
 from planted_training_bugs import BUGS, planted
 from training_in_flax import train_in_flax
+from transformers import LlamaConfig
 
 from jax_seqpar.bridge import RankError
 from jax_seqpar.parity.training.jax_side import train_in_jax
@@ -103,12 +104,11 @@ def test_every_option_of_a_step(in_one_process, mesh, tiles):
     assert first_difference(in_one_process, steps) is None
 
 
-@pytest.mark.parametrize("option", [f.name for f in fields(Recipe)])
-def test_each_option_counts(in_one_process, option):
-    """Without any of them the first step has other bits."""
-    plain = {option: getattr(Recipe(), option)}
-    steps = train_on_ranks(replace(TRAINING, steps=1), Ranks(1, 1), recipe=replace(RECIPE, **plain))
-    assert first_difference(in_one_process[:1], steps) is not None
+def test_what_no_step_is_made_of_is_refused():
+    with pytest.raises(ValueError, match="micro_batches = 2 are added by exact arithmetic alone"):
+        train_in_flax(TRAINING, 1, 1, exact=False, recipe=RECIPE)
+    with pytest.raises(ValueError, match="Write a model whose embedding is tied"):
+        training_of(LlamaConfig(tie_word_embeddings=False))
 
 
 def test_a_llama_of_transformers_is_fine_tuned():

@@ -71,12 +71,13 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             self.graph, self.params = nnx.split(Decoder(config, placement, rngs=nnx.Rngs(0)))
         self.batch = TokenLayout(where.layout.on(self.mesh)).shard(TOKENS, segment_ids=SEGMENTS)
+        self.dropout_rng = jax.random.key(5) if config.dropout else None
         self.optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.3))
         self.update = jax.jit(self.step)
         self.gradient = jax.jit(jax.value_and_grad(self.loss))
 
     def loss(self, params, batch):
-        return nnx.merge(self.graph, params).loss(batch)
+        return nnx.merge(self.graph, params).loss(batch, dropout_rng=self.dropout_rng)
 
     def step(self, grads, moments, params):
         updates, moments = self.optimizer.update(grads, moments, params)
@@ -151,8 +152,10 @@ def test_loss_gradient_and_steps_are_those_of_one_device(alone, name, kind):
             assert compare_bits(np.asarray(first), np.asarray(shard.data)).equal
 
 
-def test_the_untied_vocabulary_and_a_window():
-    config = replace(CONFIG, tied=False, local_window_size=(6, 0))
+def test_the_untied_vocabulary_a_window_and_the_options_of_a_training():
+    """Dropout drops the same on any mesh."""
+    config = replace(CONFIG, tied=False, local_window_size=(6, 0), dropout=0.2)
+    config = replace(config, label_smoothing=0.1, z_loss=1e-2)
     one = Trainer(ALONE, KINDS[0], config)
     many = Trainer(PLACES["data 2, degree 4, FSDP"], KINDS[1], config)
     results = []

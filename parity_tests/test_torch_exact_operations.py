@@ -2,6 +2,7 @@
 
 import exact_training_oracle as oracle
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -384,7 +385,7 @@ def test_logits_of_16_bits_are_not_rounded_to_them():
 
 def test_keys_are_folded_as_jax_does():
     key = torch.tensor([7, 2**32 - 5])
-    words = [jax.random.wrap_key_data(key.numpy().astype(np.uint32))]
+    words = [jax.random.wrap_key_data(jnp.asarray(key.numpy(), jnp.uint32))]
     for number in (0, 3, 2**31):
         words.append(jax.random.fold_in(words[-1], np.uint32(number)))
         key = fold(key, number)

@@ -1,5 +1,7 @@
 """Exact training in PyTorch: one process, threads and ranks give every bit of every step."""
 
+from dataclasses import replace
+
 import exact_training_oracle as oracle
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from exact_training_inputs import numbers, rows
 from exact_training_runs import (
     BUGS,
     DECODER,
+    FULL,
     FULL_STEP,
     MESHES,
     OF_DROPOUT,
@@ -90,6 +93,19 @@ def test_ranks_with_every_option(every_option, ranks, mesh):
     """16 bits, dropout of activations and of attention weights, smoothing, two batches."""
     for rank in ranks:
         assert_same_bits(rank[f"{mesh}, every option"], every_option)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"decoder": replace(FULL, dtype=torch.float32)},
+        {"decoder": replace(FULL, dropout=0.0)},
+        {"label_smoothing": 0.0},
+    ],
+    ids=["32 bits", "no dropout", "no smoothing"],
+)
+def test_each_option_counts(every_option, other):
+    assert len(differing(exact_run(1, **FULL_STEP | other), every_option)) > 10
 
 
 def test_an_exponent_of_one_rank_is_found(one_step, ranks):

@@ -123,8 +123,8 @@ def integer_sums(
     Sums of several sets of terms add up, high to high and low to low, if the exponents are those of
     all terms, of which there are at most `MOST_TERMS`.
     """
-    on_grids = (jnp.rint(x * power_of_two(OPERAND_BITS - e)) for x, e in (a, b))
-    high, low, bits = (engine or float64_products)(letters, *on_grids, out_sharding)
+    x, y = (jnp.rint(x * power_of_two(OPERAND_BITS - e)) for x, e in (a, b))
+    high, low, bits = (engine or float64_products)(letters, x, y, out_sharding)
     return high * 2.0**bits, low
 
 

@@ -80,7 +80,7 @@ class Arithmetic:
         """
         kept = exact_dropout.kept_activations(x.shape, rate, rng, token_numbers(x, layout))
         c = jnp.asarray(threefry.inverse_keep_probability(rate), x.dtype)
-        return jnp.where(kept, x * c, jnp.zeros_like(x))
+        return jnp.where(kept, x * c, jnp.zeros((), x.dtype))
 
     def norm(self, layer: nnx.RMSNorm, x: Array) -> Array:
         """RMSNorm over the features."""

@@ -18,12 +18,12 @@ IGNORE_INDEX = -100
 
 
 class _Numbers(NamedTuple):
-    """The float32 numbers of a loss: e, `k = 1 - e`, c, and N, how many labels count."""
+    """The numbers of a loss: e, `1 - e` and c, float32, and N, how many labels count."""
 
     smoothing: float
     label: float
     z_loss: float
-    count: int
+    labels: int
 
 
 def cross_entropy(
@@ -120,7 +120,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.numbers, ctx.dtype = numbers, logits.dtype
         ctx.save_for_backward(p.float(), denominator, lse, counts, label)
         losses = torch.where(counts, loss, 0.0).flatten()
-        return divide(total(losses, 0, group), numbers.count)
+        return divide(total(losses, 0, group), numbers.labels)
 
     @staticmethod
     @once_differentiable
@@ -131,7 +131,7 @@ class _CrossEntropy(torch.autograd.Function):
         w = multiply(w, R(1 + 2 * numbers.z_loss * flush(lse)))
         is_label = torch.arange(V, device=p.device) == label
         q = add(divide(numbers.smoothing, V), torch.where(is_label, numbers.label, 0.0))
-        dz = multiply(subtract(w, q), multiply(divide(1.0, numbers.count), grad))
+        dz = multiply(subtract(w, q), multiply(divide(1.0, numbers.labels), grad))
         return narrow(torch.where(counts, dz, 0.0), ctx.dtype), None, None, None, None
 
 
