@@ -55,9 +55,8 @@ def test_ordinary_training_on_a_mesh_differs(alone):
     assert abs(alone[-1].loss - alone[0].loss) > 1e-2
 
 
-@pytest.mark.parametrize("ranks", [(1, 1), (2, 2)], ids=["one process", "2x2 ranks"])
-def test_pytorch_has_the_bits_of_jax(alone, ranks):
-    assert first_difference(alone, train_on_ranks(TRAINING, Ranks(*ranks))) is None
+def test_ranks_of_pytorch_have_the_bits_of_jax(alone):
+    assert first_difference(alone, train_on_ranks(TRAINING, Ranks(2, 2))) is None
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -92,16 +91,21 @@ def test_a_step_is_saved_to_the_bit(alone, tmp_path):
         newest_step(empty)
 
 
-@pytest.fixture(scope="module")
-def in_one_process(less_optimised) -> list[Step]:
-    return train_on_ranks(TRAINING, Ranks(1, 1), recipe=RECIPE)
+ON_MESHES = [
+    pytest.param((2, 4), 4, id="2x4, tiles"),
+    pytest.param((1, 1), 1, id="1", marks=pytest.mark.slow),  # one program more
+]
 
 
-@pytest.mark.parametrize(("mesh", "tiles"), [((1, 1), 1), ((2, 4), 4)], ids=["1", "2x4, tiles"])
-def test_every_option_of_a_step(in_one_process, mesh, tiles):
-    """16 bits, dropout, label smoothing, z-loss, two batches a step; tiles change no bit."""
+@pytest.mark.parametrize(("mesh", "tiles"), ON_MESHES)
+def test_every_option_of_a_step(mesh, tiles):
+    """16 bits, dropout, label smoothing, z-loss, two batches a step; tiles change no bit.
+
+    PyTorch's ranks are compared with its one process in `test_torch_exact_training.py`.
+    """
+    alone = train_on_ranks(TRAINING, Ranks(1, 1), recipe=RECIPE)
     steps = train_in_flax(TRAINING, *mesh, recipe=RECIPE, tiles=tiles)
-    assert first_difference(in_one_process, steps) is None
+    assert first_difference(alone, steps) is None
 
 
 def test_what_no_step_is_made_of_is_refused():
