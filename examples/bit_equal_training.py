@@ -63,12 +63,13 @@ def main(
     jax.config.update("jax_num_cpu_devices", 8)
     result, ordinary = _runs(Training(steps=steps), recipe, plant, folder, start)
     console = Console()
-    beside = {f"float32, {name}": run for name, run in ordinary.items()}
+    dtype = "bfloat16" if bfloat16 else "float32"
+    beside = {f"{dtype}, {name}": run for name, run in ordinary.items()}
     console.print(training_table(result, beside=beside))
     for line in training_summary(result):
         console.print(line, highlight=False)
     parted = first_difference(*ordinary.values())
-    console.print(f"float32 on two meshes: {parted or 'no bit differs'}", highlight=False)
+    console.print(f"{dtype} on two meshes: {parted or 'no bit differs'}", highlight=False)
     if png is not None:
         curves = {**result.runs, **beside}
         plot({name: [float(s.loss) for s in run] for name, run in curves.items()}, png)
