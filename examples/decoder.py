@@ -26,7 +26,7 @@ from jax_seqpar.flax import (
 )
 from jax_seqpar.mesh_layout import MeshAxes
 from jax_seqpar.strategies import Strategy
-from jax_seqpar.training import Batch, map_tiles
+from jax_seqpar.training import Batch, map_tiles, offload_policy, offloaded
 
 Sharding = Mapping[str, MeshAxes]
 Record = Callable[[str, Array], None]
@@ -75,6 +75,7 @@ class Placement:
       tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole. In
         exact arithmetic of the loss alone: the MLP's gradients are sums over all tokens.
       remat: computes each block again for the gradient, instead of keeping what is in it.
+      offload: with remat, keeps the inputs of the blocks in the memory of the host.
       dtype: of the computation; parameters are float32.
       arithmetic: of all layers; `ExactArithmetic()` has the same bits on every mesh.
     """
@@ -85,8 +86,16 @@ class Placement:
     sharding: Sharding | None = None
     tiles: int = 1
     remat: bool = False
+    offload: bool = False
     dtype: Any = jnp.float32
     arithmetic: Arithmetic = Arithmetic()
+
+    def __post_init__(self) -> None:
+        if self.offload and not self.remat:
+            raise ValueError(
+                "offload = True keeps the inputs of blocks that are computed again, and "
+                "remat = False computes none. Write remat=True."
+            )
 
     @property
     def parameters(self) -> ParameterOptions:
@@ -225,15 +234,18 @@ class Decoder(nnx.Module):
         x = arithmetic.embed(table, tokens, layout=layout, dtype=self.place.dtype)
         note: Record = record or (lambda name, x: None)
         note("embedding", x)
+        # What is recorded would leave the recomputed part.
+        again = self.place.remat and record is None and not attention.get("decode")
+        offload = again and self.place.offload
+        policy = offload_policy if offload else None
         for i, block in enumerate(self.blocks):
 
             def run(block: Block, x: Array, i: int = i) -> Array:
                 key = None if dropout_rng is None else jax.random.fold_in(dropout_rng, i)
+                x = offloaded(x, layout=layout) if offload else x
                 return block(x, lambda name, y: note(f"layers.{i}/{name}", y), key, **attention)
 
-            # What is recorded would leave the recomputed part.
-            again = self.place.remat and record is None and not attention.get("decode")
-            x = (nnx.remat(run) if again else run)(block, x)
+            x = (nnx.remat(run, policy=policy) if again else run)(block, x)
             note(f"layers.{i}/output", x)
         x = arithmetic.norm(self.norm, x)
         note("norm", x)

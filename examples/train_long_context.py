@@ -80,6 +80,7 @@ class Run:
     order: str = "contiguous"
     fsdp: bool = False
     tiles: int = 1
+    offload: bool = False
     seed: int = 0
     save_every: int = 20
     exact: bool = False
@@ -140,6 +141,8 @@ def train(
         strategy=STRATEGY[run.strategy],
         sharding=sharding,
         tiles=run.tiles,
+        remat=run.offload,
+        offload=run.offload,
         arithmetic=ExactArithmetic() if run.exact else Arithmetic(),
     )
     optimizer = _optimizer(run)
@@ -236,6 +239,7 @@ def main(
     fsdp: Annotated[bool, typer.Option(help="Share the parameters, too.")] = False,
     exact: Annotated[bool, typer.Option(help="The same bits on any mesh and processes.")] = False,
     tiles: Annotated[int, typer.Option(min=1, help="In MLP and loss, to save memory.")] = 1,
+    offload: Annotated[bool, typer.Option(help="Inputs of layers to the host's memory.")] = False,
     layers: Annotated[int, typer.Option(min=1)] = 4,
     features: Annotated[int, typer.Option(min=8)] = 128,
     folder: Annotated[Path | None, typer.Option(help="Of checkpoints and the plot.")] = None,
@@ -290,6 +294,7 @@ def main(
         order=order,
         fsdp=fsdp,
         tiles=tiles,
+        offload=offload,
         save_every=save_every,
         exact=exact,
     )

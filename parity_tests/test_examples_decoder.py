@@ -19,6 +19,7 @@ from flax import nnx
 from jax_seqpar import Blockwise, MeshLayout, Ring, Zigzag, dense_attention
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.plan import collectives
+from jax_seqpar.plan.count import count
 from jax_seqpar.training import TokenLayout
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
@@ -164,6 +165,30 @@ def test_the_untied_vocabulary_a_window_and_the_options_of_a_training():
             results.append(trainer.gradient(trainer.params, trainer.batch))
     assert_close(flat(results[1][1]), flat(results[0][1]), 120)
     assert any("unembedding" in str(path) for path in flat(results[0][1]))
+
+
+@pytest.mark.filterwarnings("ignore:offloaded")
+@pytest.mark.parametrize("kind", KINDS)
+def test_offloading_changes_no_bit(kind):
+    """Each device writes the input of every block to the host, and reads it back."""
+    where, options = PLACES["data 2, degree 4, tiles, remat"]
+    results = []
+    for offload in (False, True):
+        trainer = Trainer((where, options | {"sharding": FSDP, "offload": offload}), kind)
+        with jax.set_mesh(trainer.mesh):
+            traced = trainer.gradient.trace(trainer.params, trainer.batch)
+            results.append(trainer.gradient(trainer.params, trainer.batch))
+        moved = count(traced.jaxpr, trainer.mesh.shape).to_host
+        padded = 32  # of 30 tokens, which four devices do not divide
+        block = 4 * padded * SIZES["features"] * 4 // 8  # bytes of a device
+        assert moved == (CONFIG.layers * block if offload else 0)
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert compare_bits(np.asarray(a), np.asarray(b)).equal
+
+
+def test_offloading_is_of_what_is_computed_again():
+    with pytest.raises(ValueError, match=r"remat = False computes none. Write remat=True"):
+        Placement(offload=True)
 
 
 @pytest.mark.usefixtures("optimised")

@@ -61,8 +61,10 @@ def test_a_decoder_for_simulated_devices(tmp_path):
 def test_in_80_columns_nothing_is_cut(tmp_path):
     """A terminal as it opens: names are folded, and every number is there."""
     options = ("--topology", "cpu:8", "--mesh", "data=2,seq=4", "--tokens", "64", "--train")
-    result = seqpar("decoder", *options, *DECODER, columns=80)
+    result = seqpar("decoder", *options, *DECODER, "--offload", columns=80)
     assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "nothing was moved to the host: the compiler keeps it in the memory of the CPUs" in said
     assert "\u2026" not in result.output
     rows = [line.split() for line in result.output.splitlines()]
     assert ["all-to-all", "seq", "program", "12", "0.000", "0.000", "12", "0", "0"] in rows
@@ -123,6 +125,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(
+    "options", (("layer", "--train"), ("decoder",), ("examples/plan_decoder.py:train_step",))
+)
+def test_an_offload_without_layers_inputs(options):
+    result = seqpar(*options, "--topology", "v5e:2x4", "--offload")
+    refused(result, f"and {options[0]} has none. Write decoder --train --offload")
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_what_is_refused_at_once(options, message):
     refused(seqpar("layer", *options), message)

@@ -74,6 +74,16 @@ def test_the_collectives_of_a_train_step():
     assert row.compiled is None
 
 
+def test_what_a_train_step_offloads():
+    """The input of every layer, once; nothing else of the step changes."""
+    whole, offloaded = (Decoder(TOKENS, layers=3, offload=x) for x in (False, True))
+    plans = [counted(DecoderStep(x)) for x in (whole, offloaded)]
+    block = 3 * TOKENS // 16 * whole.features * 2 / 1e9
+    note = f"{block:.3f} GB go to the memory of each device's host and come back"
+    assert [any(note in x for x in plan.notes) for plan in plans] == [False, True]
+    assert (plans[0].parts, plans[0].kernels) == (plans[1].parts, plans[1].kernels)
+
+
 def test_the_decoder_of_the_examples_has_kernels_for_tpus():
     """From a machine with CPUs alone: the topology says which."""
     assert jax.default_backend() == "cpu"
@@ -230,6 +240,7 @@ def shaped_on(machine: Machine, shape: Any) -> Any:
         (lambda: Machine("v9:2x2", 1, {"seq": 4}), r"'v9' that the table .* lacks. Write v4"),
         (lambda: Machine("v5e:2x4", 1, {"seq": 4}), r"does not have the 8 devices .* is 8"),
         (lambda: Machine("nobody.json:8", 1, {"seq": 8}), r"not the description of a GPU"),
+        (lambda: Decoder(64, train=False, offload=True), r"has none. Write train=True"),
         (lambda: Given(len, ()).sized(8), r"len has shapes of its own, .* 8 tokens. Write"),
         (lambda: FromFile("nowhere.py", "f").build(), r"no file 'nowhere.py'. Write FILE.py"),
         (lambda: FromFile("examples/plan_decoder.py", "f").build(), r"no function 'f'. Write"),
@@ -247,4 +258,4 @@ def test_shapes_in_a_file_of_a_decoder_keep_their_sharding():
         (weights, *_), tokens, _ = DecoderStep(replace(Decoder(64), features=32)).build()[1]
     assert x.sharding.spec == PartitionSpec(None, "seq")
     assert tokens.sharding.spec == MeshLayout().token_spec
-    assert weights["layers"][0]["q"].sharding.spec == PartitionSpec(("seq",), None, None)
+    assert weights["layers"]["q"].sharding.spec == PartitionSpec(None, ("seq",), None, None)

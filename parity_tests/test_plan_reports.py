@@ -10,9 +10,9 @@ from jax_seqpar.chips import CHIPS, Chip
 from jax_seqpar.cli.plan_chart import chart
 from jax_seqpar.cli.plan_command import layout_of
 from jax_seqpar.cli.plan_sizes import mesh_of, size_of, tokens_as_text
-from jax_seqpar.cli.plan_table import sweep_table, verdict
+from jax_seqpar.cli.plan_table import memory_table, sweep_table, verdict
 from jax_seqpar.plan import Plan
-from jax_seqpar.plan.answer import OUT_OF_MEMORY
+from jax_seqpar.plan.answer import OUT_OF_MEMORY, _without_program
 from jax_seqpar.plan.collective_rows import Collective, collectives_of
 from jax_seqpar.plan.compiled_text import Copies, layout_copies
 from jax_seqpar.plan.count import Sent
@@ -159,6 +159,14 @@ def test_a_plan_fits_by_its_peak():
     assert "fits: peak 0.00 of 0.00 GiB on each device (95 %)" in verdict(plan_of(1, peak=950))
 
 
+def test_the_memory_of_the_host_is_apart():
+    plan = replace(plan_of(1, peak=950), memory=Memory(950, 1, 1, 1, 0, host=3 << 30))
+    assert plan.fits is True
+    assert verdict(plan).endswith("(95 %), if its host has 3.00 GiB for it")
+    rows = [list(memory_table(x).columns[0].cells) for x in (plan, plan_of(1, peak=950))]
+    assert rows[0] == [*rows[1], "in its host"]
+
+
 def test_a_transfer_under_a_kernel_is_not_exposed():
     row = Collective("all-to-all", ("seq",), 2, 20.0, 0.0, True, compiled=2, hidden=1)
     plan = plan_of(1, peak=1, collectives=(row,), parts=(part("a", 500.0, 1.0, 20.0, 0.0, CHIP),))
@@ -199,6 +207,19 @@ def test_the_largest_is_that_of_brute_force(limit, curve):
     assert {answer, answer + 16} <= set(asked)
 
 
+@pytest.mark.parametrize("host", (100, 64, 900, 1200))
+def test_the_largest_by_the_memory_of_the_host(host):
+    """Which is full before or after that of the devices, whose line goes through 600 tokens."""
+
+    def plan(tokens: int) -> Plan:
+        found = plan_of(tokens, peak=100 + tokens * 3 // 2)
+        if tokens > host:
+            return replace(found, memory=None, needed_of_host=tokens)
+        return found if found.fits else replace(found, memory=None, needed=100 + tokens * 3 // 2)
+
+    assert largest(plan, 64, 16)[0] == min(host, 600) // 16 * 16
+
+
 def test_nothing_fits():
     def plan(tokens: int) -> Plan:
         return replace(plan_of(tokens, peak=1), memory=None, needed=2000 + tokens)
@@ -230,6 +251,19 @@ def test_the_words_of_a_compiler_without_memory(said, needed):
     match = OUT_OF_MEMORY.search(said)
     assert match is not None
     assert (match[1] or match[3], match[2] or match[4]) == needed
+
+
+def test_the_words_of_a_compiler_whose_host_is_full():
+    said = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "host. Used 165.00G of 128.00G host. Exceeded host capacity by 37.00G.\n  Largest program"
+    )
+    plan = _without_program(plan_of(1, peak=1), said)
+    assert (plan.needed, plan.needed_of_host, plan.fits) == (None, 165 << 30, False)
+    assert plan.failure == (
+        "out of the host's memory: a device needs 165.00 GiB of the 128.00 GiB that the compiler "
+        "grants it"
+    )
 
 
 def test_a_chart_is_drawn(tmp_path):

@@ -29,6 +29,8 @@ DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 STRATEGIES: dict[str, Strategy] = {
     "ulysses": Ulysses(),
     "ulysses-2": Ulysses(2),
+    "ulysses-4": Ulysses(4),
+    "ulysses-4-in-turn": Ulysses(4, overlap=False),
     "ring": Ring(),
     "all-gather": AllGatherKV(),
     "hybrid-ring": Hybrid(Ring()),
@@ -61,6 +63,9 @@ def plan(
     hidden: Annotated[int, typer.Option(help="Features of the decoder's MLP.")] = 14336,
     vocabulary: Annotated[str, typer.Option(help="Of the decoder.")] = "128256",
     tiles: Annotated[int, typer.Option(help="Of a device's tokens, in MLP and loss.")] = 16,
+    offload: Annotated[
+        bool, typer.Option(help="The inputs of the decoder's layers, to the host's memory.")
+    ] = False,
     find_largest: Annotated[
         bool, typer.Option("--largest", help="The longest sequence that fits.")
     ] = False,
@@ -95,7 +100,7 @@ def plan(
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         _stop(str(error))
     for one in plans:
-        if one.failure is not None and (against is None or one.needed is None):
+        if one.failure is not None and (against is None or one.fits is None):
             _stop(one.failure)
 
 
@@ -128,6 +133,11 @@ class _Question:
             if given["sweep"] is None and not given["find_largest"]:
                 raise ValueError(f"--png {given['png']} needs several plans. Add --sweep tokens.")
             require_matplotlib()
+        if given["offload"] and (given["what"] != "decoder" or not given["train"]):
+            raise ValueError(
+                f"--offload keeps the layers' inputs of a train step, and {given['what']} "
+                f"has none. Write decoder --train --offload."
+            )
         if not 0 < given["timeout"] < float("inf"):
             raise ValueError(f"--timeout {given['timeout']} is no time. Write --timeout 600.")
         self.strategy = named[given["strategy"]]
@@ -202,7 +212,9 @@ class _Question:
 
     def _decoder(self, layer: AttentionLayer) -> Decoder:
         of_layer = {name: getattr(layer, name) for name in layer.__dataclass_fields__}
-        sizes = {name: self.given[name] for name in ("layers", "features", "hidden", "tiles")}
+        sizes = {
+            name: self.given[name] for name in ("layers", "features", "hidden", "tiles", "offload")
+        }
         return Decoder(**of_layer, **sizes, vocabulary=size_of(self.given["vocabulary"]))
 
 

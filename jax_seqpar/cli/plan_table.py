@@ -41,9 +41,10 @@ def verdict(plan: Plan) -> str:
     if plan.fits is None:
         return f"peak {_gib(plan.memory.peak)} GiB on each device, whose memory is not known"
     word = "fits" if plan.fits else "does not fit"
+    host = f", if its host has {_gib(plan.memory.host)} GiB for it" if plan.memory.host else ""
     return (
         f"{word}: peak {_gib(plan.memory.peak)} of {_gib(plan.chip.memory)} GiB on each device "
-        f"({100 * plan.memory.peak / plan.chip.memory:.0f} %)"
+        f"({100 * plan.memory.peak / plan.chip.memory:.0f} %){host}"
     )
 
 
@@ -53,6 +54,8 @@ def memory_table(plan: Plan) -> Table:
     table = _table("memory of a device", "GiB")
     for name in ("peak", "arguments", "temporaries", "results", "donated"):
         table.add_row(name, _gib(getattr(memory, name)))
+    if memory.host:
+        table.add_row("in its host", _gib(memory.host))
     return table
 
 

@@ -28,6 +28,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 OUT_OF_MEMORY = re.compile(
     r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
 )
+OUT_OF_HOST_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) host\.")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def answer(request: Request) -> Plan:
     text = compiled.as_text() or ""
     _dump(request.dump, "compiled.txt", lambda: text)
     plan = replace(plan, memory=_memory(compiled), copies=layout_copies(text))
-    return _with_transfers(plan, counts, text, machine, plan.notes)
+    return _with_transfers(plan, counts, text, machine, plan.notes + _left_on_devices(counts, plan))
 
 
 def versions() -> dict[str, str]:
@@ -164,7 +165,22 @@ def _notes(counts: Counts, request: Request) -> tuple[str, ...]:
             f"{counts.whole_grids} kernels may skip blocks that are counted: FLOPs are an upper "
             f"bound"
         )
+    if counts.to_host:
+        found.append(
+            f"{counts.to_host / 1e9:.3f} GB go to the memory of each device's host and come back, "
+            f"in no line of these tables"
+        )
     return tuple(found)
+
+
+def _left_on_devices(counts: Counts, plan: Plan) -> tuple[str, ...]:
+    """What the program asks the host to keep, where the compiler does not do so."""
+    if not counts.to_host or plan.memory is None or plan.memory.host:
+        return ()
+    where = (
+        "CPUs, whose memory is that of the host" if plan.topology.startswith("cpu") else "devices"
+    )
+    return (f"nothing was moved to the host: the compiler keeps it in the memory of the {where}",)
 
 
 def _with_transfers(
@@ -186,28 +202,41 @@ def _memory(compiled: Any) -> Memory | None:
     if found is None:
         return None
     return Memory(
-        found.peak_memory_in_bytes,
+        # libtpu 0.0.42.1 adds the host's: it states 27.5 GiB of a program with 24 GiB on the host,
+        # which it compiles for chips of 15.75 GiB.
+        found.peak_memory_in_bytes - found.host_temp_size_in_bytes,
         found.argument_size_in_bytes,
         found.temp_size_in_bytes,
         found.output_size_in_bytes,
         found.alias_size_in_bytes,
+        found.host_temp_size_in_bytes,
     )
 
 
 def _without_program(plan: Plan, error: str) -> Plan:
     """The plan of a program that the compiler refused: too large, mostly."""
+    if (said := re.search(OUT_OF_HOST_MEMORY, error)) is not None:
+        needed, most = _bytes(said[1], said[2]), _bytes(said[3], said[4])
+        sentence = (
+            f"out of the host's memory: a device needs {needed / 2**30:.2f} GiB of the "
+            f"{most / 2**30:.2f} GiB that the compiler grants it"
+        )
+        return replace(plan, needed_of_host=needed, failure=sentence)
     said = re.search(OUT_OF_MEMORY, error)
     if "RESOURCE_EXHAUSTED" not in error:
         return replace(plan, failure=f"the compiler refused the program: {first_line(error)}")
     if said is None:
         return replace(plan, failure=f"out of memory: {first_line(error)}")
-    number, unit = said[1] or said[3], said[2] or said[4]
-    needed = int(float(number) * UNITS[unit or ""])
+    needed = _bytes(said[1] or said[3], said[2] or said[4])
     sentence = (
         f"out of memory: a device needs {needed / 2**30:.2f} GiB of the "
         f"{plan.chip.memory / 2**30:.2f} GiB of a {plan.chip.name}"
     )
     return replace(plan, needed=needed, failure=sentence)
+
+
+def _bytes(number: str, unit: str | None) -> int:
+    return int(float(number) * UNITS[unit or ""])
 
 
 def first_line(text: str) -> str:

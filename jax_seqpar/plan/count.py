@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from .kernel_counts import Kernel, kernel_of
@@ -73,6 +74,7 @@ class Counts:
       kernels: calls by name.
       open_loops: loops whose length nobody knows before they run; their body counts once.
       whole_grids: kernels of which it is not known which blocks they skip; all count.
+      to_host: bytes that are copied to the memory of the host.
     """
 
     flops: dict[str, float] = field(default_factory=dict)
@@ -81,9 +83,10 @@ class Counts:
     kernels: dict[str, int] = field(default_factory=dict)
     open_loops: int = 0
     whole_grids: int = 0
+    to_host: float = 0.0
 
     def add(self, other: "Counts") -> None:
-        for name in ("flops", "bytes", "sent", "kernels", "open_loops", "whole_grids"):
+        for name in ("flops", "bytes", "sent", "kernels", "open_loops", "whole_grids", "to_host"):
             mine, more = getattr(self, name), getattr(other, name)
             if isinstance(mine, dict):
                 for key, number in more.items():
@@ -150,6 +153,9 @@ class _Walk:
             return _collective(equation, place)
         if (kernel := kernel_of(equation, self.value)) is not None:
             return _kernel(kernel, place)
+        if name == "device_put" and jax.memory.Space.Host in params["devices"]:
+            moved = sum(nbytes(x.aval) for x in equation.invars)
+            return Counts(to_host=moved * place.times * place.share)
         if name in SAME:
             for inside, outside in zip(equation.invars, equation.outvars, strict=False):
                 self.learn(outside, self.value(inside))

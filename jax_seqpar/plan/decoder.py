@@ -19,7 +19,7 @@ from .._checks import Shape
 from ..attention import dot_product_attention
 from ..mesh_layout import MeshLayout
 from ..strategies import Strategy, Ulysses
-from ..training import map_tiles, tiled_cross_entropy
+from ..training import map_tiles, offload_policy, offloaded, tiled_cross_entropy
 
 Weights = dict[str, Any]
 MOMENTUM, SECOND, RATE, TINY = 0.9, 0.95, 3e-4, 1e-8
@@ -34,6 +34,7 @@ class Decoder:
       tiles: of a device's tokens in MLP and loss.
       train: a step of Adam with each layer computed again for its gradient; otherwise the loss.
       layout, strategy, kernel: of the attention; the kernel is that of the mesh's platform if None.
+      offload: keeps the layers' inputs in the memory of the host for their gradients.
     """
 
     tokens: int
@@ -51,10 +52,19 @@ class Decoder:
     layout: MeshLayout = MeshLayout()
     strategy: Strategy = Ulysses()
     kernel: Any = None
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.offload and not self.train:
+            raise ValueError(
+                "offload = True keeps the inputs of layers for their gradients, of which the loss "
+                "alone has none. Write train=True."
+            )
 
     def build(self) -> tuple[Any, tuple[Any, ...]]:
         """The function and the shapes of its arguments, under `jax.set_mesh`."""
         weights = jax.tree.map(self._shape_of_weight, self._sizes(), is_leaf=_is_size)
+        weights["layers"] = jax.tree.map(self._of_all_layers, weights["layers"])
         tokens = shaped((self.batch, self.tokens), jnp.int32, self.layout.token_spec)
         if not self.train:
             return self.loss, (weights, tokens, tokens)
@@ -77,9 +87,11 @@ class Decoder:
         with jax.named_scope("embedding"):
             table = self._whole(weights["embedding"])
             x = map_tiles(lambda t, n: t[n], table, tokens, tiles=1, layout=self.layout)
-        layer = jax.checkpoint(self.layer) if self.train else self.layer
-        for weights_of_layer in weights["layers"]:
-            x = layer(weights_of_layer, x)
+        layer, policy = self.layer, offload_policy if self.offload else None
+        if self.train:
+            # XLA unrolls a loop of one layer, and then keeps what it finds computed twice.
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=self.layers == 1)
+        x, _ = jax.lax.scan(lambda x, w: (layer(w, x), None), x, weights["layers"])
         with jax.named_scope("loss"):
             x = _norm(x, weights["norm"])
             options = {"tiles": self.tiles, "layout": self.layout}
@@ -88,6 +100,7 @@ class Decoder:
     def layer(self, weights: Weights, x: Array) -> Array:
         """Attention and MLP, each on the normed sum of all that came before."""
         with jax.named_scope("layer/projections"):
+            x = offloaded(x, layout=self.layout) if self.offload else x
             normed = _norm(x, weights["attention_norm"])
             q, k, v = (
                 jnp.einsum("BSD,DNH->BSNH", normed, self._whole(weights[name])) for name in "qkv"
@@ -122,7 +135,7 @@ class Decoder:
             **{"gate": (D, F), "up": (D, F), "down": (F, D)},
         }
         outside = {"embedding": (V, D), "unembedding": (D, V), "norm": (D,)}
-        return {**outside, "layers": [layer for _ in range(self.layers)]}
+        return {**outside, "layers": layer}
 
     def _shape_of_weight(self, size: tuple[int, ...]) -> Any:
         """Float32, its features over all mesh axes of batch and tokens."""
@@ -131,6 +144,11 @@ class Decoder:
         if spec.count(axes) > 1:  # F or V of the size of D
             spec = [axes, *[None] * (len(size) - 1)]
         return shaped(size, jnp.float32, PartitionSpec(*spec))
+
+    def _of_all_layers(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """A weight of each layer, `[layers, ...]`, sharded as one of them is."""
+        spec: Any = x.sharding and x.sharding.spec
+        return shaped((self.layers, *x.shape), x.dtype, PartitionSpec(None, *spec))
 
     def _whole(self, weight: Array) -> Array:
         """A weight, gathered in the dtype of the computation."""

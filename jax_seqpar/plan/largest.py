@@ -47,10 +47,12 @@ def largest(plan_of: Callable[[int], Plan], start: int, step: int) -> tuple[int,
 
 def _next_guess(plans: list[Plan], fits: int, fails: int | None, step: int) -> int:
     """Tokens to try: where the line says, and where it was wrong too often, halfway."""
-    predicted = int(predict(plans) // step) * step
+    known = [x for x in plans if x.needed_of_host is None]
+    predicted = int(predict(known) // step) * step if known else 0
     if fails is None:
         return predicted if predicted > fits else fits + step * 2 ** (len(plans) // 2 - 1)
-    if len(plans) > TRUSTED:
+    # The memory of the host is on no line through those of devices.
+    if len(plans) > TRUSTED or any(x.needed_of_host for x in plans):
         return fits + (fails - fits) // (2 * step) * step
     return min(max(predicted, fits + step), fails - step)
 

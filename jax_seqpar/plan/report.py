@@ -20,6 +20,7 @@ class Memory:
         there at the same time, and what is donated is counted once.
       arguments, temporaries, results: of the program.
       donated: of the results, those that take the place of arguments.
+      host: bytes of the device's host, for what the program keeps there; in none of the others.
     """
 
     peak: int
@@ -27,6 +28,7 @@ class Memory:
     temporaries: int
     results: int
     donated: int
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Plan:
       tokens: of a sequence, where the question has them.
       memory: None unless it was compiled.
       needed: bytes that the compiler missed memory for, where it ran out of it.
+      needed_of_host: the same of the memory of a device's host.
       failure: why there is no answer, in one sentence; None if there is one.
       collectives, kernels, parts: kernels are calls by name, all loops multiplied out.
       copies: only of TPUs.
@@ -76,6 +79,7 @@ class Plan:
     tokens: int | None = None
     memory: Memory | None = None
     needed: int | None = None
+    needed_of_host: int | None = None
     failure: str | None = None
     collectives: tuple[Collective, ...] = ()
     kernels: dict[str, int] = field(default_factory=dict)
@@ -89,7 +93,7 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """Whether the peak is within the chip's memory; None if nothing was compiled."""
-        if self.needed is not None:
+        if self.needed is not None or self.needed_of_host is not None:
             return False
         if self.memory is None or not self.chip.memory:
             return None

@@ -18,5 +18,7 @@ from .loss import IGNORE as IGNORE
 from .loss import cross_entropy as cross_entropy
 from .loss import tiled_cross_entropy as tiled_cross_entropy
 from .micro_batches import micro_batches as micro_batches
+from .offload import offload_policy as offload_policy
+from .offload import offloaded as offloaded
 from .packing import pack_documents as pack_documents
 from .tiles import map_tiles as map_tiles
