@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -157,6 +158,51 @@ def test_a_sentence_where_there_is_no_answer(options, message):
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert result.output.count("\n") == 1
+
+
+# 28 layers in a scan, whose inputs have 4 GiB on a device: libtpu aborts on a copy of that size.
+OFFLOADED = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jax_seqpar import MeshLayout
+from jax_seqpar.training import offload_policy, offloaded
+
+def step(tokens):
+    def layer(x, weight):
+        return jnp.tanh(jnp.einsum("BSD,DE->BSE", offloaded(x), weight)), None
+
+    def loss(weights, x):
+        x, _ = jax.lax.scan(jax.checkpoint(layer, policy=offload_policy), x, weights)
+        return (x.astype(jnp.float32) ** 2).sum()
+
+    def shaped(shape, spec):
+        mesh = jax.sharding.get_abstract_mesh()
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+    weights = shaped((28, 256, 256), PartitionSpec())
+    return jax.grad(loss), (weights, shaped((1, tokens, 256), MeshLayout().token_spec))
+"""
+
+
+def test_what_is_offloaded_lies_on_the_host(tmp_path):
+    """112 GiB, more than a chip has; and in the compiled program's own memory of the host."""
+    machine = Machine("v5p:2x2x1", 1, {"seq": 4})
+    file, tokens = tmp_path / "mine.py", 1 << 25
+    file.write_text(OFFLOADED)
+    made = ask(Request(FromFile(str(file), "step", tokens), machine, dump=str(tmp_path)))
+    assert made.failure is None
+    assert made.memory is not None
+    block = tokens // 4 * 256 * 2
+    assert made.memory.host == 28 * block == 112 << 30
+    assert made.memory.arguments + block <= made.memory.peak <= 7 * block
+    assert made.fits is True
+    assert made.notes[0].startswith(f"{28 * block / 1e9:.3f} GB go to the memory of each device's")
+    assert not any("nothing was moved" in note for note in made.notes)
+    kept = re.findall(
+        r"bf16\[28,1,8388608,(\d+)\]\S*S\(5\)\S* custom-call\(\)",
+        (tmp_path / "compiled.txt").read_text(),
+    )
+    assert sum(map(int, kept)) == 256
 
 
 @pytest.mark.slow

@@ -162,7 +162,9 @@ def test_a_plan_fits_by_its_peak():
 def test_the_memory_of_the_host_is_apart():
     plan = replace(plan_of(1, peak=950), memory=Memory(950, 1, 1, 1, 0, host=3 << 30))
     assert plan.fits is True
-    assert verdict(plan).endswith("(95 %), if its host has 3.00 GiB for it")
+    assert verdict(plan) == (
+        "fits: peak at most 0.00 of 0.00 GiB on each device (95 %), if its host has 3.00 GiB for it"
+    )
     rows = [list(memory_table(x).columns[0].cells) for x in (plan, plan_of(1, peak=950))]
     assert rows[0] == [*rows[1], "in its host"]
 

@@ -41,9 +41,12 @@ def verdict(plan: Plan) -> str:
     if plan.fits is None:
         return f"peak {_gib(plan.memory.peak)} GiB on each device, whose memory is not known"
     word = "fits" if plan.fits else "does not fit"
-    host = f", if its host has {_gib(plan.memory.host)} GiB for it" if plan.memory.host else ""
+    bound, host = "", ""
+    if plan.memory.host:
+        bound, host = "at most ", f", if its host has {_gib(plan.memory.host)} GiB for it"
+    peak, most = _gib(plan.memory.peak), _gib(plan.chip.memory)
     return (
-        f"{word}: peak {_gib(plan.memory.peak)} of {_gib(plan.chip.memory)} GiB on each device "
+        f"{word}: peak {bound}{peak} of {most} GiB on each device "
         f"({100 * plan.memory.peak / plan.chip.memory:.0f} %){host}"
     )
 

@@ -94,7 +94,7 @@ def answer(request: Request) -> Plan:
                 return _without_program(plan, str(error))
     text = compiled.as_text() or ""
     _dump(request.dump, "compiled.txt", lambda: text)
-    plan = replace(plan, memory=_memory(compiled), copies=layout_copies(text))
+    plan = replace(plan, memory=_memory(compiled, machine), copies=layout_copies(text))
     return _with_transfers(plan, counts, text, machine, plan.notes + _left_on_devices(counts, plan))
 
 
@@ -197,19 +197,26 @@ def _with_transfers(
     return replace(plan, collectives=rows, parts=parts(counts, received, plan.chip), notes=notes)
 
 
-def _memory(compiled: Any) -> Memory | None:
+def _memory(compiled: Any, machine: Machine) -> Memory | None:
     found = compiled.memory_analysis()
     if found is None:
         return None
+    peak, host = found.peak_memory_in_bytes, found.host_temp_size_in_bytes
+    if host:
+        # XLA states the larger of the peaks in both memories: 27.5 GiB of a program of 3.5 GiB of
+        # arguments and results with 24 GiB on the host, compiled for chips of 15.75 GiB. The device
+        # has no more than all at once, nor, on a TPU, than the compiler would have accepted.
+        held = found.argument_size_in_bytes + found.temp_size_in_bytes
+        held += found.output_size_in_bytes - found.alias_size_in_bytes
+        accepted = machine.chip.memory if machine.platform == "tpu" else held
+        peak = int(min(peak, held, accepted or held))
     return Memory(
-        # libtpu 0.0.42.1 adds the host's: it states 27.5 GiB of a program with 24 GiB on the host,
-        # which it compiles for chips of 15.75 GiB.
-        found.peak_memory_in_bytes - found.host_temp_size_in_bytes,
+        peak,
         found.argument_size_in_bytes,
         found.temp_size_in_bytes,
         found.output_size_in_bytes,
         found.alias_size_in_bytes,
-        found.host_temp_size_in_bytes,
+        host,
     )
 
 

@@ -21,6 +21,7 @@ class Memory:
       arguments, temporaries, results: of the program.
       donated: of the results, those that take the place of arguments.
       host: bytes of the device's host, for what the program keeps there; in none of the others.
+        With them the compiler states no peak of the device, and `peak` is a bound of it.
     """
 
     peak: int
