@@ -171,8 +171,10 @@ def test_the_command_writes_a_plot(tmp_path):
         "1",
         "--features",
         "32",
+        "--offload",
     ]
-    result = CliRunner().invoke(app, [str(file), *options, "--folder", str(tmp_path / "run")])
+    with pytest.warns(UserWarning, match=r"on CPUs .* nothing moves"):
+        result = CliRunner().invoke(app, [str(file), *options, "--folder", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     assert len(json.loads((tmp_path / "run" / "losses.json").read_text())) == 2
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")

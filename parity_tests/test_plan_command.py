@@ -124,7 +124,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize(
     "options", (("layer", "--train"), ("decoder",), ("examples/plan_decoder.py:train_step",))
 )
@@ -133,6 +132,7 @@ def test_an_offload_without_layers_inputs(options):
     refused(result, f"and {options[0]} has none. Write decoder --train --offload")
 
 
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_what_is_refused_at_once(options, message):
     refused(seqpar("layer", *options), message)
