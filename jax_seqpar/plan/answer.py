@@ -26,9 +26,13 @@ from .transfers import across_slices, transfers
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # libtpu's two sentences, of temporaries alone and of all.
 OUT_OF_MEMORY = re.compile(
-    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
+    r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(|Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm"
 )
-OUT_OF_HOST_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) host\.")
+# Of all together, and of the single array that is too large.
+OUT_OF_HOST_MEMORY = re.compile(
+    r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) host\."
+    r"|\(size=(\d+)\) would exceed memory \(size=(\d+)\) :: \S+ = \S+\.host "
+)
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ def _memory(compiled: Any, machine: Machine) -> Memory | None:
 def _without_program(plan: Plan, error: str) -> Plan:
     """The plan of a program that the compiler refused: too large, mostly."""
     if (said := re.search(OUT_OF_HOST_MEMORY, error)) is not None:
-        needed, most = _bytes(said[1], said[2]), _bytes(said[3], said[4])
+        needed, most = _bytes(said[1] or said[3]), _bytes(said[2] or said[4])
         sentence = (
             f"out of the host's memory: a device needs {needed / 2**30:.2f} GiB of the "
             f"{most / 2**30:.2f} GiB that the compiler grants it"
@@ -234,7 +238,7 @@ def _without_program(plan: Plan, error: str) -> Plan:
         return replace(plan, failure=f"the compiler refused the program: {first_line(error)}")
     if said is None:
         return replace(plan, failure=f"out of memory: {first_line(error)}")
-    needed = _bytes(said[1] or said[3], said[2] or said[4])
+    needed = _bytes(said[1] or said[2])
     sentence = (
         f"out of memory: a device needs {needed / 2**30:.2f} GiB of the "
         f"{plan.chip.memory / 2**30:.2f} GiB of a {plan.chip.name}"
@@ -242,8 +246,10 @@ def _without_program(plan: Plan, error: str) -> Plan:
     return replace(plan, needed=needed, failure=sentence)
 
 
-def _bytes(number: str, unit: str | None) -> int:
-    return int(float(number) * UNITS[unit or ""])
+def _bytes(text: str) -> int:
+    """Of a number with a unit, as "57.00G"."""
+    number = text.rstrip("KMGT")
+    return int(float(number) * UNITS[text[len(number) :]])
 
 
 def first_line(text: str) -> str:
