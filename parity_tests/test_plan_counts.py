@@ -240,7 +240,10 @@ def shaped_on(machine: Machine, shape: Any) -> Any:
         (lambda: Machine("v9:2x2", 1, {"seq": 4}), r"'v9' that the table .* lacks. Write v4"),
         (lambda: Machine("v5e:2x4", 1, {"seq": 4}), r"does not have the 8 devices .* is 8"),
         (lambda: Machine("nobody.json:8", 1, {"seq": 8}), r"not the description of a GPU"),
-        (lambda: Decoder(64, train=False, offload=True), r"has none. Write train=True"),
+        (
+            lambda: Decoder(64, train=False, offload=True),
+            r"train = False there are none. Write train=True",
+        ),
         (lambda: Given(len, ()).sized(8), r"len has shapes of its own, .* 8 tokens. Write"),
         (lambda: FromFile("nowhere.py", "f").build(), r"no file 'nowhere.py'. Write FILE.py"),
         (lambda: FromFile("examples/plan_decoder.py", "f").build(), r"no function 'f'. Write"),

@@ -57,8 +57,8 @@ class Decoder:
     def __post_init__(self) -> None:
         if self.offload and not self.train:
             raise ValueError(
-                f"offload = {self.offload} keeps the inputs of layers for their gradients, but train "
-                f"= {self.train}, and a loss has none. Write train=True."
+                f"offload = {self.offload} keeps the inputs of layers for their gradients, and "
+                f"with train = {self.train} there are none. Write train=True."
             )
 
     def build(self) -> tuple[Any, tuple[Any, ...]]:
