@@ -1,33 +1,30 @@
 """Products of float32 matrices as sums of integers: the same bits by every engine, on every mesh.
 
-Rows and columns are rounded `OPERAND_BITS` below the largest number of each along the summed axes.
-The sum of their products is an exact integer, which is rounded once. Products of arrays are written
-as einsums, so that no axis has to be merged with another that lies elsewhere on a mesh.
+Rows and columns are rounded 24 bits below the largest number of each along the summed axes. The
+sum of their products is an exact integer, which an engine finds (`engines.py`) and which is rounded
+once. Everything but the products of some engines is made of integers, as a TPU has no float64.
 
-Global arrays only: a compiler that shards a sum over devices adds up integers.
+Global arrays only: a compiler that shards a sum over devices adds up integers. Products of arrays
+are written as einsums, so that no axis has to be merged with another that lies elsewhere on a mesh.
 """
 
-import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float32, Int
 
-from .arithmetic import exponent, flush, power_of_two
-from .rounding import nearest
+from .._checks import Shape
+from .arithmetic import LEAST_EXPONENT, NOT_A_NUMBER
+from .engines import MOST_TERMS, Engine, float64_products, int8_products
+from .fixed_point import exponents, largest_exponent, nearest, on_grid, sum_of_parts
 
 # The first width whose error is that of float32 (0.83 of it; 22 bits have 2.8 times that).
 OPERAND_BITS = 24
-LOW_DIGIT_BITS = 12
-# Terms of two digit products that float64 has room for: 2^24 * 2^12 * 2^17 = 2^53.
-MOST_TERMS = 1 << 17
-# Of 8 bits with a sign, which hold 2^24 itself.
-DIGITS = 4
 
-Engine = Callable[[str, Array, Array, Any], tuple[Array, Array, int]]
+# Numbers, and the exponent beside each: its own, or that of its product with a power of two.
+Numbers = tuple[Float32[Array, "..."], Int[Array, "..."]]
 
 
 def matmul(
@@ -42,13 +39,14 @@ def matmul(
 
     Args:
       letters: an einsum of two arrays whose letters are all in the output or in both operands.
-      engine: how the integer sum is found, `float64_products` if None; it changes no bit.
+      engine: how the integer sum is found, that of the platform if None: `int8_products` of
+        `jax_seqpar.exact.engines` on a TPU, `float64_products` elsewhere. It changes no bit.
       out_sharding: as for `jnp.einsum`.
 
     Raises:
-      ValueError: for more terms in a sum than 53 bits have room for.
+      ValueError: for 2^27 terms in a sum, and more.
     """
-    return _on_grids(letters, flush(a), flush(b), engine, out_sharding)
+    return _on_grids(letters, (a, exponents(a)), (b, exponents(b)), engine, out_sharding)
 
 
 def balanced_matmul(
@@ -69,43 +67,53 @@ def balanced_matmul(
       letters: an einsum whose summed letters are the tokens.
       x, dy: the activation and the gradient; the floor in the balance is not symmetric.
       engine, out_sharding: as for `matmul`.
+
+    Raises:
+      ValueError: for 2^27 tokens and more.
     """
-    x, dy = balanced(letters, flush(x), flush(dy))
-    return _on_grids(letters, x, dy, engine, out_sharding)
+    return _on_grids(letters, *balanced(letters, x, dy), engine, out_sharding)
 
 
 def balanced(
-    letters: str, x: Float[Array, "..."], dy: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Both operands of `balanced_matmul`, flushed, after the balance of each token."""
+    letters: str, x: Float32[Array, "..."], dy: Float32[Array, "..."]
+) -> tuple[Numbers, Numbers]:
+    """Both operands of `balanced_matmul`, with the exponents that the balance of a token leaves."""
     first, second, summed = _parts(letters)
-    features_x, features_dy = (
-        tuple(i for i, c in enumerate(own) if c not in summed) for own in (first, second)
-    )
-    balance = (
-        _lined_up(exponent(x, features_x), first, summed)
-        - _lined_up(exponent(dy, features_dy), second, summed)
-    ) // 2
-    x = x * power_of_two(-_lined_up(balance, summed, first))
-    dy = dy * power_of_two(_lined_up(balance, summed, second))
-    return x, dy
+    e, f = exponents(x), exponents(dy)
+
+    def of_tokens(e: Array, own: str) -> Array:
+        features = tuple(i for i, c in enumerate(own) if c not in summed)
+        return _lined_up(largest_exponent(e, features), own, summed)
+
+    of_x, of_dy = of_tokens(e, first), of_tokens(f, second)
+    balance = (of_x - of_dy) // 2
+    # A token with a NaN is NaN altogether.
+    balance = jnp.where(jnp.maximum(of_x, of_dy) == NOT_A_NUMBER, NOT_A_NUMBER, balance)
+    e = _moved(e, -1, _lined_up(balance, summed, first))
+    f = _moved(f, 1, _lined_up(balance, summed, second))
+    return (x, e), (dy, f)
+
+
+def _moved(e: Int[Array, "..."], sign: int, balance: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Exponents of numbers, of which 0 has the least one, times a power of two."""
+    moved = jnp.where(e == LEAST_EXPONENT, e, e + sign * balance)
+    return jnp.where(balance == NOT_A_NUMBER, NOT_A_NUMBER, moved)
 
 
 def _on_grids(
-    letters: str, a: Array, b: Array, engine: Engine | None, out_sharding: Any
+    letters: str, a: Numbers, b: Numbers, engine: Engine | None, out_sharding: Any
 ) -> Float32[Array, "..."]:
-    e, f = operand_exponents(letters, a, b)
-    high, low = integer_sums(letters, (a, e), (b, f), engine, out_sharding)
-    return rounded_sum(letters, high, low, e, f)
+    check_terms(letters, a[0].shape, b[0].shape)
+    largest = largest_exponents(letters, a, b)
+    sums = integer_sums(letters, a, b, largest, engine, out_sharding)
+    return rounded_sum(letters, sums, largest)
 
 
-def operand_exponents(
-    letters: str, a: Float[Array, "..."], b: Float[Array, "..."]
-) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
-    """Exponents of flushed operands along the summed axes, which stay, of size 1."""
+def largest_exponents(letters: str, a: Numbers, b: Numbers) -> tuple[Array, Array]:
+    """Of each row and column of two operands: the summed axes stay, of size 1."""
     *operands, summed = _parts(letters)
     e, f = (
-        exponent(x, tuple(i for i, c in enumerate(own) if c in summed))
+        largest_exponent(x[1], tuple(i for i, c in enumerate(own) if c in summed))
         for x, own in zip((a, b), operands, strict=True)
     )
     return e, f
@@ -113,27 +121,50 @@ def operand_exponents(
 
 def integer_sums(
     letters: str,
-    a: tuple[Array, Array],
-    b: tuple[Array, Array],
-    engine: Engine | None = None,
-    out_sharding: Any = None,
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """S of operands, each with its exponents, in two float64: the higher digits and the lower ones.
+    a: Numbers,
+    b: Numbers,
+    largest: tuple[Array, Array],
+    engine: Engine | None,
+    out_sharding: Any,
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """high and low of `S = high 2^32 + low`, int64, of operands whose exponents are up to these.
 
-    Sums of several sets of terms add up, high to high and low to low, if the exponents are those of
-    all terms, of which there are at most `MOST_TERMS`.
+    Sums of several sets of terms add up, high to high and low to low, if the largest exponents are
+    those of all terms.
     """
-    x, y = (jnp.rint(x * power_of_two(OPERAND_BITS - e)) for x, e in (a, b))
-    high, low, bits = (engine or float64_products)(letters, x, y, out_sharding)
-    return high * 2.0**bits, low
+    integers = (on_grid(*x, most, OPERAND_BITS) for x, most in zip((a, b), largest, strict=True))
+
+    def by(engine: Engine) -> Any:
+        return lambda a, b: sum_of_parts(engine(letters, a, b, out_sharding))
+
+    if engine is not None:
+        return by(engine)(*integers)
+    return jax.lax.platform_dependent(
+        *integers, tpu=by(int8_products), default=by(float64_products)
+    )
 
 
-def rounded_sum(letters: str, high: Array, low: Array, e: Array, f: Array) -> Float32[Array, "..."]:
-    """`R((high + low) 2^(e + f - 48))`, the sum rounded once to float64."""
+def rounded_sum(
+    letters: str, sums: tuple[Array, Array], largest: tuple[Array, Array]
+) -> Float32[Array, "..."]:
+    """`S 2^(e + f - 48)`, rounded once; high and low as of `integer_sums`, or sums of these."""
     first, second, _ = _parts(letters)
     output = letters.split("->")[1]
-    e = _lined_up(e, first, output) + _lined_up(f, second, output)
-    return nearest((high + low) * power_of_two(e - 2 * OPERAND_BITS))
+    e, f = (_lined_up(x, own, output) for x, own in zip(largest, (first, second), strict=True))
+    high, low = sums
+    return nearest(*sum_of_parts([(32, high), (0, low)]), e + f - 2 * OPERAND_BITS)
+
+
+def check_terms(letters: str, a: Shape, b: Shape) -> None:
+    """Raises ValueError for more terms in a sum than engines have room for."""
+    first, _, summed = _parts(letters)
+    terms = math.prod(size for c, size in zip(first, a, strict=True) if c in summed)
+    if terms > MOST_TERMS:
+        raise ValueError(
+            f"exact products have room for fewer than 2^27 terms in a sum, got {terms} along "
+            f"{summed!r} of {letters!r}, {a} and {b}. Split the batch, and add the gradients with "
+            f"jax_seqpar.exact.rounding.add."
+        )
 
 
 def _parts(letters: str) -> tuple[str, str, str]:
@@ -152,76 +183,3 @@ def _lined_up(x: Int[Array, "..."], own: str, other: str) -> Int[Array, "..."]:
     own = "".join(c for c in own if c in other)
     x = jnp.transpose(x, [own.index(c) for c in other if c in own])
     return jnp.expand_dims(x, tuple(i for i, c in enumerate(other) if c not in own))
-
-
-def float64_products(
-    letters: str, a: Float[Array, "..."], b: Float[Array, "..."], out_sharding: Any
-) -> tuple[Array, Array, int]:
-    """Two float64 products, with the higher and the lower digits of b: for CPUs, and GPUs."""
-    first, second, summed = _parts(letters)
-    check_terms(letters, math.prod(a.shape[first.index(c)] for c in summed))
-    high = jnp.rint(b * 2.0**-LOW_DIGIT_BITS)
-    # One product of matrices, as a compiler that shards the sum may add two of them too early.
-    digits = jnp.stack([high, b - high * 2.0**LOW_DIGIT_BITS])
-    output = letters.split("->")[1]
-    spelled = f"{first},Z{second}->Z{output}"
-    sharding = _with_whole_axes(1, out_sharding)
-    sums = jnp.einsum(spelled, a, digits, precision="highest", out_sharding=sharding)
-    return sums[0], sums[1], LOW_DIGIT_BITS
-
-
-def int8_products(
-    letters: str, a: Float[Array, "..."], b: Float[Array, "..."], out_sharding: Any
-) -> tuple[Array, Array, int]:
-    """Sixteen products of digits of 8 bits, added up in int32: for units of int8.
-
-    A sum of fewer than 2^17 products of two digits, each of at most 2^14, is below 2^31.
-    """
-    first, second, _ = _parts(letters)
-    output = letters.split("->")[1]
-    spelled = f"Y{first},Z{second}->YZ{output}"
-    sums = jnp.einsum(
-        spelled,
-        _digits(a),
-        _digits(b),
-        preferred_element_type=jnp.int32,
-        out_sharding=_with_whole_axes(2, out_sharding),
-    ).astype(jnp.int64)
-    # By the power of 2^8 of their digits: those below 2^24 are one half, the others the other.
-    low = high = jnp.zeros_like(sums[0, 0])
-    for i, k in itertools.product(range(DIGITS), repeat=2):
-        if i + k < DIGITS - 1:
-            low = low + (sums[i, k] << 8 * (i + k))
-        else:
-            high = high + (sums[i, k] << 8 * (i + k - DIGITS + 1))
-    bits = 8 * (DIGITS - 1)
-    # The carry of the lower half, so that what is left of it is below the last bit of the higher.
-    carry = low >> bits
-    return (high + carry).astype(jnp.float64), (low - (carry << bits)).astype(jnp.float64), bits
-
-
-def _with_whole_axes(count: int, sharding: Any) -> Any:
-    """A sharding of arrays with so many axes before the others, whole on each device."""
-    if sharding is None:
-        return None
-    return NamedSharding(sharding.mesh, PartitionSpec(*(None,) * count, *sharding.spec))
-
-
-def _digits(x: Float[Array, "..."]) -> Int[Array, "4 ..."]:
-    """Four digits of -128 to 127, the lowest first, of integers up to 2^24 in size."""
-    rest, digits = x.astype(jnp.int32), []
-    for _ in range(DIGITS):
-        digit = ((rest + 128) & 255) - 128
-        digits.append(digit.astype(jnp.int8))
-        rest = (rest - digit) >> 8
-    return jnp.stack(digits)
-
-
-def check_terms(letters: str, terms: int) -> None:
-    """Raises ValueError for more terms in a sum than 53 bits have room for."""
-    if terms > MOST_TERMS:
-        raise ValueError(
-            f"a sum of {terms} terms has no room in the 53 bits of float64, which has it for "
-            f"{MOST_TERMS}. Split the {_parts(letters)[2]!r} axes of {letters!r}, and add the "
-            f"parts with jax_seqpar.exact.rounding.add."
-        )

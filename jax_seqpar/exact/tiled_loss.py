@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Integer
 
-from .arithmetic import LEAST_EXPONENT, flush
+from .arithmetic import LEAST_EXPONENT
 from .loss import (
     IGNORE,
     LossOptions,
@@ -19,11 +19,12 @@ from .loss import (
 )
 from .matmul import (
     Engine,
+    Numbers,
     balanced,
     check_terms,
     integer_sums,
+    largest_exponents,
     matmul,
-    operand_exponents,
     rounded_sum,
 )
 from .sharding import explicit_sharding
@@ -63,7 +64,7 @@ def tiled_cross_entropy(
         out of range.
     """
     check_tiles(tiles, hidden.shape)
-    check_terms(TABLE, hidden.shape[0] * hidden.shape[1])
+    check_terms(TABLE, hidden.shape, (*hidden.shape[:2], table.shape[0]))
     options = LossOptions(label_smoothing, z_loss, ignore_index)
     number = count_labels(labels, normaliser, ignore_index)
     return _tiled(options, tiles, engine, hidden, table, labels, number)
@@ -106,13 +107,13 @@ def _backward(
             logits = matmul(LOGITS, tile[0], table, engine=engine)
             return logit_gradients(options, logits, tile[1], share)
 
-        def with_balance(tile: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        def with_balance(tile: tuple[Array, Array]) -> tuple[Array, tuple[Numbers, Numbers]]:
             dz = gradient(tile)
-            return dz, balanced(TABLE, flush(tile[0]), flush(dz))
+            return dz, balanced(TABLE, tile[0], dz)
 
         def raise_exponents(met: Any, tile: tuple[Array, Array]) -> tuple[Any, Array]:
             dz, operands = with_balance(tile)
-            met = _met(met, operand_exponents(TABLE, *operands))
+            met = _met(met, largest_exponents(TABLE, *operands))
             return met, matmul(HIDDEN, dz, table, engine=engine)
 
         V, D = table.shape
@@ -121,13 +122,12 @@ def _backward(
 
         def add_integers(added: Any, tile: tuple[Array, Array]) -> tuple[Any, None]:
             _, operands = with_balance(tile)
-            x, dz = zip(operands, met, strict=True)
-            sums = integer_sums(TABLE, x, dz, engine, explicit_sharding(table))
+            sums = integer_sums(TABLE, *operands, met, engine, explicit_sharding(table))
             return tuple(map(jnp.add, added, sums)), None
 
-        zeros = (jnp.zeros_like(table, jnp.float64),) * 2
+        zeros = (jnp.zeros_like(table, jnp.int64),) * 2
         sums, _ = jax.lax.scan(add_integers, zeros, given)
-        return _joined(dhidden), rounded_sum(TABLE, *sums, *met), None, None
+        return _joined(dhidden), rounded_sum(TABLE, sums, met), None, None
 
 
 _tiled.defvjp(_forward, _backward)
