@@ -43,6 +43,7 @@ TIES, CHAIN = "R: ties and ends", "R: between a product and a sum"
 LOG, LOG_SAMPLE = "log: the hardest cases", "log: a million others"
 ROOT, SINES = "rsqrt: the hardest case and a million", "sin and cos: tables of angles"
 SUMS, MM = "sums of int64", "mm: the bit budget at its edge"
+LONG_MM = "mm: more terms than that"
 
 LEAST_NORMAL = np.float32(2.0**-126)
 
@@ -681,11 +682,16 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
         {SUMS},
     ),
     "sums of int32": ("sums", in_place_of(lambda x: x.astype(np.int32).sum(1)), {SUMS}),
-    "mm without digits": ("products", engine_of(np.matmul, 0), {MM}),
+    "mm without digits": ("products", engine_of(np.matmul, 0), {MM, LONG_MM}),
     "mm with sums of float32": (
         "products",
         engine_of(partial(product_of, np.float32), 12),
-        {MM},
+        {MM, LONG_MM},
+    ),
+    "mm of the first 2^17 terms": (
+        "products",
+        engine_of(lambda a, b: a[:, : 1 << 17] @ b[: 1 << 17], 12),
+        {LONG_MM},
     ),
 }
 
@@ -736,7 +742,7 @@ def test_jax_is_trusted():
     assert found.trusted, str(found)
     assert str(found).endswith(": trusted, its bits are those of the specification.")
     assert f"JAX {jax.__version__} on cpu" in found.backend
-    assert len(found.checks) == 26
+    assert len(found.checks) == 27
     assert all(check.total > 0 for check in found.checks)
 
 

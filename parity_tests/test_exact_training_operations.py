@@ -26,7 +26,7 @@ from jax_seqpar.exact import (
 )
 from jax_seqpar.exact import matmul as matmul_module
 from jax_seqpar.exact.accumulation import accumulated_value_and_grad
-from jax_seqpar.exact.matmul import float64_products, int8_products, matmul
+from jax_seqpar.exact.engines import int8_products
 from jax_seqpar.exact.narrow import narrow
 from jax_seqpar.mask import head_keys
 from torch_ref.exact import activation as torch_activation
@@ -281,28 +281,6 @@ def test_gradients_of_several_uses_are_added_in_order():
     assert not compare_bits(
         pull((a, b, c))[0], flushed(np.asarray(a) + flushed(np.add(b, c)))
     ).equal
-
-
-@pytest.mark.parametrize("K", [1, 512, 2**14])
-def test_engines_find_the_same_integers(K):
-    """Against Python integers, at the largest operands too."""
-    rng = np.random.default_rng(K)
-    a = rng.integers(-(2**24), 2**24, (3, K), endpoint=True)
-    b = rng.integers(-(2**24), 2**24, (K, 2), endpoint=True)
-    a[0], b[:, 0] = 2**24, -(2**24)
-    expected = a.astype(object) @ b.astype(object)
-    with jax.enable_x64(True):
-        for engine in (float64_products, int8_products):
-            x, y = (jnp.asarray(operand, jnp.float64) for operand in (a, b))
-            high, low, bits = engine("MK,KN->MN", x, y, None)
-            whole = np.vectorize(int)(high) * 2**bits + np.vectorize(int)(low)
-            assert (whole == expected).all(), engine.__name__
-
-
-def test_a_product_of_too_many_terms_is_refused():
-    shape = jax.ShapeDtypeStruct((1, 2**17 + 1), jnp.float32)
-    with jax.enable_x64(True), pytest.raises(ValueError, match="has no room in the 53 bits"):
-        jax.eval_shape(partial(matmul, "MK,NK->MN"), shape, shape)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])

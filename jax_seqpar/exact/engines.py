@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 # Three products of float64: a digit of 13 bits is up to 2^12, the sum of two up to 2^13, and
 # 2^13 2^13 2^27 = 2^53.
@@ -70,7 +70,7 @@ def int8_products(
     return _by_bits(width, _karatsuba(partial(_karatsuba, schoolbook), x, y, of_sums=schoolbook))
 
 
-def count_terms(letters: str, a: Int[Array, "..."]) -> int:
+def count_terms(letters: str, a: Shaped[Array, "..."]) -> int:
     """How many products each sum of an einsum has, from its first operand."""
     operands, output = letters.split("->")
     first = operands.split(",")[0]

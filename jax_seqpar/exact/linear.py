@@ -7,7 +7,8 @@ import jax
 from jaxtyping import Array, Float32
 
 from . import rounding
-from .matmul import Engine, balanced_matmul, matmul
+from .engines import Engine
+from .matmul import balanced_matmul, matmul
 from .sharding import explicit_sharding
 
 

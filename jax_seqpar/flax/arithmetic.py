@@ -16,7 +16,7 @@ from ..exact import norm as exact_norm
 from ..exact import rotary as exact_rotary
 from ..exact import tiled_loss as exact_tiled_loss
 from ..exact.attention import Exact
-from ..exact.matmul import Engine
+from ..exact.engines import Engine
 from ..exact.narrow import narrow, widen
 from ..kernels import Kernel
 from ..mask import threefry
@@ -180,8 +180,8 @@ class ExactArithmetic(Arithmetic):
     embeddings are those of a theta alone. Tiles change no bit: those of a loss divide S.
 
     Args:
-      engine: of the products, `jax_seqpar.exact.matmul.float64_products` if None; no bit depends
-        on it.
+      engine: of the products, one of `jax_seqpar.exact.engines`, that of the platform if None; no
+        bit depends on it.
     """
 
     engine: Engine | None = None

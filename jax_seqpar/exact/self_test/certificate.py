@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...mask import threefry
-from .. import arithmetic, elementary, matmul, norm, rotary, rounding
+from .. import arithmetic, elementary, engines, matmul, norm, rotary, rounding
 from ..attention import exact_attention
 from .check import Check
 from .operations import Operations
@@ -95,8 +95,8 @@ def _jax_operations() -> Operations:
         return tuple(x[0, :, 0] for x in rotary.sines(angles[None], one))
 
     def products(a, b):
-        engines = (matmul.float64_products, matmul.int8_products)
-        return tuple(matmul.matmul("MK,KN->MN", a, b, engine=engine) for engine in engines)
+        found = (engines.float64_products, engines.int8_products)
+        return tuple(matmul.matmul("MK,KN->MN", a, b, engine=engine) for engine in found)
 
     return Operations(
         exp=wide(elementary.exp),

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ..matmul import MOST_TERMS, OPERAND_BITS
+from ..engines import TERMS_OF_TEN, TERMS_OF_TWO
+from ..matmul import OPERAND_BITS
 from .check import Check, compare
 from .integer_answers import integers, product, python_integers, sine_and_cosine
 from .operations import Operations
@@ -81,13 +82,23 @@ def _integer_sums(ask: Operations) -> Check:
 
 
 def _products(ask: Operations) -> Check:
-    """As many terms as there may be: of the largest numbers, of many sizes, and cancelling ones.
+    """As many terms as the fewest products have room for."""
+    return _compare_products("mm: the bit budget at its edge", ask, TERMS_OF_TEN)
+
+
+def _long_products(ask: Operations) -> Check:
+    """More terms, for which an engine takes more products, or several sums."""
+    return _compare_products("mm: more terms than that", ask, TERMS_OF_TWO + 3)
+
+
+def _compare_products(name: str, ask: Operations, terms: int) -> Check:
+    """Answers for the largest numbers, for numbers of many sizes, and for cancelling ones.
 
     Of the second row of a and the first of b one unit is left of a sum that grows to 64 bits, so
     that a rounding on the way is seen. An answer is wrong where it is wrong by any engine.
     """
-    a, b = (integers((4, MOST_TERMS - 1), 24, seed) for seed in (26, 27))
-    half = MOST_TERMS // 2 - 1
+    a, b = (integers((4, terms), 24, seed) for seed in (26, 27))
+    half = terms // 2
     for x in (a, b):
         x[0] = (1 << 24) - 1
         x[1, :half] = (1 << 24) - 1 - (np.abs(x[1, :half]) >> 10)
@@ -98,7 +109,6 @@ def _products(ask: Operations) -> Check:
     expected = product(python_integers(a), python_integers(b.T), OPERAND_BITS).astype(np.float32)
     engines = ask.products(a.astype(np.float32), b.T.astype(np.float32))
     wrong = [compare("", got, expected) for got in engines]
-    name = "mm: the bit budget at its edge"
     return Check(name, max(check.wrong for check in wrong), expected.size)
 
 
@@ -111,6 +121,7 @@ TRAINING_QUESTIONS = (
     _sines,
     _integer_sums,
     _products,
+    _long_products,
 )
 
 
