@@ -27,6 +27,7 @@ from jax_seqpar.exact import (
 from jax_seqpar.exact import matmul as matmul_module
 from jax_seqpar.exact.accumulation import accumulated_value_and_grad
 from jax_seqpar.exact.engines import int8_products
+from jax_seqpar.exact.fixed_point import exponents
 from jax_seqpar.exact.narrow import narrow
 from jax_seqpar.mask import head_keys
 from torch_ref.exact import activation as torch_activation
@@ -212,6 +213,10 @@ def second_head(rng: Any, batch: int, heads: int) -> Any:
     return head_keys(rng, batch, heads + 1)[:, 1:]
 
 
+def not_balanced(letters, *operands):
+    return tuple((x, exponents(x)) for x in operands)
+
+
 MUTATIONS = {
     "a sum in float32": ("norm", norm, "total", float32_total),
     "the balance rounded up": ("linear", linear, "balanced_matmul", balanced_the_other_way),
@@ -222,7 +227,7 @@ MUTATIONS = {
     "rows summed on 31 bits": ("embedding", embedding, "TOTAL_BITS", 31),
     "a mean of logits in float32": ("loss", loss, "total", float32_total),
     "exponents of the last tile": ("tiled loss", tiled_loss, "_met", lambda _, own: own),
-    "a tile that is not balanced": ("tiled loss", tiled_loss, "balanced", lambda _, *xy: xy),
+    "a tile that is not balanced": ("tiled loss", tiled_loss, "balanced", not_balanced),
     "another head of dropout": ("dropout", dropout.threefry, "head_keys", second_head),
 }
 
