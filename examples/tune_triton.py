@@ -46,7 +46,7 @@ def run_pass(name: str, plan: Plan, query: Any, key: Any, value: Any, number: An
     spec, rows = Spec(Mask(is_causal=True)), Rows(query, query, number, number, number)
     if name == "forward":
         return triton_forward.forward(plan, query.dtype, query, key, value, spec)
-    gradients = {
+    gradients: dict[str, Any] = {
         "dq": triton_backward._query_gradients,
         "dkv": triton_backward._key_gradients,
     }
