@@ -79,7 +79,8 @@ def tune(
         jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 3)
     ]
     with jax.default_matmul_precision(precision):
-        whole = make_plan(*operands, None, None, False)
+        query, key, value = operands
+        whole = make_plan(query, key, value, None, None, False)
     operands.append(jnp.ones(shape[:3], jnp.float32))
 
     def compile_one(asked: tuple[str, Blocks]) -> Any:
