@@ -48,7 +48,7 @@ test-newest:  ## a core of the tests on the newest JAX and Flax: PYTHON=python3.
 test-gpu: $(VENV)/.gpu  ## on an NVIDIA GPU; one is enough
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false \
 	    $(BIN)/python -m pytest -n 8 -m "gpu or gpu_aot" parity_tests/test_kernels_gpu.py \
-	    parity_tests/test_plan_gpu.py parity_tests/test_kernels_fused.py
+	    parity_tests/test_plan_gpu.py parity_tests/test_kernels_fused.py parity_tests/test_torch_gpu.py
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff format --check .

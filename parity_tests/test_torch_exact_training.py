@@ -26,7 +26,8 @@ from exact_training_runs import (
 
 from jax_seqpar.bridge import run_ranks
 from jax_seqpar.compare import compare_bits
-from torch_ref.exact import arithmetic, linear, matmul, norm
+from torch_ref.exact import arithmetic, linear, matmul, norm, training_step
+from torch_ref.exact.optimizer import adamw_numbers
 from torch_ref.exact.training_step import loss_and_gradients
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -209,3 +210,28 @@ def test_ranks_that_do_not_fit_are_an_error(ranks):
     product, kv_heads = ranks[0]["complaints"]
     assert "data = 3 times sequence = 1 must be the 4 ranks. Give two numbers" in product
     assert "KV heads K = 3 must divide the 4 ranks of a sequence" in kv_heads
+
+
+def test_a_step_stays_on_the_device_of_its_weights(monkeypatch):
+    """By PyTorch's meta device, whose tensors have no numbers and refuse those of another device.
+
+    What asks a tensor for a number, to check it, is told 1.
+    """
+    for name in ("__int__", "__float__", "__bool__", "item"):
+
+        def number(x, given=getattr(torch.Tensor, name), name=name):
+            return {"__float__": 1.0, "__bool__": True}.get(name, 1) if x.is_meta else given(x)
+
+        monkeypatch.setattr(torch.Tensor, name, number)
+    weights = {n: torch.empty(x.shape, device="meta") for n, x in initial_weights(FULL).items()}
+    ids = torch.zeros(2, 16, dtype=torch.int64, device="meta")
+    loss, state = training_step.step(
+        FULL,
+        training_step.first_state(weights),
+        [(ids, ids)],
+        adamw_numbers(1, 1e-3),
+        largest_norm=1.0,
+        label_smoothing=0.1,
+        rng=torch.tensor([0, 1]),
+    )
+    assert all(x.is_meta for x in (loss, *state.weights.values(), *state.v.values()))

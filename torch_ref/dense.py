@@ -109,7 +109,7 @@ def dense_attention(
     if sinks is not None:
         logits = torch.cat((logits, sinks.double()[:, None, None].expand(B, N, T, 1)), dim=-1)
     weights = torch.softmax(logits, dim=-1)[..., :S].masked_fill(no_key, 0.0)
-    rng = given_keys(dropout_rate, dropout_rng, B, N)
+    rng = given_keys(dropout_rate, dropout_rng, B, N, query.device)
     if rng is not None:
         # Not (keep * gain): a boolean times a number is of the default dtype, float32.
         weights = weights * keep(rng, dropout_rate, B, N, T, S) * gain(dropout_rate)

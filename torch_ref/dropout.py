@@ -70,8 +70,10 @@ def head_keys(rng: Tensor, B: int, N: int) -> Tensor:
     return torch.stack(threefry2x32((key[0], key[1]), (b, n)), dim=-1)
 
 
-def given_keys(rate: float, rng: Tensor | None, B: int, N: int) -> Tensor | None:
-    """The keys of the heads, `[B, N, 2]`; None where nothing is dropped.
+def given_keys(
+    rate: float, rng: Tensor | None, B: int, N: int, device: torch.device
+) -> Tensor | None:
+    """The keys of the heads, `[B, N, 2]`, on a device; None where nothing is dropped.
 
     Raises:
       ValueError: as `limit` and `head_keys`, or no key for a rate above 0.
@@ -83,7 +85,7 @@ def given_keys(rate: float, rng: Tensor | None, B: int, N: int) -> Tensor | None
         raise ValueError(
             f"dropout_rate = {rate!r} needs a key. Write dropout_rng=torch.tensor([0, seed])."
         )
-    return head_keys(rng, B, N)
+    return head_keys(rng, B, N).to(device)
 
 
 def limit(rate: float) -> int:

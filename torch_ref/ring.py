@@ -108,7 +108,7 @@ def ring_attention(
         soft_cap=logits_soft_cap,
         rules=rules,
         dropout_rate=dropout_rate,
-        head_keys=given_keys(dropout_rate, dropout_rng, B, N),
+        head_keys=given_keys(dropout_rate, dropout_rng, B, N, query.device),
     )
     attention.allowed(0)  # raises for rules of another size, before any communication
     out = _Ring.apply(attention, query, key, value, alibi_slopes, sinks)

@@ -68,13 +68,16 @@ def exact_run(
     label_smoothing: float = 0.0,
     ranks: Ranks | None = None,
     part: tuple[int, int, int] = (1, 1, 0),
+    device: str = "cpu",
 ) -> dict[str, np.ndarray]:
     """Losses of the steps, and every weight and moment after them, as a flat dictionary."""
-    weights = {name: torch.from_numpy(w) for name, w in initial_weights(decoder).items()}
+    weights = {n: torch.from_numpy(w).to(device) for n, w in initial_weights(decoder).items()}
     state, losses = first_state(weights), []
     for t in range(steps):
         given = [batch(t * batches + i) for i in range(batches)]
-        held = [(local(ids, *part), local(labels, *part)) for ids, labels in given]
+        held = [
+            (local(ids, *part).to(device), local(labels, *part).to(device)) for ids, labels in given
+        ]
         numbers = adamw_numbers(t + 1, cosine_rate(t, steps, PEAK))
         loss, state = step(
             decoder,
@@ -89,7 +92,8 @@ def exact_run(
         )
         losses.append(loss)
     found = {f"{kind}.{n}": x for kind, all_ in state._asdict().items() for n, x in all_.items()}
-    return {name: x.numpy() for name, x in {"losses": torch.stack(losses), **found}.items()}
+    every = {"losses": torch.stack(losses), **found}
+    return {name: x.cpu().numpy() for name, x in every.items()}
 
 
 def on_ranks(rank: int, steps: int) -> dict[str, Any]:

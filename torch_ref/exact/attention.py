@@ -113,7 +113,7 @@ def exact_attention(
         device=query.device,
     )
     p_query, p_key = places(T, S, query_offset, positions, query.device)
-    rng = given_keys(dropout_rate, dropout_rng, B, N)
+    rng = given_keys(dropout_rate, dropout_rng, B, N, query.device)
     options = Options(
         scale=nearest32(1 / math.sqrt(max(H, 1)) if scale is None else scale),
         cap=None if logits_soft_cap is None else nearest32(logits_soft_cap),

@@ -36,7 +36,7 @@ def dropout(
       Of the shape and dtype of x. Differentiable once.
     """
     b, s, d = (torch.arange(n, device=x.device) for n in x.shape)
-    key = rng.long()
+    key = rng.to(x.device).long()
     keys = threefry2x32((key[0], key[1]), (b + first_sequence, torch.zeros_like(b)))
     keys = torch.stack(keys, -1)[:, None, None]
     kept = is_kept(keys, rate, (s + first_token)[:, None], d)
