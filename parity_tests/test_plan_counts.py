@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_seqpar import Hybrid, MeshLayout, Ring, Ulysses
+from jax_seqpar import Hybrid, Mask, MeshLayout, Ring, Triton, Ulysses
+from jax_seqpar.mask import Tokens
 from jax_seqpar.plan import Decoder
 from jax_seqpar.plan.answer import Request, answer
 from jax_seqpar.plan.count import Counts, count
@@ -108,6 +109,29 @@ def test_a_kernel_without_a_schedule_computes_every_block():
     product = 2 * tokens**2 * 128 * 64 / 64  # a head for each device
     assert plan.flops == pytest.approx((2 / 2 + 4 / 2 + 3) * product, rel=0.01)
     assert not any("skip blocks" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    (Mask(), Mask(is_causal=True), Mask(query_offset=40, local_window_size=(31, 7))),
+    ids=("all", "causal", "a window"),
+)
+def test_triton_by_its_formula(mask):
+    """Two products forward, three for dq, four for dk and dv, of the pairs that attend."""
+    B, T, S, N, K, H = 2, 128, 192, 4, 2, 64
+    query, key = (jax.ShapeDtypeStruct((B, n, m, H), jnp.bfloat16) for n, m in ((T, N), (S, K)))
+    some = mask.attends(Tokens(0, T), Tokens(0, S))
+    pairs = T * S if some is None else int(some.sum())
+
+    def both(query: Any, key: Any, value: Any) -> Any:
+        kernel = Triton(query_chunk=64, key_chunk=64, platform="gpu")
+        out, pull = jax.vjp(partial(kernel, mask=mask), query, key, value)
+        return out, pull(out)
+
+    counts = count(jax.jit(both).trace(query, key, key).jaxpr, {})
+    assert sum(counts.flops.values()) == 2 * (2 + 3 + 4) * B * N * pairs * H
+    names = {f"triton_{name}_kernel" for name in ("forward", "dq", "dkv")}
+    assert {name: n for name, n in counts.kernels.items() if n} == dict.fromkeys(names, 1)
 
 
 @pytest.mark.parametrize("train", (False, True))

@@ -117,6 +117,7 @@ def _query_gradients(
         spec,
         [*((x, QUERY_ROWS[: x.ndim]) for x in rows), (key, KEY_ROWS), (value, KEY_ROWS)],
         results,
+        products=3,
         interpret=plan.interpret,
     )
     return dq, dslopes[0] if dslopes else None
@@ -159,6 +160,7 @@ def _key_gradients(
         spec,
         [*((x, QUERY_ROWS[: x.ndim]) for x in rows), (key, KEY_ROWS), (value, KEY_ROWS)],
         [(jax.ShapeDtypeStruct(x.shape, dtype), KEY_ROWS) for x in (key, value)],
+        products=4,
         interpret=plan.interpret,
     )
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 from .._checks import Shape
 from ..mask import AnyTokens, Spec, TokenList, Tokens
 from ..mask.array_fields import Axes
+from ..mask.block_ranges import pairs_in_reach
 from ..mask.threefry import keep_counters
 from .triton_plan import Blocks
 
@@ -82,11 +83,12 @@ class Grid:
 
     def run(
         self,
-        kernel: Callable[..., None],
+        kernel: partial[None],
         spec: Spec,
         operands: list[tuple[Array, Axes]],
         results: list[tuple[Any, Axes]],
         *,
+        products: int,
         interpret: bool,
     ) -> Any:
         """The results of a kernel, which is given references to its part of everything.
@@ -94,6 +96,9 @@ class Grid:
         First to the numbers of queries and of keys in the whole sequence, as `Block.load` has them,
         then to the ranges of blocks of the other side, as `for_meetings` reads them, then those of
         the Spec, of the operands and of the results.
+
+        Args:
+          products: of matrices, for each block of queries and of keys that meet.
         """
         meets = self._ranges(spec)
         held = tuple(_numbers(x) for x in (spec.held_queries, spec.held_keys))
@@ -106,6 +111,7 @@ class Grid:
 
         return pl.pallas_call(
             kernel,
+            name=f"triton_{kernel.func.__name__}",
             grid=self._programs,
             in_specs=[whole, of_block, spec.map(of_spec), *(self._place(*x) for x in operands)],
             out_specs=[self._place(*x) for x in results],
@@ -113,8 +119,23 @@ class Grid:
             compiler_params=triton.CompilerParams(
                 num_warps=self.blocks.warps, num_stages=self.blocks.stages
             ),
+            cost_estimate=self._cost(spec, products, [x for x, _ in operands], results),
             interpret=interpret,
         )(held, meets, spec, *(x for x, _ in operands))
+
+    def _cost(
+        self, spec: Spec, products: int, operands: list[Array], results: list[tuple[Any, Axes]]
+    ) -> pl.CostEstimate:
+        """What the kernel takes at most: segments, positions and lengths may leave out more."""
+        (B, T, N, H), S = self.query, self.key[1]
+        held = spec.held_queries is not None or spec.held_keys is not None
+        pairs = B * N * (T * S if held else pairs_in_reach(spec.mask, T, S))
+        arrays = [*operands, *(x for x, _ in results)]
+        return pl.CostEstimate(
+            flops=2 * products * pairs * H,
+            transcendentals=pairs,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        )
 
     @property
     def _programs(self) -> tuple[int, int, int]:

@@ -42,6 +42,7 @@ def forward(
         spec,
         [(query, QUERY_ROWS), (key, KEY_ROWS), (value, KEY_ROWS)],
         [(out, QUERY_ROWS), *[(number, QUERY_ROWS[:3])] * 2],
+        products=2,
         interpret=plan.interpret,
     )
     return out, to_residual(*residual)

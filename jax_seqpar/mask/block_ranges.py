@@ -11,6 +11,7 @@ from functools import reduce
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from .mask import Mask
@@ -35,6 +36,16 @@ def common_keys(mask: Mask, queries: AnyTokens, keys: AnyTokens) -> tuple[Array,
 def common_queries(mask: Mask, keys: AnyTokens, queries: AnyTokens) -> tuple[Array, Array]:
     """Half-open range of `queries`, counted from their first, that attend to every key."""
     return _common_partners(mask, "keys", keys, queries)
+
+
+def pairs_in_reach(mask: Mask, queries: int, keys: int) -> int:
+    """How many pairs of a query and a key causality and window leave; all of them by positions."""
+    before, after = (None, None) if mask.positions is not None else mask.reach
+    places = np.arange(queries, dtype=np.int64) + mask.query_offset
+    low = np.zeros_like(places) if before is None else places - before
+    high = np.full_like(places, keys) if after is None else places + after + 1
+    low, high = np.clip(low, 0, keys), np.clip(high, 0, keys)
+    return int(np.maximum(high - low, 0).sum())
 
 
 def _common_partners(

@@ -49,14 +49,23 @@ def kernel_of(equation: Any, value: Callable[[Any], Any]) -> Kernel | None:
 
 def _pallas(equation: Any, value: Callable[[Any], Any]) -> Kernel:
     params = equation.params
-    name = params["name"] if "name" in params else params["name_and_src_info"].name
-    grid = params["grid_mapping"]
+    name, grid = _name(params), params["grid_mapping"]
+    # A kernel that says what it takes, as loops of its own run as often as only it knows.
+    if params.get("cost_estimate") is not None:
+        return Kernel(name, float(params["cost_estimate"].flops), _moved(equation), whole_grid=True)
     blocks = math.prod(int(n) for n in grid.grid)
     part: float | None = None
     if name.startswith("splash"):
         part = _computed_part(equation, grid.num_index_operands, value)
     flops = _products(params["jaxpr"]) * blocks * (1 if part is None else part)
     return Kernel(name, flops, _moved(equation), whole_grid=part is None)
+
+
+def _name(params: Any) -> str:
+    """That of the call, else of the kernel's function; JAX 0.10 has both in one place."""
+    if "name_and_src_info" in params:
+        return params["name_and_src_info"].name
+    return params["name"] or params["jaxpr"].debug_info.func_name
 
 
 def _computed_part(equation: Any, scalars: int, value: Callable[[Any], Any]) -> float | None:
