@@ -58,12 +58,19 @@ def training_of(config: Any, **options: Any) -> Training:
     """A training of the sizes of a model of `transformers`.
 
     Raises:
-      ValueError: for a model whose embedding is not tied.
+      ValueError: for a model whose embedding is not tied, or of other rotary embeddings.
     """
     if not config.tie_word_embeddings:
         raise ValueError(
             "tie_word_embeddings = False: the decoders here have one table of the vocabulary. "
             "Write a model whose embedding is tied."
+        )
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default" or config.hidden_act != "silu":
+        raise ValueError(
+            f"rope_type = {rope['rope_type']!r} and hidden_act = {config.hidden_act!r}: the "
+            f"decoders here have rotary embeddings of a theta alone, and SwiGLU. Write a model "
+            f"with 'default' and 'silu'."
         )
     return Training(
         vocabulary=config.vocab_size,
@@ -73,7 +80,7 @@ def training_of(config: Any, **options: Any) -> Training:
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        theta=config.rope_parameters["rope_theta"],
+        theta=rope["rope_theta"],
         epsilon=config.rms_norm_eps,
         **options,
     )

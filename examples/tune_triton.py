@@ -47,8 +47,8 @@ def run_pass(name: str, plan: Plan, query: Any, key: Any, value: Any, number: An
     if name == "forward":
         return triton_forward.forward(plan, query.dtype, query, key, value, spec)
     gradients: dict[str, Any] = {
-        "dq": triton_backward._query_gradients,
-        "dkv": triton_backward._key_gradients,
+        "dq": triton_backward.query_gradients,
+        "dkv": triton_backward.key_gradients,
     }
     return gradients[name](plan, query.dtype, rows, key, value, spec)
 

@@ -133,7 +133,7 @@ class Decoder:
 
 def far(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
     assert len(got) == len(expected) > 0
-    return max(np.abs(a - b).max() for a, b in zip(got, expected, strict=True))
+    return np.max([np.abs(a - b).max() for a, b in zip(got, expected, strict=True)])
 
 
 ALL_LOGITS = Logits(scale=0.4, soft_cap=3.0, sinks=SINKS, alibi_slopes=SLOPES)

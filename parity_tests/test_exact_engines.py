@@ -95,7 +95,7 @@ def test_a_nan_or_an_infinity_reaches_its_row_and_its_column(engine):
 
 # The last terms that a number of products has room for, the first that need more, and a million.
 EDGES = [
-    *(("float64", K) for K in (engines.TERMS_OF_TWO, MILLION)),
+    *(("float64", K) for K in (engines.TERMS_OF_TWO, engines.TERMS_OF_TWO + 1, MILLION)),
     *(("int8", K) for K in (engines.TERMS_OF_TEN, engines.TERMS_OF_TEN + 1, MILLION)),
 ]
 

@@ -108,7 +108,7 @@ def test_every_row_of_the_default_attention_is_measured(command, sizes, expected
     rows = found["rows"]
     if command == "pipeline":  # DeepSpeed where it is installed
         assert rows[2]["what"] in ("DeepSpeed, 2 ranks", "torch_ref, 2 ranks")
-        assert max(row["outputs_apart"] for row in rows) < 1e-5
+        assert all(row["outputs_apart"] < 1e-5 for row in rows)
         expected[2] = rows[2]["what"]
     assert [row["what"] for row in rows] == expected
     for row in rows:

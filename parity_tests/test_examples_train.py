@@ -35,7 +35,7 @@ def run(degree: int, **options: Any) -> Run:
 
 
 def far(a, b):
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+    return np.max([abs(x - y) for x, y in zip(a, b, strict=True)])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -90,7 +90,7 @@ def test_steps_after_a_prefill(strategy, order, kind):
         where = {"strategy": strategy, "layout": MeshLayout(order=order)}
         layer, mesh = layer_of(kind, degree, **options, **where)
         found = decoded(layer, mesh, shared_by=shared_by)
-        assert max(np.abs(a - b).max() for a, b in zip(found, right, strict=True)) < 1e-6
+        assert np.max([np.abs(a - b).max() for a, b in zip(found, right, strict=True)]) < 1e-6
 
 
 @pytest.mark.parametrize("at_once", (None, 1))
@@ -102,7 +102,7 @@ def test_the_window_of_a_layer(at_once):
     assert layer.cache is not None
     assert layer.cache.get_value().tokens.tokens == (24 if at_once is None else 8)
     right = expected(whole(**options))
-    assert max(np.abs(a - b).max() for a, b in zip(found, right, strict=True)) < 1e-6
+    assert np.max([np.abs(a - b).max() for a, b in zip(found, right, strict=True)]) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)

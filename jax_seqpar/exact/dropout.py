@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Integer
 
-from ..mask import threefry
+from ..mask import Dropout, threefry
 from .rounding import multiply
 
 
@@ -20,7 +20,7 @@ def dropout(
     head 0; `c = 2^32 / (2^32 - rint(rate 2^32))`, rounded to float32. The gradient likewise.
 
     Args:
-      rate: the part that is dropped, at least 0 and below 1.
+      rate: the part that is dropped, at least 0 and below 1 - 2^-32.
       rng: a threefry key of `jax.random.key`; every use needs another one.
       numbers: s of the tokens of x, in the whole sequence.
     """
@@ -30,7 +30,12 @@ def dropout(
 def kept_activations(
     shape: tuple[int, ...], rate: float, rng: Any, numbers: Integer[Array, " S"]
 ) -> Array:
-    """True for the activations `[B, S, D]` that stay."""
+    """True for the activations `[B, S, D]` that stay.
+
+    Raises:
+      ValueError: for a rate below 0, or one that leaves nothing.
+    """
+    Dropout(rate, rng)  # which checks the rate
     B, _, D = shape
     # Of one head, whose queries are the tokens and whose keys are the channels.
     keys = threefry.head_keys(rng, B, 1)

@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int
+
+from .._checks import Shape
 
 # Three products of float64: a digit of 13 bits is up to 2^12, the sum of two up to 2^13, and
 # 2^13 2^13 2^27 = 2^53.
@@ -46,7 +48,7 @@ def float64_products(
     """
     times = partial(_times, letters, jnp.float64, jnp.float64, out_sharding)
     digits, width = _digits(b, 2)
-    if count_terms(letters, a) <= TERMS_OF_TWO:
+    if count_terms(letters, a.shape) <= TERMS_OF_TWO:
         return _by_bits(width, _schoolbook(times, [a], digits))
     return _by_bits(width, _karatsuba(partial(_schoolbook, times), _digits(a, 2)[0], digits))
 
@@ -60,7 +62,7 @@ def int8_products(
     Args and result are those of `float64_products`.
     """
     times = partial(_times, letters, jnp.int8, jnp.int32, out_sharding)
-    terms = count_terms(letters, a)
+    terms = count_terms(letters, a.shape)
     count = next(n for n, most in DIGITS_BY_TERMS.items() if terms <= most)
     (x, width), (y, _) = _digits(a, count), _digits(b, count)
     schoolbook = partial(_schoolbook, times)
@@ -70,11 +72,11 @@ def int8_products(
     return _by_bits(width, _karatsuba(partial(_karatsuba, schoolbook), x, y, of_sums=schoolbook))
 
 
-def count_terms(letters: str, a: Shaped[Array, "..."]) -> int:
-    """How many products each sum of an einsum has, from its first operand."""
+def count_terms(letters: str, a: Shape) -> int:
+    """How many products each sum of an einsum has, from the shape of its first operand."""
     operands, output = letters.split("->")
     first = operands.split(",")[0]
-    return math.prod(size for c, size in zip(first, a.shape, strict=True) if c not in output)
+    return math.prod(size for c, size in zip(first, a, strict=True) if c not in output)
 
 
 def _times(

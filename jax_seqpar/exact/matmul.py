@@ -8,7 +8,6 @@ Global arrays only: a compiler that shards a sum over devices adds up integers. 
 are written as einsums, so that no axis has to be merged with another that lies elsewhere on a mesh.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float32, Int
 
 from .._checks import Shape
 from .arithmetic import LEAST_EXPONENT, NOT_A_NUMBER
-from .engines import MOST_TERMS, Engine, float64_products, int8_products
+from .engines import MOST_TERMS, Engine, count_terms, float64_products, int8_products
 from .fixed_point import exponents, largest_exponent, nearest, on_grid, sum_of_parts
 
 # The first width whose error is that of float32 (0.83 of it; 22 bits have 2.8 times that).
@@ -110,7 +109,7 @@ def _on_grids(
 
 
 def largest_exponents(letters: str, a: Numbers, b: Numbers) -> tuple[Array, Array]:
-    """Of each row and column of two operands: the summed axes stay, of size 1."""
+    """Largest exponent of each row of a and column of b; summed axes stay, of size 1."""
     *operands, summed = _parts(letters)
     e, f = (
         largest_exponent(x[1], tuple(i for i, c in enumerate(own) if c in summed))
@@ -157,13 +156,12 @@ def rounded_sum(
 
 def check_terms(letters: str, a: Shape, b: Shape) -> None:
     """Raises ValueError for more terms in a sum than engines have room for."""
-    first, _, summed = _parts(letters)
-    terms = math.prod(size for c, size in zip(first, a, strict=True) if c in summed)
+    terms, (*_, summed) = count_terms(letters, a), _parts(letters)
     if terms > MOST_TERMS:
         raise ValueError(
             f"exact products have room for fewer than 2^27 terms in a sum, got {terms} along "
-            f"{summed!r} of {letters!r}, {a} and {b}. Split the batch, and add the gradients with "
-            f"jax_seqpar.exact.rounding.add."
+            f"{summed!r} of {letters!r}, {a} and {b}. Write a smaller batch, and add the gradients "
+            f"of several by jax_seqpar.exact.accumulation.accumulated_value_and_grad."
         )
 
 

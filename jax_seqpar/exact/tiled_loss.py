@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Integer
 
+from .._checks import check_count
 from .arithmetic import LEAST_EXPONENT
+from .engines import Engine
 from .loss import (
     IGNORE,
     LossOptions,
@@ -18,7 +20,6 @@ from .loss import (
     token_losses,
 )
 from .matmul import (
-    Engine,
     Numbers,
     balanced,
     check_terms,
@@ -54,8 +55,8 @@ def tiled_cross_entropy(
       hidden: sharded in any way.
       table: of a tied embedding, or of an unembedding.
       labels: already shifted; one outside of the vocabulary gives NaN.
-      tiles: how many; divides S. Tile i has every tiles-th token, from token i on, so that each
-        device has its part of each tile.
+      tiles: how many; divides S, and on a mesh the tokens of each device. Tile i has every
+        tiles-th token, from token i on, so that each device has its part of each tile.
       normaliser, label_smoothing, z_loss, ignore_index: as for `cross_entropy`.
       engine: of the products, as for `jax_seqpar.exact.matmul.matmul`.
 
@@ -152,7 +153,8 @@ def _joined(x: Array) -> Array:
 
 def check_tiles(tiles: int, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless the tiles divide the tokens."""
-    if tiles < 1 or shape[1] % tiles:
+    check_count("tiles", tiles)
+    if shape[1] % tiles:
         raise ValueError(
             f"tiles = {tiles} must divide the tokens S of hidden {shape}. Write a divisor of "
             f"{shape[1]}."

@@ -147,7 +147,12 @@ class Arithmetic:
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> Array:
-        """`cross_entropy` of `unembed(hidden, table)`, never with all the logits in memory."""
+        """`cross_entropy` of `unembed(hidden, table)`, never with all the logits in memory.
+
+        Args:
+          tiles: of the tokens of each device; in exact arithmetic they divide S.
+          layout: of the tokens; exact arithmetic goes by the sharding of the hidden states.
+        """
         options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         options |= {"tiles": tiles, "layout": layout, "normaliser": normaliser}
         return tiled_cross_entropy(hidden, table.T, labels, **options)

@@ -57,7 +57,9 @@ def to_residual(reference: Float[Array, "..."], total: Float[Array, "..."]) -> R
 def from_residual(residual: Residual) -> tuple[Array, Array]:
     """The reference of each row, and the factor that makes a power beside it a weight."""
     reference = _computed(residual.top * LOG2_E)
-    return reference, jnp.exp2(-_exponent(residual.top, reference)) / residual.divisor
+    # A query that is padding has top = inf: its powers are 0, and inf - inf would make them NaN.
+    factor = jnp.where(jnp.isfinite(residual.top), jnp.exp2(-_exponent(residual.top, reference)), 1)
+    return reference, factor / residual.divisor
 
 
 def _exponent(z: Array, reference: Array) -> Array:

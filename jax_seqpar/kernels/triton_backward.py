@@ -98,13 +98,13 @@ def part_gradients(
       residual: of whole rows.
     """
     rows = Rows(query, out_gradient, D, *from_residual(residual))
-    dq, dslopes = _query_gradients(plan, dtype, rows, key, value, spec)
-    dk, dv = _key_gradients(plan, dtype, rows, key, value, spec)
+    dq, dslopes = query_gradients(plan, dtype, rows, key, value, spec)
+    dk, dv = key_gradients(plan, dtype, rows, key, value, spec)
     added = {} if dslopes is None else {"alibi_slopes": dslopes.sum((0, 1))}
     return dq, dk, dv, added
 
 
-def _query_gradients(
+def query_gradients(
     plan: Plan, dtype: Any, rows: Rows, key: Array, value: Array, spec: Spec
 ) -> tuple[Array, Array | None]:
     """dq, and what each query adds to the gradient of its head's slope, if there are slopes."""
@@ -151,7 +151,7 @@ def dq_kernel(
         ref[0, :, 0] = dslope
 
 
-def _key_gradients(
+def key_gradients(
     plan: Plan, dtype: Any, rows: Rows, key: Array, value: Array, spec: Spec
 ) -> tuple[Array, Array]:
     """dk and dv."""

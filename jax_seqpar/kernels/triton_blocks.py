@@ -145,12 +145,7 @@ class Grid:
         return S // self.blocks.keys, B, K
 
     def _turn(self, i: Any) -> Any:
-        """The block of the program i, which begins before those of larger numbers.
-
-        The last queries see the most keys where attention is causal: what begins last and leaves
-        the other multiprocessors idle is short.
-        """
-        return self._programs[0] - 1 - i if self.side == "queries" else i
+        return block_of_program(self.side, i, self._programs[0])
 
     def _place(self, x: Any, axes: Axes) -> pl.BlockSpec:
         """A program's part of an array by the names of its axes; all of other axes."""
@@ -308,9 +303,17 @@ class Pair:
 
 
 def own_start(side: Side, size: int) -> Any:
-    """The place of the first token of this program's block, by `Grid.turn`."""
-    i = pl.program_id(0)
-    return (pl.num_programs(0) - 1 - i if side == "queries" else i) * size
+    """The place of the first token of this program's block."""
+    return block_of_program(side, pl.program_id(0), pl.num_programs(0)) * size
+
+
+def block_of_program(side: Side, i: Any, programs: Any) -> Any:
+    """The block of the program i, which begins before those of larger numbers.
+
+    The last queries see the most keys where attention is causal: what begins last, and leaves the
+    other multiprocessors idle, is short.
+    """
+    return programs - 1 - i if side == "queries" else i
 
 
 def for_meetings(spec: Spec, meets: Any, body: Callable[[Spec, Any, Any], Any], carry: Any) -> Any:

@@ -41,9 +41,9 @@ def common_queries(mask: Mask, keys: AnyTokens, queries: AnyTokens) -> tuple[Arr
 def pairs_in_reach(mask: Mask, queries: int, keys: int) -> int:
     """How many pairs of a query and a key causality and window leave; all of them by positions."""
     before, after = (None, None) if mask.positions is not None else mask.reach
-    places = np.arange(queries, dtype=np.int64) + mask.query_offset
-    low = np.zeros_like(places) if before is None else places - before
-    high = np.full_like(places, keys) if after is None else places + after + 1
+    numbers = np.arange(queries, dtype=np.int64) + mask.query_offset
+    low = np.zeros_like(numbers) if before is None else numbers - before
+    high = np.full_like(numbers, keys) if after is None else numbers + after + 1
     low, high = np.clip(low, 0, keys), np.clip(high, 0, keys)
     return int(np.maximum(high - low, 0).sum())
 

@@ -147,8 +147,8 @@ class Decoder:
 
     def _of_all_layers(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """A weight of each layer, `[layers, ...]`, sharded as one of them is."""
-        spec: Any = x.sharding and x.sharding.spec
-        return shaped((self.layers, *x.shape), x.dtype, PartitionSpec(None, *spec))
+        sharding: Any = x.sharding
+        return shaped((self.layers, *x.shape), x.dtype, PartitionSpec(None, *sharding.spec))
 
     def _whole(self, weight: Array) -> Array:
         """A weight, gathered in the dtype of the computation."""

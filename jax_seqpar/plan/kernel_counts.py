@@ -51,7 +51,7 @@ def _pallas(equation: Any, value: Callable[[Any], Any]) -> Kernel:
     params = equation.params
     name, grid = _name(params), params["grid_mapping"]
     # A kernel that says what it takes, as loops of its own run as often as only it knows.
-    if params.get("cost_estimate") is not None:
+    if params.get("cost_estimate") is not None and not name.startswith("splash"):
         return Kernel(name, float(params["cost_estimate"].flops), _moved(equation), whole_grid=True)
     blocks = math.prod(int(n) for n in grid.grid)
     part: float | None = None

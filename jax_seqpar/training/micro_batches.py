@@ -54,6 +54,6 @@ def check_count_of_parts(sequences: int, count: int, devices: int) -> None:
     """Raises ValueError unless so many parts have as many sequences each, on each device."""
     if count < 1 or sequences % (count * devices):
         raise ValueError(
-            f"batch B = {sequences} has no {count} parts that {devices} devices of the batch can "
-            f"share. Write a count that divides {sequences // devices}."
+            f"batch B = {sequences} must be a multiple of {count} micro-batches times {devices} "
+            f"devices. Write a count that divides {sequences // devices}."
         )
