@@ -290,7 +290,5 @@ def test_micro_batches_go_by_the_numbers_of_sequences(kind):
 
 def test_parts_that_devices_cannot_share_are_refused():
     batch = PLACE.shard(TOKENS)
-    with pytest.raises(
-        ValueError, match=r"B = 4 must be a multiple of 4 .* 2 devices.*divides 2"
-    ):
+    with pytest.raises(ValueError, match=r"B = 4 must be a multiple of 4 .* 2 devices.*divides 2"):
         micro_batches(batch, 4, PLACE.layout)

@@ -51,16 +51,18 @@ def plan(
         ),
     ] = None,
     tokens: Annotated[str, typer.Option(help="Of a sequence: 128K, 1M.")] = "128K",
-    batch: Annotated[int | None, typer.Option(help="Sequences. Default: one a data group.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences. Default: one a data group.")
+    ] = None,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
     strategy: Annotated[str, typer.Option(help=f"{', '.join(STRATEGIES)}, auto.")] = "ulysses",
     train: Annotated[bool, typer.Option(help="With gradients; of a decoder a whole step.")] = False,
-    layers: Annotated[int, typer.Option(help="Of the decoder.")] = 1,
-    features: Annotated[int, typer.Option(help="Of the decoder.")] = 4096,
-    hidden: Annotated[int, typer.Option(help="Features of the decoder's MLP.")] = 14336,
+    layers: Annotated[int, typer.Option(min=1, help="Of the decoder.")] = 1,
+    features: Annotated[int, typer.Option(min=1, help="Of the decoder.")] = 4096,
+    hidden: Annotated[int, typer.Option(min=1, help="Features of the decoder's MLP.")] = 14336,
     vocabulary: Annotated[str, typer.Option(help="Of the decoder.")] = "128256",
     tiles: Annotated[int, typer.Option(help="Of a device's tokens, in MLP and loss.")] = 16,
     offload: Annotated[

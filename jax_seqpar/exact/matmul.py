@@ -36,6 +36,8 @@ def matmul(
 ) -> Float32[Array, "..."]:
     """`mm` of the specification: `einsum(letters, a, b)` of operands on grids, rounded once.
 
+    Call inside `jax.enable_x64(True)`.
+
     Args:
       letters: an einsum of two arrays whose letters are all in the output or in both operands.
       engine: how the integer sum is found, that of the platform if None: `int8_products` of
@@ -43,8 +45,9 @@ def matmul(
       out_sharding: as for `jnp.einsum`.
 
     Raises:
-      ValueError: for 2^27 terms in a sum, and more.
+      ValueError: for 2^27 terms in a sum, and more, and for operands that are not float32.
     """
+    _check_float32(a, b)
     return _on_grids(letters, (a, exponents(a)), (b, exponents(b)), engine, out_sharding)
 
 
@@ -70,6 +73,7 @@ def balanced_matmul(
     Raises:
       ValueError: for 2^27 tokens and more.
     """
+    _check_float32(x, dy)
     return _on_grids(letters, *balanced(letters, x, dy), engine, out_sharding)
 
 
@@ -163,6 +167,16 @@ def check_terms(letters: str, a: Shape, b: Shape) -> None:
             f"{summed!r} of {letters!r}, {a} and {b}. Write a smaller batch, and add the gradients "
             f"of several by jax_seqpar.exact.accumulation.accumulated_value_and_grad."
         )
+
+
+def _check_float32(*operands: Array) -> None:
+    """Raises ValueError for another dtype, whose bits would pass for those of float32."""
+    for x in operands:
+        if x.dtype != jnp.float32:
+            raise ValueError(
+                f"operands of exact products must be float32, got {x.dtype} of {x.shape}. Write "
+                f"x.astype(jnp.float32)."
+            )
 
 
 def _parts(letters: str) -> tuple[str, str, str]:

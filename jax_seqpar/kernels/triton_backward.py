@@ -15,7 +15,6 @@ from jaxtyping import Array
 
 from ..mask import Spec
 from .parts import residual_products, sinks_gradient
-from .powers_of_two import from_residual, power
 from .softmax_residual import Residual
 from .triton_blocks import (
     KEY_ROWS,
@@ -29,6 +28,7 @@ from .triton_blocks import (
     load_tokens,
     own_start,
 )
+from .triton_exp import exp
 from .triton_plan import Blocks, Plan
 
 
@@ -38,17 +38,17 @@ class Rows(NamedTuple):
     q: Any
     do: Any
     D: Any  # the sum of gradient times output, less that of the residual
-    reference: Any  # of the largest logit, for powers of two
-    share: Any  # of a power in the sum of the row
+    top: Any
+    share: Any  # 1 / divisor
 
     def load(self, tokens: Any, head: Any) -> "Rows":
         return Rows(*(ref[0, tokens, head] for ref in self))
 
     def weights(self, pair: Pair, k: Array, v: Array, interpret: bool) -> Any:
         """The weights, the gradient of the logits, and the derivative of the latter."""
-        D, reference, share = (pair.for_queries(x) for x in self[2:])
+        D, top, share = (pair.for_queries(x) for x in self[2:])
         z, pull = pair.logits_and_pull(pair.products(self.q, k))
-        p = power(z, reference, interpret) * share
+        p = exp(z - top, interpret) * share
         return p, p * (pair.drop(pair.products(self.do, v)) - D), pull
 
 
@@ -97,7 +97,7 @@ def part_gradients(
       D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
       residual: of whole rows.
     """
-    rows = Rows(query, out_gradient, D, *from_residual(residual))
+    rows = Rows(query, out_gradient, D, residual.top, 1 / residual.divisor)
     dq, dslopes = query_gradients(plan, dtype, rows, key, value, spec)
     dk, dv = key_gradients(plan, dtype, rows, key, value, spec)
     added = {} if dslopes is None else {"alibi_slopes": dslopes.sum((0, 1))}
@@ -111,7 +111,7 @@ def query_gradients(
     query = rows.q
     results = [(jax.ShapeDtypeStruct(query.shape, dtype), QUERY_ROWS)]
     if spec.logits.alibi_slopes is not None:
-        results.append((jax.ShapeDtypeStruct(rows.reference.shape, jnp.float32), QUERY_ROWS[:3]))
+        results.append((jax.ShapeDtypeStruct(rows.top.shape, jnp.float32), QUERY_ROWS[:3]))
     dq, *dslopes = Grid("queries", plan.dq, query.shape, key.shape).run(
         partial(dq_kernel, plan.dq, plan.interpret),
         spec,

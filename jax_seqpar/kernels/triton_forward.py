@@ -13,7 +13,6 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from ..mask import Spec
-from .powers_of_two import LOG2_E, power, to_residual
 from .softmax_residual import Residual, finite
 from .triton_blocks import (
     KEY_ROWS,
@@ -27,6 +26,7 @@ from .triton_blocks import (
     load_tokens,
     own_start,
 )
+from .triton_exp import exp
 from .triton_plan import Blocks, Plan
 
 
@@ -45,7 +45,7 @@ def forward(
         products=2,
         interpret=plan.interpret,
     )
-    return out, to_residual(*residual)
+    return out, Residual(*residual)
 
 
 def forward_kernel(
@@ -66,26 +66,25 @@ def forward_kernel(
     q = q_ref[0, :, 0]
 
     def add(own: Spec, j: Array, carry: Any) -> Any:
-        reference, total, weighted = carry
+        top, total, weighted = carry
         here = pl.ds(j * blocks.keys, blocks.keys)
         keys = Block.load(held[1], j * blocks.keys, blocks.keys)
         pair = Pair(load_tokens(own, "keys", keys), queries, keys)
         z, _ = pair.logits_and_pull(pair.products(q, k_ref[0, here, 0]))
-        higher = jnp.maximum(reference, z.max(1) * LOG2_E)
-        p = power(z, finite(higher)[:, None], interpret)
-        rescale = jnp.exp2(reference - finite(higher))
+        higher = jnp.maximum(top, z.max(1))
+        p = exp(z - finite(higher)[:, None], interpret)
+        rescale = exp(top - finite(higher), interpret)
         part = dot(pair.drop(p), v_ref[0, here, 0], 0)
         return higher, total * rescale + p.sum(1), weighted * rescale[:, None] + part
 
-    reference = jnp.full((blocks.queries,), -jnp.inf, jnp.float32)
-    total = jnp.zeros_like(reference)
+    top = jnp.full((blocks.queries,), -jnp.inf, jnp.float32)
+    total = jnp.zeros_like(top)
     if own.logits.sinks is not None:
-        sinks = total + own.logits.sinks.astype(jnp.float32)
-        reference = sinks * LOG2_E
-        total = power(sinks, finite(reference), interpret)
-    before = (reference, total, jnp.zeros((blocks.queries, v_ref.shape[3]), jnp.float32))
-    reference, total, weighted = for_meetings(own, meets, add, before)
-    divisor = jnp.where(total == 0, 1, total)
-    out_ref[0, :, 0] = (weighted / divisor[:, None]).astype(out_ref.dtype)
-    for ref, x in zip(residual_refs, (reference, total), strict=True):
+        top = jnp.maximum(top, own.logits.sinks.astype(jnp.float32))
+        total = jnp.where(top == -jnp.inf, total, 1)
+    before = (top, total, jnp.zeros((blocks.queries, v_ref.shape[3]), jnp.float32))
+    top, total, weighted = for_meetings(own, meets, add, before)
+    residual = Residual(finite(top), total)
+    out_ref[0, :, 0] = (weighted / residual.divisor[:, None]).astype(out_ref.dtype)
+    for ref, x in zip(residual_refs, residual, strict=True):
         ref[0, :, 0] = x

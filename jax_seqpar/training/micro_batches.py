@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from .._checks import check_count
 from ..mesh import find_mesh, place
 from ..mesh_layout import MeshLayout, axes_size
 from .batch import Batch
@@ -52,7 +53,8 @@ def micro_batches(batch: Batch, count: int, layout: MeshLayout = MeshLayout()) -
 
 def check_count_of_parts(sequences: int, count: int, devices: int) -> None:
     """Raises ValueError unless so many parts have as many sequences each, on each device."""
-    if count < 1 or sequences % (count * devices):
+    check_count("count", count)
+    if sequences % (count * devices):
         raise ValueError(
             f"batch B = {sequences} must be a multiple of {count} micro-batches times {devices} "
             f"devices. Write a count that divides {sequences // devices}."

@@ -113,10 +113,14 @@ class _CrossEntropy(torch.autograd.Function):
         lse = add(largest, log_l)
         counts = (labels != ignore_index)[..., None]
         label = torch.where(counts, labels[..., None], 0)
-        mean = divide(total(x, -1), x.shape[-1])[..., None]
-        aim = R(numbers.label * flush(x.gather(-1, label)) + numbers.smoothing * flush(mean))
+        aim = R(flush(x.gather(-1, label)))
+        # Without smoothing, or z-loss, its term is none: 0 times an infinite mean would be NaN.
+        if numbers.smoothing:
+            mean = divide(total(x, -1), x.shape[-1])[..., None]
+            aim = R(numbers.label * flush(aim) + numbers.smoothing * flush(mean))
         loss = subtract(log_l, aim)
-        loss = add(loss, multiply(numbers.z_loss, multiply(lse, lse)))
+        if numbers.z_loss:
+            loss = add(loss, multiply(numbers.z_loss, multiply(lse, lse)))
         ctx.numbers, ctx.dtype = numbers, logits.dtype
         ctx.save_for_backward(p.float(), denominator, lse, counts, label)
         losses = torch.where(counts, loss, 0.0).flatten()
