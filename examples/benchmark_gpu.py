@@ -52,6 +52,12 @@ KERNELS: dict[str, tuple[Any, Any, float]] = {
 CAUSAL = {"is_causal": True}
 FLOPS = {"forward": 2, "both": 7}  # matrix products of S^2 N H, halved by causality
 
+Heads = Annotated[int, typer.Option(min=1, help="Of query, key and value.")]
+HeadDim = Annotated[int, typer.Option(min=16, help="Channels of a head.")]
+Repeats = Annotated[int, typer.Option(min=1, help="After one to warm up.")]
+Calls = Annotated[int, typer.Option(min=1, help="Of each repeat.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")]
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -129,22 +135,25 @@ def torch_runs(shape: tuple[int, ...], calls: int) -> list[Run]:
     return [forward, both]
 
 
+def check_gpu() -> None:
+    """Raises BadParameter unless JAX's default device is a GPU."""
+    if jax.default_backend() != "gpu":
+        raise typer.BadParameter("JAX sees no GPU.")
+
+
 @app.command()
 def kernels(
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Repeat. Default: 4K, 16K, 64K.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Of query, key and value.")] = 16,
-    head_dim: Annotated[int, typer.Option(min=8, help="Channels of a head.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="After one to warm up.")] = 5,
-    calls: Annotated[int, typer.Option(min=1, help="Of each repeat.")] = 4,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every number to this file.")
-    ] = None,
+    heads: Heads = 16,
+    head_dim: HeadDim = 128,
+    repeats: Repeats = 5,
+    calls: Calls = 4,
+    json_file: Json = None,
 ) -> None:
     """Seconds of one GPU's kernels, and their ratios to cuDNN's."""
-    if jax.default_backend() != "gpu":
-        raise typer.BadParameter("JAX sees no GPU.")
+    check_gpu()
     sizes = tokens or [4096, 16384, 65536]
     found: list[dict[str, Any]] = []
     rows_of_all = sum(1 + sum(most >= S for *_, most in KERNELS.values()) for S in sizes)
@@ -166,17 +175,14 @@ def kernels(
 @app.command()
 def masks(
     tokens: Annotated[int, typer.Option(min=128, help="Of query, key and value.")] = 16384,
-    heads: Annotated[int, typer.Option(min=1, help="Of query, key and value.")] = 16,
-    head_dim: Annotated[int, typer.Option(min=8, help="Channels of a head.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="After one to warm up.")] = 3,
-    calls: Annotated[int, typer.Option(min=1, help="Of each repeat.")] = 4,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every number to this file.")
-    ] = None,
+    heads: Heads = 16,
+    head_dim: HeadDim = 128,
+    repeats: Repeats = 3,
+    calls: Calls = 4,
+    json_file: Json = None,
 ) -> None:
     """Seconds of every mask and option by every kernel that has it."""
-    if jax.default_backend() != "gpu":
-        raise typer.BadParameter("JAX sees no GPU.")
+    check_gpu()
     shape = (1, tokens, heads, head_dim)
     like: Any = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
     subjects: list[tuple[str, Any, dict[str, Any]]] = [(CUDNN, KERNELS[CUDNN][0], CAUSAL)]

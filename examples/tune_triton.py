@@ -13,12 +13,12 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import typer
+from benchmark_gpu import Calls, HeadDim, Heads, Json, Repeats, check_gpu
 from benchmark_tools import progress, save, show, timer
 
 from jax_seqpar import Mask
@@ -58,22 +58,19 @@ def tune(
     tokens: Annotated[
         int, typer.Option(min=256, help="A multiple of 256, of query, key and value.")
     ] = 8192,
-    heads: Annotated[int, typer.Option(min=1, help="Of query, key and value.")] = 16,
-    head_dim: Annotated[int, typer.Option(min=16, help="Channels of a head.")] = 128,
+    heads: Heads = 16,
+    head_dim: HeadDim = 128,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     precision: Annotated[
         str, typer.Option(help="Of float32 products: tensorfloat32, or highest for all bits.")
     ] = "tensorfloat32",
     logits: Annotated[int, typer.Option(min=1 << 10, help="Of a block, at most.")] = 1 << 14,
-    repeats: Annotated[int, typer.Option(min=1, help="After one to warm up.")] = 3,
-    calls: Annotated[int, typer.Option(min=1, help="Of each repeat.")] = 4,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every number to this file.")
-    ] = None,
+    repeats: Repeats = 3,
+    calls: Calls = 4,
+    json_file: Json = None,
 ) -> None:
     """The fastest sizes of blocks."""
-    if jax.default_backend() != "gpu":
-        raise typer.BadParameter("JAX sees no GPU.")
+    check_gpu()
     shape = (1, tokens, heads, head_dim)
     operands = [
         jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 3)
