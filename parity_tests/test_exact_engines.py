@@ -1,5 +1,6 @@
 """Engines of exact products against Python integers, at the edge of what each has room for."""
 
+import inspect
 import re
 from fractions import Fraction
 from functools import partial
@@ -267,3 +268,17 @@ def products(text: str) -> list[tuple[str, str, str]]:
         ):
             found.append((dtype, dtypes[a], dtypes[b]))
     return found
+
+
+@pytest.mark.parametrize("dtype", (jnp.int32, jnp.bfloat16, jnp.float64))
+def test_operands_of_another_dtype_are_refused(dtype):
+    """The bits of int32 would pass for those of subnormals, and the product be 0.
+
+    Without the check of types that tests have, and users do not.
+    """
+    with jax.enable_x64(True):
+        x, w = jnp.ones((2, 3), dtype), jnp.ones((3, 4), jnp.float32)
+        for operands in ((x, w), (w.T, x.T)):
+            for product in map(inspect.unwrap, (matmul, balanced_matmul)):
+                with pytest.raises(ValueError, match=r"must be float32, got .* Write x.astype"):
+                    product("MK,KN->MN", *operands)

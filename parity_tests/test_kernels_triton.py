@@ -96,6 +96,31 @@ def test_weights_beside_a_large_logit_that_rows_have_in_common():
         assert error(got[name], expected) <= 16 * EPS * largest, name
 
 
+@pytest.mark.parametrize("largest", (1e5, 1e9, 1e30))
+def test_the_key_of_a_logit_above_all_others_is_the_output(largest):
+    """Of query t the key 5 t % 32, whose logit is above the others, which are 0, by so much."""
+    query = np.zeros((1, 32, 1, 32), np.float32)
+    query[0, np.arange(32), 0, 5 * np.arange(32) % 32] = largest
+    key = np.eye(32, dtype=np.float32)[None, :, None]
+    value = np.random.default_rng(0).standard_normal((1, 32, 1, 16)).astype(np.float32)
+    out, *gradients = output_and_gradients(partial(interpreted, logits=Logits(scale=1.0)))(
+        query, key, value, np.ones_like(value)
+    )
+    assert np.array_equal(out[0, :, 0], value[0, 5 * np.arange(32) % 32, 0])
+    assert all(np.isfinite(x).all() for x in gradients)
+
+
+@pytest.mark.parametrize("sink", (-1e10, -1e30, 1e10, 3e38))
+def test_a_sink_far_from_all_logits_weighs_nothing_or_everything(sink):
+    inputs = operands(Sizes(B=1, T=20, S=40, N=2, K=1, H=16, V=16))
+    got, without = (
+        output_and_gradients(partial(interpreted, logits=logits))(*inputs)
+        for logits in (Logits(sinks=jnp.full(2, sink)), Logits())
+    )
+    for x, y in zip(got, without, strict=True):
+        assert np.array_equal(x, y if sink < 0 else np.zeros_like(y))
+
+
 def test_a_part_of_the_tokens_and_the_log_of_the_sums():
     """Of traced starts, with 64 bits on: output, residual and the gradients of both by all.
 

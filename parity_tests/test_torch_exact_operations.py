@@ -271,6 +271,14 @@ def test_cross_entropy(z_loss, smoothing, scale):
     assert_bits((loss[None], gradient), (np.array([expected[0]]), expected[1]))
 
 
+def test_a_term_of_a_loss_that_is_none_is_no_nan():
+    """2e19 squared is infinite, and so is the mean beside a logit of -inf."""
+    logits = torch.tensor([[[2e19, 0.0, 0.0]], [[1.0, 0.0, -torch.inf]]])
+    for one, expected in zip(logits, (2e19, 0.3132617), strict=True):
+        loss = cross_entropy(one[None], torch.tensor([[1 if one[0, 0] > 1 else 0]]))
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("options", ({"label_smoothing": 1.1}, {"z_loss": -1.0}))
 def test_a_loss_out_of_range_is_an_error(options):
     with pytest.raises(ValueError, match=r"from 0 to 1 and z_loss at least 0.*Give 0 for none"):
