@@ -96,6 +96,7 @@ def ratios(operation: Operation, rng: np.random.Generator) -> list[float]:
 
 
 def rms(x: np.ndarray) -> float:
+    """Root mean square."""
     return float(np.sqrt(np.mean(x**2)))
 
 

@@ -13,10 +13,12 @@ from jax_seqpar.parity.training.task import Training, labels_of
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
+    """The product of activations `[..., D]` and a kernel `[D, F]`."""
     return x @ w
 
 
 def norm(x: Tensor, scale: Tensor) -> Tensor:
+    """RMSNorm over the last axis."""
     return functional.rms_norm(x, x.shape[-1:], scale, 1e-5)
 
 
@@ -35,16 +37,19 @@ def rotary(x: Tensor, theta: float = 10_000.0, tables: torch.dtype | None = None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`."""
     return functional.silu(gate) * up
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of `[B, S, N, H]`, and `[B, S, K, H]` of KV heads."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over all labels, of which those of -100 do not count."""
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 

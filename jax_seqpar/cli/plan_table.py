@@ -52,6 +52,7 @@ def verdict(plan: Plan) -> str:
 
 
 def memory_table(plan: Plan) -> Table:
+    """Memory of a device by part, in GiB, and that of its host."""
     memory = plan.memory
     assert memory is not None
     table = _table("memory of a device", "GiB")
@@ -63,6 +64,7 @@ def memory_table(plan: Plan) -> Table:
 
 
 def collectives_table(plan: Plan) -> Table:
+    """A row for each kind of collective and mesh axes: runs, bytes, links."""
     heads = ("axis", "by", "runs", "GB, slice", "GB, others", "compiled", "async", "hidden")
     table = _table("collective", *heads)
     for x in plan.collectives:

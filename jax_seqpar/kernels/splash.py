@@ -333,6 +333,7 @@ def kv_row_bytes(head_dim: int, value_dim: int, dtype: Any) -> int:
 
 
 def round_up(n: int, size: int) -> int:
+    """The smallest multiple of a size that is at least n."""
     return -(-n // size) * size
 
 
@@ -342,4 +343,5 @@ def _even(tokens: int, most: int, unit: int) -> int:
 
 
 def pad(x: Array, size: int, axis: int) -> Array:
+    """x with zeros at the end of one axis, up to a size."""
     return jnp.pad(x, [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)])

@@ -253,6 +253,7 @@ def _bytes(text: str) -> int:
 
 
 def first_line(text: str) -> str:
+    """The first line that is not blank, for a message of one line."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "no word")
 
 

@@ -141,6 +141,7 @@ def axes_of(transfer: Transfer, machine: Machine) -> tuple[str, ...]:
 
 
 def group_size(transfer: Transfer, machine: Machine) -> int:
+    """Devices that take part in one transfer; all of them where the program names no groups."""
     return max(map(len, transfer.groups), default=machine.count)
 
 

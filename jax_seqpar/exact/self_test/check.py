@@ -27,6 +27,7 @@ class Check:
 
 
 def compare(name: str, got: np.ndarray, expected: np.ndarray) -> Check:
+    """Counts the elements whose bits differ; all of them in another shape or dtype."""
     if (got.shape, got.dtype) != (expected.shape, expected.dtype):
         return Check(name, expected.size, expected.size)
     unsigned = f"u{got.dtype.itemsize}"
@@ -35,6 +36,7 @@ def compare(name: str, got: np.ndarray, expected: np.ndarray) -> Check:
 
 
 def compare_hash(name: str, got: Iterable[np.ndarray], expected: str) -> Check:
+    """One check of all bits, by their SHA-256."""
     return Check(name, int(sha256(got) != expected), 1)
 
 
