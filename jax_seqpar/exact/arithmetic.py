@@ -202,7 +202,7 @@ def slices(
 
 
 def value(total: Float[Array, "2 ..."], anchor: Int[Array, "..."]) -> Float[Array, "..."]:
-    """What added slices stand for: one rounding."""
+    """Float64 value of two sums of `slices` below an anchor, with one rounding."""
     return (total[0] + total[1] * 2.0 ** -SLICE_BITS[1]) * power_of_two(anchor - SLICE_BITS[0])
 
 
@@ -263,9 +263,9 @@ def out(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def narrowed(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """What `out` gives, rounded to 16 bits if that is the dtype.
+    """Results of `out`, rounded to 16 bits if that is the dtype.
 
-    A conversion makes of one NaN another one on another platform.
+    XLA converts a NaN to other bits on other platforms, so every NaN becomes the one of `_one_nan`.
     """
     if dtype == x.dtype:
         return x
@@ -276,7 +276,7 @@ def narrowed(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
 def _one_nan(bits: Integer[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
     """The numbers of these bits, but for every NaN the quiet one with sign and payload 0.
 
-    By the bits: a compiler may take a selection between NaNs for no selection.
+    The selection is made on integers, as a compiler may drop a selection between two NaNs.
     """
     infinity, nan = (jnp.asarray(np.array(x, dtype).view(bits.dtype)) for x in (np.inf, np.nan))
     magnitude = bits & jnp.asarray(jnp.iinfo(bits.dtype).max >> 1, bits.dtype)

@@ -189,7 +189,7 @@ def _float32(x: float) -> float:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options: Options, *operands: Any) -> Any:
-    """Of query, key, value, bias and what is left of the Spec."""
+    """Exact output for `operands`: query, key, value, bias, and the Spec without the bias."""
     return _with_residuals(options, *operands)[0]
 
 

@@ -42,7 +42,7 @@ def gradients_in_turns(
     rows: Rows,
     grad: Array,
 ) -> tuple[Array, Array, Array]:
-    """What `gradients_of_all_keys` gives, from this device's queries and its part of the keys."""
+    """Gradients of `gradients_of_all_keys`, from this device's queries and its part of the keys."""
     (BK, G, T, H), (S, V), turns = query.shape, value.shape[1:], options.turns
     assert turns is not None
 
@@ -95,7 +95,7 @@ def gradients_in_turns(
 def _exponents(
     spec: Spec, query: Array, key: Array, value: Array, out: Array, rows: Rows, grad: Array
 ) -> Exponents:
-    """Of every KV head."""
+    """Exponents of every KV head, stacked along axis 0."""
 
     def one(_: Array, q: Array, k: Array, v: Array, o: Array, r: Array, g: Array) -> Exponents:
         of_keys = exponents_of_keys(flush(k), flush(v))

@@ -73,7 +73,7 @@ def int8_products(
 
 
 def count_terms(letters: str, a: Shape) -> int:
-    """How many products each sum of an einsum has, from the shape of its first operand."""
+    """Number of products in each sum of an einsum, from the shape of its first operand."""
     operands, output = letters.split("->")
     first = operands.split(",")[0]
     return math.prod(size for c, size in zip(first, a, strict=True) if c not in output)

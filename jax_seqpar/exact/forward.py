@@ -35,7 +35,7 @@ from .heads import first_head, map_heads
 
 
 class Rows(NamedTuple):
-    """What the backward pass reads of each query: `[T]`.
+    """Residuals of the rows of weights for the backward pass: `[T]`.
 
     Attributes:
       top: m, float32, +inf where it is NaN.
@@ -67,7 +67,7 @@ class Values(NamedTuple):
 
     @classmethod
     def without_digits(cls, exponents: Array, tile: int) -> "Values":
-        """For the visits that ask how large a value is, and not for the value."""
+        """Values with their exponents only, for visits that read how large a value is."""
         return cls._of(exponents, jnp.zeros((exponents.shape[0], 0)), tile)
 
     @classmethod
@@ -243,7 +243,7 @@ def with_sink(spec: Spec, largest_logit: Array) -> tuple[Array, Array]:
 
 
 def _exponent(p: Array) -> Array:
-    """E of each positive float32 that is no subnormal, int32."""
+    """Exponent E of each normal positive float32, int32."""
     return (jnp.abs(p).view(jnp.int32) >> 23) - 126
 
 

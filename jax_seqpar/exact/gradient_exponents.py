@@ -31,7 +31,7 @@ class Anchors(NamedTuple):
 
 
 class Exponents(NamedTuple):
-    """What the anchors are maxima of, of one KV head; int32.
+    """Exponents whose maxima are the anchors of one KV head; int32.
 
     Attributes:
       of_keys: N(v) and E(k), `[2, S]`.
@@ -50,11 +50,11 @@ class Exponents(NamedTuple):
     def of(
         cls, query: Array, of_keys: Array, out: Array, normaliser: Array, grad: Array
     ) -> "Exponents":
-        """From arrays that are flushed.
+        """Exponents of arrays whose subnormals are flushed.
 
         Args:
           query: `[G, T, H]`, scaled.
-          of_keys: what `exponents_of_keys` gives.
+          of_keys: the result of `exponents_of_keys`.
           out, grad: `[G, T, V]`.
           normaliser: r, `[G, T]`.
         """

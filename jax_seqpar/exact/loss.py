@@ -101,7 +101,7 @@ def _no_derivative(primals: Any, tangents: Any) -> Any:
 
 
 class _Token(NamedTuple):
-    """What a token's loss and its gradient have in common."""
+    """Intermediate results that the loss of a token and its gradient share."""
 
     shifted: Array
     weights: Array

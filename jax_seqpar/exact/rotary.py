@@ -37,7 +37,7 @@ def rotary(
 
 @lru_cache(maxsize=8)
 def frequencies(theta: float, channels: int) -> tuple[int, ...]:
-    """Those of the pairs of channels, in 2^-64 of a turn."""
+    """Rotary frequencies of the pairs of channels, in 2^-64 of a turn."""
     with localcontext() as context:
         context.prec = 80
         logarithm = Decimal(theta).ln()

@@ -1,7 +1,7 @@
-"""Whether a backend's arithmetic is what exact attention relies on.
+"""Self-test of the arithmetic that exact attention relies on, for one backend.
 
-Who is asked is a set of operations: those of `jax_seqpar.exact` on the backend at hand, or another
-implementation's (`jax_seqpar.parity.torch_self_test` asks PyTorch).
+The self-test runs a set of operations: those of `jax_seqpar.exact` on the backend at hand, or
+another implementation's (`jax_seqpar.parity.torch_self_test` runs PyTorch's).
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .training_questions import ANGLE_BITS
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a backend answered. `trusted`: exact attention has the specified bits on it."""
+    """A backend's answers. `trusted`: exact attention has the specified bits on the backend."""
 
     backend: str
     checks: tuple[Check, ...]

@@ -1,4 +1,4 @@
-"""What exact attention relies on, as questions to an implementation of its operations.
+"""Questions about the arithmetic of exact attention, for an implementation of its operations.
 
 The questions are data: inputs, and answers found without the backend by Python integers and NumPy.
 """
@@ -153,7 +153,7 @@ def _flushes(ask: Operations) -> Check:
 
 
 def _roundings(ask: Operations) -> Check:
-    """To float32: ties, both ends of the range, and what is only just no subnormal."""
+    """Rounding to float32: ties, both ends of the range, and the least normal numbers."""
     one = 1 + np.array([1, 3, 1 + 2.0**-20, 3 - 2.0**-20]) * 2.0**-24
     x = np.concatenate([one, one * 2.0**-126, one * 2.0**127])
     odd = np.array([0.0, 2.0**-126 - 2.0**-170, 2.0**-149, 2.0**128 - 2.0**103, np.inf])
@@ -179,7 +179,7 @@ def _outputs(ask: Operations) -> Check:
 
 
 def _narrowings(ask: Operations) -> Check:
-    """To 16 bits by way of float32: ties, ends, subnormals and NaNs.
+    """Rounding to 16 bits by way of float32: ties, ends, subnormals and NaNs.
 
     The second number is above a tie of bfloat16, and a tie once it is a float32; the fifth is the
     same for float16.
@@ -222,7 +222,7 @@ def _soft_caps(ask: Operations) -> Check:
 
 
 def soft_cap_logits() -> np.ndarray:
-    """From two caps down to 2^-14 of one, of both signs."""
+    """Logits of both signs, from two caps down to 2^-14 of a cap."""
     n = integers((256,), 23, 13).astype(np.float64)
     return n * SOFT_CAP * 2.0 ** (-22.0 - np.arange(256) % 16)
 

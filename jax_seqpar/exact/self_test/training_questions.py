@@ -1,4 +1,4 @@
-"""What exact training relies on beside attention, as questions with answers by integers."""
+"""Questions about the arithmetic of exact training beside attention, with answers by integers."""
 
 import numpy as np
 
@@ -82,20 +82,20 @@ def _integer_sums(ask: Operations) -> Check:
 
 
 def _products(ask: Operations) -> Check:
-    """As many terms as the fewest products have room for."""
+    """Matrix products of the most terms that the fewest products of an engine have room for."""
     return _compare_products("mm: the bit budget at its edge", ask, TERMS_OF_TEN)
 
 
 def _long_products(ask: Operations) -> Check:
-    """More terms, for which an engine takes more products, or several sums."""
+    """Matrix products of more terms, for which an engine takes more products, or several sums."""
     return _compare_products("mm: more terms than that", ask, TERMS_OF_TWO + 3)
 
 
 def _compare_products(name: str, ask: Operations, terms: int) -> Check:
     """Answers for the largest numbers, for numbers of many sizes, and for cancelling ones.
 
-    Of the second row of a and the first of b one unit is left of a sum that grows to 64 bits, so
-    that a rounding on the way is seen. An answer is wrong where it is wrong by any engine.
+    The product of the second row of a and the first column of b is one unit, left of a sum that
+    grows to 64 bits, so that a rounding on the way shows. An answer is wrong if any engine's is.
     """
     a, b = (integers((4, terms), 24, seed) for seed in (26, 27))
     half = terms // 2
