@@ -18,8 +18,8 @@ class Plan:
 
     Attributes:
       queries, keys: tokens of a block.
-      precision: that of matrix products where the attention is called. JAX traces the rules of
-        derivatives later, where another may be in force.
+      precision: of matrix products where the attention is called. JAX traces the rules of
+        derivatives later, where another precision may be in force.
       parts: whether the results are parts of a sum: in float32, of weights not rounded to 16 bits.
     """
 
@@ -29,7 +29,7 @@ class Plan:
     parts: bool = False
 
     def result_dtype(self, x: Array) -> Any:
-        """That of an output, or a gradient, of the operand x."""
+        """Dtype of the output that belongs to the operand x, or of the gradient of x."""
         return accumulated(x.dtype) if self.parts else x.dtype
 
 
@@ -101,7 +101,7 @@ def split(x: Array, dtype: Any) -> tuple[Array, Array | None]:
 
 
 def _at(*indices: Any) -> tuple[Array, ...]:
-    """Where a slice starts, in one dtype.
+    """Start indices of a slice, in one dtype.
 
     With 64 bits on, loops count in int64 while bounds that segments, positions or lengths set are
     int32, and JAX raises TypeError for a slice at both.

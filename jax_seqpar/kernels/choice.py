@@ -1,4 +1,4 @@
-"""Which kernel to take, and why."""
+"""Choice of a kernel for an attention on a platform, with the reason."""
 
 import inspect
 from dataclasses import dataclass, replace
@@ -140,6 +140,10 @@ def _has_room_for_triton() -> bool:
 
 
 def _blockwise(platform: str, mask: Mask) -> Blockwise:
-    """On a GPU a block costs its launches: large ones, unless some of each need not be computed."""
+    """Blockwise kernel with block sizes for the platform and the mask.
+
+    On a GPU every block costs its launches, so blocks are large, unless small ones let the kernel
+    skip blocks that the mask rules out.
+    """
     skips = any(x is not None for x in (mask.window, mask.segment_ids, mask.positions))
     return Blockwise(1024, 1024) if platform == "gpu" and not skips else Blockwise()

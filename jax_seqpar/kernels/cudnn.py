@@ -86,7 +86,7 @@ def _why_not_device(head_dim: int) -> str | None:
 
 
 def compute_capability() -> tuple[int, ...] | None:
-    """Of the first NVIDIA GPU that JAX sees; None if there is none."""
+    """Compute capability of the first NVIDIA GPU that JAX sees; None if JAX sees no GPU."""
     if (assumed := _ASSUMED.get()) is not None:
         return assumed
     try:
@@ -98,9 +98,9 @@ def compute_capability() -> tuple[int, ...] | None:
 
 @contextmanager
 def assume_compute_capability(capability: tuple[int, ...]) -> Iterator[None]:
-    """As if JAX saw a GPU of this compute capability, while a program is traced for an absent one.
+    """Pretends that JAX sees a GPU of this compute capability, to trace for an absent GPU.
 
-    Which kernels there are depends on it, and it can be asked of a GPU only.
+    The choice of kernels depends on the capability, which only a present GPU can tell.
     """
     token = _ASSUMED.set(capability)
     try:

@@ -108,7 +108,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """In tables and reasons: "blockwise"."""
+        """Name of the kernel in tables and reasons, like "blockwise"."""
         return type(self).__name__.lower()
 
     @property
@@ -117,7 +117,7 @@ class Kernel:
 
     @property
     def block(self) -> int:
-        """How many consecutive tokens, counted from the first of the sequence, stay together.
+        """Number of consecutive tokens, counted from the first of the sequence, that stay together.
 
         An array that holds a part of the queries or of the keys holds whole blocks, one after
         another in any order.
@@ -274,7 +274,7 @@ class Kernel:
 
 
 def check_residual(kernel: Kernel, value: Any, return_residual: Any) -> None:
-    """Raises ValueError for a residual of a kernel that gives none, or of values of no channel."""
+    """Raises ValueError for a residual of a kernel without one, or of values without channels."""
     check_flag("return_residual", return_residual)
     if return_residual and not kernel.gives_residual:
         raise ValueError(

@@ -82,7 +82,7 @@ class Passes(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """For each block of a row, the partners that it meets one after another."""
+    """Schedule of blocks: for each block of a row, the partners that it meets, in order."""
 
     partner: Any
     meets: Any
@@ -215,7 +215,7 @@ def even_passes(queries: int, keys: int, row_bytes: int, factor: int = 1) -> Pas
 
 
 def schedule(mask: Mask, blocks: Blocks, queries: int, keys: int, side: int) -> Schedule | None:
-    """Which blocks of keys each block of queries meets, or the other way round; None for all.
+    """Schedule of the partners that each block of one side meets; None if all blocks meet.
 
     Args:
       side: 0 for the blocks of queries, 1 for those of keys.
@@ -300,7 +300,7 @@ def _kernel(
 
 
 def segments_of(mask: Mask, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Array] | None:
-    """Segments of queries and keys, what lies beyond the lengths in segments of its own."""
+    """Segment ids of queries and keys; tokens beyond the lengths get separate segments."""
     lengths = (mask.query_seq_lengths, mask.key_value_seq_lengths)
     ids = mask.segment_ids
     given = [x for x in (*(ids or ()), *lengths) if x is not None]

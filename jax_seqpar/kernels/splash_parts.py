@@ -128,7 +128,7 @@ def _gradients_of_one(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the passes of a part share.
+    """Plan shared by the forward and backward passes of a part.
 
     Attributes:
       queries, keys: the tokens of the arrays.
@@ -223,9 +223,9 @@ class _Plan:
         return jnp.pad(place, (0, more), mode="edge")
 
     def schedule(self, blocks: Blocks, side: int) -> Schedule | None:
-        """Which blocks of keys each block of queries meets (0), or the other way round (1).
+        """Schedule of the partners that each block of queries (side 0) or of keys (side 1) meets.
 
-        None where all meet.
+        None where all blocks meet.
         """
         if self.reach.reach == (None, None):
             return None

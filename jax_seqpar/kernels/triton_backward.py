@@ -33,7 +33,7 @@ from .triton_plan import Blocks, Plan
 
 
 class Rows(NamedTuple):
-    """What the gradients read of each query: the arrays, references, or numbers of a block."""
+    """Per-query inputs of the gradients: arrays, references, or the numbers of a block."""
 
     q: Any
     do: Any

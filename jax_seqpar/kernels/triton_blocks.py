@@ -1,4 +1,4 @@
-"""What the passes of the Triton kernel share: its launch, which blocks meet, a block's logits.
+"""Launch, ranges of blocks and block logits, shared by the passes of the Triton kernel.
 
 Imports Pallas, so it is imported where the kernel runs.
 """
@@ -126,7 +126,7 @@ class Grid:
     def _cost(
         self, spec: Spec, products: int, operands: list[Array], results: list[tuple[Any, Axes]]
     ) -> pl.CostEstimate:
-        """What the kernel takes at most: segments, positions and lengths may leave out more."""
+        """Upper bound of the kernel's cost; segments, positions and lengths may skip blocks."""
         (B, T, N, H), S = self.query, self.key[1]
         held = spec.held_queries is not None or spec.held_keys is not None
         pairs = B * N * (T * S if held else pairs_in_reach(spec.mask, T, S))
@@ -166,9 +166,10 @@ class Grid:
         return pl.BlockSpec(sizes, lambda *program: tuple(index(*program) for _, index in found))
 
     def _ranges(self, spec: Spec) -> Int[Array, "B blocks 4"]:
-        """For each block of each sequence, the half-open range of the blocks that it meets.
+        """Half-open range of the blocks that each block of each sequence meets.
 
-        Then, inside of it, that of the blocks of which all tokens meet all of its own.
+        The last two numbers are the range, inside the first, of blocks in which every token meets
+        every token of the block, so that no mask is evaluated.
         """
         count, B, _ = self._programs
         tokens = {"queries": self.query[1], "keys": self.key[1]}
@@ -203,7 +204,7 @@ class Grid:
 
 
 def _numbers(held: AnyTokens | None) -> Int[Array, "first_or_all"]:
-    """What `Block.load` reads of the tokens that the kernel's arrays hold."""
+    """Token numbers that `Block.load` reads: all of a TokenList, else the first."""
     if isinstance(held, TokenList):
         return held.numbers
     return jnp.asarray(0 if held is None else held.start, jnp.int32)[None]
