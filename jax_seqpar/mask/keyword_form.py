@@ -151,7 +151,7 @@ _ELSEWHERE = {
 
 
 def _instead(keywords: Mapping[str, Any], taken: Container[str]) -> str:
-    """Where to write what is not a keyword: a field of a value, or a word of other libraries.
+    """Advice for an unknown keyword: the field of a value, or the word for another library's.
 
     Args:
       taken: the arguments that the attention has.

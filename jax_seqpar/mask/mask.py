@@ -78,7 +78,7 @@ class Mask:
         self._check_options()
 
     def __and__(self, other: "Mask") -> "Mask":
-        """What both allow.
+        """Mask of the pairs that both masks allow.
 
         Raises:
           ValueError: for two segment ids, or causality and windows that go by two offsets or two
@@ -89,7 +89,7 @@ class Mask:
         check_mask_arrays(self)
         check_mask_arrays(other)
         both: dict[str, Any] = {"is_causal": self.is_causal or other.is_causal}
-        # Of a mask that says nothing of positions, the positions are no matter.
+        # The offset and positions of a mask that does not depend on them are ignored.
         placed = [mask for mask in (self, other) if mask._goes_by_positions]
         for name in ("query_offset", "positions"):
             given = [getattr(mask, name) for mask in placed]
@@ -123,7 +123,7 @@ class Mask:
 
     @property
     def _goes_by_positions(self) -> bool:
-        """Whether it is another mask at other positions, which ALiBi goes by as well."""
+        """Whether the mask depends on the positions of tokens, or sets those that ALiBi uses."""
         says_where = self.query_offset != 0 or self.positions is not None
         return says_where or self.is_causal or self.window is not None
 

@@ -60,10 +60,10 @@ def pad_to_degree(
     mask: Bool[Array, "..."] | Mask | None = None,
     logits: Logits | None = None,
 ) -> Padded:
-    """Adds tokens at the end, in segments of their own, until the degree divides T and S.
+    """Adds tokens at the end, in separate segments, until the degree divides T and S.
 
-    No other token sees them, so output and gradients are those without them. Everything that has no
-    token axis stays as it is, lengths and `query_offset` included.
+    No other token sees the added tokens, so output and gradients are unchanged. Arrays without a
+    token axis stay as they are, lengths and `query_offset` included.
 
     Args:
       query, key, value: as for `dot_product_attention`.
@@ -71,7 +71,7 @@ def pad_to_degree(
       bias, mask, logits: as for `dot_product_attention`; they come back in `keywords`.
 
     Raises:
-      ValueError: for what does not fit together.
+      ValueError: for arrays that do not fit together.
 
     Example:
       padded = pad_to_degree(q, k, v, degree=8)

@@ -116,7 +116,7 @@ AnyTokens = Tokens | TokenList
 
 
 def places(some: Bool[Array, "size"]) -> tuple[Array, Array]:
-    """Half-open range from the first to the last True; empty where there is none."""
+    """Half-open range from the first to the last True; empty if all are False."""
     size = some.shape[0]
     numbers = jnp.arange(size, dtype=jnp.int32)
     return jnp.where(some, numbers, size).min(), jnp.where(some, numbers + 1, 0).max()
