@@ -30,9 +30,9 @@ from .token_numbers import token_numbers
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The operations of layers as XLA computes them: sums in an order of its own.
+    """The operations of layers as XLA computes them: sums in an order that XLA chooses.
 
-    A layer calls its operations and nothing else, so that another arithmetic needs no other layer.
+    A layer calls these operations alone, so that another arithmetic needs no other layer.
     """
 
     @property
@@ -42,7 +42,7 @@ class Arithmetic:
 
     @property
     def adds_tiles(self) -> bool:
-        """Whether gradients of weights may be rounded in each tile of tokens, and added."""
+        """Whether gradients of weights may be rounded in each tile of tokens, and then added."""
         return True
 
     def project(

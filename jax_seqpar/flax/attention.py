@@ -338,5 +338,5 @@ def _of_rows(lengths: Any, most: int) -> Array:
 
 
 def _widened(x: Array) -> Array:
-    """In the dtype of logits: 16 bits are rounded once, in the gradient."""
+    """Array in the dtype of logits, float32 for 16 bits: the gradient is then rounded once."""
     return x.astype(accumulated(x.dtype))

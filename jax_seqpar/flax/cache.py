@@ -20,7 +20,7 @@ SharedBy = Literal["heads", "sequence"]
 
 
 class LayerCache(NamedTuple):
-    """What a layer keeps from call to call.
+    """State of an attention layer from call to call: the cache and the next positions.
 
     Attributes:
       tokens: keys and values.
