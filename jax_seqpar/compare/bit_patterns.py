@@ -52,7 +52,7 @@ def width(dtype: np.dtype) -> int:
 
 
 def is_of(x: Any, kind: Any) -> bool:
-    """Whether the dtype of an array is of a kind, like `jnp.floating`."""
+    """Whether an array has a dtype of a kind, like `jnp.floating`."""
     return jnp.issubdtype(x.dtype, kind)
 
 

@@ -1,8 +1,8 @@
-"""Where two runs of a model differ: the first tensor, layer, token and head, and by how much.
+"""First divergence of two runs of a model: tensor, layer, token and head, and by how much.
 
-A port is right or wrong at one place, and everything after it is wrong too. Both runs record their
-tensors by name, in the order in which they are computed, and the first that differs is where to
-look.
+An error in a port begins at one tensor, and every later tensor is wrong too. Both runs record their
+tensors by name, in the order in which they are computed; the first tensor that differs has the
+error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -163,7 +163,7 @@ def _hint(row: Row, names: tuple[str, ...]) -> str | None:
 
 
 def _which(differs: np.ndarray, names: tuple[str, ...], axis: str, plural: str) -> str | None:
-    """Which places along an axis differ, in words."""
+    """Indices that differ along an axis, in words; None if the tensor lacks the axis."""
     if axis not in names:
         return None
     place = names.index(axis)

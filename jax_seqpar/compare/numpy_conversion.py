@@ -66,10 +66,10 @@ def _check_tensor(x: Any, what: str, torch: Any) -> None:
 
 
 def _holds_numbers(x: Any) -> bool:
-    """Whether all elements of a strided tensor lie in its storage.
+    """Whether all elements of a strided tensor lie in the tensor's storage.
 
-    A subclass that wraps another tensor passes for one of its shape, and so does a tensor whose
-    storage was freed, as FSDP frees that of parameters: what is read is the memory of others.
+    A subclass that wraps another tensor reports the wrapped tensor's shape, and FSDP frees the
+    storage of parameters that keep their shape: reading either reads memory of other tensors.
     """
     if x.numel() == 0:
         return True
@@ -86,7 +86,7 @@ def _holds_numbers(x: Any) -> bool:
 
 
 def numpy_to_torch(x: np.ndarray) -> Any:
-    """A tensor of the same dtype and bits, in memory of its own."""
+    """PyTorch tensor of the same dtype and bits, as a copy."""
     torch = require_torch()
     carrier = _carrier(x.dtype.itemsize)
     flat = torch.from_numpy(np.array(x, order="C").reshape(-1).view(carrier))
@@ -94,7 +94,7 @@ def numpy_to_torch(x: np.ndarray) -> Any:
 
 
 def torch_to_numpy(x: Any) -> np.ndarray:
-    """An array of the same dtype and bits, in memory of its own."""
+    """NumPy array of the same dtype and bits, as a copy."""
     torch = require_torch()
     name = str(x.dtype).removeprefix("torch.")
     carrier = getattr(torch, _carrier(x.dtype.itemsize))
