@@ -1,4 +1,4 @@
-"""Runs a function on PyTorch ranks, each a process of its own, and brings everything back."""
+"""Runs a function on PyTorch ranks, one process each, and collects the results."""
 
 import contextlib
 import datetime
@@ -175,7 +175,7 @@ class _TaskPickler(pickle.Pickler):
 
 
 def _ranks_have_main() -> bool:
-    """Whether a spawned process runs this program's `__main__`, as `multiprocessing` decides it."""
+    """Whether a spawned process runs this program's `__main__`, as `multiprocessing` decides."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is None:

@@ -35,7 +35,7 @@ def arranged(x: Any, entry: Entry, source: Side, sizes: Mapping[str, int]) -> tu
 
 
 def misfits(tensor: Any, x: Any, entry: Entry, leaf: Any) -> list[str]:
-    """How an arranged tensor differs from the leaf it is to replace."""
+    """Differences of shape and dtype between an arranged tensor and the leaf it is to replace."""
     pattern, problems = entry.line.pattern, []
     if (got := tuple(x.shape)) != (wanted := tuple(leaf.shape)):
         by = f'by "{pattern}"' if pattern else "without a pattern"

@@ -155,7 +155,7 @@ def _converted(
     sizes: Mapping[str, int],
     leaves: dict[str, Any],
 ) -> dict[str, jax.Array]:
-    """By path, arrays on JAX's default device, of the shapes and dtypes of the leaves."""
+    """Arrays by path, on JAX's default device, with the shapes and dtypes of the leaves."""
     ready, problems = {}, []
     for entry in entries:
         tensor = tensors[entry.torch].detach()
@@ -167,10 +167,10 @@ def _converted(
     refuse("The tensors do not fit the tree", problems)
     arrays = {}
     for entry, x in ready.items():
-        # By name, as that is what a refusal of to_jax tells.
+        # By name: an error of to_jax names the key.
         shared = to_jax({entry.torch: x})[entry.torch]
-        # A copy: an optimizer of PyTorch writes in place, and JAX must not see it. Of a NumPy
-        # array, as that is on no device, so the copy may join others that are spread over a mesh.
+        # A copy: an optimizer of PyTorch writes in place, and JAX must not see it. It is made of
+        # a NumPy array, which commits it to no device, so it may join arrays spread over a mesh.
         arrays[entry.flax] = jnp.array(np.asarray(shared), copy=True)
     return arrays
 
@@ -232,7 +232,7 @@ def _missing(names: Sequence[str]) -> list[str]:
 def _against(
     leaves: dict[str, Any], entries: Sequence[Entry], mapping: Sequence[Line]
 ) -> list[str]:
-    """What a tree has and the entries do not write, and the other way round."""
+    """Problems: paths of a tree that no entry writes, and entries whose path the tree lacks."""
     problems = []
     if missing := absent_from(leaves.keys(), entries, mapping):
         problems.append(
