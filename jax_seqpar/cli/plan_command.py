@@ -87,7 +87,7 @@ def plan(
     png: Annotated[Path | None, typer.Option(help="A chart of --sweep or --largest.")] = None,
     dump: Annotated[Path | None, typer.Option(help="A folder for the compiled program.")] = None,
 ) -> None:
-    """What it costs on TPUs and GPUs that are not here: memory, transfers, FLOPs, seconds at least.
+    """Costs on TPUs and GPUs that are not here: memory, transfers, FLOPs, seconds at least.
 
     Exit status: 0 if there is an answer, 2 if there is none, with a sentence that says why: out of
     memory, a compiler that is missing, aborts or takes too long, sizes that do not fit.

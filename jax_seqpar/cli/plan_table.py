@@ -25,7 +25,7 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 
 def headline(plan: Plan) -> str:
-    """What was asked."""
+    """The request of a plan, in one line."""
     axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
     tokens = "" if plan.tokens is None else f", {tokens_as_text(plan.tokens)} tokens"
     slices = "" if plan.slices == 1 else f"{plan.slices} x "
@@ -33,7 +33,7 @@ def headline(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, in one line."""
+    """Verdict on the memory of a plan, in one line: whether the program fits on the chip."""
     if plan.failure is not None:
         return plan.failure
     if plan.memory is None:
