@@ -25,9 +25,9 @@ def digest(arrays: dict[str, Any], spec: Spec | None = None) -> str:
 
 
 def expected_digest(inputs: Arrays, spec: Spec | None = None) -> str | None:
-    """What output and gradients of exact attention hash to, or the last step of a training.
+    """Kept hash of output and gradients of exact attention, or of a training's last step.
 
-    None for inputs that nobody kept.
+    None for inputs without a kept hash.
     """
     found = json.loads(FILE.read_text()).get(digest(inputs, spec))
     return found and found["outputs"]

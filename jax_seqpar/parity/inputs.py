@@ -164,7 +164,10 @@ def _known(path: Path, names: Iterable[str]) -> list[str]:
 
 
 class _UnknownNameError(Exception):
-    """Not a ValueError, which the readers raise of a broken file."""
+    """Error for a name that the command does not know.
+
+    It is not a ValueError, as the readers raise that for a broken file.
+    """
 
 
 def _read(path: Path) -> Arrays:

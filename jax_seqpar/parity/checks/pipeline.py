@@ -71,7 +71,7 @@ class PipelineCheck:
 
     @property
     def expected(self) -> str:
-        """What the comparison must find: "right", or what the truth table says of the version."""
+        """Outcome that the comparison must have: "right", or by the truth table of the version."""
         if self.kernel == "plain":
             return "rounded"
         if self.version is None:
@@ -205,7 +205,7 @@ def _identity(query: Any, key: Any, value: Any) -> Any:
 
 
 def sdpa_lacks(spec: Spec, arrays: dict[str, Any]) -> list[str]:
-    """Names of what is asked for beyond causality and scale, all that PyTorch's kernel is given."""
+    """Names of the options beyond causality and scale, which PyTorch's kernel is not given."""
     asked = [name for name in to_flat(spec) if name not in ("is_causal", "scale")]
     return asked + list(arrays)
 
