@@ -67,7 +67,7 @@ def attend_to_cache(
 
 @dataclass(frozen=True)
 class _Call:
-    """What is part of the compiled program."""
+    """Static arguments of a decoding call, part of the compiled program."""
 
     mesh: AnyMesh
     mask: Mask

@@ -1,4 +1,4 @@
-"""Checks of a cache and of what is written to it and attends to it."""
+"""Validation of a cache, of the tokens written to it and of the queries that attend to it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

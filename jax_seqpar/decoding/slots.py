@@ -114,7 +114,7 @@ def deal(
 
 
 def _ranks(positions: Array, axes: Axes) -> Array:
-    """How many tokens of its row, on all devices, have a smaller position."""
+    """Rank of each token: the tokens of its row, on all devices, with a smaller position."""
     if not axes:
         return jnp.argsort(jnp.argsort(positions, axis=1), axis=1).astype(jnp.int32)
     everyone = jax.lax.all_gather(positions, axes, axis=1, tiled=True)

@@ -102,7 +102,7 @@ def _nan_where(rows: Array, x: Array) -> Array:
 
 @dataclass(frozen=True)
 class OneVisit:
-    """`Turns` of devices with the same queries: each visits its own keys, and what is found meets.
+    """`Turns` of devices with the same queries: each visits its keys, and the results are merged.
 
     See `jax_seqpar.kernels.kernel.Turns`.
     """
