@@ -1,4 +1,4 @@
-"""How the tokens of a batch lie on a mesh, and all that follows from it."""
+"""Batches of tokens sharded over a mesh, with labels, positions and segments."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +35,8 @@ class Batch:
       positions: `[B, S2]`, counted from 0 in each document.
       segment_ids: `[B, S2]`, of the documents, padding 0; None where a row is one document without
         padding.
-      normaliser: `[]`, how many labels count, in the whole batch: those that are not `IGNORE`, so
-        with another `ignore_index` of the loss count them yourself.
+      normaliser: `[]`, the number of labels of the whole batch that are not `IGNORE`; with another
+        `ignore_index` of the loss count the labels yourself.
       size: B and S before padding.
     """
 
