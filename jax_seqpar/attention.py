@@ -131,7 +131,7 @@ def _of_sequence(x: Array, degree: int) -> jax.ShapeDtypeStruct:
 
 @dataclass(frozen=True)
 class _Division:
-    """How the work of one call is divided: hashable, part of the compiled program."""
+    """Division of one call over the mesh: hashable, part of the compiled program."""
 
     layout: MeshLayout
     mesh: AnyMesh

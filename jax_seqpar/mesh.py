@@ -120,7 +120,7 @@ def place(x: Array, spec: PartitionSpec, *, mesh: AnyMesh) -> Array:
 
 
 def _of_kind(spec: PartitionSpec, mesh: AnyMesh, kind: AxisType) -> NamedSharding | None:
-    """`spec` restricted to mesh axes of one AxisType; None if there are none."""
+    """`spec` restricted to mesh axes of one AxisType; None if the mesh has no such axis."""
     axes = {name for name, its in zip(mesh.axis_names, mesh.axis_types, strict=True) if its == kind}
     if not axes:
         return None

@@ -1,4 +1,4 @@
-"""How the axes of an attention's arrays lie on a mesh."""
+"""Sharding of an attention's arrays: the mesh axes of batch, tokens and heads."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,7 +99,7 @@ def names(mesh_axes: MeshAxes) -> tuple[str, ...]:
 
 
 def axes_size(mesh_axes: MeshAxes, mesh_shape: Mapping[str, int]) -> int:
-    """How many devices share an array axis: the product of its mesh axes, 1 for None."""
+    """Number of devices that share an array axis: the product of its mesh axes, 1 for None."""
     return math.prod(mesh_shape[name] for name in names(mesh_axes))
 
 
