@@ -1,4 +1,4 @@
-"""Which query attends to which key, and how far they are apart."""
+"""Masks of attention: the pairs of a query and a key that attend, and their distances."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -130,9 +130,9 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Attention:
-    """What all the parts of one attention have in common, and how one part is computed.
+    """Constants that all parts of one attention share, and the computation of one part.
 
-    Its methods take q, k and v in the dtype of the sums; hop `hop` has brought k and v.
+    The methods take q, k and v in the dtype of the sums; hop `hop` has brought k and v.
     """
 
     group: Any

@@ -126,11 +126,12 @@ def _shared(count: int, parts: int) -> list[int]:
 
 
 def heads_of_ranks(N: int, K: int, world_size: int) -> tuple[list[int], int]:
-    """How many query heads each rank has, and how many copies of each KV head are sent.
+    """Number of query heads of each rank, and of the copies of each KV head that are sent.
 
-    With at least as many KV heads as ranks, each is on one rank, with all its query heads. Where K
-    divides the ranks, each is on P/K of them, which share its query heads. Otherwise the ranks
-    share the query heads without regard to groups, and a KV head is copied for each of its own.
+    With at least as many KV heads as ranks, a KV head is on one rank, with all its query heads.
+    Where K divides the ranks, a KV head is on P/K ranks, which share its query heads. Otherwise the
+    ranks share the query heads without regard to groups, and every query head gets a copy of its KV
+    head.
     """
     if world_size <= K:
         return [kv_heads * (N // K) for kv_heads in _shared(K, world_size)], 1

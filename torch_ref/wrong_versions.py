@@ -51,7 +51,7 @@ def single_all_to_all(
     batch_dim_idx: int,
     group: Any = None,
 ) -> Tensor:
-    """What this rank gets; `partial(single_all_to_all, WRONG_V1)` is an exchange of `ulysses`."""
+    """Tensor that this rank gets; `partial(single_all_to_all, WRONG_V1)` fits `exchange=`."""
     world_size = dist.get_world_size(group)
     chunks = version.split(input, scatter_idx, batch_dim_idx, world_size).contiguous()
     received = torch.empty_like(chunks)
@@ -64,7 +64,7 @@ def single_all_to_all(
 def simulate(
     version: Version, x: Tensor, scatter_idx: int, gather_idx: int, batch_dim_idx: int
 ) -> Tensor:
-    """What all the ranks get, from `[P, ...]` to `[P, ...]`; raises what PyTorch raises."""
+    """Tensors that all ranks get, `[P, ...]` from `[P, ...]`; raises the errors of PyTorch."""
     world_size, *shape = x.shape
     chunks = torch.stack([version.split(one, scatter_idx, batch_dim_idx, world_size) for one in x])
     received = chunks.transpose(0, 1)
@@ -173,7 +173,7 @@ TRUTH_TABLE: dict[tuple[str, Layout, Op], Callable[[int, int, int, int], Outcome
 def expected_outcome(
     name: str, layout: Layout, P: int, b: int, s: int, heads: Sequence[int]
 ) -> Outcome:
-    """What a whole pipeline with this version must show, by the truth table.
+    """Outcome of a whole pipeline with this version, by the truth table.
 
     Args:
       name: of the version.

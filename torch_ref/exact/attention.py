@@ -229,7 +229,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cap: float | None) -> None
 
 
 def _check_dtype(name: str, x: Tensor) -> None:
-    """What is added to the logits is of a dtype that float32 holds."""
+    """Raises ValueError unless x, added to the logits, has a dtype that float32 holds."""
     if x.dtype not in DTYPES:
         raise ValueError(
             f"{name} must be float32, bfloat16 or float16, got {x.dtype}. Write {name}.float()."
@@ -258,7 +258,7 @@ def _check_bias(bias: Tensor | None, shape: tuple[int, ...], shared_by: Any) -> 
 
 
 def _check_constant(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
-    """What is added to the logits of each head, without a gradient."""
+    """Raises ValueError unless x, added to the logits of each head, fits and needs no gradient."""
     if x is None:
         return
     _check_dtype(name, x)

@@ -48,7 +48,10 @@ class Options(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What else a logit is made of, broadcastable to `[B, N, T, S]`; the last axis of rng is 2."""
+    """Operands of the logits beside query and key, broadcastable to `[B, N, T, S]`.
+
+    The last axis of rng is 2.
+    """
 
     bias: Tensor | None
     allowed: Tensor | None
@@ -77,7 +80,7 @@ class Rows(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What one KV head takes part in: k `[S, H]`, v `[S, V]`, the positions p of its keys `[S]`.
+    """One KV head with its query heads: k `[S, H]`, v `[S, V]`, the positions p of the keys `[S]`.
 
     T is the number of queries of each query head.
     """
@@ -92,7 +95,7 @@ class Head(NamedTuple):
 class Weights(NamedTuple):
     """The softmax of a head before its division: p, slope and kept `[R, S]`, the others `[R, 1]`.
 
-    kept is where no dropout is; None if there is none.
+    kept is True for the weights that dropout keeps; None without dropout.
     """
 
     p: Tensor
@@ -188,7 +191,7 @@ def _anchors(head: Head, q: Tensor, do: Tensor, o: Tensor, options: Options) -> 
 
 
 def _largest(x: Tensor, allowed: Tensor, dim: int) -> Tensor:
-    """The largest x of what is attended to or attends, along an axis; -inf where nothing does."""
+    """The largest x of allowed pairs along an axis; -inf where no pair is allowed."""
     return torch.where(allowed, x, -math.inf).amax(dim, keepdim=True)
 
 
