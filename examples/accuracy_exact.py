@@ -1,4 +1,4 @@
-"""How far attentions are from float64: `exact_attention` beside the stock kernels.
+"""Errors of attentions against float64: `exact_attention` beside the stock kernels.
 
     python examples/accuracy_exact.py
     python examples/accuracy_exact.py --quick --json accuracy.json

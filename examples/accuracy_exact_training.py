@@ -35,7 +35,7 @@ Operation = tuple[Callable[..., Any], Callable[..., Any], list[tuple[int, ...]]]
 
 
 def operations(labels: np.ndarray) -> dict[str, Operation]:
-    """Those of a decoder."""
+    """Operations of a decoder by name: exact, ordinary, and the shapes of their operands."""
 
     def project(x: Any, w: Any) -> Any:
         return linear.linear("BSD,DF->BSF", x, w)

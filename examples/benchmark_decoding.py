@@ -49,7 +49,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the cache and of what attends to it."""
+    """Sizes of the cache and of the queries that attend to it."""
 
     batch: int
     tokens: int
@@ -69,7 +69,7 @@ class Sizes:
         return KeyValueCache.empty(*sizes, layout=layout)
 
     def filled(self, layout: MeshLayout) -> KeyValueCache:
-        """A cache that holds as many tokens, and has room for those of the steps."""
+        """A cache that holds `self.tokens` tokens, and has room for those of the steps."""
         key = value = jnp.zeros((self.batch, self.tokens, self.kv_heads, self.head_dim))
         return self.empty(layout, room=128 * max(DEGREES)).fill(key, value)
 
@@ -94,7 +94,7 @@ class Subject:
         return self.mesh.shape["seq"]
 
     def row(self) -> dict[str, Any]:
-        """What the compiled program says."""
+        """Row of the table: collectives, bytes sent and memory, from the compiled program."""
         shapes = jax.tree.map(shape_of, (self.cache, *self.operands))
         on = {"topology": f"cpu:{self.degree}", "mesh": {"seq": self.degree}, "timeout": None}
         made = plan(self.program, *shapes, **on)
@@ -241,7 +241,7 @@ def _count(x: Collective) -> str:
 
 
 def shape_of(x: Any) -> Any:
-    """What stands for an array where a program is compiled."""
+    """`jax.ShapeDtypeStruct` of an array, with its sharding, for compilation."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 

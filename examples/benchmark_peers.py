@@ -1,6 +1,6 @@
-"""What `benchmark_attention.py` compares with: PyTorch's kernel, and pipelines on gloo ranks.
+"""Peers of `benchmark_attention.py`: PyTorch's kernel, and pipelines on gloo ranks.
 
-Those of others that have a ring do not run on CPUs as they are. Seen with PyTorch 2.13: yunchang
+Other libraries with a ring do not run on CPUs as they are. Seen with PyTorch 2.13: yunchang
 0.6.4 calls `aten::_scaled_dot_product_flash_attention`, which PyTorch has for GPUs alone, and for
 its other kernels raises "Not implemented backward for PyTorch attention types"
 (`kernels/attention.py`); ring-flash-attn 0.1.8 imports `flash_attn`, which needs CUDA; PyTorch's

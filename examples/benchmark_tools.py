@@ -1,4 +1,4 @@
-"""What the benchmarks of kernels share: programs, turns and tables."""
+"""Programs, turns and tables that the benchmarks of kernels share."""
 
 import json
 import statistics
@@ -132,7 +132,7 @@ def cell(row: Any, path: str) -> str:
 
 @contextmanager
 def progress(total: int) -> Iterator[Step]:
-    """A bar of `total` steps, advanced by each call with what is next."""
+    """Progress bar of `total` steps, advanced by each call with a description of the next."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=total)

@@ -66,7 +66,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a decoder runs: how tokens and parameters lie on a mesh, and which attention.
+    """Placement of a decoder: sharding of tokens and parameters, attention, memory and dtype.
 
     Args:
       layout, kernel, strategy: as for `jax_seqpar.dot_product_attention`; the mesh is that of
@@ -99,7 +99,7 @@ class Placement:
 
     @property
     def parameters(self) -> ParameterOptions:
-        """How the parameters of attention and MLP lie on the mesh, and are computed with."""
+        """Sharding, dtype and arithmetic of the parameters of attention and MLP."""
         return ParameterOptions(
             sharding=self.sharding, dtype=self.dtype, arithmetic=self.arithmetic
         )
@@ -264,7 +264,7 @@ class Decoder(nnx.Module):
         return arithmetic.tiled_cross_entropy(hidden, unembedding, *of_loss, **options)
 
     def _tables(self) -> tuple[Array, Array]:
-        """Those of embedding and unembedding, gathered; one table twice where they are tied."""
+        """Tables of embedding and unembedding, gathered; one table twice where they are tied."""
 
         def gathered(table: nnx.Param[Array]) -> Array:
             return gather(table[...], "VD", self.place.sharding, self.place.layout)

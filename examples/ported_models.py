@@ -33,7 +33,7 @@ Line = Map | Tied | Ignored
 
 
 class Bug(StrEnum):
-    """What ports get wrong: heads read as channels, another rotary convention, no mask."""
+    """Bugs of ports: heads read as channels, another rotary convention, a missing mask."""
 
     HEAD_LAYOUT = "head-layout"
     ROTARY = "rotary"

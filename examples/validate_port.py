@@ -49,12 +49,12 @@ class Model(StrEnum):
 
 @dataclass(frozen=True)
 class Run:
-    """What a model computed.
+    """Tensors and gradients that a model computed.
 
     Attributes:
       tensors: by name, in the order of computation; the loss is the last.
       grads: of the loss by the parameter's name in PyTorch, sorted.
-      tensor_grads: of the loss by the tensor's name; none of Flax.
+      tensor_grads: of the loss by the tensor's name; empty for Flax.
     """
 
     tensors: Arrays
