@@ -166,7 +166,7 @@ TRANSFORMED = Case(2, 16, 8, 4, 6)
 
 
 def transformations():
-    """By name, each as a function of the attention alone."""
+    """Transformations by name, each as a function of the attention alone."""
     query, key, value, tangent = (jnp.asarray(x) for x in TRANSFORMED.inputs().values())
 
     def jvp(f):

@@ -103,7 +103,7 @@ def test_the_default_mesh_and_another_axis_name():
 
 
 def test_a_kernel_may_write_into_its_operands():
-    """As one that scales its query in place does, where nothing asks for a gradient of it."""
+    """A kernel may scale its query in place where the query needs no gradient."""
     mesh = jax.make_mesh((2,), ("seq",))
     operands = [jnp.asarray(x) for x in CASES["grouped"].inputs().values()]
 
@@ -151,7 +151,7 @@ def test_pytorch_cannot_be_compiled(kind):
 @by_kind
 @pytest.mark.parametrize("kv_heads", (6, 3))
 def test_heads_that_do_not_divide(kind, kv_heads):
-    """Those that are added for the devices do not come back, nor do their gradients."""
+    """Heads that are added for the devices do not come back, nor do their gradients."""
     mesh = jax.make_mesh((4,), ("seq",), axis_types=(kind,))
     case = Case(heads=6, kv_heads=kv_heads)
     query, key, value, grad = map(jnp.asarray, case.inputs().values())
@@ -222,7 +222,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_a_second_derivative_is_not_left_out():
-    """As of a penalty on the gradient, where the rest of the loss has a derivative."""
+    """A second derivative raises in a sum, as of a gradient penalty and a loss."""
     query, key, value, grad = map(numpy_to_torch, CASES["multi-head"].inputs().values())
     query.requires_grad_()
     out = as_torch_attention(dense_attention)(query, key, value)

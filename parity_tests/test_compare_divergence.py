@@ -84,7 +84,7 @@ def hint_of(change, name=QUERY, **options) -> str:
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("dtype", (jnp.float16, jnp.float32))
 def test_a_narrow_rtol_does_not_overflow(dtype):
-    """As `jnp.finfo(dtype).eps` is of that dtype, in which the bound would be infinite."""
+    """`jnp.finfo(dtype).eps` has that dtype, in which the bound would overflow to infinity."""
     largest = 2 * float(jnp.finfo(dtype).max)
     rtol: Any = jnp.finfo(dtype).eps
     a = {"x": np.array([largest, 1.0])}
@@ -527,7 +527,7 @@ def test_hints_within_a_tolerance():
 
 
 def test_equal_tokens_stay_where_they_are():
-    """Of padding, say: any of them would do, and the order says nothing of them."""
+    """Equal tokens, as of padding, keep their places in the order that the hint reports."""
     a = {"x": np.arange(10.0).repeat(3).reshape(1, 10, 3)}
     a["x"][0, 6:] = 0
     b = planted(a, "x", lambda x: x[:, [0, 2, 1, 3, 4, 5, 6, 7, 8, 9]])

@@ -434,7 +434,7 @@ def test_a_wrong_cache_is_caught(bug, monkeypatch):
 
 
 def test_a_row_that_no_device_has_a_key_of_is_caught(monkeypatch):
-    """Its largest logit is -inf on every device, and -inf less -inf is NaN."""
+    """The row's largest logit is -inf on every device, and -inf less -inf is NaN."""
     nothing, at = Decoder(layout_of(4), lengths=(0, 0)).filled(), np.zeros((B, 1), np.int32)
     monkeypatch.setattr(split_kv, "finite", lambda top: top)
     assert np.isnan(attend_to_cache(QUERY[:, :1], nothing, positions=at)).all()

@@ -87,7 +87,7 @@ def jax_float(e):
 
 
 def jax_integers(e):
-    """As the exponents of `jax_seqpar.exact` are."""
+    """Exponents as `jax_seqpar.exact` has them, int32."""
     number = jnp.clip(e, -arithmetic.NOT_A_NUMBER, arithmetic.NOT_A_NUMBER)
     return number.astype(jnp.int32)
 
@@ -103,7 +103,7 @@ def torch_weighted_sum(weights, x, tile):
 
 
 def torch_joined_sum(parts):
-    """As the sum of the forward pass, with one token in each of its products."""
+    """Sum of the forward pass, with one token in each of its products."""
     with mock.patch.object(reference, "TILE", 1):
         return reference._integer_product(torch.ones(1, len(parts)).double(), parts)[0]
 
@@ -404,15 +404,15 @@ def test_weighted_sum_against_fractions(of, seed, spread):
 
 @in_both
 def test_a_weight_has_29_to_37_bits(of):
-    """By how many weights of a row are as large; at both sides of a power of two, too.
+    """Bits of a row's weights, by the number of large weights; and beside a power of two.
 
-    Each row has eight small weights, which are rounded to its b bits.
+    Each row has eight small weights, which are rounded to the b bits of the row.
     """
     rng = np.random.default_rng(0)
     rows = np.zeros((12, 264), np.float32)
     for n in range(9):
         rows[n, : 1 << n] = 0.99
-    # So t is 4096, 4095 and 4097.
+    # The sum t of these three rows is 4096, 4095 and 4097.
     rows[9:, 0] = np.array([4086.3, 4085.3, 4087.3]) / 4096
     rows[:, 256:] = rng.uniform(1, 2, 8) * 2.0**-20
     assert [row_bits(row) for row in rows] == [37, 36, 35, 34, 33, 32, 31, 30, 29, 36, 37, 36]
@@ -455,7 +455,7 @@ def test_no_bit_of_weighted_sum_depends_on_tiles_or_the_order(of, tile):
 
 @in_both
 def test_a_token_of_weight_0_does_nothing(of):
-    """Whatever it holds, and wherever it lies."""
+    """A token of weight 0 changes no bit, with any value and at any place."""
     rng = np.random.default_rng(3)
     weights, x = weights_of(rng, (3, 40)), tokens_of(rng, (40, 4), 5)
     expected = of.weighted_sum(weights, x, 256)
@@ -468,7 +468,7 @@ def test_a_token_of_weight_0_does_nothing(of):
 
 @in_both
 def test_tokens_of_zeros_are_counted(of):
-    """As many make a weight of the others coarser: it is their number, not what they hold."""
+    """Tokens of zeros make the weights of the others coarser, by their number."""
     rng = np.random.default_rng(4)
     weights, x = np.full((1, 64), 2.0**-9, np.float32), np.zeros((64, 2), np.float32)
     weights[0, :2], x[:2] = (0.9, 0.0123), tokens_of(rng, (2, 2), 0)
@@ -711,7 +711,7 @@ def test_soft_cap_against_fractions(of, seed, cap):
 
 @in_both
 def test_soft_cap_is_a_tanh(of):
-    """Of the float32 u, that it takes as its argument.
+    """The soft cap is the tanh of its float32 argument u.
 
     t is off by 2^-24 of itself, which moves tanh by 2t / (1 - t^2) of that: at most 0.86, as
     |u| >= 1/2. The result is rounded by another 2^-24 at most: together less than 2^-23.

@@ -329,7 +329,7 @@ def test_as_accurate_as_float32():
 
 
 def float_gradient(inputs, bias, dtype):
-    """Of plain attention, by PyTorch's own derivatives."""
+    """Bias gradient of plain attention, by PyTorch's derivatives."""
     query, key, value, grad = (numpy_to_torch(x).to(dtype) for x in inputs.values())
     leaf = torch.from_numpy(bias).to(dtype).requires_grad_()
     key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], 2) for x in (key, value))
@@ -365,7 +365,7 @@ def test_where_nothing_is_to_attend():
 
 
 class Unchecked(Exact):
-    """In a `jax.shard_map` that does not check how arrays vary over the mesh."""
+    """Exact kernel in a `jax.shard_map` without the check of varying mesh axes."""
 
     check_vma = False  # pyright: ignore
 

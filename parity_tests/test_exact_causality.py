@@ -83,7 +83,7 @@ def inputs_of(tokens: int) -> Arrays:
 
 
 def torch_in_blocks(inputs: Arrays, **options: Any) -> Arrays:
-    """By PyTorch, with several blocks and tiles in a few tokens."""
+    """Results of PyTorch, with several blocks and tiles in a few tokens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact_arithmetic, "BLOCK", 16)
         patch.setattr(exact_arithmetic, "TILE", 8)
@@ -227,7 +227,7 @@ def test_other_documents(framework):
 
 @both_frameworks
 def test_a_document_that_begins_with_a_block(framework):
-    """It has every bit that it has alone, those of its gradients, too."""
+    """The document has the bits that it has alone, in its gradients, too."""
     own = slice(framework.prefix)
     segments = np.arange(framework.tokens) >= framework.prefix
     ours = in_places(framework, framework.inputs, segments)

@@ -54,7 +54,7 @@ def of_integers(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @by_every_engine
 def test_products_are_those_of_python_integers(engine):
-    """With subnormals, -0 and 2^-20 to 2^20 in a row, and from row to row."""
+    """Products equal integers with subnormals, -0 and 2^-20 to 2^20 in a row, and across rows."""
     for a, b in (
         (numbers((12, 70), 11), numbers((70, 13), 12)),
         (rows((12, 70), 13), rows((13, 70), 14).T),
@@ -128,7 +128,7 @@ def test_the_longest_sums_of_the_largest_integers(name, K):
 
 
 def test_pytorch_has_the_same_million_terms():
-    """By pieces of int64, in the place of narrower digits."""
+    """PyTorch multiplies pieces of int64, in the place of narrower digits, with the same bits."""
     a, b = longest(MILLION)
     got = torch_matmul.mm(*(torch.from_numpy(x).double() for x in (a, b)))
     assert compare_bits(got.numpy(), of_integers(a, b)).equal
@@ -139,7 +139,7 @@ def most(digits: list[np.ndarray]) -> int:
 
 
 def test_every_sum_of_digits_has_room():
-    """By the digits of every seventh operand and both ends, and the most terms of each count."""
+    """Digits of every seventh operand and of both ends fit, with the most terms of each count."""
     operands = np.append(np.arange(-(1 << 24), 1 << 24, 7, dtype=np.int32), np.int32(1 << 24))
     split: dict[Any, list[np.ndarray]] = {}
     for count in (2, *engines.DIGITS_BY_TERMS):

@@ -93,7 +93,7 @@ def exp32(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def exp64(units: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """As a library of float64 might have it, so many units of the last place off."""
+    """Exponential of a float64 library that is `units` units in the last place off."""
     return np.exp(x.astype(np.float64)) * (1 + units * 2.0**-53)
 
 
@@ -335,7 +335,7 @@ def subnormals_of_float16_flushed(right: Operation) -> Operation:
 
 
 def soft_cap32(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By a tanh of float32, as a library has it."""
+    """Soft cap by a tanh of float32, as a library has it."""
     tanh = np.tanh((z / questions.SOFT_CAP).astype(np.float32)).astype(np.float64)
     return questions.SOFT_CAP * tanh, 1 - tanh**2
 
@@ -439,7 +439,7 @@ def root_of(dtype: type, units: float) -> Callable[[Operation], Operation]:
 
 
 def sines_of(dtype: type, late: int = 0) -> Callable[[Operation], Operation]:
-    """By the angle in radians, of a whole turn."""
+    """Sines and cosines by the angle in radians, over a whole turn."""
 
     def sines(angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         radians = ((angles + late) * (2 * np.pi / 2**24)).astype(dtype)
@@ -725,7 +725,7 @@ def recorded(operations: Operations, used: set[str]) -> Operations:
 
 
 def ask_again(operations: Operations, changed: str) -> list[Check]:
-    """What `ask` gives; a question that does without the changed operation keeps its answer."""
+    """Checks of `ask`; a question without the changed operation keeps its answer."""
     return [question(operations) if changed in used else check for question, used, check in asked()]
 
 
@@ -808,7 +808,7 @@ def test_no_question_is_asked_in_vain():
 
 
 def test_what_is_wrong_is_said(monkeypatch):
-    """By `certify` itself, whose operations a backend may get wrong."""
+    """`certify` names the operations that a backend gets wrong."""
     right = jax_operations()
     wrong = replace(right, flush=lambda x: x.astype(np.float64))
     monkeypatch.setattr(certificate, "_jax_operations", lambda: wrong)

@@ -53,7 +53,7 @@ def wild(seed: int, *shape: int) -> np.ndarray:
 
 
 def flushed(x: np.ndarray) -> np.ndarray:
-    """Without subnormals and -0."""
+    """x with subnormals and -0 as +0."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.float32(0), x)
 
 
@@ -83,7 +83,7 @@ def test_square_root_is_ieee_rounded():
 
 
 def test_hard_cases_of_log_and_reciprocal_root():
-    """Those of the specification; PyTorch's version is asked the same and a million others."""
+    """Hard cases of the specification, and a million other numbers compared with PyTorch's."""
     rng = np.random.default_rng(3)
     hard = np.array([0x41178FEB, 0x4665A9A6, 0x464D5B2B, 0x3FD364D7], np.uint32).view(np.float32)
     x = np.concatenate([hard, np.exp(rng.uniform(0, 14.5, 10**6)).astype(np.float32)])

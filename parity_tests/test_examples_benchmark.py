@@ -184,7 +184,7 @@ def test_pictures_of_what_was_measured(tmp_path):
 
 
 def test_what_a_decoding_step_sends(tmp_path):
-    """By the formula of its page: two all-reduces of 4 B N (V + 2) bytes, and none by heads."""
+    """Decoding sends two all-reduces of 4 B N (V + 2) bytes, as its page says; by heads nothing."""
     file = tmp_path / "decoding.json"
     sizes = ("--tokens", "64", "--prompt", "16", "--heads", "4", "--kv-heads", "2")
     options = (*sizes, "--head-dim", "8", *ONCE, "--json", str(file))

@@ -57,7 +57,7 @@ def test_it_learns(one_device):
 
 @pytest.mark.parametrize("degree", (slow(2), 8))
 def test_the_curves_coincide(one_device, degree):
-    """Not in bits, as the sums of the projections depend on the shape of a shard."""
+    """Losses agree to 1e-3, not in bits: sums of projections depend on the shape of a shard."""
     assert far(train(run(degree), TEXT, CONFIG), one_device) < 1e-3
 
 
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_at_another_degree(one_device, tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """Of two devices each; each reads the same files and keeps its part."""
+    """Two processes of two devices each read the same files and keep their parts."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -140,7 +140,7 @@ def test_output(features, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_that_of_one_device(kind):
-    """Of every parameter, with all of its sharding."""
+    """Gradients of every parameter equal those of one device, sharding included."""
     options: Any = {**FEATURES["everything"], "kernel": dense_attention}
     grads = []
     for shape, sharding in (((1, 1), None), ((2, 4), None), ((2, 4), {"D": "data"})):
@@ -179,7 +179,7 @@ def test_decoding(features, kind):
 
 @pytest.mark.usefixtures("optimised")
 def test_the_cache_is_shared_by_heads():
-    """And no key or value moves in a step but the new ones."""
+    """The cache is sharded by heads, and a step sends no keys or values but the new ones."""
     layer, mesh = make(num_kv_heads=4)
     with jax.set_mesh(mesh):
         layer.init_cache(B, 512)
@@ -258,7 +258,7 @@ def test_parameters_have_names():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mesh_that_is_given(kind):
-    """Without `jax.set_mesh`: parameters are created on it, used on it and gathered on it."""
+    """A mesh that is given without `jax.set_mesh` holds, uses and gathers the parameters."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
     options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": LAYOUT.on(mesh)}
     parameters = ParameterOptions(sharding={"D": "data"})
@@ -270,7 +270,7 @@ def test_a_mesh_that_is_given(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_follow_the_order_of_the_tokens(kind):
-    """Of a zigzag, whether they are given or not."""
+    """Positions of a zigzag order are right, whether they are given or not."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
     layout = replace(LAYOUT.on(mesh), order=Zigzag())
     options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": layout}
@@ -398,7 +398,7 @@ def test_what_a_record_says():
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("start", (0, 1 << 12, 1 << 20, (1 << 30) - 40))
 def test_rotary_is_right_at_every_position(start, interleaved):
-    """In float32 angles it would be wrong by 0.03 at 2^20 and by anything at 2^30."""
+    """Rotary embeddings with float32 angles would be off by 0.03 at 2^20, by anything at 2^30."""
     rotary = Rotary(interleaved=interleaved)
     x = rng.standard_normal((1, 40, 2, 64)).astype(np.float32)
     positions = np.arange(start, start + 40)[None]

@@ -215,7 +215,7 @@ NAMES = [f"{platform}: {name}" for platform, rows in LACKS.items() for name in r
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """As if JAX saw one NVIDIA GPU."""
+    """Pretends that JAX sees one NVIDIA GPU of compute capability 9.0."""
     monkeypatch.setattr(cudnn, "compute_capability", lambda: (9, 0))
 
 
@@ -429,7 +429,7 @@ def test_the_schedule_is_that_of_the_mask(tokens, sizes, window, is_causal, offs
 @pytest.mark.parametrize("tokens", (1 << 20, 1_000_000))
 @pytest.mark.parametrize("window", (None, (4095, 0)), ids=("causal", "window"))
 def test_a_million_tokens_lower_without_a_mask(tokens, window):
-    """What is made on the host is the schedule, not the S x S mask of a terabyte."""
+    """The host makes the schedule alone, not the S x S mask of a terabyte."""
     mask = Mask(is_causal=True, local_window_size=window)
     wide, _ = choose_blocks(mask, tokens, tokens)
     for side in (0, 1):

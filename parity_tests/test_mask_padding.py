@@ -184,7 +184,7 @@ def test_the_refusal_names_what_helps():
 
 
 def test_padding_is_compiled_too():
-    """In a compiled step of a data pipeline, say: what comes out goes on."""
+    """`pad_to_degree` under `jax.jit` returns a padding that can unpad."""
     q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 5, 6, 4, 4, 5, 5)))
     padded = jax.jit(lambda *x: pad_to_degree(*x, degree=4))(q, k, v)
     assert padded.query.shape[1] == padded.key.shape[1] == 8

@@ -49,7 +49,7 @@ def test_both(a, b):
 @pytest.mark.parametrize("unbounded", (np.iinfo(np.int64).max, 2**40, 2**32 - 1))
 @pytest.mark.parametrize("dtype", (np.int64, np.uint64))
 def test_lengths_that_32_bits_do_not_hold(unbounded, dtype):
-    """They are longer than any sequence, and jnp.minimum alone would cut them to 32 bits."""
+    """Lengths beyond 32 bits exceed every sequence; jnp.minimum alone would cut their bits."""
     for name in ("query_seq_lengths", "key_value_seq_lengths"):
         lengths: Any = [np.full(2, n, dtype) for n in (unbounded, 5)]
         whole, part = (Mask(**{name: x}) for x in lengths)

@@ -87,7 +87,7 @@ def step(x: Any) -> Any:
 
 @pytest.mark.parametrize("timeout", (None, 100.0))
 def test_a_plan_of_a_function(timeout):
-    """In this process or another; what is donated is counted once."""
+    """A function is planned in this process or another; donated arguments are counted once."""
     mesh = AbstractMesh((4,), ("seq",))
     x = jax.ShapeDtypeStruct(
         (64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("seq"))
@@ -231,7 +231,7 @@ def alive(pid: int) -> bool:
     ("topology", "install"), (("v5e:4x4", "pip install libtpu"), ("h100:8", "[cuda]"))
 )
 def test_without_the_compiler_it_counts(topology, install, monkeypatch, tmp_path):
-    """And says what was not checked."""
+    """The plan counts without a compiler, and says which numbers were not checked."""
     monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "nowhere.so"))
     file = tmp_path / "plan.json"
     result = seqpar("layer", "--topology", topology, "--train", "--json", str(file))
@@ -267,7 +267,7 @@ def exported(platform: str) -> Any:
 
 
 def test_an_exported_program_runs_again():
-    """With the kernel named: one that is left open is chosen for the machine that exports."""
+    """Export needs a named kernel: the default is chosen for the machine that exports."""
     pytest.importorskip("flatbuffers")
     from jax import export
 

@@ -1,4 +1,4 @@
-"""What the planner counts in a traced program, against closed formulas; no compiler is asked."""
+"""Counts of the planner in traced programs, against closed formulas, without a compiler."""
 
 import math
 from dataclasses import replace
@@ -86,7 +86,7 @@ def test_what_a_train_step_offloads():
 
 
 def test_the_decoder_of_the_examples_has_kernels_for_tpus():
-    """From a machine with CPUs alone: the topology says which."""
+    """The topology decides on the kernels, on a machine with CPUs alone."""
     assert jax.default_backend() == "cpu"
     with jax.numpy_dtype_promotion("standard"):
         plan = counted(FromFile("examples/plan_decoder.py", "train_step", TOKENS))
@@ -100,9 +100,9 @@ def test_the_decoder_of_the_examples_has_kernels_for_tpus():
 
 
 def test_a_kernel_without_a_schedule_computes_every_block():
-    """At a million tokens that of dq does not fit into scalar memory: three products of all pairs.
+    """The schedule of dq at a million tokens exceeds scalar memory: three products of all pairs.
 
-    Forward has two, and the other gradients have four, of the half that is allowed.
+    Forward has two products, and the other gradients four, of the half that is allowed.
     """
     tokens = 1 << 20
     plan = counted(AttentionLayer(tokens, train=True), Machine("v5p:4x4x4", 1, {"seq": 64}))
@@ -143,7 +143,7 @@ def test_cudnn_by_its_formula(train):
 
 
 def test_ulysses_across_slices_sends_between_them():
-    """Of 16 devices a device hears 8 of the other slice, and 7 of its own."""
+    """Each of 16 devices receives from 8 of the other slice, and from 7 of the same slice."""
     plan = counted(AttentionLayer(TOKENS), Machine("v5e:2x4", 2, {"seq": 16}))
     (row,) = plan.collectives
     head = TOKENS // 16 * 128 * 2

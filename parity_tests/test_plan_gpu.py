@@ -95,7 +95,7 @@ def test_triton_is_chosen_and_compiles_with_every_option():
 
 
 def test_a_transfer_hides_under_the_attention_of_another_slice():
-    """As on TPUs: with one slice of the heads nothing is hidden, with two every kernel is."""
+    """Transfers hide as on TPUs: none with one chunk of heads, one under every kernel with two."""
     options = compiler_options("gpu")
     whole = program("h100:8", 1 << 17, heads=32, kv_heads=16, compiler_options=options)
     sliced = replace(whole, strategy=Ulysses(2))
@@ -107,7 +107,7 @@ def test_a_transfer_hides_under_the_attention_of_another_slice():
 
 
 def test_the_rounding_of_exact_attention_survives_the_compiler():
-    """And a conversion and back does not: if it did, nothing would be shown."""
+    """Integer rounding survives compilation; a conversion and back, the control, does not."""
 
     def round_by_conversion(x):
         return flush(x).astype(jnp.float32)

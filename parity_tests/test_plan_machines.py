@@ -40,7 +40,7 @@ def layer() -> Plan:
 
 
 def test_memory_is_the_peak(layer):
-    """At least arguments and results; a device has 8192 tokens, of 32 and 8 heads in bfloat16."""
+    """Peak memory holds arguments and results: 8192 tokens, 32 and 8 heads a device, bfloat16."""
     assert layer.fits is True
     memory = layer.memory
     head = TOKENS // 8 * 128 * 2

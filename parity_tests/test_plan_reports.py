@@ -1,4 +1,4 @@
-"""What the planner reads in compiled programs, and what it makes of it: values, JSON, charts."""
+"""Reports of the planner on compiled programs: values, JSON, charts."""
 
 import json
 from dataclasses import replace
@@ -189,7 +189,7 @@ def test_json_round_trips():
 @pytest.mark.parametrize("limit", (1000, 2170, 5000, 12_345, *range(800, 14_000, 571)))
 @pytest.mark.parametrize("curve", (0.0, 0.05, -0.004, "jump"))
 def test_the_largest_is_that_of_brute_force(limit, curve):
-    """Whatever the line misses: the answer fits, and one step more does not."""
+    """The largest size fits, and one step more does not, however far memory is from a line."""
     asked: list[int] = []
 
     def peak(tokens: int) -> int:
@@ -211,7 +211,7 @@ def test_the_largest_is_that_of_brute_force(limit, curve):
 
 @pytest.mark.parametrize("host", (100, 64, 900, 1200))
 def test_the_largest_by_the_memory_of_the_host(host):
-    """Which is full before or after that of the devices, whose line goes through 600 tokens."""
+    """Host memory is full before or after that of the devices, which hold 600 tokens."""
 
     def plan(tokens: int) -> Plan:
         found = plan_of(tokens, peak=100 + tokens * 3 // 2)

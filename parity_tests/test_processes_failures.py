@@ -106,7 +106,7 @@ def saved_steps(folder):
 
 
 def half_written(folder):
-    """What the failure in a save leaves of the third checkpoint."""
+    """Files of the third checkpoint that the failure in a save leaves."""
     return [*(folder / "steps").glob("2.*tmp*")]
 
 
@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_on_other_processes(undisturbed, a
 
 
 def test_sigterm_saves_and_leaves(tmp_path):
-    """To the script of two hosts, in a step; started again it goes on from there."""
+    """SIGTERM to the script of two hosts saves a step, from which the next start goes on."""
     folder = ("--folder", str(tmp_path), "--save-every", "1000")
 
     def start(steps):

@@ -57,7 +57,7 @@ to_torch(jnp.ones(3))
 
 
 def test_flax_layers_name_the_extra_they_need():
-    """Where Flax is not installed, which is what `find_spec` is asked."""
+    """An import of the layers without Flax, by `find_spec`, names the extra."""
     result = python("""
 import importlib.util
 found = importlib.util.find_spec

@@ -77,7 +77,7 @@ def chosen(q: Any, k: Any, degree: int, *, options: Any = None, **keywords: Any)
 @pytest.mark.parametrize("heads", ((8, 8), (8, 2), (6, 3), (16, 1)), ids=str)
 @pytest.mark.usefixtures("optimised")
 def test_bytes_are_those_of_compiled_programs(heads, gradients):
-    """And so is the order of the strategies by their bytes."""
+    """Predicted bytes, and the order of the strategies by bytes, are those of compiled programs."""
     layer, group = layer_of(*heads, gradients=gradients), Group((4,), (4,))
     arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
     arrays = arrays if gradients else arrays[:3]
@@ -122,7 +122,7 @@ def test_bytes_of_a_hybrid_are_those_of_a_compiled_program(gradients):
 @pytest.mark.parametrize("kernel", (Exact(), Blockwise()), ids=("exact", "blockwise"))
 @pytest.mark.usefixtures("optimised")
 def test_bytes_by_kernel(kernel):
-    """Of 12 query and 3 KV heads exact attention sends 16 and 4 to 4 devices, others 12 and 12."""
+    """Exact attention sends 12 query and 3 KV heads as 16 and 4 to 4 devices, others 12 and 12."""
     shapes = layer_of(12, 3).shapes
     arrays = [jnp.ones(x, jnp.float32) for x in shapes]
     attend = partial(dot_product_attention, kernel=kernel)
@@ -167,7 +167,7 @@ def test_traffic_of_an_all_gather_by_kernel(kernel, block, monkeypatch):
 @pytest.mark.parametrize("order", (Zigzag(), Striped()), ids=str)
 @pytest.mark.parametrize("gradients", (False, True), ids=("forward", "gradients"))
 def test_a_ring_counts_the_turns_of_exact_attention(gradients, order, monkeypatch):
-    """And the tokens that an order moves which deals no whole blocks."""
+    """Predicted bytes include all turns of the ring, and tokens that an order moves to fill blocks."""
     monkeypatch.setattr(arithmetic, "BLOCK", 8)
     layer = replace(layer_of(8, 2, gradients=gradients), order=order, kernel=Exact())
     arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
@@ -225,7 +225,7 @@ def test_pairs_are_those_that_attend(order, given):
 
 
 def test_pairs_are_counted_once():
-    """For all candidates of a choice, and for the next one: an eager "auto" makes one a call."""
+    """Pairs are counted once for all candidates and for later choices, as of eager "auto" calls."""
     q, k = shape(1, 1 << 10, 8, 16), shape(1, 1 << 10, 8, 16)
     for layout, counts in ((on(8), 1), (replace(TWO_AXES.on(), order=Zigzag()), 2)):
         pairs.cache_clear()
@@ -314,7 +314,7 @@ def test_two_slices(monkeypatch):
 
 
 def test_the_fast_axis_named_first(monkeypatch):
-    """Of a Hybrid the last axis should be within a slice: the hint says so, and why."""
+    """The last axis of a Hybrid should be within a slice: the hint says so, and why."""
     q = shape(1, 1 << 10, 16, 64)
     options: Any = {"kernel": Blockwise(), "chip": V5E}
     for near, crosses in ((2, False), (1, True)):
@@ -350,7 +350,7 @@ UNABLE = {
 
 @pytest.mark.parametrize(("strategy", "options", "instead"), UNABLE.values(), ids=UNABLE)
 def test_a_strategy_that_cannot_names_one_that_can(strategy, options, instead):
-    """And that one can: the message is taken at its word."""
+    """The strategy that the message names runs."""
     where = TWO_AXES if "kernel" in options and isinstance(strategy, Hybrid) else ONE_AXIS[4]
     x = jnp.ones((1, 32, 8, 8), jnp.float32)
     attend = partial(dot_product_attention, x, x, x, layout=where.on(), **options)
@@ -383,7 +383,7 @@ def test_what_cannot_be_taken_says_why():
 
 
 def test_heads_of_exact_attention_are_counted_as_they_are_sent():
-    """Of 40 query heads on 5 KV heads each of 8 devices has 8, as no KV head is on two of them."""
+    """Each of 8 devices has 8 of 40 query heads on 5 KV heads, as no KV head is split."""
     q, k = shape(1, 1 << 14, 40, 128), shape(1, 1 << 15, 5, 128)
     options = {"is_causal": True, "mask": Mask(query_offset=1 << 14), "chip": V5E}
     exact, other = (
@@ -424,7 +424,7 @@ def test_what_the_call_would_refuse_is_refused():
 
 
 def test_a_residual_takes_the_kernel_of_the_platform_away():
-    """Which has none: so the choice is among strategies that all have the blockwise kernel."""
+    """A residual, which splash lacks, leaves strategies that all have the blockwise kernel."""
     device = jax.sharding.AbstractDevice("TPU v5p", num_cores=1, platform="tpu")
     mesh = AbstractMesh((8,), ("seq",), abstract_device=device)
     q, k = shape(1, 1 << 17, 32, 128), shape(1, 1 << 17, 8, 128)

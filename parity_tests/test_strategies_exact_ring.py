@@ -178,7 +178,7 @@ def logits_of_the_last_part(patch):
 
 
 def anchors_of_its_own(patch):
-    """Of the queries of the device that has the keys."""
+    """Mutation: anchors of the queries of the device that has the keys alone."""
     right = ring.RingPlan.turn
 
     def turn(self, visit, held, spec, nothing, meet, nothing_added=None, join=jnp.add):
@@ -221,9 +221,9 @@ def _padded_alone(spec, batch, deals):
 
 
 def one_large_gradient():
-    """Of a query that has no weight on most keys, but raises their anchors by 2^50.
+    """Inputs with a query of no weight on most keys, whose gradient raises their anchors by 2^50.
 
-    So far below them the sums of the others are cut where a float32 shows it.
+    The sums of the other queries, far below the anchors, are cut where a float32 shows it.
     """
     inputs = SHORT.inputs()
     inputs["query"][..., 0], inputs["key"][..., 0] = 0, 0
@@ -260,8 +260,8 @@ def test_a_large_gradient_of_another_device(monkeypatch):
 
 
 def kernel_bytes(degree, gradients):
-    """Of one key of a KV head, by all turns: what is sent in each of the rounds, and what is added
-    to it, which comes home as well."""
+    """Bytes of one key of a KV head by all turns: those sent in each round, and the sums added to
+    them, which come home as well."""
     forward, backward = Exact().turns(CASE.H, CASE.V, 2)
     turns = (*forward, *backward) if gradients else forward
     rounds = degree - 1

@@ -84,7 +84,7 @@ def test_keys_travel_once_for_all_the_slices_that_read_them():
 
 
 def test_one_after_another_they_divide_the_memory():
-    """Of the gathered query, key and value, and of what is kept for the gradient."""
+    """Head chunks divide the memory of gathered query, key and value, and of the residuals."""
     case = Case(batch=1, tokens=2048, heads=16, kv_heads=16, head_dim=16)
     *inputs, grad = sharded_inputs(case, WHERE)
 

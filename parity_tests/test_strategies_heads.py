@@ -58,7 +58,7 @@ TENSOR_PARALLEL = (
 
 @pytest.mark.parametrize("sizes", TENSOR_PARALLEL, ids=str)
 def test_with_tensor_parallel_heads(sizes):
-    """Of the heads of a tensor-parallel shard, each device of the sequence has an even part."""
+    """Each device of the sequence has an even part of the heads of a tensor-parallel shard."""
     degree, shards, heads, kv_heads = sizes
     where = MeshCase((degree, shards), ("seq", "tensor"), MeshLayout(heads="tensor"))
     right_values(Case(2, 16, heads, kv_heads, 5), where)

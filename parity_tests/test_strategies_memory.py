@@ -114,7 +114,7 @@ def test_memory_of_exact_attention_in_a_ring(heads, gradients):
 
 @pytest.mark.parametrize("gradients", (False, slow(True)), ids=("forward", "gradients"))
 def test_the_memory_of_a_ring_does_not_grow_with_the_ring(gradients):
-    """Of as many tokens on each device; that of an all-gather does."""
+    """Memory of a ring is constant for constant tokens on a device; an all-gather's grows."""
     grows = {}
     for strategy in (Ring(), AllGatherKV()):
         options: Any = {"dtype": "float32", "kernel": Blockwise(), "gradients": gradients}
@@ -144,7 +144,7 @@ def test_the_memory_of_a_ring_does_not_grow_with_the_ring(gradients):
     ids=str,
 )
 def test_memory_on_a_tpu(strategy, kernel, heads, gradients):
-    """Of a million tokens: beside fewer the 128 MB of VMEM, in which XLA has copies, are many."""
+    """Memory of a million tokens; beside fewer, XLA's copies in 128 MB of VMEM would be large."""
     hybrid = isinstance(strategy, Hybrid)
     degree: Any = (2, 4) if hybrid else 8
     options = {"degree": degree} if hybrid else {}

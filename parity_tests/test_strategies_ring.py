@@ -53,7 +53,7 @@ def ring(degree, order: TokenOrder = Contiguous(), **options):
 
 
 def largest_error(attend, order, degree, given, inputs):
-    """Of output and gradients, relative to float64 by PyTorch."""
+    """Largest error of output and gradients, relative to float64 by PyTorch."""
     dealt, operands = in_order(order, degree, given, inputs)
     got = in_sequence(order, degree, run_jax(attend, dealt, "blockwise", operands))
     truth = run_torch(given, "blockwise", inputs)
@@ -101,7 +101,7 @@ def rms_in_bfloat16(degree):
 
 
 def test_parts_are_rounded_once():
-    """In bfloat16 a ring of eight errs as one device does: 1.00 times as much, measured."""
+    """A ring of eight in bfloat16 errs as one device does: 1.00 times as much, measured."""
     one, eight = rms_in_bfloat16(1), rms_in_bfloat16(8)
     assert {n: x for n, x in eight.items() if x > 1.02 * one[n]} == {}
 
@@ -158,7 +158,7 @@ def test_keys_and_values_held_do_not_grow_with_the_degree():
 
 @pytest.mark.parametrize("window", (1, 7, 8, 9, 16, 17))
 def test_a_window_is_heard_from_near_devices_only(window):
-    """Of eight tokens a device: one round up to a reach of 8, and a permute for each."""
+    """Rounds by window with eight tokens a device: one up to a reach of 8; a permute for each."""
     rounds = -(-window // 8)
     given = {"is_causal": True, "local_window_size": (window, 0)}
     assert hops(Mask(**given), Contiguous(), 32, 32, 4) == (min(rounds, 3), 0)
@@ -183,7 +183,7 @@ def test_a_window_to_both_sides():
 
 
 def test_the_balance_of_orders():
-    """As counted in blocks: a causal mask is even in zigzag, and a window takes few rounds."""
+    """Blocks of a causal mask are even in zigzag, and a window takes few rounds."""
     allowed = balance_orders.masks(512)
     window = {"is_causal": True, "local_window_size": (64, 0)}
     for order in ORDERS:
@@ -203,7 +203,7 @@ def test_the_balance_of_orders():
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("is_causal", (False, True))
 def test_rounds_are_those_that_some_device_needs(order, is_causal):
-    """By the mask written out, for documents and windows in every order."""
+    """Rounds agree with the mask written out, for documents and windows in every order."""
     rng = np.random.default_rng(3)
     for trial in range(12):
         tokens, degree = 32, (4, 8)[trial % 2]
@@ -281,7 +281,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_products_have_the_precision_of_the_call():
-    """Those of the rules of the derivative, too, which JAX traces later."""
+    """Products of derivatives have the precision, too, though JAX traces them after the call."""
     q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
 
     def loss(q):
@@ -349,7 +349,7 @@ def test_what_is_refused(options, layout, message):
 
 
 def test_tokens_that_an_order_does_not_deal():
-    """By the order itself, and where the arrays are those of one device."""
+    """The order raises itself, and so does a call with the arrays of one device."""
     with pytest.raises(ValueError, match=r"36 tokens, which is no multiple of 8.*Pad them to 40"):
         Zigzag().reorder(np.zeros((1, 36)), 1, 4)
     x = jnp.zeros((1, 12, 2, 4))  # three tokens a device

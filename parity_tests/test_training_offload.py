@@ -24,7 +24,7 @@ rng = np.random.default_rng(3)
 
 
 def loss(weights: Any, x: Any, offload: bool) -> Any:
-    """Of three layers in a scan, each computed again for its gradient."""
+    """Loss of three layers in a scan, each computed again for its gradient."""
 
     def layer(x: Any, weight: Any) -> Any:
         x = offloaded(x, layout=LAYOUT) if offload else x
@@ -55,7 +55,7 @@ def test_no_bit_depends_on_it(kind, jit):
 
 
 def counted(tokens: int, features: int, offload: bool = True) -> tuple[Counts, int]:
-    """Of a step on a mesh whose platform nobody knows; and into how many pieces an input goes."""
+    """Counts of a step on a mesh of unknown platform, and the number of pieces of an input."""
     mesh = AbstractMesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
     with jax.sharding.use_abstract_mesh(mesh):
         weights = jax.ShapeDtypeStruct((3, features, features), jnp.bfloat16)

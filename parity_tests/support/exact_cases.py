@@ -141,7 +141,7 @@ def _lengths(*lengths: int) -> np.ndarray:
 
 
 def _positions(batch: int, queries: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
-    """In no order, as in a layout that balances causal work; other ones in each sequence."""
+    """Positions in random order, as of a layout that balances causal work, drawn per sequence."""
     rng = _random(batch, queries, keys)
 
     def of(first: int, count: int) -> np.ndarray:

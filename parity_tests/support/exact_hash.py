@@ -31,7 +31,7 @@ def inputs() -> list[np.ndarray]:
 
 
 def sha256(arrays: list) -> str:
-    """Of the bits of arrays, one after the other."""
+    """SHA-256 of the bits of arrays, one after the other."""
     digest = hashlib.sha256()
     for x in arrays:
         digest.update(np.ascontiguousarray(x).tobytes())

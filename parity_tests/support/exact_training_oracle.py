@@ -129,7 +129,7 @@ def exp32(x: Fraction) -> Fraction:
 
 
 def total(x: Array, axis: int) -> Array:
-    """Of float32 along an axis, which goes."""
+    """Sum of float32 along an axis, which the result lacks."""
     return out(sum32(read(x), axis))
 
 
@@ -192,7 +192,7 @@ def rms_norm_backward(x: Array, gamma: Array, eps: float, dy: Array) -> tuple[Ar
 
 @cache
 def pi() -> Fraction:
-    """By Machin: 16 atan(1/5) - 4 atan(1/239), in units of 2^-400."""
+    """Pi by Machin's formula, 16 atan(1/5) - 4 atan(1/239), in units of 2^-400."""
 
     def arctangent(n: int) -> int:
         sum_, term, k = 0, 2**400 // n, 0

@@ -280,7 +280,7 @@ def exp(x: Fraction) -> Fraction:
 
 
 def tanh(u: Fraction, t: Fraction) -> Fraction:
-    """Of a float32 u, with t = exp(-2 |u|)."""
+    """Hyperbolic tangent of a float32 u, with t = exp(-2 |u|)."""
     small = abs(u) < Fraction(1, 2)
     size = small_tanh(abs(u)) if small else round64(round64(1 - t) / round64(1 + t))
     return round32(-size if u < 0 else size)

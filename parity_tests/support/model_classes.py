@@ -259,7 +259,7 @@ def recording(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
 
 
 def described(case: ModelClass) -> dict[str, Any]:
-    """What the class does, as keywords; arrays with a gradient left out."""
+    """Keywords of the class's attention; arrays with a gradient are left out."""
     keywords = {n: x for n, x in case.ours.items() if x is not True or n == "is_causal"}
     tokens = attention_mask(case)
     if case.padding == LENGTHS:

@@ -1,4 +1,4 @@
-"""What the tests' ranks run, importable by a fresh process, and the inputs that both sides make."""
+"""Functions that the tests' ranks run, importable by a fresh process, and inputs of both sides."""
 
 import os
 import subprocess
@@ -173,7 +173,7 @@ def normal(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def swap(x: Tensor, layout: str) -> Tensor:
-    """From batch-first to a layout, or back; a view."""
+    """View of x from batch-first in a layout, or back."""
     return x.transpose(0, 1) if layout == "sbhd" else x
 
 
@@ -399,7 +399,7 @@ def passed_on(rank: int) -> tuple[Tensor, tuple[Any, ...]]:
 
 
 def refusals(degree: int) -> dict[str, str]:
-    """By what does not fit, the error of a call with it."""
+    """Errors of calls with arguments that do not fit, by the argument."""
     N = 2 * degree
     q = torch.ones(2, 3, N, 5)
     attend = DistributedAttention(lambda q, k, v: q)

@@ -236,7 +236,7 @@ def bfloat16_inputs() -> list[Tensor]:
 
 
 def bfloat16(group: Any) -> dict[str, Any]:
-    """Of the ring, with the dtypes that it sent, and of one that rounds its parts."""
+    """Outputs of the ring, the dtypes that it sent, and outputs of a ring that rounds its parts."""
     inputs, options, sent = bfloat16_inputs(), {"is_causal": True}, []
     with recorded(sent):
         right = on_this_rank(inputs, options, "zigzag", group)
@@ -256,7 +256,7 @@ def mutants(group: Any) -> dict[str, Results]:
 
 
 def refusals(group: Any) -> dict[str, str]:
-    """By what does not fit, the error of a call with it; nothing may be sent."""
+    """Errors of calls with arguments that do not fit, by the argument; nothing may be sent."""
 
     def x(tokens: int = LOCAL, heads: int = N, channels: int = H) -> Tensor:
         return torch.ones(B, tokens, heads, channels)
