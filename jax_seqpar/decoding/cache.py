@@ -219,7 +219,7 @@ class KeyValueCache:
 
 
 def shard_map(mesh: AnyMesh, function: Any, in_specs: Any, out_specs: Any) -> Any:
-    """`jax.shard_map` without the check of varying axes: all devices make the same row of `used`."""
+    """`jax.shard_map` unchecked for varying axes: all devices make the same row of `used`."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )

@@ -46,7 +46,7 @@ class Sample:
     found: np.ndarray
 
     def of(self, found: np.ndarray) -> np.ndarray:
-        """Log-probabilities of the drawn tokens, `[B, n]`, among those of all next tokens `found`."""
+        """Log-probabilities of the drawn tokens, `[B, n]`, from those of all next tokens."""
         return np.take_along_axis(found, self.drawn - 1, axis=1)
 
 
