@@ -37,7 +37,7 @@ OUT_OF_HOST_MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned, and where.
+    """Request of a plan: the target, the machine, and how to compile.
 
     Attributes:
       compiler_options: of `jax.jit`.
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def start(self) -> Plan:
-        """The plan of which nothing is known yet."""
+        """The plan before anything is counted or compiled: its names and sizes."""
         machine = self.machine
         return Plan(
             self.target.name,
@@ -103,7 +103,7 @@ def answer(request: Request) -> Plan:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that an answer depends on."""
+    """Versions of the packages that an answer depends on."""
     found = {}
     for package in ("jax-seqpar", "jax", "jaxlib", "libtpu"):
         try:
@@ -152,7 +152,7 @@ def _options(request: Request) -> dict[str, Any]:
 
 
 def _notes(counts: Counts, request: Request) -> tuple[str, ...]:
-    """What could not be checked, and what counts less than it should."""
+    """Notes on parts that could not be checked, and on numbers that are only bounds."""
     found = []
     if request.machine.missing is not None:
         found.append(
@@ -178,7 +178,7 @@ def _notes(counts: Counts, request: Request) -> tuple[str, ...]:
 
 
 def _left_on_devices(counts: Counts, plan: Plan) -> tuple[str, ...]:
-    """What the program asks the host to keep, where the compiler does not do so."""
+    """Note if the compiler keeps arrays on the devices that the program offloads to the host."""
     if not counts.to_host or plan.memory is None or plan.memory.host:
         return ()
     where = (
@@ -247,7 +247,7 @@ def _without_program(plan: Plan, error: str) -> Plan:
 
 
 def _bytes(text: str) -> int:
-    """Of a number with a unit, as "57.00G"."""
+    """Bytes of a number with a unit, as "57.00G"."""
     number = text.rstrip("KMGT")
     return int(float(number) * UNITS[text[len(number) :]])
 

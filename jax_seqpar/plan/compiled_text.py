@@ -1,4 +1,4 @@
-"""What the text of a compiled program says: collectives, bytes, kernels, what runs under transfers.
+"""Collectives, bytes, kernels and overlap with transfers, from the text of a compiled program.
 
 A program is a `jax.stages.Compiled`, or its text, by XLA for CPUs and GPUs or by libtpu. The text
 has an instruction of a loop once, however often the loop runs; so has every number here.
@@ -31,11 +31,11 @@ KERNELS = {
 
 
 def collectives(program: AnyProgram) -> dict[str, int]:
-    """How many of each collective a compiled program has, as `{"all-to-all": 4}`.
+    """Numbers of collectives in a compiled program by kind, as `{"all-to-all": 4}`.
 
-    One that is started and awaited counts once. libtpu makes a reduce-scatter a fusion with an
-    all-reduce inside, and a collective-permute where the devices do not divide the array (seen in
-    the gradients of `AllGatherKV` for v5e:2x4, libtpu 0.0.42).
+    A collective that is started and awaited counts once. libtpu makes a reduce-scatter a fusion
+    with an all-reduce inside, and a collective-permute where the devices do not divide the array
+    (seen in the gradients of `AllGatherKV` for v5e:2x4, libtpu 0.0.42).
     """
     return dict(Counter(re.findall(rf"(?<![\w-])({COLLECTIVES})(?:-start)?\(", _text(program))))
 
@@ -64,7 +64,7 @@ def received_bytes(program: AnyProgram, degree: int) -> int:
 
 
 def kernel_calls(program: AnyProgram) -> int:
-    """How many calls of kernels that are not XLA's a compiled program has.
+    """Number of calls of kernels that are not XLA's in a compiled program.
 
     These are all Pallas kernels, 1 of splash attention or of `Triton` forward, 3 with gradients;
     and on a GPU those of cuDNN's attention: 1 and 2.
@@ -117,13 +117,13 @@ def layout_copies(program: AnyProgram) -> Copies | None:
 
 
 def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:
-    """Asynchronous transfers, each with what is scheduled between its start and its end.
+    """Asynchronous transfers, each with the kernels and loops scheduled between its start and end.
 
-    That is the fused kernels, and loops, as blockwise attention is one. A transfer with none is
-    waited for, unless other work is there. A synchronous one hides under nothing and is not listed;
-    XLA:GPU writes it as a start and an end, too. A kernel may be under several transfers. Ask of
-    each transfer whether something is under it: that each kernel is under some transfer is so, too,
-    where one transfer is under way all the time and the others are waited for.
+    Kernels are the fused ones; loops count, as blockwise attention is a loop. A transfer without
+    either is waited for, unless other work is there. A synchronous transfer hides under nothing
+    and is not listed; XLA:GPU writes it as a start and an end, too. A kernel may be under several
+    transfers. Ask of each transfer whether a kernel is under it: every kernel is under some
+    transfer also where one transfer is under way all the time and the others are waited for.
 
     Returns:
       the names of kernels and loops by that of the transfer's first instruction, in the order of

@@ -65,7 +65,7 @@ class Sent:
 
 @dataclass
 class Counts:
-    """Of one device.
+    """Counts of one device in a traced program.
 
     Attributes:
       flops, bytes: by named scope: of matrix products and kernels; bytes are those of their
@@ -96,14 +96,14 @@ class Counts:
 
     @property
     def work(self) -> tuple[float, float, float]:
-        """By which the branch of a condition that has most of it is found."""
+        """FLOPs, bytes received and bytes: the key by which the costliest branch is found."""
         sent = sum((x.received for x in self.sent), 0.0)
         return sum(self.flops.values(), 0.0), sent, sum(self.bytes.values(), 0.0)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the program the walk is.
+    """Place of the walk in the program.
 
     Attributes:
       mesh: size of each mesh axis.

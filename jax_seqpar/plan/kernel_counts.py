@@ -1,7 +1,7 @@
-"""What a call of a kernel that is not XLA's computes and moves: Pallas' by its grid, cuDNN's.
+"""FLOPs and bytes of calls of kernels that are not XLA's: of Pallas by the grid, and of cuDNN.
 
-A Pallas kernel's body is counted as the program around is, and runs for each block of its grid that
-it does not skip. Splash attention has the blocks that it computes in an array, known beforehand.
+A Pallas kernel's body is counted as the program around it, and runs for each block of the grid that
+the kernel does not skip. Splash attention computes the blocks of an array, known beforehand.
 """
 
 import math
@@ -62,14 +62,14 @@ def _pallas(equation: Any, value: Callable[[Any], Any]) -> Kernel:
 
 
 def _name(params: Any) -> str:
-    """That of the call, else of the kernel's function; JAX 0.10 has both in one place."""
+    """Name of the call, else of the kernel's function; JAX 0.10 has both in one place."""
     if "name_and_src_info" in params:
         return params["name_and_src_info"].name
     return params["name"] or params["jaxpr"].debug_info.func_name
 
 
 def _computed_part(equation: Any, scalars: int, value: Callable[[Any], Any]) -> float | None:
-    """Of splash attention's grid; None where nobody knows before it runs."""
+    """Computed part of splash attention's grid, 0 to 1; None if known only when it runs."""
     if scalars <= SPLASH_BLOCKS:
         return 1.0  # without a schedule every block is computed, and masked
     meets = value(equation.invars[SPLASH_BLOCKS])

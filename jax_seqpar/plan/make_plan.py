@@ -19,11 +19,11 @@ def plan(
     compiler_options: Mapping[str, Any] | None = None,
     timeout: int | float | None = 600,
 ) -> Plan:
-    """What a function costs on a machine: memory, collectives, FLOPs, and seconds at least.
+    """Costs of a function on a machine: memory, collectives, FLOPs, and seconds at least.
 
-    It is traced and compiled under `jax.set_mesh` of a mesh of that machine, so that kernels are
-    chosen for its platform; nothing runs. Without the compiler of the platform what follows from
-    the traced program is counted, and `notes` says what was not checked.
+    The function is traced and compiled under `jax.set_mesh` of a mesh of that machine, so that
+    kernels are chosen for its platform; nothing runs. Without the compiler of the platform the
+    traced program alone is counted, and `notes` says what was not checked.
 
     Args:
       function: anything that `jax.jit` takes, or what it gives, with its donations.

@@ -34,10 +34,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What `choose_strategy` says of a plan's attention.
+    """Choice of `choose_strategy` for a plan's attention.
 
     Attributes:
-      strategy, runner_up: by their reprs; None where there is no second one.
+      strategy, runner_up: by their reprs; None without a second strategy.
       reason: in one sentence.
       seconds: of one layer, by formula.
     """
@@ -51,10 +51,10 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a function costs on a machine, per device.
+    """Costs of a function on a machine, per device.
 
     Attributes:
-      name: what was asked.
+      name: of the target.
       topology, slices, mesh: the machine, and its mesh.
       devices: how many.
       chip: of one device: its speeds and memory.
@@ -62,11 +62,11 @@ class Plan:
       memory: None unless it was compiled.
       needed: bytes that the compiler missed memory for, where it ran out of it.
       needed_of_host: the same of the memory of a device's host.
-      failure: why there is no answer, in one sentence; None if there is one.
+      failure: the reason for a missing answer, in one sentence; None with an answer.
       collectives, kernels, parts: kernels are calls by name, all loops multiplied out.
       copies: only of TPUs.
       choice: of the strategy, where it was asked for.
-      notes: what could not be checked, or counts less than it should.
+      notes: on parts that could not be checked, and on numbers that are only bounds.
       seconds: that tracing and compiling took, by name.
       versions: of the packages that the answer depends on.
     """

@@ -32,7 +32,7 @@ def platform_of(topology: str) -> str:
 
 
 def missing_compiler(topology: str) -> str | None:
-    """What has to be installed before anything can be compiled for a topology; None if nothing.
+    """Message that the compiler for a topology is missing; None if it is installed.
 
     Raises:
       ValueError: for an unknown topology.

@@ -78,9 +78,9 @@ def transfers(text: str) -> list[Transfer]:
 
 
 def across_slices(text: str) -> dict[str, int]:
-    """What libtpu sends between slices, by the kind of collective that it was; not Ulysses' alone.
+    """Numbers of libtpu's sends between slices, of all strategies, by the kind of collective.
 
-    A collective over several slices vanishes into `send` and `recv`; what is left of it is inside.
+    A collective over several slices becomes `send` and `recv`, and a collective within a slice.
     """
     kinds = re.findall(r' send\(.*?_xla_megascale_transfer_type="?(\w+)', text)
     return {kind.lower().replace("_", "-"): kinds.count(kind) for kind in dict.fromkeys(kinds)}
