@@ -1,4 +1,4 @@
-"""Which strategy to take for one attention on one mesh, and why: a table of what each costs."""
+"""Choice of a strategy for one attention on one mesh, by a table of costs, with the reason."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -196,7 +196,7 @@ class Call:
         return replace(self.spec, held_queries=held(self.query), held_keys=keys)
 
     def layer(self, gradients: bool) -> Layer:
-        """What one device of the other mesh axes has of the arrays."""
+        """Layer with the shapes that one device of the batch and head axes has."""
         layout, mesh = self.layout, self.mesh
         batch, heads = (axes_size(axes, mesh.shape) for axes in (layout.batch, layout.heads))
 
@@ -280,7 +280,7 @@ def _reason(able: list[Candidate], group: Group) -> str:
 
 
 def _hint(group: Group) -> str:
-    """How mesh axes could be laid out better over slices or hosts; empty where they are good."""
+    """Hint for a better order of mesh axes over slices or hosts; empty if the order is good."""
     near, size = group.near[-1], group.sizes[-1]
     if near == size:
         return ""

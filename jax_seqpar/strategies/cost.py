@@ -1,4 +1,4 @@
-"""What a strategy costs in one layer: bytes by link, seconds of attention, seconds of waiting."""
+"""Costs of a strategy in one layer: bytes by link, seconds of attention, seconds of waiting."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -91,7 +91,7 @@ class Layer:
         )
 
     def deals(self, degree: int, *, keys: bool) -> list[Deal]:
-        """How queries, and keys where they are dealt, too, come to lie in whole blocks."""
+        """Deals of the queries, and with `keys` of the keys, into whole blocks."""
         tokens = (self.query[1], self.key[1]) if keys else (self.query[1],)
         return deals(self.order, self.kernel.block, tokens, degree)
 
@@ -112,7 +112,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one layer on the device that has most.
+    """Cost of one layer on the device with the largest share.
 
     Attributes:
       inside, between: bytes received from devices of the same slice or host, and from others.
@@ -168,9 +168,9 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
 def pairs(
     mask: Mask, order: TokenOrder, queries: int, keys: int, degree: int
 ) -> Float[np.ndarray, "P P"]:
-    """How many queries of the first device times keys of the second attend, of one head.
+    """Number of attending pairs of one head, of queries of device row and keys of device column.
 
-    From `SAMPLE` queries of each device; of a mask without arrays, see `Layer.placed`.
+    Estimated from `SAMPLE` queries of each device, for a mask without arrays, see `Layer.placed`.
     """
     before, after = mask.reach
     of_keys = [np.sort(order.numbers(keys // degree, i, degree)) for i in range(degree)]

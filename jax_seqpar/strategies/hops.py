@@ -1,4 +1,4 @@
-"""How many rounds of a ring a mask needs, in each direction."""
+"""Rounds of a ring that a mask needs, in each direction."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def _by_place(
 
 
 def _runs(order: TokenOrder, tokens: int, degree: int) -> list[np.ndarray]:
-    """Of each device, the first and the last number of each run of tokens that it holds."""
+    """Runs of tokens of each device: the first and the last number of each, `[runs, 2]`."""
     runs = []
     for index in range(degree):
         numbers = order.numbers(tokens // degree, index, degree)

@@ -84,7 +84,7 @@ def _exchange(x: Array, axis_name: AxisName, split_axis: int, concat_axis: int) 
 # A bitcast has no derivative, so the derivative is stated: the same exchange, of the tangent.
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _exchange_narrow(x: Array, axis_name: AxisName, split_axis: int, concat_axis: int) -> Array:
-    """As integers on a CPU. Elsewhere the detour costs passes over the memory for nothing."""
+    """All-to-all of a narrow dtype, as integers on a CPU, and elsewhere without the detour."""
 
     def as_integers(x: Array) -> Array:
         unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")

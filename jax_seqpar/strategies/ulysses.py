@@ -205,7 +205,7 @@ def _slice(x: Array, axis: int, start: Any, size: int) -> Array:
 
 
 def _chunk_of_each(x: Array, degree: int, chunk: Any, size: int) -> Array:
-    """Of the heads `[B, S, P n, H]` that go to P devices, a slice of those for each."""
+    """Slice of the heads for each device, from heads `[B, S, P n, H]` that go to P devices."""
     B, S, heads, H = x.shape
     by_device = x.reshape(B, S, degree, heads // degree, H)
     return _slice(by_device, 3, chunk * size, size).reshape(B, S, degree * size, H)
@@ -216,7 +216,7 @@ def _side_by_side(function: Callable[[Any], Any], count: int) -> Any:
 
 
 def _one_by_one(function: Callable[[Any], Any], count: int) -> Any:
-    """In a loop that keeps nothing for the derivative."""
+    """Maps a function in a loop that keeps no residuals for the derivative."""
     return jax.lax.map(jax.checkpoint(function, prevent_cse=False), jnp.arange(count))
 
 
