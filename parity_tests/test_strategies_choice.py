@@ -167,7 +167,7 @@ def test_traffic_of_an_all_gather_by_kernel(kernel, block, monkeypatch):
 @pytest.mark.parametrize("order", (Zigzag(), Striped()), ids=str)
 @pytest.mark.parametrize("gradients", (False, True), ids=("forward", "gradients"))
 def test_a_ring_counts_the_turns_of_exact_attention(gradients, order, monkeypatch):
-    """Predicted bytes include all turns of the ring, and tokens that fill the blocks of an order."""
+    """Predicted bytes include all turns of the ring, and tokens that an order moves into blocks."""
     monkeypatch.setattr(arithmetic, "BLOCK", 8)
     layer = replace(layer_of(8, 2, gradients=gradients), order=order, kernel=Exact())
     arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
