@@ -30,9 +30,9 @@ from .token_numbers import token_numbers
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The operations of layers as XLA computes them: sums in an order that XLA chooses.
+    """The operations of layers as XLA computes them: sums in an order of its own.
 
-    A layer calls these operations alone, so that another arithmetic needs no other layer.
+    A layer calls its operations and nothing else, so that another arithmetic needs no other layer.
     """
 
     @property

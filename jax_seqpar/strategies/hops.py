@@ -1,4 +1,4 @@
-"""Rounds of a ring that a mask needs, in each direction."""
+"""How many rounds of a ring a mask needs, in each direction."""
 
 from typing import Any
 
