@@ -47,7 +47,7 @@ def test_16_bit_inputs_move_16_bits(name):
 
 
 def test_vmap_adds_none():
-    """Over an axis that is not sharded, and with `spmd_axis_name` over one that is."""
+    """`jax.vmap` adds no collectives, over an axis that `spmd_axis_name` shards or over another."""
     case, where = CASES["grouped"], MESHES[2]
     mesh, layout = where.mesh(), MeshLayout()
     stacked = []

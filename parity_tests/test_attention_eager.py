@@ -134,7 +134,7 @@ def test_the_third_equal_call_compiles_nothing(ask, attend):
 @pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
 @pytest.mark.parametrize("layer", GENERATION)
 def test_the_third_generated_token_compiles_nothing(layer, kind):
-    """Eagerly, in Flax layers that decode."""
+    """Flax layers that decode eagerly compile nothing after the second token."""
     token = jnp.ones((2, 1, 32))
     with jax.set_mesh(ONE_AXIS[4].mesh(kind)):
         generate = GENERATION[layer]()
@@ -152,7 +152,7 @@ def test_compilations_are_seen():
 
 
 def test_values_and_gradients_of_an_eager_call():
-    """Against float64; on Explicit axes with a cotangent that lies on one device, too."""
+    """Eager calls agree with float64; on Explicit axes with a cotangent on one device, too."""
     for kind in (AxisType.Auto, AxisType.Explicit):
         out, pull = jax.vjp(sharded(kind), QUERY, KEY, VALUE)
         expected = oracle(CASE, CASE.inputs())
@@ -248,7 +248,7 @@ def test_inside_a_callers_jit_the_same_program(kind):
 
 @dataclass(frozen=True)
 class Scaled:
-    """Equal to another of its name, whatever it computes."""
+    """Kernel that compares equal to another of the same name with another factor."""
 
     name: str
     factor: jax.Array = field(compare=False)

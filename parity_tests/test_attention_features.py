@@ -150,7 +150,7 @@ ALL_KERNELS = (
 
 
 def test_one_signature():
-    """Same names, order and defaults, in every kernel and in the public function."""
+    """Parameters have the same names, order and defaults in every kernel and public function."""
     signatures = [
         {n: p.default for n, p in inspect.signature(f).parameters.items()} for f in ALL_KERNELS
     ]
@@ -161,7 +161,7 @@ def test_one_signature():
 
 
 def test_the_default_is_the_kernel_that_is_chosen():
-    """On a CPU blockwise: to the bit what it gives when it is named."""
+    """The default on a CPU is the blockwise kernel, with the bits that it has by name."""
     sizes = SIZES["grouped"]
     q, k, v, _ = map(jnp.asarray, operands(sizes))
     assert choose_kernel(q, k, v, is_causal=True).kernel == Blockwise()

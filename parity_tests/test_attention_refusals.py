@@ -336,7 +336,7 @@ def test_more_tokens_than_exact_sums_have_room_for(tokens, heads):
 
 
 def test_more_than_one_exact_sum_has_room_for():
-    """More channels, query heads of one KV head, keys of a product; and a part of the keys."""
+    """Exact attention raises for too many channels, query heads of a KV head, keys of a product."""
     rows = jax.ShapeDtypeStruct((1, 4, 4097, 1), jnp.float32)
     wide = jax.ShapeDtypeStruct((1, 4, 1, 513), jnp.float32)
     one = jax.ShapeDtypeStruct((1, 4, 1, 1), jnp.float32)

@@ -216,7 +216,7 @@ def test_under_every_transformation(kind):
 
 @both_kinds
 def test_the_mesh_is_found(kind):
-    """Given, from `jax.set_mesh`, or from the sharding of the query: the same bits."""
+    """The mesh is given, from `jax.set_mesh`, or from the sharding of the query: the same bits."""
     case, where = Case(2, 16, 8, 4, 6), ONE_AXIS[4]
     mesh = where.mesh(kind)
     given = attend(case, where, kind, kernel=dense_attention)
@@ -252,7 +252,7 @@ def test_inside_a_shard_map_over_other_axes():
 
 
 def test_the_local_attention_is_a_function():
-    """Any attention of one device: JAX's own, or one that needs `check_vma=False`."""
+    """The kernel may be any attention of one device, JAX's or one that needs `check_vma=False`."""
     case, where = Case(2, 16, 8, 4, 6), ONE_AXIS[4]
     for check_vma in (True, False):
         kernel = FunctionKernel(jax.nn.dot_product_attention, check_vma)

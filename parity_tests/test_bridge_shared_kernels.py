@@ -184,7 +184,7 @@ def test_jax_in_a_pytorch_process(name):
 
 
 def test_the_tensors_of_a_jax_kernel_are_its_own():
-    """Written in place, the output and the gradients change nothing that JAX holds."""
+    """Output and gradients, written in place by PyTorch, change no array that JAX holds."""
     operands = [numpy_to_torch(x) for x in CASES["multi-head"].inputs().values()]
     leaves = [x.requires_grad_() for x in operands[:3]]
     attend = as_torch_attention(dense_attention)

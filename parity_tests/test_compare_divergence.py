@@ -211,7 +211,7 @@ def test_without_a_tolerance_bits_count(name):
 
 
 def test_the_tolerance_is_of_the_largest_magnitude():
-    """On the boundary an element agrees, one float above it parts; exact in powers of two."""
+    """An element on the bound agrees, one float above it diverges; exact in powers of two."""
     a = {"x": np.array([[0.0, -8.0, 1.0]])}
     at = {"x": np.array([[0.25, -8.0, 0.75]])}
     assert first_divergence(a, at, rtol=2.0**-5) is None

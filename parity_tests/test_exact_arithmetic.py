@@ -438,7 +438,7 @@ def many_keys() -> tuple[np.ndarray, np.ndarray]:
 
 @in_both
 def test_weighted_sum_of_many_keys(of):
-    """More than 256, and above 2^53."""
+    """Weighted sums of more than 256 keys, and above 2^53."""
     weights, x = many_keys()
     assert 600 * 2**29 * 2**16 > 2**54
     equals(of.weighted_sum(weights, x, 256), sum_of_fractions(weights, x))
@@ -548,7 +548,7 @@ def test_gradient_sum_of_full_blocks(of):
 
 @in_both
 def test_no_bit_of_gradient_sum_depends_on_the_order_within_a_block(of):
-    """Nor on that of blocks, but on which tokens share one."""
+    """Gradient sums depend on which tokens share a block, not on the order of tokens or blocks."""
     rng = np.random.default_rng(6)
     d, x, anchor = full_blocks()
     d, x = d[:, :512], x[:512]
@@ -675,7 +675,7 @@ def test_exp_of_the_hard_cases(of):
 
 @in_both
 def test_exp_of_a_sample(of):
-    """Alike in magnitude, which is where most float32 are, and alike in value."""
+    """Exponentials of numbers uniform in magnitude, as most float32 are, and uniform in value."""
     rng = np.random.default_rng(0)
     x = np.concatenate([-(2.0 ** rng.uniform(-30, math.log2(85), 300)), -rng.uniform(0, 85, 300)])
     x = x.astype(np.float32)
@@ -734,7 +734,7 @@ def test_soft_cap_at_its_ends(of):
 
 
 def test_float64_is_switched_on_for_the_public_functions():
-    """Called as a user does, without any scope."""
+    """Public functions called without any scope of 64 bits compute in float64."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((5, 64)).astype(np.float32) for _ in range(2))
     dots = jax.jit(exact_dot)(a, b)

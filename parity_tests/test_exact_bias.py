@@ -110,7 +110,7 @@ def test_sixteen_bits(dtype):
 
 
 def test_the_gradient_of_one_logit_is_its_ds():
-    """Beside a bias of one more sequence, whose gradients are far larger or 0."""
+    """The gradient of one logit is its ds, beside a sequence whose gradients are larger or 0."""
     inputs = inputs_of(CROSS)
     alone = torch_exact(inputs, bias=bias_of(1, N, T, S).repeat(2, 0), is_causal=True)["dbias"]
     inputs["grad"][1] = 0

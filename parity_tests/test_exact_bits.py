@@ -620,7 +620,7 @@ def test_the_flag_of_the_user_is_left_alone():
 
 
 def test_under_remat_and_scan():
-    """Under `jax.vmap`: `test_keys_of_heads_under_vmap`."""
+    """Bits are equal under `jax.checkpoint` and scan; for vmap, `test_keys_of_heads_under_vmap`."""
     inputs = CASE.inputs()
 
     @jax.checkpoint

@@ -258,7 +258,7 @@ def test_a_cache_whose_slots_are_in_no_order(framework):
 
 @pytest.mark.parametrize("strategy", (Ulysses(), AllGatherKV()), ids=("Ulysses", "AllGatherKV"))
 def test_later_tokens_on_a_mesh(strategy):
-    """Also where the queries of one block lie on several devices."""
+    """Later tokens change no bit, also where the queries of a block lie on several devices."""
     inputs, rows = Case(batch=1, tokens=16, heads=4, kv_heads=2, head_dim=4).inputs(), slice(9)
     attend = partial(
         dot_product_attention,

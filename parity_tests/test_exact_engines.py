@@ -160,7 +160,7 @@ def test_every_sum_of_digits_has_room():
 
 
 def test_sums_are_rounded_to_53_bits_and_to_24():
-    """On the middle of two float32 and of two float64, next to them, and at the ends of float32."""
+    """Rounding at the middle of two float32 and of two float64, near it, and at float32's ends."""
     rng = np.random.default_rng(7)
     S = [int(x) << 13 for x in rng.integers(1, 1 << 62, 500)]
     S = [x >> int(shift) for x, shift in zip(S, rng.integers(0, 74, 500), strict=True)]

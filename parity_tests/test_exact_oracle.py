@@ -110,7 +110,7 @@ JUNK = (1e9, 1e12, 3e38, np.nan, np.inf)
 
 
 def test_tokens_that_nothing_attends_to_change_no_bit():
-    """Beyond the lengths, in segments without a partner, and what a mask leaves none."""
+    """Tokens beyond the lengths, in segments without a partner, or masked out, change no bit."""
     inputs, (T, S) = CROSS.inputs(), (CROSS.T, CROSS.S)
     of_query, of_key = np.zeros((2, T), np.int32), np.zeros((2, S), np.int32)
     of_query[:, 1], of_key[:, 2] = 5, 7  # each without a partner

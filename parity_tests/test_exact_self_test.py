@@ -772,14 +772,14 @@ def test_the_hashes_are_those_of_the_integers():
 
 
 def test_dropout_by_the_right_words_is_right():
-    """So what the sabotages of dropout do wrong is the comparison."""
+    """Dropout by the right words is right, so a sabotage fails by its comparison alone."""
     kept = kept_of_words(lambda word, other, limit: word >= limit)(lambda key: key)
     right = jax_operations().dropout(questions.DROPOUT_KEY)
     assert np.array_equal(kept(questions.DROPOUT_KEY), right)
 
 
 def test_the_sums_without_a_sabotage_are_right():
-    """So what their sabotages do wrong is the one argument that they change."""
+    """Sums without a sabotage are right, so a sabotage fails by its changed argument alone."""
     sums = {"dot": dot_of, "weighted_sum": weighted_sum_of, "gradient_sum": gradient_sum_of}
     for name, operation in sums.items():
         checks = ask_again(replace(jax_operations(), **{name: operation}), name)

@@ -204,7 +204,7 @@ PASSED_ON: dict[str, Any] = {
 
 @pytest.mark.parametrize("where", ("attention", "attention_fn"))
 def test_options_are_passed_on(where, monkeypatch):
-    """Some change no value: how the work is divided, and what JAX checks."""
+    """Options are passed on, those without effect on values included: chunks and JAX's checks."""
     given = {}
 
     def attend(query, key, value, **options):
@@ -306,7 +306,7 @@ def test_sixteen_bits():
 
 
 def test_the_gradient_of_16_bit_sinks_is_rounded_once():
-    """Though two devices of the batch axis have a part of its sum each."""
+    """Gradients of 16-bit sinks are rounded once, though two devices of the batch share the sum."""
     parameters = ParameterOptions(param_dtype=jnp.bfloat16, dtype=jnp.float32)
     layer, mesh = make(parameters=parameters, sinks=True, rotary=None)
     grad = np.random.default_rng(7).standard_normal((B, S, D)).astype(np.float32)
@@ -460,7 +460,7 @@ SCALED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", SCALED)
 def test_rotary_of_scaled_variants(kind):
-    """Against the frequencies, the factor and the products of `transformers`."""
+    """Scaled rotary embeddings have the frequencies, factor and products of `transformers`."""
     config = LlamaConfig(
         hidden_size=16,
         num_attention_heads=2,

@@ -251,7 +251,7 @@ def test_every_argument_of_flax_is_named():
 
 
 def test_it_is_a_value():
-    """So that nnx.jit and linen compile a module with it once."""
+    """`SequenceParallel` has equality and a hash, so nnx.jit and linen compile its module once."""
     assert SequenceParallel(LAYOUT) == SequenceParallel(LAYOUT)
     assert hash(SequenceParallel(LAYOUT)) == hash(SequenceParallel(LAYOUT))
     assert SequenceParallel(LAYOUT) != SequenceParallel(LAYOUT, is_causal=True)

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: exact attention has the bits it has everywhere, and every kernel its values.
+"""Kernels on an NVIDIA GPU: exact attention's bits are those of every platform, all values right.
 
     JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu
 

@@ -55,7 +55,7 @@ EPS = float(np.finfo(np.float32).eps)
 
 
 def right(case):
-    """Within 16 units of the largest entry, in the operands' dtype, and 0 without a key."""
+    """Asserts errors within 16 units of the largest entry, in the dtype of the operands."""
     given, inputs = options(case), operands(sizes_of(case), case["dtype"])
     if case["junk"]:
         inputs = with_junk(inputs, given)
@@ -178,8 +178,8 @@ def test_it_drops_the_weights_that_every_kernel_drops():
 
 @pytest.mark.parametrize("strategy", (None, AllGatherKV()), ids=("Ulysses", "AllGatherKV"))
 def test_four_devices(strategy):
-    """Within 16 units of the largest entry, as in the table. XLA:CPU, which interprets the kernel,
-    adds up D in an order that depends on the number of heads."""
+    """Errors on four devices are within 16 units of the largest entry, as in the table: XLA:CPU,
+    which interprets the kernel, adds up D in an order that depends on the number of heads."""
     inputs = operands(Sizes(B=1, T=64, S=64, N=8, K=4, H=16, V=16))
     documents = jnp.asarray(np.sort(np.arange(64) // 24)[None], jnp.int32)
     asked = {"mask": Mask(is_causal=True, segment_ids=documents)}
@@ -303,7 +303,7 @@ def test_it_is_chosen_where_its_blocks_have_room(capability, name):
 
 
 def test_an_outer_shard_map_gets_the_blockwise_kernel(monkeypatch):
-    """There types say what varies over its axes, and a Pallas kernel says nothing."""
+    """An outer shard_map gets the blockwise kernel: Pallas says nothing of varying mesh axes."""
     chosen = []
 
     def choose_for_gpu(query, key, value, spec, platform, **options):

@@ -98,7 +98,7 @@ ARRAYS_OF_NO_ATTENTION = {
 )
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_arrays_that_no_attention_takes(make, message):
-    """Joined or drawn they would be another mask: every number but 0 is True."""
+    """Arrays of numbers raise when joined or drawn: as booleans every number but 0 is True."""
     wrong = make()
     right = Mask(array=jnp.ones((1, 1, T, S), bool), key_value_seq_lengths=jnp.array([5]))
     for ask in (lambda: wrong & right, lambda: right & wrong, lambda: draw(wrong, T, S)):
@@ -115,7 +115,7 @@ def test_a_sequence_that_is_not_there_is_not_drawn():
 
 
 def test_it_is_one_value_for_all_layers():
-    """Through `jax.jit` as an argument, with gradients beside it."""
+    """One mask passes through `jax.jit` as an argument of two layers, with gradients."""
     q = jnp.asarray(RNG.standard_normal((2, T, 2, 4)), jnp.float32)
     mask = PARTS["causal"] & PARTS["segments"]
 

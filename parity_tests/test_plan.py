@@ -71,7 +71,7 @@ def array(*shape: int, dtype: Any) -> Any:
 
 
 def test_arrays_of_the_options_are_shapes():
-    """None of them adds communication, and their numbers are not in the program."""
+    """Arrays of the options are planned as shapes, and add no communication."""
     program = replace(
         PROGRAM,
         mask=Mask(segment_ids=array(2, 16, dtype=jnp.int32), array=array(1, 8, 16, 16, dtype=bool)),

@@ -36,7 +36,7 @@ def seqpar(*options: str, columns: int = 500) -> Any:
 
 
 def test_a_decoder_for_simulated_devices(tmp_path):
-    """Twice, with equal plans but for the seconds that it took; JSON and program are written."""
+    """Two plans of a decoder are equal but for the seconds; JSON and program are written."""
     found = []
     for name in ("one", "two"):
         file = tmp_path / f"{name}.json"
@@ -179,7 +179,7 @@ def test_tokens_that_do_not_divide():
 
 
 def test_nothing_is_left_running_after_its_time(tmp_path):
-    """Neither the process nor what it started."""
+    """The process and its children end at the timeout."""
     file, pids = tmp_path / "slow.py", tmp_path / "pids"
     file.write_text(f"""
 import os, subprocess, time

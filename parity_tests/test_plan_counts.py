@@ -237,7 +237,7 @@ def test_a_device_has_its_share_of_a_chip(topology, devices, flops):
 
 
 def test_the_choice_of_the_strategy():
-    """Across slices on two axes: Ulysses, with the hybrid that it is compared with."""
+    """The choice across slices on two axes is Ulysses, before a Hybrid as the runner-up."""
     layer = AttentionLayer(TOKENS, layout=MeshLayout(tokens=("ring", "seq")), strategy=Ring())
     machine = Machine("v5e:2x4", 2, {"ring": 2, "seq": 8})
     asked = answer(Request(layer, machine, compiled=False))

@@ -126,7 +126,7 @@ def test_the_rounding_of_exact_attention_survives_the_compiler():
 
 
 def test_every_transfer_of_a_ring_hides_under_an_attention():
-    """None is synchronous, or it would not be listed."""
+    """Every transfer is listed, so asynchronous, and hides under an attention."""
     ring = program("h100:8", 1 << 13, kernel=Blockwise(), strategy=Ring())
     forward, both = (
         kernels_under_transfers(x["text"]) for x in compiled(ring, replace(ring, gradients=True))

@@ -102,7 +102,7 @@ def test_a_tpu_of_one_slice_has_no_slow_links():
 
 
 def test_batches_and_attention_warn(monkeypatch):
-    """On simulated devices of which four stand for a host each."""
+    """Batches and attention warn, on simulated devices of which four stand for a host each."""
     monkeypatch.setattr(device_order, "place_of", lambda device: ("host", device.id // 4))
     bad = jax.make_mesh((4, 2), ("seq", "data"))
     good = jax.make_mesh((2, 4), ("data", "seq"))

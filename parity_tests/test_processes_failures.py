@@ -77,7 +77,7 @@ class Processes:
         return [(self.started[i].returncode, output) for i, output in outputs.items()]
 
     def wait_for_failure(self, process):
-        """Until the process is killed or stopped, as the kernel tells."""
+        """Waits until the operating system reports the process as killed or stopped."""
         pid = self.started[process].pid
         flags = os.WEXITED | os.WSTOPPED | os.WNOWAIT
         deadline = time.monotonic() + 400

@@ -96,7 +96,7 @@ def imports(path):
     ),
 )
 def test_neither_package_imports_the_other(package, forbidden):
-    """But for the folders that compare the two, and the layers for Flax."""
+    """Packages do not import each other, but for the folders that compare them and Flax layers."""
     exempt = {"bridge", "parity", "cli"}
     if package == "jax_seqpar":
         layers = sorted((ROOT / package / "flax").glob("*.py"))

@@ -147,7 +147,7 @@ def test_the_make_targets_that_the_pages_name_exist():
 
 
 def test_the_top_level_is_the_one_agreed():
-    """Nothing but these and dot-files, of what git knows."""
+    """Tracked files at the top are these and dot-files alone."""
     listed = run("git", "ls-files").split()
     top = {path.split("/")[0] for path in listed if not path.startswith(".")}
     assert top == {

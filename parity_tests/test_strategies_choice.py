@@ -263,7 +263,7 @@ def test_a_causal_mask_in_order_is_twice_the_work_for_the_last_device():
 
 
 def test_few_kv_heads():
-    """On 16 chips, forward: an all-gather sends less than Ulysses where K P < N + K'."""
+    """An all-gather on 16 chips, forward, sends less than Ulysses where K P < N + K'."""
     for N, K in ((64, 1), (128, 4), (32, 4), (32, 8)):
         q, k = shape(1, 1 << 14, N, 128), shape(1, 1 << 14, K, 128)
         found = chosen(q, k, 16, is_causal=True, gradients=False)

@@ -306,7 +306,7 @@ def test_tokens_that_move_are_counted(monkeypatch):
 
 
 def test_nothing_grows_with_the_degree():
-    """Beside a device's own keys and values two more: that which is here and that on its way."""
+    """Memory of a ring is constant: a device's keys and values, those visiting and those sent."""
 
     def temporaries(degree, strategy):
         shape = jax.ShapeDtypeStruct((1, 256 * degree, 1, 64), jnp.float32)

@@ -39,7 +39,7 @@ def whole_of(case, kind):
 @pytest.mark.parametrize(("chunks", "overlap"), ((2, True), slow(4, True), (4, False)))
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_no_bit_depends_on_them(case, chunks, overlap):
-    """But for dk and dv where a slice has a part of the query heads of a KV head."""
+    """Bits do not depend on head chunks, but dk and dv where a chunk splits a KV head's queries."""
     kind = (AxisType.Auto, AxisType.Explicit)[overlap]
     whole = whole_of(case, kind)
     sliced = attend(case, WHERE, kind, strategy=Ulysses(chunks, overlap))

@@ -97,7 +97,7 @@ def fewest_heads(kv_heads, group, degree, may_copy):
 @settings(max_examples=25)
 @given(kv_heads=st.integers(1, 9), group=st.integers(1, 9), degree=st.integers(1, 9))
 def test_every_query_head_finds_its_own_keys(kv_heads, group, degree):
-    """On the device that has it, by the rule of every kernel: n // (query heads / KV heads)."""
+    """Query head n finds KV head n // (query heads / KV heads) on its device, as kernels do."""
     heads = kv_heads * group
     for may_copy in (True, False):
         plan = plan_heads(heads, kv_heads, degree, may_copy=may_copy)

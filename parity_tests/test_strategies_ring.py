@@ -141,7 +141,7 @@ def test_bytes_and_permutes_are_those_of_the_formula(degree, kv_heads):
 
 
 def test_keys_and_values_held_do_not_grow_with_the_degree():
-    """Beside a device's own: two more, that which is here and that which is on its way."""
+    """Memory of a ring is constant: a device's keys and values, those visiting and those sent."""
 
     def temporaries(degree, strategy):
         tokens = 64 * degree

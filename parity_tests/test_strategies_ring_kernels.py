@@ -125,7 +125,7 @@ def largest_error(
     ids=(*TABLE, *SLOW),
 )
 def test_output_and_gradients(kernel, asked, order, degree):
-    """Within 16 units of float32 of the largest entry, as each kernel on one device."""
+    """Errors are within 16 units of float32 of the largest entry, as on one device."""
     assert largest_error(kernel, asked, order, degree) <= 16 * EPS
 
 

@@ -264,7 +264,7 @@ def test_labels_that_repeat_are_not_taken_for_shifted():
 
 
 def test_what_one_process_has_whole_is_not_gathered(monkeypatch):
-    """On several processes others have other rows there, which would be put behind these."""
+    """Arrays that a process has whole are not gathered: other processes' rows would be appended."""
     batch = PLACE.shard(TOKENS)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     whole = jnp.ones((*batch.tokens.shape, 3))

@@ -439,7 +439,7 @@ def test_refusals(call, message):
 
 
 def test_an_axis_whose_devices_have_the_same_tokens():
-    """Named, it would count each token once for every device, and so double loss and gradient."""
+    """An axis with the same tokens on its devices raises: each token would count twice."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec(None, "seq")
 

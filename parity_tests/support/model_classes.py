@@ -246,7 +246,7 @@ def called(case: ModelClass) -> Call:
 
 @contextmanager
 def recording(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
-    """Within it, the eager attention of a model gets random operands, and each call is recorded."""
+    """Context in which a model's eager attention gets random operands, and records each call."""
     module = importlib.import_module(type(model).__module__)
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (

@@ -192,7 +192,7 @@ def axis_indices(op: str, layout: str) -> tuple[int, int, int]:
 
 
 def all_ulysses(rank: int, degree: int) -> dict[str, Any]:
-    """Everything of `test_torch_ulysses` that needs ranks, in one launch."""
+    """Results of `test_torch_ulysses` that need ranks, in one launch."""
     return {
         "all_to_all": all_to_all(rank, degree),
         "strides": strides(rank, degree),

@@ -167,7 +167,7 @@ GROUPS = {1: (2,), 2: (1, 3), 3: (0, 2, 3), 4: None}
 
 
 def all_rings(rank: int) -> dict[int, dict[str, Any]]:
-    """Everything of `test_torch_ring` that needs ranks, in one launch, by the size of the group.
+    """Results of `test_torch_ring` that need ranks, in one launch, by the size of the group.
 
     Four ranks have groups of all sizes, for most of the time of a launch is the start of a rank.
     """
