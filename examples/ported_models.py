@@ -210,7 +210,7 @@ def with_bug(port: Port, bug: Bug) -> Port:
     """The same port with a bug in every layer of its Flax model, or of its mapping.
 
     Raises:
-      ValueError: if there is no place for the bug.
+      ValueError: for a model without a place for the bug.
     """
     if bug is Bug.HEAD_LAYOUT:
         return replace(port, mapping=[_misread(line) for line in port.mapping])

@@ -18,7 +18,7 @@ def find_mesh(mesh: AnyMesh | None, x: Any = None) -> AnyMesh:
     """The mesh given; else that of `jax.set_mesh`, else the one x is sharded over.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: without any of the three.
     """
     if mesh is not None:
         return mesh
@@ -156,10 +156,10 @@ def _ids(devices: set[Any]) -> str:
 
 
 def check_is_mesh(mesh: Any, context: Any) -> None:
-    """Raises ValueError unless `mesh` is a Mesh, and that of the enclosing `jax.shard_map`.
+    """Raises ValueError unless `mesh` is a Mesh, and the mesh of the enclosing `jax.shard_map`.
 
     Args:
-      context: the mesh of that; None if there is none.
+      context: the mesh of the enclosing `jax.shard_map`; None outside of one.
     """
     if mesh is None:
         return

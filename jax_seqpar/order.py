@@ -62,7 +62,7 @@ class TokenOrder:
         """`[tokens]`: place i of an array in this order holds token `permutation[i]`.
 
         Raises:
-          ValueError: for a number of tokens that is no multiple of `multiple(degree)`.
+          ValueError: unless `multiple(degree)` divides the number of tokens.
         """
         self.check("the array", tokens, degree)
         size = tokens // degree

@@ -105,7 +105,7 @@ def places(
       int64, `[B, 1, T, 1]` and `[B, 1, 1, S]`, B = 1 where all sequences have the same.
 
     Raises:
-      ValueError: positions and an offset, or positions of another shape or of no integers.
+      ValueError: positions and an offset, or positions of another shape or dtype than integers.
     """
     if positions is None:
         t = torch.arange(query_offset, query_offset + query_tokens, device=device)

@@ -121,7 +121,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _shared(count: int, parts: int) -> list[int]:
-    """So many in parts that differ by one at most, the larger ones first."""
+    """Sizes of `parts` parts of `count` that differ by one at most, the larger ones first."""
     return [count // parts + (part < count % parts) for part in range(parts)]
 
 

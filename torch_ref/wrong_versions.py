@@ -194,10 +194,10 @@ def expected_outcome(
 
 
 def classify(version: Version, layout: Layout, op: Op, P: int, b: int, s: int, hl: int) -> Outcome:
-    """Runs a version on unique labels, with 2 channels, and says what it did.
+    """Outcome of a version that is run on unique labels, with 2 channels.
 
     Raises:
-      AssertionError: the result is none of the four outcomes.
+      AssertionError: for a result that is not one of the four outcomes.
     """
     tokens_idx, batch_dim_idx = LAYOUTS[layout]
     tokens, heads = (P * s, hl) if op == "op2" else (s, P * hl)

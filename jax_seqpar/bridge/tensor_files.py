@@ -26,7 +26,7 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
       PyTorch tensors by name.
 
     Raises:
-      TypeError: for what is no path.
+      TypeError: for anything but a path.
       ValueError: for a path of another kind, a broken file, a name in two files, a folder that
         lacks some of its numbered files, for a name that an index promises in vain, and for an
         index that names a file outside its folder.

@@ -89,8 +89,8 @@ def plan(
 ) -> None:
     """Costs on TPUs and GPUs that are not here: memory, transfers, FLOPs, seconds at least.
 
-    Exit status: 0 if there is an answer, 2 if there is none, with a sentence that says why: out of
-    memory, a compiler that is missing, aborts or takes too long, sizes that do not fit.
+    Exit status: 0 with an answer, 2 without one and a sentence that says why: out of memory, a
+    compiler that is missing, aborts or takes too long, sizes that do not fit.
     """
     given = locals()
     try:

@@ -24,7 +24,7 @@ class Divergence:
     Attributes:
       name: of the tensor, like "layers.3/attention/query".
       layer: the part of the name before the first "/", like "layers.3".
-      agreed: the name of the tensor before, the last that agrees; None if there is none.
+      agreed: the name of the tensor before, the last that agrees; None for the first tensor.
       shape: of the tensor.
       index: of the first element that differs: of the smallest token, then batch, then the rest.
       meaning: the same index in words, like "batch 1, token 17, head 3, channel 0".
@@ -112,7 +112,7 @@ def first_divergence(
     Raises:
       ValueError: names, order or shapes that differ, dtypes too if rtol = 0, nothing recorded,
         or an `rtol` or `axes` that make no sense.
-      TypeError: for what is no dense array of numbers, such as a list of arrays or None.
+      TypeError: for anything but a dense array of numbers, such as a list of arrays or None.
 
     Example:
       found = first_divergence(torch_activations, jax_activations, rtol=1e-5)

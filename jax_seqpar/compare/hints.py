@@ -28,7 +28,7 @@ def hint(
 
     Returns:
       a phrase, or None if none of these holds: the sign, the order of axes or of channels,
-      permuted heads, permuted tokens, sequences that differ after tokens of their own.
+      permuted heads, permuted tokens, sequences that differ from different tokens on.
     """
     for text, change in _changes(a):
         # One sequence first: most changes are told apart by it.

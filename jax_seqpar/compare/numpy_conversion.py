@@ -23,8 +23,8 @@ def check_leaf(x: Any, what: str) -> None:
       what: how a message calls it, like "float32 tensor at ['x']".
 
     Raises:
-      TypeError: a tensor that is nested, quantised, sparse or without data of its own (a DTensor,
-        say), an array that is deleted, a random key or masked.
+      TypeError: a tensor that is nested, quantised, sparse or without a storage (like a DTensor),
+        an array that is deleted, a random key or masked.
     """
     # Whoever passes a tensor has imported PyTorch, so this module need not.
     torch = sys.modules.get("torch")

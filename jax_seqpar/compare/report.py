@@ -23,7 +23,7 @@ class LeafReport:
       max_abs: largest absolute difference over the same elements, exact for integers; of complex
         numbers that of a real or imaginary part. None where
         nothing is compared.
-      first_index: of the first differing element, None if there is none.
+      first_index: of the first differing element, None if all are equal.
       meaning: the same index in words, like "batch 1, token 17, head 3, channel 0".
       value_a, value_b, bits_a, bits_b: that element on both sides; complex bits are two numbers.
       nan_only_a, nan_only_b: elements that are NaN on that side only.

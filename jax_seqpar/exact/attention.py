@@ -52,9 +52,9 @@ class Exact(Kernel):
       query_chunk: queries whose whole rows of weights the forward pass holds at a time, in float32;
         None chooses. No bit depends on it.
       key_chunk: keys that it visits at a time, at most 256 (None). No bit depends on it.
-      shared_heads: other devices with the same KV heads and query heads of their own. Their parts
-        of the gradients of key and value are added without rounding, and one of the devices returns
-        the sum, the others 0. A strategy sets it where it is needed.
+      shared_heads: devices with the same KV heads and different query heads. Their parts of the
+        gradients of key and value are added without rounding, and one of the devices returns the
+        sum, the others 0. A strategy sets it where it is needed.
     """
 
     query_chunk: int | None = None
@@ -88,9 +88,9 @@ class Exact(Kernel):
     def turns(
         self, head_dim: int, value_dim: int, itemsize: int
     ) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-        """As `forward_in_turns` and `backward_in_turns` count them.
+        """Turns of a ring, forward and backward, of `forward_in_turns` and `backward_in_turns`.
 
-        Of four matrix products forward, two are logits, which each visit computes anew.
+        Two of the four matrix products forward are logits, which each visit computes anew.
         """
         channels, logits = head_dim + value_dim, Turn(head_dim * itemsize + 4, 0, 0.5)
         values = Turn(channels * itemsize, 0, 1.0)

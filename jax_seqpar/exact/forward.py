@@ -145,9 +145,9 @@ def rounded_output(
 
 @dataclass(frozen=True)
 class ChunkOfRows:
-    """Some queries with their whole rows of weights, and the four visits to the keys.
+    """Chunk of queries with their whole rows of weights, and the four visits to the keys.
 
-    Given a part of the keys, what each visit returns is of that part: maxima and sums of integers.
+    With a part of the keys each visit returns the maxima and sums of integers of that part.
 
     Attributes:
       key_tokens: S.

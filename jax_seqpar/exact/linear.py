@@ -78,8 +78,8 @@ add.defvjp(lambda a, b: (add(a, b), None), lambda _, dy: (dy, dy))
 def fork(x: Float32[Array, "..."], uses: int) -> tuple[Float32[Array, "..."], ...]:
     """x, once for each of its uses, whose gradients are added from the first to the last.
 
-    Where an array is used twice JAX adds the gradients in an order of its own, which a third use
-    would show in the last bit.
+    Where an array is used more than once JAX adds the gradients in an order that it chooses, which
+    changes the last bit from three uses on.
     """
     return (x,) * uses
 

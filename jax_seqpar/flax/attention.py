@@ -185,8 +185,8 @@ class Attention(nnx.Module):
             `SlotBlocks()` computes it in place of any kernel but `Exact()`.
           fill_cache: x is a whole prompt, attended to as in training by the strategy, whose keys
             and values replace what is in the cache.
-          lengths: with one of these two, how many tokens of each row of x are no padding; None for
-            all. The output of padding is of no use.
+          lengths: with one of these two, how many tokens of each row of x are not padding; None for
+            all. The output of padding is undefined.
           record: called with "query", "key", "value" as they are attended with, and "context", what
             attention returns, each `[B, T, heads, H]`.
 

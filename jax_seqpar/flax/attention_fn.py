@@ -37,8 +37,8 @@ class SequenceParallel(_Instances):
     `MultiHeadDotProductAttention`.
 
     A function with the contract of Flax's `dot_product_attention`, of both kinds. Nothing is
-    dropped: every argument of theirs is named here, and honoured or refused. Frozen and equal by
-    value, so a module that holds it is compiled once.
+    dropped: every argument of Flax's functions is named here, and honoured or refused. Frozen and
+    equal by value, so a module that holds it is compiled once.
 
     Args:
       kernel, strategy, layout: as for `jax_seqpar.dot_product_attention`.
@@ -96,7 +96,7 @@ class SequenceParallel(_Instances):
         Args:
           query, key, value: with any number of batch axes, none included.
           bias: floating, broadcastable to `[*batch, N, T, S]`.
-          mask: broadcastable to the same; what is not 0 attends, of any dtype (linen makes floats).
+          mask: broadcastable to the same; a nonzero attends, of any dtype (linen makes floats).
           broadcast_dropout: one dropout mask for all sequences and heads.
           dropout_rng, dropout_rate, deterministic: dropout unless deterministic. The weights that
             are dropped are those of `jax_seqpar`, the same at every degree, not those of Flax.

@@ -57,10 +57,10 @@ class Turns(Protocol):
         """Visits the keys of every device once, in some order.
 
         Args:
-          visit: `(held, spec) -> (found, added)`, with what one device holds of its own keys and
-            the Spec that says which keys these are. `found` is what this device's queries make of
-            them, and `added` what they add to them; None where nothing is added.
-          held: what this device has to show of its keys: a tree of arrays. It travels.
+          visit: `(held, spec) -> (found, added)`, with the `held` of one device and the Spec whose
+            `held_keys` are its keys. `found` is the result of this device's queries for these
+            keys, `added` their sums for the keys; None where nothing is added.
+          held: a tree of arrays of this device's keys, which travels from device to device.
           spec: with the queries of this device.
           nothing: what the queries find in no key.
           meet: puts together what is found in different keys, in no order: `jnp.add` or
@@ -148,8 +148,8 @@ class Kernel:
         """The attention to the keys of `spec.held_keys`, in float32, of a kernel that gives parts.
 
         Args:
-          spec: without sinks, which are of no part. `held_keys` may be traced: a run or a list of
-            tokens, of one kind in all rounds.
+          spec: without sinks, which the caller adds to the merged parts. `held_keys` may be traced:
+            a run or a list of tokens, of one kind in all rounds.
         """
         raise NotImplementedError
 

@@ -23,7 +23,7 @@ SCHEDULE_BYTES = 3 << 18
 ROW_BYTES = 512  # of a key and a value of 128 numbers of 16 bits
 MOST_ROW_BYTES = 8 * ROW_BYTES
 # A logit below all others and above the kernel's -2.4e38 of a pair that does not attend: as a sink
-# it weighs exp(-1e30 - max) = 0 beside any key, and 1 where there is none, whose output is then 0.
+# it weighs exp(-1e30 - max) = 0 beside any key, and 1 in a row without keys, whose output is 0.
 NO_SINK = -1e30
 _NO_QUERY, _NO_KEY = 1, 2  # segments of what lies beyond the lengths, where all others are 0
 _WITHOUT = {

@@ -153,7 +153,7 @@ def _reachable(mask: Mask, side: str, block: AnyTokens, partners: AnyTokens) -> 
 def _near_positions(
     mask: Mask, side: str, block: AnyTokens, partners: AnyTokens
 ) -> Iterator[Array]:
-    """By `positions`, `[B, partners.size]`: within reach of the block's first and last one."""
+    """Partners within reach of the block's least and largest `positions`, `[B, partners.size]`."""
     if mask.positions is None:
         return
     before, after = _reach_of(mask, side)

@@ -77,7 +77,7 @@ def keyword_form(attend: Callable[..., Any]) -> AttentionFunction:
     """The `AttentionFunction` of `attend(query, key, value, spec, *, return_residual, **options)`.
 
     Parameters before the query, such as `self`, stay where they are. The docstring explains every
-    keyword: to what `attend` says of its own, what `AttentionFunction` says of the others is added.
+    keyword: those of `attend` alone as there, and the others as in `AttentionFunction`.
     """
     parameters = list(inspect.signature(attend).parameters.values())
     start = [parameter.name for parameter in parameters].index("query")

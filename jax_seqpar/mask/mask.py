@@ -27,7 +27,7 @@ OPEN = 1 << 30
 @register
 @dataclass(frozen=True, repr=False)
 class Mask:
-    """Who attends to whom: the conjunction of everything given.
+    """Attention mask: the conjunction of everything given.
 
     A query has the position `query_offset + t`, a key the position s, unless `positions` says
     otherwise: without an offset the causal diagonal starts in the top left corner, as in `jax.nn`
@@ -44,7 +44,7 @@ class Mask:
       key_value_seq_lengths: `[B]`; keys `s < length`.
       positions: `[B, S]`, or a pair `[B, T]`, `[B, S]`, in place of the positions above, below 2^30
         in size; causality, window and ALiBi go by them.
-      segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to the keys of its own
+      segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to the keys of the same
         segment.
 
     Example:
@@ -129,7 +129,7 @@ class Mask:
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
-        """How far a query sees before and after its position; None without limit."""
+        """Reach of a query before and after its position; None without limit."""
         before, after = self.window or (OPEN, OPEN)
         after = 0 if self.is_causal else after
         return None if before == OPEN else before, None if after == OPEN else after

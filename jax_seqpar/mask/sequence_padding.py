@@ -114,7 +114,7 @@ def _segments(
 
 
 def _pad(x: Array, axis: int, more: int, value: Any = 0) -> Array:
-    """More entries of an axis; one of size 1 that stands for all stays."""
+    """x with `more` entries along an axis; an axis of size 1 that broadcasts stays."""
     if more == 0 or (axis > 1 and x.shape[axis] == 1):
         return x
     widths = [(0, more if i == axis else 0) for i in range(x.ndim)]

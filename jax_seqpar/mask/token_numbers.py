@@ -29,7 +29,7 @@ class Tokens:
         return jnp.asarray(self.start, jnp.int32) + jnp.arange(self.size, dtype=jnp.int32)
 
     def slice(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-        """These tokens of an array of the whole sequence; an axis of size 1 broadcasts."""
+        """Slice of an array of the whole sequence at these tokens; an axis of size 1 broadcasts."""
         if x.shape[axis] == 1:
             return x
         return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis)

@@ -71,7 +71,7 @@ def collectives_of(
 
     Args:
       across: by kind, the sends between slices that libtpu makes of a collective, as
-        `across_slices` finds them; a send is awaited by an instruction of its own.
+        `across_slices` finds them; a send is awaited by a separate instruction.
     """
     sent = list(sent)
     if compiled is not None:

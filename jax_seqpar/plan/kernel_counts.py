@@ -50,7 +50,7 @@ def kernel_of(equation: Any, value: Callable[[Any], Any]) -> Kernel | None:
 def _pallas(equation: Any, value: Callable[[Any], Any]) -> Kernel:
     params = equation.params
     name, grid = _name(params), params["grid_mapping"]
-    # A kernel that says what it takes, as loops of its own run as often as only it knows.
+    # A kernel with a cost estimate, as only the kernel knows how often its inner loops run.
     if params.get("cost_estimate") is not None and not name.startswith("splash"):
         return Kernel(name, float(params["cost_estimate"].flops), _moved(equation), whole_grid=True)
     blocks = math.prod(int(n) for n in grid.grid)
@@ -100,7 +100,7 @@ def _inner(equation: Any) -> Iterator[Any]:
 
 
 def _cudnn(equation: Any, products: float) -> Kernel:
-    """Of `[B, T, N, H]` and `[B, S, K, H]`; a causal mask leaves half of the pairs."""
+    """Call of cuDNN on `[B, T, N, H]` and `[B, S, K, H]`; a causal mask halves the pairs."""
     (B, T, N, H), (_, S, _, _) = (x.aval.shape for x in equation.invars[:2])
     params = equation.params
     pairs = T * S * (0.5 if "causal" in str(params.get("mask_type", "")).lower() else 1.0)

@@ -33,7 +33,7 @@ def plan(
       slices: of that topology, or hosts of GPUs, over which the first mesh axes go.
       mesh: size of each mesh axis; if None, of the mesh of the shapes, or all devices as "seq".
       compiler_options: of `jax.jit`, such as `jax_seqpar.compiler_options("tpu")`.
-      timeout: seconds for a process of its own, to which function and shapes are pickled; if None,
+      timeout: seconds for a separate process, to which function and shapes are pickled; if None,
         this process compiles, and an abort of the compiler ends it.
 
     Raises:

@@ -132,7 +132,7 @@ class Plan:
         """The plan that `to_json` wrote.
 
         Raises:
-          ValueError: for JSON that is no plan.
+          ValueError: for JSON that is not a plan.
         """
         try:
             found: dict[str, Any] = json.loads(text)

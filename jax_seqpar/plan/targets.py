@@ -27,7 +27,7 @@ from .decoder import Decoder, shaped
 
 @runtime_checkable
 class Target(Protocol):
-    """Something to plan."""
+    """Protocol of a function to plan, with its shapes."""
 
     @property
     def name(self) -> str: ...

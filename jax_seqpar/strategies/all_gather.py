@@ -103,7 +103,7 @@ class AllGatherKV(KeepsQueries):
     ) -> int:
         """All keys and values, this device's output, and its queries in the layout of the kernel.
 
-        With gradients each of these has one of its own beside it.
+        With gradients each of these arrays counts twice, for itself and its gradient.
         """
         own = query[1] // check_traffic(query, key, degree)
         query = share(query, own, query[2])

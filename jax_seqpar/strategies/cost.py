@@ -96,7 +96,7 @@ class Layer:
         return deals(self.order, self.kernel.block, tokens, degree)
 
     def bytes_dealt(self, degree: int, *, keys: bool) -> int:
-        """Received by a device where its tokens are dealt in whole blocks, and dealt back."""
+        """Bytes that a device receives as its tokens are dealt in whole blocks, and dealt back."""
         numbers = numbers_dealt(self.deals(degree, keys=keys), *self.shapes)
         return numbers * self.itemsize * (2 if self.gradients else 1)
 

@@ -41,7 +41,7 @@ class WholeBlocks(TokenOrder):
 
 
 class Move(NamedTuple):
-    """Some tokens of every device, which go so many places on; arrays `[P, most]`, by the sender.
+    """Tokens of every device that go `distance` places on; arrays `[P, most]`, by the sender.
 
     Attributes:
       source: their places in the array that is sent.

@@ -30,8 +30,8 @@ class Batch:
 
     Attributes:
       tokens: int32 `[B, S2]`.
-      labels: `[B, S2]`, the token that each is to predict, `IGNORE` where there is none: at the end
-        of a document, in padding, and where the caller said so.
+      labels: `[B, S2]`, the token that each is to predict; `IGNORE` at the end of a document, in
+        padding, and where the caller said so.
       positions: `[B, S2]`, counted from 0 in each document.
       segment_ids: `[B, S2]`, of the documents, padding 0; None where a row is one document without
         padding.
@@ -91,7 +91,7 @@ class TokenLayout:
 
     @property
     def sharding(self) -> NamedSharding:
-        """Of `[B, S]`."""
+        """NamedSharding of tokens `[B, S]`."""
         return NamedSharding(self.mesh, self.layout.token_spec)
 
     def shard(
@@ -159,7 +159,7 @@ class TokenLayout:
         return np.asarray(x)[:, place[: batch.size[1]]]
 
     def device_positions(self, tokens: int) -> Int[Array, "s"]:
-        """Inside `jax.shard_map`: where in the sequence this device's tokens are.
+        """Positions of this device's tokens in the sequence, inside `jax.shard_map`.
 
         Args:
           tokens: of the device, S / P.
@@ -204,7 +204,7 @@ def _targets(tokens: np.ndarray, segments: np.ndarray, labels: Any, targets: Any
 
 
 def _positions(segments: np.ndarray) -> np.ndarray:
-    """Counted from 0 in each run of one number."""
+    """Positions counted from 0 in each run of one segment id."""
     index = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
     starts = np.ones(segments.shape, bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]

@@ -22,7 +22,7 @@ def digest_arrays(tree: Any) -> dict[str, str]:
         processes every process calls with the same global arrays.
 
     Raises:
-      ValueError: for a leaf that is no array of numbers.
+      ValueError: for a leaf that is not an array of numbers.
 
     Returns:
       by path, like "['layers'][0]['kernel']": dtype, shape and 16 hexadecimal digits, like

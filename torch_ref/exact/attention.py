@@ -75,8 +75,8 @@ def exact_attention(
       logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
       alibi_slopes: `[N]`; the slope times the distance of their positions, at most 2^29, is taken
         from the logits, after the bias (ALiBi, Press et al. 2021). They get no gradient.
-      sinks: `[N]`, one more logit for every query of a head, which has no value (as in GPT-OSS); of
-        -inf there is none. They get no gradient.
+      sinks: `[N]`, one more logit for every query of a head, which has no value (as in GPT-OSS);
+        -inf has no effect. They get no gradient.
       dropout_rate: the share of the weights that is dropped, after the softmax.
       dropout_rng: `(2,)`, the words of a threefry key, or keys of heads; see `dropout.head_keys`.
       shared_by: a process group whose ranks hold the same KV heads, each with query heads of its
@@ -182,7 +182,7 @@ def _bias_gradient(ds: Tensor, bias: Tensor, query: Tensor) -> Tensor:
 
 
 def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Nothing to attend with or to: all is 0, and a maximum over nothing has no value."""
+    """Whether an operand is empty: the output is 0, as a maximum over nothing has no value."""
     return 0 in (*query.shape, *key.shape, *value.shape)
 
 

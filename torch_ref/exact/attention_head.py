@@ -158,7 +158,7 @@ def _blocks_of_queries(head: Head) -> Iterator[slice]:
 
 
 def _part(head: Head, rows: slice) -> Head:
-    """Some rows of the head, with all the keys."""
+    """Head with a slice of its rows, and all its keys."""
     return head._replace(rows=Rows._make(x if x is None else x[rows] for x in head.rows))
 
 

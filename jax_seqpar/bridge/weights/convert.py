@@ -47,7 +47,7 @@ def from_torch(
 ) -> Any:
     """A tree of JAX arrays with the bits and dtypes of a PyTorch model's parameters.
 
-    The arrays have memory of their own, on JAX's default device unless `like` has shardings.
+    The arrays are copies, on JAX's default device unless `like` has shardings.
 
     Args:
       state_dict: tensors by name; or the path of safetensors, see `load_safetensors`.
@@ -67,7 +67,7 @@ def from_torch(
         `like`, tied tensors that differ: all of them in one message. Then, in one message, shapes
         and dtypes that differ from those of `like`, and patterns that do not fit. Or a 64-bit
         dtype while JAX's x64 mode is off.
-      TypeError: for what is no dense tensor, no line of a mapping, or has a dtype that JAX does
+      TypeError: for anything but dense tensors and lines of a mapping, or a dtype that JAX does
         not have.
 
     Example:
@@ -110,8 +110,8 @@ def to_torch_state(
 ) -> dict[str, Any]:
     """A PyTorch `state_dict` with the bits and dtypes of a tree of arrays: `from_torch` backwards.
 
-    Every tensor has memory of its own. Tied names are written too, as `load_state_dict` expects
-    them; ignored ones are not.
+    Every tensor is a copy. Tied names are written too, as `load_state_dict` expects them; ignored
+    names are not.
 
     Args:
       params: a tree of JAX arrays, as `from_torch` or `nnx.state(model, nnx.Param)` gives.
@@ -124,7 +124,7 @@ def to_torch_state(
     Raises:
       ValueError: paths without a line or with several, names written twice or missing: all of
         them in one message. Then, in one message, patterns that do not fit. Or a tracer.
-      TypeError: for what is no array, or has a dtype that PyTorch does not have.
+      TypeError: for anything but an array, or for a dtype that PyTorch does not have.
 
     Example:
       model.load_state_dict(to_torch_state(params, mapping, sizes={"N": 8}))
@@ -142,7 +142,7 @@ def to_torch_state(
         x = _tensor(leaves[entry.flax], entry.flax)
         x, problem = arranged(x, entry, "flax", sizes or {})
         problems += problem
-        # Memory of its own: PyTorch may write in place, and JAX must not see it.
+        # A copy: PyTorch may write in place, and JAX must not see it.
         state[entry.torch] = x.clone(memory_format=torch.contiguous_format)
     refuse("The arrays do not fit the mapping", problems)
     state |= {name: state[to].clone() for name, to in ties.tied.items()}

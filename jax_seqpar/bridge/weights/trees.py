@@ -23,7 +23,7 @@ def leaves_by_path(tree: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
-    # The box of a Param of nnx, or a Partitioned of linen, is no step that a mapping writes.
+    # A mapping does not write the box of a Param of nnx, or of a Partitioned of linen.
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator=".")

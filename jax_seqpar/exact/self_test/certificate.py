@@ -46,7 +46,7 @@ def certify(backend: str | None = None) -> Certificate:
       backend: "cpu", "gpu", "tpu"; None for the default one.
 
     Raises:
-      RuntimeError: of JAX, if there is no such backend.
+      RuntimeError: of JAX, for a backend that is not there.
     """
     device = jax.devices(backend)[0]
     with jax.default_device(device):
