@@ -203,7 +203,7 @@ def test_what_is_sent():
 
 
 def test_checkpoints_are_of_no_degree(tmp_path):
-    """Checkpoints of degree 1 are read at degree 4, with parameters sharded, and back: equal bits."""
+    """Checkpoints of degree 1 are read at degree 4, sharded, and written back with equal bits."""
     one = Trainer(ALONE, KINDS[0])
     many = Trainer(PLACES["data 2, degree 4, FSDP"], KINDS[0])
     params, _ = one.run(2)
