@@ -68,7 +68,7 @@ def operations(labels: np.ndarray) -> dict[str, Operation]:
 
 
 def of_jax(function: Callable[..., Any], arrays: list[np.ndarray], grad: np.ndarray) -> list[Any]:
-    """Output and gradients."""
+    """Output and gradients of an operation of JAX."""
     out, pull = jax.vjp(jax.jit(function), *map(jnp.asarray, arrays))
     return [np.asarray(x, np.float64) for x in (out, *pull(jnp.asarray(grad)))]
 
@@ -76,7 +76,7 @@ def of_jax(function: Callable[..., Any], arrays: list[np.ndarray], grad: np.ndar
 def of_torch(
     function: Callable[..., Any], arrays: list[np.ndarray], grad: np.ndarray, dtype: torch.dtype
 ) -> list[Any]:
-    """The same of PyTorch in a dtype."""
+    """Output and gradients of an operation of PyTorch in a dtype."""
     leaves = [torch.from_numpy(x).to(dtype).requires_grad_() for x in arrays]
     out = function(*leaves)
     gradients = torch.autograd.grad(out, leaves, torch.from_numpy(grad).to(dtype))

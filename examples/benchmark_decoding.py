@@ -1,4 +1,4 @@
-"""Prefill and decoding step of one cache: what they send, hold and take, by degree.
+"""Bytes sent, memory and time of a prefill and a decoding step of one cache, by degree.
 
     python examples/benchmark_decoding.py
     python examples/benchmark_decoding.py --tokens 65536 --kv-heads 2 --json results.json
@@ -109,7 +109,7 @@ class Subject:
         }
 
     def timer(self) -> Timer:
-        """Runs it, with the cache that the run before returned."""
+        """Timer of the program, with the cache that the run before returned."""
         state = [self.cache]
 
         def run() -> None:
@@ -187,7 +187,7 @@ def layout_of(degree: int) -> Any:
 
 
 def measured(subjects: list[Subject], repeats: int) -> list[dict[str, Any]]:
-    """A row of each, with its times in turns and their ratio to the first of its kind."""
+    """Rows of the subjects, with times in turns and their ratio to the first of the kind."""
     rows = []
     for subject in subjects:
         with jax.set_mesh(subject.mesh):

@@ -116,7 +116,7 @@ def products_alone(tokens: int, heads: int, head_dim: int) -> list[Run]:
 
 
 def runs_of(tokens: int, heads: int, head_dim: int) -> dict[str, list[Run]]:
-    """Returns what each row of the table runs, by its name."""
+    """Returns the runs of each row of the table, by its name."""
     case = Case(batch=1, tokens=tokens, heads=heads, kv_heads=heads, head_dim=head_dim)
     inputs = case.inputs()
     sdpa = torch.nn.functional.scaled_dot_product_attention

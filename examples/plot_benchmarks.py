@@ -1,4 +1,4 @@
-"""Pictures of what the benchmarks wrote with `--json`, and of the bytes that strategies send.
+"""Pictures of results that the benchmarks wrote with `--json`, and of bytes by strategy.
 
 python examples/benchmark_attention.py kernels --json kernels.json
 python examples/plot_benchmarks.py ratios kernels.json
@@ -90,10 +90,10 @@ def traffic(out: Out = Path("examples/strategy_traffic.png")) -> None:
 
 @app.command()
 def break_even(out: Out = Path("examples/strategy_break_even.png")) -> None:
-    """Draws what strategies receive as a multiple of what Ulysses does, by degree and KV heads.
+    """Draws bytes that strategies receive as a multiple of Ulysses', by degree and KV heads.
 
-    Forward it is less where K P < N + K': of N query and K KV heads, P devices, and the K' KV heads
-    that Ulysses sends.
+    Forward the multiple is below 1 where K P < N + K': of N query and K KV heads, P devices, and
+    the K' KV heads that Ulysses sends.
     """
     titles = {
         (AllGatherKV(), False): "AllGatherKV, and Ring forward: less where K P < N + K'",

@@ -242,7 +242,7 @@ def main(
 
 
 def _compare(console: Console, kind: str, truth: Arrays, expected: Arrays, got: Arrays) -> Any:
-    """Prints how far the two are apart, and returns what differs first, None if nothing does."""
+    """Prints the differences of the two, and returns the first divergence, None without one."""
     errors = {name: relative_error(expected[name], truth[name]) for name in truth}
     # A gradient that is 0 is nothing but rounding: a key's bias moves all logits of a query alike.
     told = [name for name, error in errors.items() if error < 1]

@@ -199,7 +199,7 @@ def _attend(
 def _attend_on_device(
     kernel: Kernel, division: _Division, query: Array, key: Array, value: Array, spec: Spec
 ) -> Any:
-    """Attention inside a `jax.shard_map`, of the arrays of one device."""
+    """Attention of the arrays of one device, inside a `jax.shard_map`."""
     layout, rows = division.layout, division.return_residual
     if layout.tokens is None:
         out, residual = kernel.attend(query, key, value, spec)
@@ -236,7 +236,7 @@ def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:
 
 
 def _in_sequence(x: Array, axes: Axes, *, order: TokenOrder, degree: int) -> Array:
-    """An array whose tokens lie in the layout's order, with its tokens in that of the sequence."""
+    """Array in the order of the sequence, from an array in the layout's order."""
     for axis, name in enumerate(axes):
         if name in ("queries", "keys"):
             x = order.restore(x, axis, degree)
@@ -244,7 +244,7 @@ def _in_sequence(x: Array, axes: Axes, *, order: TokenOrder, degree: int) -> Arr
 
 
 def _partition_of(x: Array, axes: Axes, *, layout: MeshLayout, strategy: Strategy) -> PartitionSpec:
-    """The batch as the layout has it, heads as the reshard leaves them, and the tokens whole."""
+    """PartitionSpec of a kernel's arrays: the layout's batch, the reshard's heads, whole tokens."""
     mesh_axes: dict[Any, Any] = {
         "batch": layout.batch,
         "heads": (*names(layout.heads), *strategy.heads_axes(layout.tokens)),

@@ -1,4 +1,4 @@
-"""Chip: what one device computes, holds and hears from others; a table of those that are rented."""
+"""Chip: FLOP/s, memory and links of one device; a table of the chips that clouds rent out."""
 
 from dataclasses import dataclass, replace
 from typing import Any

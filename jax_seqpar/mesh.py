@@ -86,7 +86,7 @@ def mesh_of_shard_map(layout: MeshLayout, operands: Mapping[str, Any]) -> AnyMes
 
 
 def platform_of(mesh: AnyMesh) -> str | None:
-    """Platform of the mesh's devices; None where an abstract mesh does not tell, or another one."""
+    """Platform of the mesh's devices, "cpu", "gpu" or "tpu"; None for another or an unknown one."""
     # Under jax.set_mesh the mesh is abstract, and has one device that stands for all.
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
     platform = getattr(device, "platform", None)

@@ -264,7 +264,7 @@ class DistributedAttention(torch.nn.Module):
 
 
 def _repeat_heads(x: Tensor, copies: int) -> Tensor:
-    """Each head so often, side by side; gradients are added in order."""
+    """Each head repeated side by side; gradients are added in order."""
     return x if copies == 1 else torch.stack([x] * copies, dim=3).flatten(2, 3)
 
 

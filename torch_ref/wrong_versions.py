@@ -100,7 +100,7 @@ def _wrong_v1_merge(
 
 
 def _wrong_v5_split(x: Tensor, scatter_idx: int, batch_dim_idx: int, world_size: int) -> Tensor:
-    """Right, as it happens."""
+    """Split of version 5, which is right."""
     if scatter_idx == 2:
         return rearrange(x, "x y (p n) h -> p x y n h", p=world_size)
     batch_first, token_first = "b (p s) n h -> p b s n h", "(p s) b n h -> p s b n h"

@@ -65,7 +65,7 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
 
 
 def _check_numbered(folder: Path, files: list[Path]) -> None:
-    """Raises ValueError if a file "name-00001-of-00003.safetensors" lacks one of its others."""
+    """Raises ValueError if one of the files "name-00001-of-00003.safetensors" is missing."""
     found = [re.fullmatch(r"(.*)-\d+-of-(\d+)\.safetensors", file.name) for file in files]
     for (name, of), there in Counter(x.groups() for x in found if x).items():
         if there < int(of):

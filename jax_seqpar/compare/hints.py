@@ -134,7 +134,7 @@ def _described(order: list[int]) -> str:
 
 
 def _runs(differs: np.ndarray) -> str | None:
-    """Sequences that differ up to, or from, tokens that are not the same in all of them."""
+    """Sequences that differ up to, or from, a token that is another in each sequence."""
     differs = np.asarray(differs.any(axis=tuple(range(2, differs.ndim))))
     S, counts = differs.shape[1], differs.sum(axis=1).tolist()
     # One token, whole sequences, or as many tokens in each are told without a hint.

@@ -1,4 +1,4 @@
-"""Tensors as NumPy arrays and back, bit for bit: what crosses to another process or to a file.
+"""Tensors as NumPy arrays and back, bit for bit, for other processes and for files.
 
 NumPy has bfloat16 and float8 by way of `ml_dtypes`, which PyTorch does not know: bits cross as
 unsigned integers of the same width, and the dtype by its name.

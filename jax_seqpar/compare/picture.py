@@ -110,7 +110,7 @@ def _source(a: np.ndarray, b: np.ndarray, cells: Any) -> np.ndarray | None:
 
 
 def _hashed(bits: np.ndarray) -> np.ndarray:
-    """One number for the channels of each token and head; of others it differs, but for chance."""
+    """Hash of the channels of each token and head; others have other hashes, but for chance."""
     weights = np.random.default_rng(0).integers(0, 2**63, bits.shape[-1], np.uint64) * 2 + 1
     return (bits.astype(np.uint64) * weights).sum(axis=-1, dtype=np.uint64)
 

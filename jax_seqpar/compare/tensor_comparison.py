@@ -166,7 +166,7 @@ def _check_runs(a: Mapping[str, Any], b: Mapping[str, Any], rtol: float) -> None
 
 
 def axis_names(ndim: int, axes: Sequence[str]) -> tuple[str, ...]:
-    """The axes of an array of so many: without "head", without "channel", or by number."""
+    """Names of an array's axes: without "head" or "channel" for fewer axes, else by number."""
     names = tuple(axes)
     for lacking in ("head", "channel"):
         if len(names) > ndim:

@@ -75,7 +75,7 @@ class _Call:
     strategy: SplitKV
 
     def mask_of(self, queries: Array, slots: Array) -> Mask:
-        """Causal by position; without causality all tokens of the cache, and no empty slot."""
+        """Mask that is causal by position, or without causality all tokens but the empty slots."""
         if not self.mask.is_causal:
             queries = jnp.full_like(queries, EMPTY - 1)
         return replace(self.mask, is_causal=True, positions=(queries, slots))

@@ -133,7 +133,7 @@ def append(
     degree: int,
     ring_buffer: bool,
 ) -> Slots:
-    """Tokens `[B, T, ...]`, the same on every device, of which each keeps its own.
+    """Slots with tokens `[B, T, ...]` added, the same on every device; each keeps a part of them.
 
     The token at position p belongs to device p mod P, so that all devices receive as many.
 

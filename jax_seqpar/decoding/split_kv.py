@@ -1,4 +1,4 @@
-"""SplitKV: each device attends to the keys that it holds, and the parts meet in two collectives.
+"""SplitKV: each device attends to the keys that it holds; two collectives merge the parts.
 
 Flash-Decoding (https://pytorch.org/blog/flash-decoding) over devices instead of blocks of one.
 """

@@ -140,15 +140,15 @@ def token_digits(
 
 
 def finite(e: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Exponents with the least in place of `NOT_A_NUMBER`."""
+    """Exponents with `LEAST_EXPONENT` in place of `NOT_A_NUMBER`."""
     return jnp.where(e == NOT_A_NUMBER, LEAST_EXPONENT, e)
 
 
 def finite_power(e: Int[Array, "..."]) -> Float[Array, "..."]:
-    """2^e of a token's exponent; a finite power for one that is not a number, whose digits are 0.
+    """2^e of a token's exponent; finite for a token with a NaN or infinity, whose digits are 0.
 
-    So a weight of 0 leaves it out. What may attend to such a token becomes NaN by its logit, or by
-    an anchor.
+    So a weight of 0 leaves such a token out. Queries that may attend to it become NaN by the logit,
+    or by an anchor.
     """
     return power_of_two(finite(e))
 

@@ -226,7 +226,7 @@ class ChunkOfRows:
         return self.for_tiles(add, start)
 
     def _on_values(self, weights: Array, keys: Tokens) -> Array:
-        """`w`, `[s, t]`."""
+        """`w`, weights times the powers of their values, `[s, t]`."""
         return keys.slice(weights, 0).astype(jnp.float64) * keys.slice(self.values.powers, 0)
 
 
@@ -259,5 +259,5 @@ def reciprocal(total: Array, m: Array) -> Array:
 
 
 def kept_normaliser(spec: Spec, normaliser: Array) -> Array:
-    """`r c`."""
+    """`r c`: the normaliser times the factor of the weights that dropout keeps."""
     return pinned(normaliser * spec.dropout.inverse_keep_probability)

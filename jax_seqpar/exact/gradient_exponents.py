@@ -63,7 +63,7 @@ class Exponents(NamedTuple):
         return cls(of_keys, *sizes, largest_grad)
 
     def maxima(self, blocks: Blocks) -> tuple[Array, Array]:
-        """The largest that each row and each key attends to: `[2, G, T]` and `[3, S]`."""
+        """Maxima over the keys of each row, `[2, G, T]`, and over the rows of a key, `[3, S]`."""
         # Terms that are maximised over keys, for each row, and over rows, for each key.
         of_value, of_key = self.of_keys
         of_grad_query = self.of_grad + self.of_query
@@ -106,7 +106,7 @@ def nothing_of_keys(full: Callable[..., Array], *shape: int) -> Array:
 
 
 def _largest(blocks: Blocks, over_keys: Array, over_rows: Array) -> tuple[Array, Array]:
-    """The largest that each row and each key attends to: `[2, G, T]` and `[3, S]`.
+    """Maxima over the keys of each row, `[2, G, T]`, and over the rows of a key, `[3, S]`.
 
     Args:
       over_keys, over_rows: `[2, S]` and `[3, G, T]`.

@@ -333,7 +333,7 @@ class Attention(nnx.Module):
 
 
 def _of_rows(lengths: Any, most: int) -> Array:
-    """Lengths as int32, `0 ... most`: under `jit` nobody knows that they are more."""
+    """Lengths as int32, clipped to `0 ... most`, as under `jit` they cannot be checked."""
     return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, most)
 
 

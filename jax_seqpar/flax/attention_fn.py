@@ -170,7 +170,7 @@ class SequenceParallel(_Instances):
 
 
 def _one_batch_axis(x: Array, batch: list[int]) -> Array:
-    """Broadcastable to `[*batch, N, T, S]`, made so to `[B, N, T, S]`."""
+    """Array that broadcasts to `[B, N, T, S]`, from one that broadcasts to `[*batch, N, T, S]`."""
     x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
     if len(batch) > 1 and any(n > 1 for n in x.shape[:-3]):
         x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
@@ -239,7 +239,7 @@ def check_axes(batch: Sequence[int], **arrays: Any) -> None:
 def check_query_positions(
     queries: int, keys: int, *, own_rules: bool, is_causal_at_call: bool
 ) -> None:
-    """Raises ValueError for rules about positions where nobody said where the queries are.
+    """Raises ValueError for causality or windows where the positions of queries are unknown.
 
     Args:
       own_rules: `is_causal` or a window of the SequenceParallel; they need T = S.

@@ -1,4 +1,4 @@
-"""One query head at a time, block by block: what both passes of blockwise attention share."""
+"""Blocks of one query head, for both passes of blockwise attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

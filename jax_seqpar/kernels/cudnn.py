@@ -115,7 +115,7 @@ def cudnn_attention(
     value: Float[Array, "B S K H"],
     spec: Spec,
 ) -> Float[Array, "B T N H"]:
-    """Attention by cuDNN, of what `why_not` has no objection to."""
+    """Attention by cuDNN, for calls that `why_not` returns None for."""
     (B, T, _, _), S = query.shape, key.shape[1]
     if query.size == 0 or S == 0:
         return jnp.zeros_like(query)

@@ -143,7 +143,7 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N V"]:
-    """Attention by JAX's splash kernels, of what `why_not` has no objection to."""
+    """Attention by JAX's splash kernels, for calls that `why_not` returns None for."""
     (B, T, N, H), S, V = query.shape, key.shape[1], value.shape[3]
     mask = spec.mask
     if 0 in (B, T, N, S, H, V):

@@ -159,7 +159,7 @@ class _Plan:
         return cls(spec, queries, keys, passes, reach, band, scale)
 
     def operands(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        """Scaled, heads first, in whole blocks."""
+        """Operands of the kernel: the query scaled, heads first, in whole blocks."""
         # Rounded as on one device, so that the logits of all passes are the same.
         q = (query.astype(jnp.float32) * self.scale).astype(query.dtype)
         S = round_up(self.keys.size, self.passes.wide.keys)

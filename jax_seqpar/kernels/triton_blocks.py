@@ -91,7 +91,7 @@ class Grid:
         products: int,
         interpret: bool,
     ) -> Any:
-        """The results of a kernel, which is given references to its part of everything.
+        """Results of a kernel, which gets references to its part of every array.
 
         First to the numbers of queries and of keys in the whole sequence, as `Block.load` has them,
         then to the ranges of blocks of the other side, as `for_meetings` reads them, then those of

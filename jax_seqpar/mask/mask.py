@@ -221,7 +221,7 @@ def _sides(window: Any) -> Any:
 
 
 def int32_lengths(lengths: Any) -> Any:
-    """Lengths as int32: what it does not hold is longer than any sequence, and so is its limit."""
+    """Lengths as int32; longer ones become its largest number, longer than any sequence."""
     xp: Any = np if isinstance(lengths, np.ndarray) else jnp
     limits = np.iinfo(np.int32)
     if lengths.dtype.itemsize >= 4 and lengths.dtype != np.int32:

@@ -1,4 +1,4 @@
-"""Sequences that the devices do not divide, made longer by tokens that nothing attends to."""
+"""Padding of sequences to a multiple of the devices, by tokens that nothing attends to."""
 
 from dataclasses import dataclass, replace
 from functools import partial

@@ -34,6 +34,6 @@ def expected_digest(inputs: Arrays, spec: Spec | None = None) -> str | None:
 
 
 def _words(spec: Spec) -> str:
-    """Causality, and the other spec that differ from their defaults."""
+    """Text of a spec: causality, and the other options that differ from their defaults."""
     others = (f" {name} {x}" for name, x in to_flat(spec).items() if name != "is_causal")
     return "".join((f"causal {spec.mask.is_causal}", *others))

@@ -49,7 +49,7 @@ class Case:
 
 
 def adversarial(inputs: Arrays) -> Arrays:
-    """The same shapes, with what breaks a kernel that is only nearly exact.
+    """Adversarial inputs of the same shapes, which break a kernel that is only nearly exact.
 
     Logits of 1e3, outliers, zeros of either sign, subnormals, one-hot and equal rows; and in the
     last KV head of the last sequence a NaN in query and value and an infinity in key.

@@ -70,7 +70,7 @@ class Request:
 
 
 def answer(request: Request) -> Plan:
-    """The plan of a request; what goes wrong is its `failure`."""
+    """The plan of a request; an error becomes its `failure`."""
     plan = request.start
     machine, target = request.machine, request.target
     seconds: dict[str, float] = {}
@@ -225,7 +225,7 @@ def _memory(compiled: Any, machine: Machine) -> Memory | None:
 
 
 def _without_program(plan: Plan, error: str) -> Plan:
-    """The plan of a program that the compiler refused: too large, mostly."""
+    """The plan of a program that the compiler refused, mostly as too large."""
     if (said := re.search(OUT_OF_HOST_MEMORY, error)) is not None:
         needed, most = _bytes(said[1] or said[3]), _bytes(said[2] or said[4])
         sentence = (

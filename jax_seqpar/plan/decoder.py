@@ -138,7 +138,7 @@ class Decoder:
         return {**outside, "layers": layer}
 
     def _shape_of_weight(self, size: tuple[int, ...]) -> Any:
-        """Float32, its features over all mesh axes of batch and tokens."""
+        """Shape of a float32 weight, features sharded over all mesh axes of batch and tokens."""
         axes = self.layout.axis_names
         spec = [axes if n == self.features and axes else None for n in size]
         if spec.count(axes) > 1:  # F or V of the size of D

@@ -19,7 +19,7 @@ CUDNN = {"dot_product_attention_fwd": 1.0, "dot_product_attention_bwd": 2.5}
 
 @dataclass(frozen=True)
 class Kernel:
-    """One call.
+    """Counts of one call of a kernel.
 
     Attributes:
       flops, bytes: of the call; bytes are those of operands and results, each once.

@@ -153,7 +153,7 @@ class AbsentDevice:
 def _mesh(
     topology: str, slices: int, sizes: tuple[tuple[str, int], ...], between: tuple[int, ...]
 ) -> Mesh:
-    """One object for each: two descriptions of a topology have devices that are not equal."""
+    """Mesh of a topology, kept, as two descriptions of a topology have unequal devices."""
     found = devices(topology, slices)
     names, shape = zip(*sizes, strict=True)
     types = (AxisType.Auto,) * len(names)

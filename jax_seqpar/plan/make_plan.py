@@ -1,4 +1,4 @@
-"""`plan`: what a function costs on a machine that need not be there."""
+"""`plan`: costs of a function on a machine that may be absent."""
 
 from collections.abc import Mapping
 from typing import Any

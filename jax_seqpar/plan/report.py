@@ -1,4 +1,4 @@
-"""Plan: what a program costs on a machine that need not be there; as a value, and as JSON."""
+"""Plan: costs of a program on a machine that may be absent; as a value, and as JSON."""
 
 import dataclasses
 import json

@@ -27,7 +27,7 @@ from .ulysses import Ulysses
 
 @dataclass(frozen=True)
 class Candidate:
-    """A strategy, and what it costs or why it cannot be taken.
+    """A strategy, with its cost or the reason why it cannot be taken.
 
     Attributes:
       kernel: the name of the kernel that it would have.
@@ -176,9 +176,9 @@ class Call:
         ).kernel
 
     def spec_for(self, strategy: Strategy) -> Spec:
-        """The Spec that a kernel is given, with the tokens of the first device.
+        """The Spec for a kernel, with the tokens of the first device.
 
-        They stand for any device's: kernels ask of what kind they are.
+        These stand for any device's: kernels read whether they are a run, a list or all tokens.
         """
         layout = self.layout
         if layout.tokens is None or strategy.sees_all_tokens:

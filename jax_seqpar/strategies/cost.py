@@ -228,7 +228,7 @@ def _of_ring(layer: Layer, degree: int, slow: bool, chip: Chip, seconds_per_pair
 def _of_hybrid(
     strategy: Hybrid, layer: Layer, group: Group, chip: Chip, seconds_per_pair: float
 ) -> Cost:
-    """Ulysses of a group's tokens, around the other strategy of one device's heads."""
+    """Cost of a Hybrid: Ulysses within a group, around the outer strategy of one device's heads."""
     (R, U), (near_outer, near_inner) = group.sizes, group.near
     sent: Any = {"degree": (R, U), "itemsize": layer.itemsize, "kernel": layer.kernel}
     _, inner = strategy.traffic_by_axis(*layer.shapes, **sent)
@@ -245,6 +245,6 @@ def _of_hybrid(
 
 
 def _flops_of_pair(layer: Layer) -> float:
-    """Forward, of one query and one key of one head in every sequence of the batch."""
+    """FLOPs forward of one query and one key of one head in every sequence of the batch."""
     B, _, _, H = layer.query
     return 2.0 * B * (H + layer.value[3])

@@ -1,4 +1,4 @@
-"""Heads that the devices do not divide: how many are added, and which are copied."""
+"""Padding and replication of heads that the devices do not divide."""
 
 from dataclasses import dataclass
 from math import lcm

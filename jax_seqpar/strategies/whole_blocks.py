@@ -196,7 +196,7 @@ def _moved_fwd(deal: Deal, axis_name: AxisName, x: Array) -> tuple[Array, None]:
 
 
 def _moved_bwd(deal: Deal, axis_name: AxisName, _: None, gradient: Array) -> tuple[Array]:
-    """No token is in two places, so the gradient goes back as it is, without a sum."""
+    """Gradient of the move, which goes back without a sum, as no token is in two places."""
     return (_moved(deal.reversed, axis_name, gradient),)
 
 

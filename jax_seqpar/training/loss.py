@@ -115,7 +115,7 @@ def tiled_cross_entropy(
 
 
 def _int32(labels: Array, ignore_index: int) -> Array:
-    """-100 and V may be no number of a narrow dtype; of a wide one none comes to count."""
+    """Labels as int32, which holds -100 and V; wider labels out of range become an invalid one."""
     largest = jnp.iinfo(jnp.int32).max
     beyond = largest - (ignore_index == largest)  # neither a token nor ignored
     if jnp.iinfo(labels.dtype).max > largest:

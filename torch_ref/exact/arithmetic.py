@@ -176,7 +176,7 @@ def _slices(R: Tensor, anchor: Tensor) -> Slices:
 
 
 def value(slices: Slices, anchor: Tensor) -> Tensor:
-    """The number that slices stand for, rounded once."""
+    """The value of slices, rounded once."""
     n1, n2 = slices
     return (n1 + n2 * 2.0**-39) * power(anchor - 31)
 

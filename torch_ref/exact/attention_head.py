@@ -219,7 +219,7 @@ def _weights_of_sums(
 
 
 def _weights(head: Head, options: Options) -> Weights:
-    """The part of forward and backward that is the same, from z to r."""
+    """Weights of forward and backward alike, from the logits z to the normaliser r."""
     rows, cap = head.rows, options.cap
     # A value with NaN or infinity makes the rows that may attend to it NaN, as a key does.
     k = torch.where(exponent(head.v, dim=-1) == math.inf, math.nan, head.k)

@@ -1,4 +1,4 @@
-"""Tensors whose axes are arranged by the pattern of a line, and why they cannot be."""
+"""Tensors rearranged by the einops pattern of a line, with the reason where that fails."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from .mapping import (
 
 
 def arranged(x: Any, entry: Entry, source: Side, sizes: Mapping[str, int]) -> tuple[Any, list[str]]:
-    """The tensor with its axes as the other side has them, or why it cannot be."""
+    """The tensor with its axes as the other side has them, and the problem if they do not fit."""
     pattern = entry.line.pattern
     if pattern is None:
         return x, []

@@ -184,7 +184,7 @@ def _tensor(x: Any, path: str) -> Any:
 
 
 def _checked(mapping: Sequence[AnyLine], sizes: Mapping[str, int]) -> list[Line]:
-    """The lines, of each part where a line is fused, if the sizes fit them."""
+    """The lines, with a line for each part of a fused one; raises ValueError unless sizes fit."""
     if not isinstance(mapping, Sequence) or not all(isinstance(x, AnyLine) for x in mapping):
         raise TypeError(
             f"mapping must be a sequence of Map, Fused, Tied and Ignored, got {mapping!r}. "
@@ -250,7 +250,7 @@ def _against(
 def _untied(
     tensors: Mapping[str, Any], tied: dict[str, str], entries: Sequence[Entry]
 ) -> list[str]:
-    """The tied names whose numbers would be lost."""
+    """Problems: tied names whose numbers would be lost."""
     problems, carried = [], {entry.torch for entry in entries}
     if alone := [f"{name} (to {to})" for name, to in tied.items() if to not in carried]:
         problems.append(

@@ -57,7 +57,7 @@ def _numbered(node: Any) -> Any:
 
 
 def placed(x: jax.Array, path: str, leaf: Any) -> jax.Array:
-    """The array where a leaf of another tree is, if that is settled."""
+    """The array with the sharding of a leaf of another tree, if that leaf is committed to one."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or not getattr(leaf, "committed", True):
         return x

@@ -40,7 +40,7 @@ class Certificate:
 
 
 def certify(backend: str | None = None) -> Certificate:
-    """Asks a JAX backend, compiled, whatever exact attention relies on. Takes seconds.
+    """Self-test of a JAX backend, compiled, for the arithmetic of exact attention. Takes seconds.
 
     Args:
       backend: "cpu", "gpu", "tpu"; None for the default one.

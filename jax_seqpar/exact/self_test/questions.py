@@ -57,7 +57,7 @@ def _exp_hard_cases(ask: Operations) -> Check:
 
 
 def _exp_sample(ask: Operations) -> Check:
-    """NumPy's exp of float64 has an error below the 1.27 units that matter."""
+    """Sample of exp; NumPy's exp of float64 has an error below the 1.27 units that matter."""
     bits = np.linspace(0xB2800000, 0xC2A00000, 1 << 20).astype(np.uint32)  # -2^-26 to -80
     x = bits.view(np.float32)
     return compare(
@@ -72,7 +72,7 @@ def _exp_ends(ask: Operations) -> Check:
 
 
 def _dots(ask: Operations) -> Check:
-    """Rows along one another, whose sums reach what Cauchy and Schwarz allow; and others."""
+    """Dot products of parallel rows, whose sums reach the Cauchy-Schwarz bound, and of others."""
     got, expected = [], []
     for channels in (2, 64, 512):
         a, b = (integers((16, channels), 36, seed) for seed in (1, 2))
@@ -164,7 +164,7 @@ def _roundings(ask: Operations) -> Check:
 
 
 def _widenings(ask: Operations) -> Check:
-    """A compiler may take two conversions, to and fro, for none."""
+    """Conversions to float32 and back, which a compiler may elide."""
     x = integers((1 << 12,), 50, 10).astype(np.float64)
     return compare(
         "round32: widened again", ask.widened(x), x.astype(np.float32).astype(np.float64)

@@ -32,7 +32,7 @@ def _roundings(ask: Operations) -> Check:
 
 
 def _chains(ask: Operations) -> Check:
-    """A compiler may add a product without the rounding between, or with one rounding of both."""
+    """Chains of products and sums, whose rounding between the two a compiler may leave out."""
     a, b, c = (integers((1 << 12,), 24, seed).astype(np.float32) for seed in (21, 22, 23))
     c *= np.float32(2.0**22)
     return compare("R: between a product and a sum", ask.chained(a, b, c), a * b + c)
@@ -44,7 +44,7 @@ def _logarithms(ask: Operations) -> Check:
 
 
 def _log_sample(ask: Operations) -> Check:
-    """NumPy's log of float64 is right for all but the first of the hardest cases."""
+    """Sample of log; NumPy's log of float64 is right for all but the first of the hardest cases."""
     bits = np.linspace(0x3F800000, 0x4A000000, 1 << 20).astype(np.uint32)  # 1 to 2^21
     x = bits[~np.isin(bits, list(LOG_HARD_CASES))].view(np.float32)
     x = x[: (1 << 20) - len(LOG_HARD_CASES)]  # one number of answers for every sample
@@ -53,7 +53,7 @@ def _log_sample(ask: Operations) -> Check:
 
 
 def _reciprocal_roots(ask: Operations) -> Check:
-    """NumPy's root and quotient are the nearest float64, which errs by less than 1.41 units."""
+    """Reciprocal roots; NumPy's root and quotient are the nearest float64, within 1.41 units."""
     hard, expected = _of_bits(dict([ROOT_HARD_CASE]))
     bits = np.linspace(0x00800000, 0x7F7FFFFF, 1 << 20).astype(np.uint32)
     x = bits.view(np.float32)

@@ -123,7 +123,7 @@ class PipelineCheck:
         return {name: torch_to_numpy(swap(x)) for name, x in results.items() if x is not None}
 
     def _torch_kernel(self, rank: int) -> Callable[..., Any]:
-        """Batch-first, on whole sequences."""
+        """Kernel of PyTorch for a rank, batch-first, on whole sequences."""
         from torch_ref.ulysses import heads_of_ranks
 
         if self.kernel == "identity":
@@ -183,7 +183,7 @@ def history_checks(degree: int, inputs: Arrays) -> list[PipelineCheck]:
 def _jax_program(
     kernel: Kernel, spec: Spec, strategy: Strategy, layout: MeshLayout
 ) -> Callable[..., Outputs]:
-    """Compiled once for inputs of the same sizes; PyTorch's kernel runs outside `jax.jit`."""
+    """JAX program, compiled once for inputs of the same sizes; PyTorch's kernel is not jitted."""
     if kernel == "sdpa":
         assert isinstance(layout.mesh, Mesh)
         attend = partial(staged_attention, attention=partial(_sdpa, spec), mesh=layout.mesh)

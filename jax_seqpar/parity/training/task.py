@@ -82,7 +82,7 @@ class Training:
             yield rows.astype(np.int32)
 
     def inputs(self) -> Arrays:
-        """All that the bits of the last step depend on, for a hash of it."""
+        """Inputs that the bits of the last step depend on, for a hash."""
         numbers = np.array(astuple(self), np.float64)
         text = np.stack([*self.batches()])
         return {**self.start().arrays, "tokens": text, "numbers": numbers}
