@@ -62,7 +62,7 @@ def test_vmap_adds_none():
 
 
 def test_seven_where_the_output_is_not_used():
-    """A gradient alone needs no output, so its reshard is dropped."""
+    """Gradients without the output take seven all-to-alls: the output's reshard is dropped."""
     case, where = CASES["grouped"], ONE_AXIS[4]
     *inputs, grad = sharded_inputs(case, where)
 

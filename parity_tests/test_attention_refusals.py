@@ -361,7 +361,7 @@ def test_the_same_of_the_pytorch_reference():
 
 
 def test_an_axis_that_the_layout_forgets():
-    """Gathering the batch would give the right numbers."""
+    """An axis that the layout lacks raises, though gathering it would give the right numbers."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"))
     q, k, v = (jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data"))) for x in qkv())
     message = r"query is sharded over mesh axis 'data', .*MeshLayout\(..., batch='data'\)"
@@ -647,7 +647,7 @@ def test_other_calls(call, message):
 @pytest.mark.parametrize("sizes", ((0, 16, 16), (2, 0, 16), (2, 16, 0)), ids=str)
 @pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)
 def test_nothing_is_no_misfit(sizes, heads, kernel, kind):
-    """No sequences, queries or keys, with heads added for the devices or not: zeros."""
+    """Empty sequences, queries or keys give zeros, with heads added for the devices or without."""
     (B, T, S), (N, K) = sizes, heads
     query, key = array(B, T, N, 4) + 1, array(B, S, K, 4) + 1
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
@@ -851,7 +851,7 @@ def test_the_wrong_kind_of_array_is_refused_at_every_door(door, kind):
 
 
 def test_a_constant_of_a_jitted_function_may_lie_anywhere():
-    """JAX moves it to the devices of the program."""
+    """Constants of a jitted function may lie on any device: JAX moves them to the program's."""
     slopes = jax.device_put(jnp.ones(GOOD.shape[2]), FOUR[1])
     attend = partial(dot_product_attention, logits=Logits(alibi_slopes=slopes), layout=ON_SEQ)
     got = jax.jit(lambda x: attend(x, x, x))(GOOD)

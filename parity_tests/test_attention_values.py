@@ -191,7 +191,7 @@ def transformations():
 
 @cache
 def transformed_on_one_device():
-    """All in one program: both kinds of axes are compared with it."""
+    """Transformed attentions on one device, in one program, to compare both kinds of axes with."""
     alone = partial(dense_attention, is_causal=True)
 
     def run():
@@ -272,7 +272,7 @@ def test_arrays_without_a_sequence_axis():
 
 @pytest.mark.parametrize("size", (0, 1))
 def test_very_few_tokens(size):
-    """No keys at all give 0, one token gives its value."""
+    """Attention without keys gives 0, to one token its value."""
     case = Case(2, size, 8, 4, 6)
     query, key, value, _ = map(jnp.asarray, case.inputs().values())
     out = attend(case, ONE_AXIS[1])(query, key, value)

@@ -1,4 +1,4 @@
-"""Parity on what real attentions see: a pretrained encoder's activations and gradients."""
+"""Parity on real activations and gradients of a pretrained encoder's attentions."""
 
 import importlib.util
 import subprocess

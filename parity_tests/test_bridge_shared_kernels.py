@@ -91,7 +91,7 @@ def test_pytorch_in_the_jax_pipeline(case, degree, kind):
 
 
 def test_the_default_mesh_and_another_axis_name():
-    """`jax.make_mesh` gives Explicit axes; the result lies as the inputs do."""
+    """The result has the sharding of the inputs, also on the Explicit axes of `jax.make_mesh`."""
     mesh = jax.make_mesh((4,), ("ring",))
     operands = list(CASES["grouped"].inputs().values())
     tokens = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "ring"))
@@ -122,7 +122,7 @@ def test_a_kernel_may_write_into_its_operands():
 
 
 def test_a_pytorch_kernel_that_is_wrong_shows():
-    """The comparison can fail: the same attention, not causal."""
+    """The comparison fails for a wrong kernel: the same attention, not causal."""
     mesh = jax.make_mesh((4,), ("seq",))
     operands = list(CASES["multi-head"].inputs().values())
 

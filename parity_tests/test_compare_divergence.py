@@ -518,7 +518,7 @@ def test_no_hint_that_does_not_hold(change):
 
 
 def test_hints_within_a_tolerance():
-    """Permuted and rounded: bits tell nothing, a tolerance does; too small a one does not."""
+    """Hints for permuted and rounded tensors need a tolerance, and a large enough one."""
     a = recorded()
     b = planted(a, QUERY, lambda x: (x[:, :, ::-1] * (1 + 1e-5 * np.cos(x))).astype(np.float32))
     assert found(a, b).hint is None

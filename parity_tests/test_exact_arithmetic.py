@@ -27,7 +27,7 @@ NANS = np.array(NAN_BITS, np.uint64).view(np.float64)
 
 
 class Pieces(NamedTuple):
-    """One framework's, from and to NumPy arrays.
+    """Pieces of exact attention in one framework, from and to NumPy arrays.
 
     Attributes:
       exponent: `(x, axis)`, as float64 with infinity for "not a number".
@@ -60,7 +60,7 @@ class Pieces(NamedTuple):
 
 
 def in_jax(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled, in 64 bits. Arguments that are no arrays are static."""
+    """Function of JAX, compiled, in 64 bits. Arguments other than arrays are static."""
 
     @partial(jax.jit, static_argnums=1)
     def compiled(arrays, others):
@@ -171,7 +171,7 @@ exact = oracle.elementwise(Fraction)
 
 
 def equals(got: np.ndarray, exact: np.ndarray) -> None:
-    """A zero may have either sign."""
+    """Asserts equal numbers; a zero may have either sign."""
     assert got.shape == exact.shape
     assert (fractions(got) == exact).all()
 
@@ -250,7 +250,7 @@ def squares(total: int) -> list[int]:
 @in_both
 @pytest.mark.parametrize("bits", (24, 25, 26, 27, 32))
 def test_norm_at_the_edges_of_its_sum(of, bits):
-    """t is a power of two, and one less."""
+    """Norms whose sum t is a power of two, and one less."""
     for t in ((1 << bits) - 1, 1 << bits):
         # A magnitude of half a unit less has the same ceiling.
         x = np.array([squares(t - 256)]) - 0.5
@@ -295,7 +295,7 @@ def edge(channels: int) -> int:
 @in_both
 @pytest.mark.parametrize("channels", (1, 2, 64, 100, 128, 512))
 def test_dot_of_rows_along_one_another(of, channels):
-    """Sums as long as Cauchy and Schwarz allow, of odd numbers.
+    """Dot products of parallel rows of odd numbers, whose sums reach the Cauchy-Schwarz bound.
 
     Low digits are ties, and as large as they may be where the high ones cancel one another, so that
     every bit of their sum is seen: one bit more in them would be too many.
@@ -352,7 +352,7 @@ def test_token_against_fractions(of, seed, spread):
 
 @in_both
 def test_digits_at_their_ends(of):
-    """Both digits at their largest, ties between two of them, and what is rounded to 2^32."""
+    """Digits at their largest, ties between two of them, and numbers that round to 2^32."""
     ends = [65535, 65536, 32768, 3 * 32768, 5 * 32768, (1 << 32) - 32768, (1 << 32) - 32769]
     x = np.array([[2.0**32 - 1, n] for n in ends] + [[2.0**32 - 0.5, 0.5], [2.0**32 - 0.75, 1.5]])
     x = np.concatenate([x, -x])
@@ -480,7 +480,7 @@ def test_tokens_of_zeros_are_counted(of):
 @in_both
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sum_of_the_most_tokens(of, seed):
-    """2^21 of them, 256 to a part: sums up to 2^66."""
+    """Sums of 2^21 tokens, 256 to a part, up to 2^66."""
     rng = np.random.default_rng(seed)
     parts = rng.integers(1 << 52, 1 << 53, (1 << 13, 4))
     parts[:, 0], parts[:, 1] = 1 << 53, (1 << 53) - 1

@@ -107,7 +107,7 @@ def test_both_frameworks_with_every_shape(case):
 
 @pytest.mark.parametrize("dtype", ("bfloat16", slow("float16")))
 def test_every_option_in_16_bits(dtype):
-    """Causal attention is among the shapes."""
+    """Every option at once has equal bits in 16 bits; causal attention is among the shapes."""
     inputs = {name: x.astype(jax.numpy.dtype(dtype)) for name, x in CASE.inputs().items()}
     options = OPTIONS["all at once"]
     check_equal(jax_exact(inputs, **options), torch_exact(inputs, **options))
@@ -481,7 +481,7 @@ def test_tokens_that_are_added_change_no_bit():
 
 @pytest.mark.parametrize("empty", ("query", "key"))
 def test_nothing_to_attend(empty):
-    """No query: no output. No key: zeros, and zeros for gradients."""
+    """Attention without queries is empty; without keys output and gradients are zeros."""
     inputs = CASE.inputs()
     names = ("query", "grad") if empty == "query" else ("key", "value")
     inputs |= {name: inputs[name][:, :0] for name in names}
@@ -514,7 +514,7 @@ def test_subnormal_inputs_are_zeros():
 
 
 def test_where_a_nan_goes():
-    """One in a query stays in its row of the output, one in a value in those that attend to it."""
+    """A NaN in a query stays in its output row, one in a value in the rows that attend to it."""
     inputs = CASE.inputs()
     inputs["query"][0, 5, 1, 2] = np.nan
     inputs["value"][1, 4, 1, 3] = np.inf
@@ -651,7 +651,7 @@ def test_several_blocks_with_every_option(by_positions, chunks, block):
 
 
 def test_several_blocks_of_grouped_heads():
-    """A block ends with its query head. Another size has other gradients, and the same output."""
+    """Blocks end with their query head; another size has other gradients, and the same output."""
     inputs = CASE.inputs()
     with blocks_of(8):
         # A chunk that no other test has.

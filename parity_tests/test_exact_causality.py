@@ -134,7 +134,7 @@ def spoilt(inputs: Arrays, tokens: Any, junk: Callable[[np.ndarray], np.ndarray]
 
 
 def check_same(ours: Arrays, expected: Arrays, names: tuple[str, ...]) -> None:
-    """Every bit, and names the kinds of sequences where one differs."""
+    """Asserts equal bits, and names the kinds of sequences where one differs."""
     found = {}
     for i, kind in enumerate(KINDS):
         for name in names:
@@ -146,7 +146,7 @@ def check_same(ours: Arrays, expected: Arrays, names: tuple[str, ...]) -> None:
 
 
 def check_later_tokens(framework: Framework, rows: int, junk: Callable[..., Any]) -> None:
-    """The first rows do not know what the tokens after them hold."""
+    """Asserts that the first rows do not depend on the tokens after them."""
     changed = spoilt(framework.inputs, slice(rows, None), junk)
     ours, before = framework.run(changed, is_causal=True), slice(rows)
     check_same(
@@ -211,7 +211,7 @@ def in_places(
 
 @both_frameworks
 def test_other_documents(framework):
-    """The middle one of three, whose gradients know no more than where its tokens lie."""
+    """The middle document of three: its gradients depend only on the places of other tokens."""
     start = 11
     end = start + framework.prefix
     count = np.arange(framework.tokens)

@@ -192,7 +192,7 @@ def test_sums_are_rounded_to_53_bits_and_to_24():
 @pytest.mark.parametrize("engine", (float64_products, int8_products), ids=("float64", "int8"))
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 def test_a_long_sum_over_a_mesh(kind, engine):
-    """Eight devices, each with a part of the tokens: what goes between them is exact, too."""
+    """Sums over eight devices, each with a part of the tokens, add up exact partial sums."""
     a, b = longest(1 << 18)
     mesh = jax.make_mesh((2, 4), ("data", "seq"), (kind,) * 2)
     spread = NamedSharding(mesh, PartitionSpec("data", "seq"))
@@ -244,7 +244,7 @@ MISSING = missing_compiler("v5e:2x4")
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 @pytest.mark.parametrize("topology", ("v5e:2x4", "v6e:2x4"))
 def test_a_tpu_multiplies_digits_of_8_bits(topology):
-    """Ten products of int8 to int32, and nothing of float64, which a TPU has not."""
+    """A TPU's program has ten products of int8 to int32, and no float64, which TPUs lack."""
     there = SingleDeviceSharding(devices(topology)[0])
     operand = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=there)
 
@@ -272,9 +272,9 @@ def products(text: str) -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("dtype", (jnp.int32, jnp.bfloat16, jnp.float64))
 def test_operands_of_another_dtype_are_refused(dtype):
-    """The bits of int32 would pass for those of subnormals, and the product be 0.
+    """Operands of another dtype raise: bits of int32 would pass for subnormals, and give 0.
 
-    Without the check of types that tests have, and users do not.
+    The check of types is off, which tests have and users do not.
     """
     with jax.enable_x64(True):
         x, w = jnp.ones((2, 3), dtype), jnp.ones((3, 4), jnp.float32)

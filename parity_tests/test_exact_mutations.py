@@ -154,12 +154,12 @@ def on_devices_that_share_heads():
 
 
 def on_devices_that_share_blocks():
-    """Each holds some of the queries of a block."""
+    """Comparison on devices that each hold some of the queries of a block."""
     on_devices(AllGatherKV(), ONE_AXIS[4])
 
 
 def with_dropout_and_sinks():
-    """Chunks that overlap."""
+    """Comparison of the output with dropout and sinks, in chunks that overlap."""
     inputs = CROSS.inputs()
     attend = partial(
         Exact(query_chunk=3, key_chunk=5),
@@ -169,7 +169,7 @@ def with_dropout_and_sinks():
 
 
 def with_dropout_and_sinks_on_devices():
-    """Groups of query heads that the devices do not divide."""
+    """Comparison of the output with dropout and sinks, on devices that split groups of heads."""
     case = Cross(N=6, K=2)
     options = FEW | {"sinks": case.sinks()}
     arrays = {name: jnp.asarray(x) if is_array(x) else x for name, x in options.items()}

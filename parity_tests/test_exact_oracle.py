@@ -31,7 +31,7 @@ def of_integers(inputs, *, mask=True, **options):
 
 
 def check_equal(inputs, options):
-    """Both frameworks to the integers."""
+    """Asserts that both frameworks have the bits of the integers."""
     expected = of_integers(inputs, **options)
     for ours in (jax_exact(inputs, **options), torch_exact(inputs, **options)):
         report = compare_bits(ours, expected)
@@ -160,7 +160,7 @@ NUMBERS = st.one_of(
 @settings(max_examples=60, derandomize=True)
 @given(data=st.data(), is_causal=st.booleans())
 def test_any_numbers(data, is_causal):
-    """One shape, so that JAX compiles once for each of the two masks."""
+    """Random numbers have the integers' bits; in one shape, as JAX compiles for each."""
     shapes = {"query": (1, 4, 2, 3), "key": (1, 4, 1, 3), "value": (1, 4, 1, 3)}
     inputs = {
         name: np.array(

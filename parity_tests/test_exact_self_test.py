@@ -300,7 +300,7 @@ def reciprocal_by_newton(x: np.ndarray) -> np.ndarray:
 
 
 def to_16_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both roundings right, but for what `out` does to numbers and to NaNs."""
+    """Both roundings right, but without the flushing and the one NaN of `out`."""
     x = narrow(x)
     with np.errstate(over="ignore"):
         return x.astype(jax.numpy.bfloat16), x.astype(np.float16)
@@ -355,7 +355,7 @@ def an_ulp_of_one(output: int) -> Callable[[Operation], Operation]:
 
 
 def kept_of_words(compare: Operation) -> Callable[[Operation], Operation]:
-    """Dropout by PyTorch's words and a comparison with the limit of its own."""
+    """Dropout by PyTorch's words and another comparison with the limit."""
 
     def kept(key: np.ndarray) -> np.ndarray:
         B, N, T, S = questions.DROPOUT_SHAPE
@@ -800,7 +800,7 @@ def test_each_sabotage_is_caught(name, sabotage, expected):
 
 
 def test_no_question_is_asked_in_vain():
-    """Each is there because of a sabotage that it sees, and each operation is asked for."""
+    """Every question sees a sabotage, and every operation is asked for."""
     assert set.union(*(expected for *_, expected in SABOTAGES.values())) == {
         check.name for *_, check in asked()
     }

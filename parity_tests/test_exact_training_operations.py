@@ -256,7 +256,7 @@ def test_a_loss_that_is_none_is_refused(tiles, options, message):
 
 
 def test_tiles_of_int8_products_have_the_same_bits():
-    """The carries of each tile are carried on."""
+    """Tiles of int8 products have the bits of one product: their carries are added up."""
     ours, _, arrays, _ = LAYERS["tiled loss"]
     cotangent: Any = np.float32(0.7)
     found = of_jax(partial(ours, engine=int8_products), arrays, cotangent)
@@ -291,7 +291,7 @@ def test_gradients_of_several_uses_are_added_in_order():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 @pytest.mark.parametrize("name", ["linear", "norm", "embedding", "loss", "tiled loss", "dropout"])
 def test_layers_have_the_same_bits_on_a_mesh(name, kind):
-    """Tokens over four devices, batch over two."""
+    """Layers on a mesh of four token and two batch devices have the bits of one device."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), (kind,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("data", "seq"))
     whole = NamedSharding(mesh, PartitionSpec())

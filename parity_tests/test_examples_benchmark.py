@@ -163,7 +163,7 @@ def test_no_gpu_to_measure(script, command):
 
 
 def test_pictures_of_what_was_measured(tmp_path):
-    """One for each command, from a file as the benchmarks write it."""
+    """Pictures of every command, from files as the benchmarks write them."""
     timing = {"ratio": 1.0}
     rows = [{"tokens": n, "what": "ours", "forward": timing, "both": timing} for n in (1024, 2048)]
     errors = {"rms": {"out": 1e-7, "dk": 1e-7}}

@@ -207,7 +207,7 @@ def test_command_says_where_models_part(example, monkeypatch):
 
 @pytest.mark.parametrize("bad", (1e-3, np.nan))
 def test_where_pytorch_has_only_rounding_flax_has_no_more(example, bad):
-    """A gradient that is 0 is nothing but rounding in both, or the port is wrong."""
+    """Gradients that are 0 are rounding alone in both frameworks, or the port is wrong."""
     truth = {"a": np.array([1.0, 2.0]), "dead": np.zeros(2)}
     torchs = {"a": truth["a"] + 1e-7, "dead": np.array([1e-9, 0.0])}
     compare = partial(example._compare, Console(quiet=True), "grads", truth, torchs)

@@ -71,7 +71,7 @@ def make(
 
 
 def rotate(x, rotary, positions):
-    """Complex numbers, in float64."""
+    """Rotary embedding by complex numbers, in float64."""
     R = int(rotary.fraction * x.shape[-1])
     turn = positions[..., None] * rotary.theta ** (-np.arange(0, R, 2) / R)
     pairs = (
@@ -226,7 +226,7 @@ def test_options_are_passed_on(where, monkeypatch):
 
 
 def test_parameters_have_names():
-    """The letters of the einsums, without any mesh, and a sharding where there are rules."""
+    """Parameters are named by the einsums' letters without a mesh; rules give them shardings."""
     layer = Attention(
         D, num_heads=N, num_kv_heads=K, head_dim=H, qk_norm=1e-6, sinks=True, rngs=nnx.Rngs(0)
     )
@@ -296,7 +296,7 @@ def test_dropout():
 
 
 def test_sixteen_bits():
-    """Parameters stay float32."""
+    """Layers of 16-bit activations are right to their rounding; parameters stay float32."""
     layer, mesh = make(parameters=ParameterOptions(dtype=jnp.bfloat16))
     out = run(layer, mesh)
     assert out.dtype == jnp.bfloat16
@@ -420,7 +420,7 @@ def exact_turn(x, frequencies, positions):
 
 @pytest.mark.parametrize("dtype", [f"{u}int{bits}" for bits in (8, 16, 32, 64) for u in ("", "u")])
 def test_rotary_of_every_integer_dtype(dtype):
-    """Both ends of each, as of a batch that is padded on the left, and 2^32 where it has it."""
+    """Positions at both ends of every integer dtype, as of padding on the left, and 2^32."""
     info = np.iinfo(dtype)
     ends = [info.min, info.min + 1, info.max - 1, info.max, 0, 1, -1, -5, 127, 128, 65535, 65536]
     wide = [(1 << 32) - 1, 1 << 32, (1 << 32) + 1, -(1 << 32) - 7, 0x0123_4567_89AB_CDEF]

@@ -238,7 +238,7 @@ def in_a_direction(loss: Any, at: Any) -> Any:
 
 
 def derived(derivative: Any, attend: Any) -> Any:
-    """Compiled: eager, each operation of each rule is a program of its own."""
+    """Derivatives, compiled: eager, each operation of each rule would be a separate program."""
     loss, at = with_numbers(attend)
     return jax.jit(partial(derivative, loss), compiler_options=QUICK)(at)
 

@@ -246,7 +246,7 @@ def test_what_a_kernel_lacks_is_refused_and_another_chosen(
 
 @pytest.mark.parametrize("platform", ("tpu", "gpu"))
 def test_every_keyword_is_supported_or_refused(platform, hopper):
-    """No keyword of the kernels is missing in the tables above, or in that of what is supported."""
+    """Every keyword is in the tables of unsupported ones above, or of supported ones."""
     supported = {"scale", "is_causal", "query_seq_lengths", "key_value_seq_lengths"}
     supported |= {"local_window_size", "dropout_rng"}  # a key alone drops nothing
     if platform == "tpu":

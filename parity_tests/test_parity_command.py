@@ -622,7 +622,7 @@ def claiming(shape, *, unpacked=None):
 
 
 def test_a_damaged_header_of_an_npz_is_named(tmp_path):
-    """One flipped bit, which moves the data or changes a size: the rest would go unread."""
+    """A flipped bit in a header, which moves the data or changes a size, is an error."""
     path = tmp_path / "a.npz"
     write(path, SINGLE)
     good = path.read_bytes()
@@ -843,7 +843,7 @@ def test_where_to_save_arrives(planned, tmp_path):
 
 
 def test_no_file_is_left_out(planned, tmp_path):
-    """Two of one name, from two folders."""
+    """Two files of one name, from two folders, have a check each, of another name."""
     paths = [tmp_path / folder / "acts.npz" for folder in ("layer0", "layer1")]
     for seed, path in enumerate(paths):
         path.parent.mkdir()
@@ -1051,7 +1051,7 @@ def test_narrow_tables_leave_out_columns_and_break_no_word():
 
 
 def test_piped_into_a_file_nothing_is_cut(monkeypatch, tmp_path):
-    """No terminal and no COLUMNS: lines as long as they are, progress on the other stream."""
+    """Output without a terminal and COLUMNS has whole lines, progress on the other stream."""
     long = "activations-of-layer-17-after-the-first-epoch-" * 3 + "x sdpa"
     failing = replace(row(long, expected="scrambled"), error=None)
     monkeypatch.setattr(parity_command, "run_parity", lambda *_, **__: [failing])

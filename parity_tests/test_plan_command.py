@@ -139,7 +139,7 @@ def test_what_is_refused_at_once(options, message):
 
 
 def refused(result: Any, message: str) -> None:
-    """One sentence, exit status 2."""
+    """Asserts that a call ends with one sentence and exit status 2."""
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert "Traceback" not in result.output
@@ -197,7 +197,7 @@ def waits(tokens):
 
 
 def test_the_process_ends_with_its_parent(tmp_path):
-    """A command that is killed leaves none behind."""
+    """A command that is killed leaves no process behind."""
     file, pids = tmp_path / "slow.py", tmp_path / "pid"
     file.write_text(f"""
 import os, time
@@ -248,7 +248,7 @@ def test_without_the_compiler_it_counts(topology, install, monkeypatch, tmp_path
 
 
 def exported(platform: str) -> Any:
-    """The front door with a named kernel, for four devices."""
+    """The public function with a named kernel, exported for four devices."""
     from jax import export
 
     from jax_seqpar import Blockwise

@@ -58,7 +58,7 @@ def test_forward_and_backward(kernel):
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
 @pytest.mark.parametrize("head_dim", (64, 128))
 def test_triton_forward_and_backward(head_dim, dtype):
-    """One kernel forward and two for the gradients, and nothing of T x S in memory."""
+    """Triton has one kernel forward and two for the gradients, and no T x S array in memory."""
     kernel = Triton(platform="gpu")
     forward = program("h100:8", 1 << 17, head_dim=head_dim, dtype=dtype, kernel=kernel)
     programs = [forward, replace(forward, gradients=True)]

@@ -185,7 +185,7 @@ def step(tokens):
 
 
 def test_what_is_offloaded_lies_on_the_host(tmp_path):
-    """112 GiB, more than a chip has; and in the compiled program's own memory of the host."""
+    """Offloaded layer inputs of 112 GiB, more than a chip has, are host memory of the program."""
     machine = Machine("v5p:2x2x1", 1, {"seq": 4})
     file, tokens = tmp_path / "mine.py", 1 << 25
     file.write_text(OFFLOADED)

@@ -169,7 +169,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("after", (1, slow(4)))
 def test_a_killed_run_goes_on_to_the_same_bits_on_other_processes(undisturbed, after, tmp_path):
-    """One of two is killed in its third save, and the second checkpoint is damaged besides."""
+    """A run whose process is killed in the third save, the second checkpoint damaged, goes on."""
     options = ("--exact", "--steps", str(STEPS), "--save-every", "1", "--folder", str(tmp_path))
     with Processes(2, *options, failure=("save", "SIGKILL", 1)) as processes:
         processes.wait_for_failure(1)

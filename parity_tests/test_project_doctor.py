@@ -35,7 +35,7 @@ def rows(output):
 
 @pytest.fixture(autouse=True)
 def certified(monkeypatch):
-    """The self-test has tests of its own, and takes seconds."""
+    """Certificate in place of the self-test, which is tested elsewhere and takes seconds."""
     trusted = certificate.Certificate("JAX", ())
     monkeypatch.setattr(devices, "certify", lambda: trusted)
 

@@ -54,7 +54,7 @@ def test_there_is_code_to_run():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_code_runs(page):
-    """Every block as it stands, with names of its own, on simulated devices.
+    """Every block runs as it stands, with separate names, on simulated devices.
 
     Programs are compiled in less time than a user's: what the blocks assert is bits that no
     compiler may change, or two runs of one program.

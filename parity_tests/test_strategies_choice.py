@@ -360,7 +360,7 @@ def test_a_strategy_that_cannot_names_one_that_can(strategy, options, instead):
 
 
 def test_more_devices_than_heads():
-    """No refusal: Ulysses adds heads, at a price that makes another strategy the first."""
+    """More devices than heads raise nothing: Ulysses adds heads, so another strategy is first."""
     q, k = shape(1, 1 << 16, 4, 128), shape(1, 1 << 16, 4, 128)
     found = chosen(q, k, 16, is_causal=True)
     costs = {type(x.strategy): x.cost for x in found.candidates}

@@ -167,7 +167,7 @@ def one_device_left_out(patch):
 
 
 def logits_of_the_last_part(patch):
-    """The largest logit, of the keys that were visited last."""
+    """Mutation: the largest logit is that of the keys that were visited last."""
     right = forward_in_turns._Queries.turn
 
     def turn(self, visit, held, values, nothing, meet, *rows):
@@ -210,7 +210,7 @@ def blocks_in_parts(patch):
 
 
 def padding_that_counts(patch):
-    """Tokens that fill the last block, as if they were of the sequence."""
+    """Mutation: tokens that fill the last block count as tokens of the sequence."""
     patch.setattr(ring, "padded", lambda spec, batch, **deals: _padded_alone(spec, batch, deals))
 
 

@@ -247,7 +247,7 @@ def test_documents_decide_at_run_time():
 @pytest.mark.parametrize("check_vma", (True, False))
 @pytest.mark.parametrize("other", (np.arange(32) // 8, BORDERS), ids=("8 tokens", "borders"))
 def test_shards_of_the_batch_make_the_same_rounds(other, check_vma):
-    """One shard has a document across all devices, the other needs fewer rounds.
+    """Shards of the batch make the same rounds, though one has a document across all devices.
 
     No transfer waits for ever, and no device is heard from both sides.
     """

@@ -359,7 +359,7 @@ def test_what_a_kernel_lacks_is_refused_by_name():
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_triton_lowers_parts_for_a_gpu(order):
-    """One kernel forward and two for the gradients, of a run and of a list of tokens."""
+    """Triton's parts lower to one kernel forward and two for gradients, of runs and of lists."""
     query, key = (jax.ShapeDtypeStruct((1, 256, n, 64), jnp.bfloat16) for n in (4, 2))
 
     def run(query: Any, key: Any, index: Any) -> Any:

@@ -56,7 +56,7 @@ def differing(got, expected):
 
 
 def assert_same_bits(got, expected):
-    """Every loss, weight and moment; the losses are those of a run that changed its weights."""
+    """Asserts equal bits of losses, weights and moments, of a run that changed its weights."""
     assert got.keys() == expected.keys()
     assert differing(got, expected) == set()
     losses = expected["losses"]

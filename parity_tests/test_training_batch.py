@@ -53,7 +53,7 @@ def by_token(tokens, segments):
     ids=("segments", "lengths", "whole rows"),
 )
 def test_tokens_of_every_integer_dtype(dtype, options):
-    """Text is read as bytes, and -100 is no byte."""
+    """Tokens may be of every integer dtype; bytes do not hold -100, the label to ignore."""
     tokens = TOKENS.astype(dtype)
     for goal in ({}, {"labels": tokens}, {"targets": tokens}):
         wide = {name: x.astype(np.int32) for name, x in goal.items()}

@@ -168,7 +168,7 @@ def test_a_label_outside_the_vocabulary_is_loud(label):
 
 
 def test_a_label_of_more_bits_is_loud():
-    """2^32 - 100 is -100 in 32 bits."""
+    """Labels beyond 32 bits give NaN: cut to 32 bits, 2^32 - 100 would be -100, and be ignored."""
     logits = jnp.zeros((2, 4))
     assert np.isnan(cross_entropy(logits, jnp.asarray([1, 2**32 - 100], jnp.uint32)))
     with jax.enable_x64(True):

@@ -1,4 +1,4 @@
-"""A step of decoding, by name for a process of its own that compiles it."""
+"""A step of decoding, importable by a separate process that compiles it."""
 
 from functools import partial
 from typing import Any

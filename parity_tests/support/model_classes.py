@@ -1,4 +1,4 @@
-"""Attention classes of `transformers`: what their eager attention is given, and what it gives.
+"""Attention classes of `transformers`: operands and outputs of their eager attention.
 
 Each model is built small, with random weights, and called on a padded batch; its own eager
 attention, with the mask and the options that the model hands to it, is given random queries, keys

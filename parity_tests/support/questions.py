@@ -217,7 +217,7 @@ def bytes_by_formula(case: Case, where: MeshCase, tensor_parallel: int) -> int:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The names of the programs that XLA compiles meanwhile."""
+    """Names of the programs that XLA compiles inside the context."""
     names: list[str] = []
     logger = logging.getLogger("jax")
 

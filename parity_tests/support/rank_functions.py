@@ -269,7 +269,7 @@ def adjoint(rank: int, degree: int) -> dict[Any, tuple[float, float]]:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Sizes by degree: of N heads in all, K of them KV heads."""
+    """Sizes of an attention of N query heads and K KV heads, by degree."""
 
     batch: int
     heads_per_rank: int

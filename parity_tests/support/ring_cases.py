@@ -59,7 +59,7 @@ def integers(shape: tuple[int, ...], high: int, seed: int) -> Tensor:
 
 
 def documents(S: int) -> Tensor:
-    """One over all the ranks beside some of odd lengths, whose numbers come back."""
+    """Documents: one over all the ranks, and some of odd lengths, whose numbers come back."""
     lengths = (1, 5, S // 2 - 3, S - S // 2 - 3)
     several = torch.tensor([4, 2, 4, 1]).repeat_interleave(torch.tensor(lengths))
     return torch.stack((torch.full((S,), 7), several))
