@@ -27,9 +27,10 @@ NOT_YET = {
 
 def docstrings(source: str) -> Iterator[str]:
     """First line of each docstring of a module, of its classes and functions, after the name."""
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if text := ast.get_docstring(node):
             yield f"{getattr(node, 'name', '<module>')}: {text.splitlines()[0]}"
 
 
