@@ -95,8 +95,8 @@ def products_alone(tokens: int, heads: int, head_dim: int) -> list[Run]:
     def run(products: list[tuple[str, str]]) -> Run:
         @jax.jit
         def each_pair(blocks: Any) -> Any:
-            # What a step computes the next one overwrites, and XLA computes it all the same; of
-            # equal operands it would compute one.
+            # Each step overwrites the results of the one before, which XLA computes all the same;
+            # with equal operands XLA would compute one step.
             def step(i: Any, results: Any) -> Any:
                 return [
                     blocks[left][i % 8] @ blocks[right][(i + n) % 8]

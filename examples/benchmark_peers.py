@@ -37,7 +37,7 @@ from torch_ref.ulysses import DistributedAttention
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 PEER, PEER_RING = "DeepSpeed" if HAS_DEEPSPEED else "torch_ref", "torch_ref ring"
 YUNCHANG, YUNCHANG_RING = "yunchang", "yunchang ring"
-# What runs here, and which passes.
+# Peers that run here, and their passes.
 PEERS = {PEER: PASSES, PEER_RING: PASSES}
 if importlib.util.find_spec("yunchang") is not None:
     PEERS |= {YUNCHANG: PASSES, YUNCHANG_RING: PASSES[:1]}

@@ -111,7 +111,7 @@ def show(title: str, columns: dict[str, str], rows: list[Any], section: str | No
         if section is not None and before is not None and before[section] != row[section]:
             table.add_section()
         table.add_row(*(cell(row, path) for path in columns))
-    # As wide as its numbers, also where the terminal is narrower: none is cut.
+    # Printed as wide as its numbers, also where the terminal is narrower: no number is cut.
     wide = Console(width=1000)
     wide.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
     wide.print(table)

@@ -234,7 +234,7 @@ class Decoder(nnx.Module):
         x = arithmetic.embed(table, tokens, layout=layout, dtype=self.place.dtype)
         note: Record = record or (lambda name, x: None)
         note("embedding", x)
-        # What is recorded would leave the recomputed part.
+        # Recorded tensors would leave the recomputed part, so nothing is recomputed then.
         again = self.place.remat and record is None and not attention.get("decode")
         offload = again and self.place.offload
         policy = offload_policy if offload else None

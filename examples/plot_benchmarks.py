@@ -20,11 +20,11 @@ from jax_seqpar import AllGatherKV, Contiguous, Mask, Ring, Ulysses
 from jax_seqpar.chips import UNKNOWN
 from jax_seqpar.strategies.cost import Group, Layer, cost_of
 
-# Of `traffic`: the attention of a Llama 3 8B layer with 32K tokens, in bfloat16.
+# Sizes for `traffic`: the attention of a Llama 3 8B layer with 32K tokens, in bfloat16.
 TOKENS, HEADS, HEAD_DIM, ITEMSIZE = 32_768, 32, 128, 2
 DEGREES = (2, 4, 8, 16, 32)
 KV_HEADS = (8, 2, 1)
-# Of `break-even`.
+# Sizes for `break-even`.
 ALL_DEGREES, ALL_KV_HEADS = (2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -275,7 +275,7 @@ def main(
                 f"--process instead."
             ) from None
     with suppress(RuntimeError):  # JAX runs already, with the devices it has
-        # Of the CPU only, if that is all there is.
+        # Simulated devices, which JAX makes of a CPU only.
         jax.config.update("jax_num_cpu_devices", -(-degree * data // processes))
     if len(jax.devices()) < degree * data:
         raise typer.BadParameter(

@@ -157,7 +157,7 @@ def run_flax(port: Port, mesh: Mesh) -> Run:
         @jax.jit
         @partial(jax.value_and_grad, has_aux=True)
         def loss(params: Any, batch: Any) -> Any:
-            # It leaves jit in the order of computation; the keys of a dict would be sorted.
+            # An OrderedDict leaves jit in the order of computation; keys of a dict would be sorted.
             seen: OrderedDict[str, Any] = OrderedDict()
             value = port.flax_loss(nnx.merge(graph, params), seen.__setitem__, **batch)
             return value, seen

@@ -20,7 +20,7 @@ class Chip:
       bandwidth: bytes per second of the memory; 0 where nobody asks.
       memory: bytes that a program may use on one device; 0 where it is not known.
       devices: JAX devices of a chip; the speeds are those of all together, `memory` is of one.
-      axes: of a slice: chips lie in 2 or 3 dimensions; 0 except for TPUs.
+      axes: of a slice: chips lie in 2 or 3 dimensions; 0 for what is no TPU.
       source: where the figures are from.
     """
 

@@ -111,6 +111,6 @@ def dense_attention(
     weights = torch.softmax(logits, dim=-1)[..., :S].masked_fill(no_key, 0.0)
     rng = given_keys(dropout_rate, dropout_rng, B, N, query.device)
     if rng is not None:
-        # Not (keep * gain): a boolean times a number is of the default dtype, float32.
+        # weights * keep first: (keep * gain), a boolean times a number, would be float32.
         weights = weights * keep(rng, dropout_rate, B, N, T, S) * gain(dropout_rate)
     return torch.einsum("bnts,bsnh->btnh", weights, v)

@@ -51,7 +51,7 @@ def attends(
       ValueError: as `places`, or lengths that are not `[B]`, or a mask that is not boolean.
     """
     if mask is not None and mask.dtype != torch.bool:
-        # Of integers, & takes bits: 2 and True are 0.
+        # `&` of integers takes bits: 2 & True is 0.
         raise ValueError(
             f"mask must be boolean, got {mask.dtype}. Write mask.bool() if 1 attends and 0 hides, "
             f"mask == 0 if 0 attends and large negative numbers hide."

@@ -144,7 +144,7 @@ SPECIFICATION: dict[tuple[Layout, Op], str] = {
     ("mis-set bshd", "round trip"): "p b s (q n) h -> p b s (q n) h",
 }
 
-# What each version does, of (P, b, s, hl). Scrambled: the right shape, the wrong data, no error.
+# Outcome of each version for (P, b, s, hl). Scrambled: the right shape, the wrong data, no error.
 # Reshaped: the right numbers in order, in the shape [b, P*S, hl/P, d].
 TRUTH_TABLE: dict[tuple[str, Layout, Op], Callable[[int, int, int, int], Outcome]] = {
     ("v1", "sbhd", "op1"): lambda P, b, s, hl: "right",
@@ -214,7 +214,7 @@ def classify(version: Version, layout: Layout, op: Op, P: int, b: int, s: int, h
         return "error"
 
     in_order = torch.equal(got.flatten(), expected.flatten())
-    # By the name of the version: with P = 1 and b = s, v5's wrong shape is also the right one.
+    # The version decides, not the shape: v5's wrong shape is right, too, with P = 1 and b = s.
     if version is WRONG_V5 and (layout, op) == ("sbhd", "op2"):
         assert in_order, "v5 keeps the order"
         assert got.shape == (P, b, P * P * s, hl // P, 2)

@@ -285,7 +285,7 @@ def _dealt(cache: KeyValueCache, mesh: AnyMesh) -> Slots:
 
     def deal(slots: Slots) -> Slots:
         dealt = of_device.deal(slots, *slots[:3], axes, cache.window)
-        # What a row has lost stays lost, and what a ring buffer has written over.
+        # Rows keep the record of lost tokens, and a ring buffer that of slots written over.
         used = dealt.used if cache.window is None else slots.used
         return dealt._replace(used=used, lost=slots.lost)
 

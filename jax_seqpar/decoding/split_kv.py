@@ -134,6 +134,6 @@ class OneVisit:
     def _over_devices(self, function: Any, x: Array) -> Array:
         if function is jnp.add:
             return jax.lax.psum(x, self.axis_name)
-        # Not a maximum over devices: of those on CPUs a NaN is not sure to win.
+        # Gathered, as a `pmax` over CPU devices may lose a NaN.
         parts = jax.lax.all_gather(x, self.axis_name)
         return reduce(function, [parts[i] for i in range(self.degree)])

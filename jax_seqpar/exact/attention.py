@@ -174,7 +174,7 @@ class Exact(Kernel):
 
 exact_attention = Exact()
 
-# Of all products, whatever the caller has set: some settings round their operands.
+# Precision of all products, whatever the caller has set: some settings round the operands.
 _PRECISION = "highest"
 
 
@@ -286,7 +286,7 @@ def _backward(
 ) -> tuple[Array | None, ...]:
     """The gradients of query, key, value and bias, of their dtypes; None where nobody asks."""
     bias = spec.logits.bias if wants_bias else None
-    # Of the types before the barrier, after which each operand varies as all of them do.
+    # Axes from the types before the barrier, after which each operand varies as all of them do.
     axes = () if bias is None else axes_to_sum(bias, (query, key, value, spec, grad))
     query, key, value, spec, out, top, normaliser, grad = _as_given(
         (query, key, value, spec, out, top, normaliser, grad)

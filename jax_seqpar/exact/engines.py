@@ -24,7 +24,7 @@ TERMS_OF_TWO = 1 << 17
 # Ten products of int8, of sums of two digits of 7 bits, up to 2^7: 2^14 2^17 = 2^31 is one more
 # than int32 holds.
 TERMS_OF_TEN = (1 << 17) - 1
-# As many as the square of the digits, which are up to 2^6, 2^4, 2^3 and 2^2, with more terms.
+# Most terms by the number n of digits, with n^2 products; digits are up to 2^6, 2^4, 2^3, 2^2.
 DIGITS_BY_TERMS = {4: (1 << 19) - 1, 5: (1 << 23) - 1, 7: (1 << 25) - 1, 9: MOST_TERMS}
 
 # Sums of integers, int64, each with the bits b of the 2^b that it counts for.

@@ -94,8 +94,8 @@ def split(x: Array, dtype: Any) -> tuple[Array, Array | None]:
     if x.dtype == dtype:
         return x, None
     bits = jnp.finfo(dtype)
-    # Not by a conversion and back, which XLA leaves out (xla_allow_excess_precision), and with it
-    # the rounding: the rest would be 0.
+    # `reduce_precision`, as XLA elides a conversion and back (xla_allow_excess_precision): the
+    # rounding would be lost, and the rest 0.
     rounded = jax.lax.reduce_precision(x, bits.nexp, bits.nmant)
     return rounded.astype(dtype), (x - rounded).astype(dtype)
 

@@ -119,7 +119,7 @@ def choose(
     reason = fused.why_not(query, key, value, spec)
     if reason is None and residual:
         reason = f"{on}: return_residual is not supported by {fused.name}"
-    # Of whole rows its own error says what to write instead.
+    # Without `held_keys` the kernel's error says what to write instead.
     if reason is None and check_vma and not fused.check_vma and spec.held_keys is not None:
         reason = f"{on}: a jax.shard_map that checks types is not supported by {fused.name}"
     if reason is None:

@@ -25,7 +25,7 @@ _WITHOUT = {
     "dropout_rate": "it would drop other weights than all the other kernels",
 }
 
-# Of an absent GPU that a program is compiled for.
+# Compute capability of an absent GPU that a program is compiled for.
 _ASSUMED: ContextVar[tuple[int, ...] | None] = ContextVar("compute capability", default=None)
 
 

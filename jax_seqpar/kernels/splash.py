@@ -18,7 +18,7 @@ from ..mask.keywords import to_flat
 from ..mask.unused_segment import unused_id
 
 LANES = 128
-# Of the scalar memory of a core, 1 MiB on every TPU since v5e, three quarters for the schedule.
+# Bytes of a schedule: three quarters of a core's scalar memory, 1 MiB on every TPU since v5e.
 SCHEDULE_BYTES = 3 << 18
 ROW_BYTES = 512  # of a key and a value of 128 numbers of 16 bits
 MOST_ROW_BYTES = 8 * ROW_BYTES

@@ -234,7 +234,7 @@ class _Plan:
         find = partial((keys_of, queries_of)[side], self.reach)
 
         if isinstance(own, TokenList):
-            # Not by slices of the list, which XLA would gather in a loop.
+            # A reshape, as XLA would gather slices of the list in a loop.
             rows = jnp.pad(own.numbers, (0, -own.size % size), mode="edge").reshape(-1, size)
             low, high = jax.vmap(lambda numbers: find(TokenList(numbers), others))(rows)
         else:

@@ -230,6 +230,6 @@ def _no_second_derivative(plan: Plan, *static_and_operands: Any) -> Any:
     )
 
 
-# Those of the passes, which JAX asks for where it differentiates the rules of the first derivative.
+# Derivatives of both passes: JAX asks for them where it differentiates the first derivative.
 _forward.defjvp(_no_second_derivative)
 _backward.defjvp(_no_second_derivative)

@@ -275,7 +275,7 @@ class Pair:
         self, dots: Array
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array | None]]]:
         """The logits, and their derivative by the dot products and by the slope of each query."""
-        # Of one head, as Triton's matrix products have two axes.
+        # Terms `[t, s]` of one head, as Triton's matrix products have two axes.
         terms = jax.tree.map(
             lambda x: self._in_order(x.reshape(x.shape[2:])),
             self.spec.terms(self.queries, self.keys),
@@ -328,7 +328,7 @@ def for_meetings(spec: Spec, meets: Any, body: Callable[[Spec, Any, Any], Any], 
     """
     first, last, full_first, full_last = (meets[0, 0, i] for i in range(4))
     gap = full_last - full_first
-    # Of the mask slopes still need the positions.
+    # The Spec without a mask keeps the positions, which slopes need.
     places = Mask(query_offset=spec.mask.query_offset, positions=spec.mask.positions)
     whole = replace(spec, mask=places)
     carry = jax.lax.fori_loop(full_first, full_last, partial(body, whole), carry)

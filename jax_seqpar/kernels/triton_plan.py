@@ -125,7 +125,7 @@ def pad_operands(
     spec = replace(spec, **held)
 
     def pad_tokens(x: Array, axes: Axes) -> Array:
-        # By the last token's, which widens no range of positions or segments.
+        # Padding repeats the last token's numbers, which widens no range of positions or segments.
         return jnp.pad(x, [(0, more.get(str(axis), 0)) for axis in axes], mode="edge")
 
     query, key, value = _pad(query, more_queries), _pad(key, more_keys), _pad(value, more_keys)

@@ -16,7 +16,7 @@ from .logits import Logits
 from .mask import Mask
 from .token_numbers import AnyTokens, Tokens
 
-# Of a bias [B, N, T, S].
+# Axes of a bias [B, N, T, S].
 QUERY_AXIS, KEY_AXIS = 2, 3
 
 

@@ -44,7 +44,7 @@ class Padded:
             return out
         sharding = jax.typeof(out).sharding
         if sharding.spec[1] is not None:
-            # What is left does not divide, so it cannot stay sharded by its type.
+            # The devices do not divide the remaining tokens, so these cannot stay sharded by type.
             spec = (n if axis != 1 else None for axis, n in enumerate(sharding.spec))
             out = jax.sharding.reshard(out, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
         return out[:, : self.tokens]

@@ -57,7 +57,7 @@ class Tokens:
     @classmethod
     def tree_unflatten(cls, static: Any, leaves: Any) -> "Tokens":
         start, size = static
-        # Not by the constructor: a transformation puts other things in place of the array.
+        # Made without the constructor: a transformation puts other objects in place of the array.
         tokens = object.__new__(cls)
         object.__setattr__(tokens, "start", leaves[0] if leaves else start)
         object.__setattr__(tokens, "size", size)

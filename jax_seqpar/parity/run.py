@@ -22,8 +22,8 @@ from .inputs import Arrays
 from .pictures import Evidence, evidence
 
 COLUMNS = ("forward", "dq", "dk", "dv")
-# Of an output's largest entry, what roundings stay below and a wrong order of tokens or heads does
-# not. Of the narrowest dtype compared, bfloat16, it is 16 units in the last place.
+# Bound relative to an output's largest entry, which roundings stay below and a wrong order of
+# tokens or heads does not: 16 units in the last place of bfloat16, the narrowest dtype compared.
 ROUNDING = 1 / 16
 
 

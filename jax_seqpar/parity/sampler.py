@@ -120,7 +120,7 @@ def sampled(
     layout, B = MeshLayout(mesh=mesh), len(PROMPTS)
     size = int(-(-PROMPTS.max() // degree) * degree)
     rows, tokens = np.arange(B), np.zeros((B, -(-(size + new) // 8) * 8), np.int32)
-    # Of the text of the training; what follows a shorter prompt is written over.
+    # Prompts from the text of the training; tokens after a shorter prompt are written over.
     tokens[:, :size] = next(training.batches())[:B, :size]
     empty = [
         KeyValueCache.empty(B, size + new, training.kv_heads, training.head_dim, layout=layout)

@@ -28,7 +28,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 OUT_OF_MEMORY = re.compile(
     r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(|Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm"
 )
-# Of all together, and of the single array that is too large.
+# Messages of XLA: for all arrays together, and for a single array that is too large.
 OUT_OF_HOST_MEMORY = re.compile(
     r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) host\."
     r"|\(size=(\d+)\) would exceed memory \(size=(\d+)\) :: \S+ = \S+\.host "

@@ -96,7 +96,7 @@ class Program:
         """
         platform, mesh = platform_of(self.topology), self._mesh()
         options: Any = dict(self.compiler_options or {})
-        # Of an absent GPU cuDNN's limits cannot be asked.
+        # cuDNN cannot be asked for the limits of an absent GPU, so its capability is assumed.
         assumed: Any = nullcontext()
         if platform == "gpu":
             assumed = cudnn.assume_compute_capability(gpu_target(self.topology).compute_capability)

@@ -26,9 +26,9 @@ def hops(mask: Mask, order: TokenOrder, queries: int, keys: int, degree: int) ->
         before, after = _fewest(needed, np)
         return int(before), int(after)
     needed = needed & _by_documents(mask, order, degree)
-    # Not by types: under check_vma=False they do not say what varies. Sorted, as all processes
-    # have to compile one program. The table and not its result: the largest of two pairs of numbers
-    # may be a pair that counts a device from both sides.
+    # All manual axes, as types do not say what varies under check_vma=False. Sorted, as all
+    # processes have to compile one program. The table is reduced and not its result: the largest of
+    # two pairs of numbers may be a pair that counts a device from both sides.
     axes = tuple(sorted(jax.sharding.get_abstract_mesh().manual_axes))
     if axes:
         needed = jax.lax.pmax(needed.astype(jnp.int32), axes) > 0

@@ -128,7 +128,7 @@ def _token_losses(
     logits: Array, labels: Array, z_loss: float, label_smoothing: float, ignore_index: int
 ) -> Float[Array, "..."]:
     counts = labels != ignore_index
-    # What does not count may be anything, NaN included, and has no gradient.
+    # Logits of labels that do not count may be anything, NaN included, and get no gradient.
     z = jnp.where(counts[..., None], logits.astype(jnp.float32), 0)
     lse = jax.nn.logsumexp(z, axis=-1)
     V = logits.shape[-1]

@@ -143,7 +143,7 @@ def backward(
             of_bias.append(before_slope)
     for n in (*of_keys, *of_values):
         if shared_by is not None:
-            # Of integers, so exact in any order.
+            # A sum of integers, so exact in any order.
             dist.all_reduce(n, group=shared_by)
     dk, dv = (out(value((n1, n2), a)) for (n1, n2), a in ((of_keys, A.k), (of_values, A.v)))
     return torch.cat(dq), dk, dv, torch.cat(of_bias) if wants_bias else None
@@ -236,7 +236,7 @@ def _weights(head: Head, options: Options) -> Weights:
 
     m = z.amax(dim=-1, keepdim=True)
     has_key = m != -math.inf
-    # Of a NaN and a number the maximum is NaN.
+    # torch.maximum of a NaN and a number is NaN.
     m = m if rows.sink is None else torch.maximum(m, rows.sink)
     m = torch.where(has_key, m, 0.0)
     p = _exp_below(m, z)

@@ -330,7 +330,7 @@ def _placeholders(template: str) -> frozenset[str]:
 @cache
 def _regex(template: str) -> re.Pattern[str]:
     pattern, seen = "", set()
-    # What was captured, the names, stands at the odd places.
+    # re.split puts the captured names at the odd places.
     for place, part in enumerate(re.split(PLACEHOLDER, template)):
         if place % 2 == 0:
             pattern += re.escape(part)

@@ -16,7 +16,7 @@ LOG_HARD_CASES = {
     0x464D5B2B: 0x4117BCF1,
     0x3FD364D7: 0x3F006EF3,
 }
-# Of all mantissas, 1.41 units of float64 from a boundary.
+# The hardest of all mantissas, 1.41 units of float64 from a boundary.
 ROOT_HARD_CASE = 0x403A18E3, 0x3F16209E
 ANGLE_BITS = 24
 
