@@ -74,7 +74,7 @@ class Placement:
       sharding: of the parameters, mesh axes by letter; None leaves them whole.
       tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole. In
         exact arithmetic of the loss alone: the MLP's gradients are sums over all tokens.
-      remat: computes each block again for the gradient, instead of keeping what is in it.
+      remat: computes each block again for the gradient, instead of keeping its activations.
       offload: with remat, keeps the inputs of the blocks in the memory of the host.
       dtype: of the computation; parameters are float32.
       arithmetic: of all layers; `ExactArithmetic()` has the same bits on every mesh.

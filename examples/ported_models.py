@@ -48,9 +48,9 @@ class Port:
       torch_model: `torch_loss(model, **batch)` runs it.
       flax_model: makes the model; `flax_loss(model, record, **batch)` runs it.
       mapping, sizes: as for `jax_seqpar.bridge.from_torch`.
-      hooks: modules of PyTorch's model, and names for what they return.
+      hooks: modules of PyTorch's model, and names for their results.
       batch: arrays `[B, S]`, which both are given.
-      attends: what each query attends to, as for `jax_seqpar.dot_product_attention`.
+      attends: keywords of the mask, as for `jax_seqpar.dot_product_attention`.
       layout: of the tokens on the mesh.
     """
 

@@ -127,7 +127,7 @@ def train(
     """Trains, and returns the loss of each step that was made.
 
     Args:
-      folder: of checkpoints, absolute; what is there is resumed, at whatever degree it was written.
+      folder: of checkpoints, absolute; the newest is resumed, at whatever degree it was written.
       on_step: called after each step with its number and loss.
       leave: called after each step with its number: whether to save it and make no other.
     """

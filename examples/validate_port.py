@@ -177,7 +177,7 @@ def exact_layers(port: Port, run: Run, mesh: Mesh) -> compare.BitsReport:
     """Compares every attention and its gradients, each framework with its own exact kernel.
 
     Args:
-      port: what ran.
+      port: the model that ran.
       run: PyTorch's model with `torch_ref.exact`. JAX is given what each of its attentions was, and
         the gradient of the loss there.
       mesh: of the devices that share the tokens.

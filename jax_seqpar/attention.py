@@ -81,8 +81,8 @@ def dot_product_attention(
       out = dot_product_attention(q, k, v, is_causal=True, layout=layout)
 
     Notes:
-      Of the arrays in mask, logits and dropout, those with a head axis are sharded like the heads,
-      so each device gets its part; those of tokens, and what is small, every device gets whole.
+      Arrays with a head axis in mask, logits and dropout are sharded like the heads, so each device
+      gets its part; every device gets per-token and small arrays whole.
 
       Inside a `jax.shard_map` that is manual over the axis of the tokens, query, key and value are
       those of one device, and so is the output: the strategy runs right there. Masks and whatever

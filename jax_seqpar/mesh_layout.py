@@ -179,7 +179,7 @@ def check_division(
 def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
     """Raises ValueError for an array sharded, by its type, over an axis that the layout lacks.
 
-    It would be gathered first: right numbers, at the price of the parallelism.
+    Such an array would be gathered first: right numbers, at the price of the parallelism.
     """
     fields = ("batch", "tokens", "heads")
     for field, mesh_axes in zip(fields, spec, strict=False):

@@ -48,7 +48,7 @@ def head_keys(rng: Tensor, B: int, N: int) -> Tensor:
       int64, `[B, N, 2]`.
 
     Raises:
-      ValueError: another shape, or what are no words of 32 bits.
+      ValueError: another shape, or numbers that are not words of 32 bits.
     """
     if rng.shape not in ((2,), (B, N, 2)):
         raise ValueError(

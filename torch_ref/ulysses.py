@@ -178,7 +178,7 @@ class DistributedAttention(torch.nn.Module):
         that is not `batch_dim_idx`. DeepSpeed's default of 0 is wrong for batch-first tensors and
         was the other half of its bug, so it is not the default here.
       sp_stream: refused; communication here does not overlap with computation.
-      exchange: what runs in place of `single_all_to_all`, with its first five arguments. For
+      exchange: runs in place of `single_all_to_all`, with its first five arguments. For
         controls that must fail.
     """
 

@@ -53,7 +53,7 @@ def attend_to_cache(
       `SplitKV(scatter_heads=True)`. NaN in rows that have lost a token.
 
     Raises:
-      ValueError: for what does not fit, or is not known of the slots of a cache.
+      ValueError: for arrays and options that do not fit, or that slots of a cache do not support.
     """
     check_is_array("query", query)
     check_attention(cache, query, mask, logits, kernel)

@@ -47,7 +47,7 @@ class Slots(NamedTuple):
 def fill(slots: Slots, key: Array, value: Array, positions: Array) -> Slots:
     """The first slots hold these tokens `[B, S, ...]`, the others none.
 
-    What is padding is not kept: a NaN of it times a weight of 0 would be NaN.
+    Padding is not kept: a NaN in it times a weight of 0 would be NaN.
     """
     size, is_token = key.shape[1], (positions < EMPTY)[..., None, None]
 

@@ -99,7 +99,7 @@ def _times(
 def _digits(x: Int[Array, "..."], count: int) -> tuple[list[Array], int]:
     """Digits, the lowest first, and how many bits each has, from half of -2^bits to half of 2^bits.
 
-    Of integers up to 2^24, which are 25 bits.
+    Digits are of integers up to 2^24, which are 25 bits.
     """
     bits = -(-25 // count)
     half, found = 1 << (bits - 1), []

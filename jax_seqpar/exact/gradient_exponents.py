@@ -1,6 +1,6 @@
 """The anchors of the gradients: for each row an exponent above its sum, known before any sum is.
 
-They are maxima of exponents: over the keys that a query may attend to, over the queries that may
+Anchors are maxima of exponents: over the keys that a query may attend to, over the queries that may
 attend to a key.
 """
 
@@ -76,7 +76,7 @@ class Exponents(NamedTuple):
 
         Args:
           of_rows, of_keys: `maxima` over all the keys and all the rows.
-          dropout_bits: what dropout adds to each.
+          dropout_bits: added to each anchor for dropout.
         """
         value_key, just_key = of_rows
         grad_query, out_grad_query, just_grad = of_keys

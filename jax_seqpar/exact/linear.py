@@ -23,7 +23,7 @@ def linear(
     """`einsum(letters, x, kernel)`: `y = mm(x, W)`, `dx = mm(dy, W^T)`, `dW = mmT(x, dy)`.
 
     Args:
-      letters: an einsum such as "BSD,DNH->BSNH"; what the kernel lacks are the tokens.
+      letters: an einsum such as "BSD,DNH->BSNH"; axes that the kernel lacks are the tokens.
       engine, out_sharding: as for `jax_seqpar.exact.matmul.matmul`.
     """
     return _linear(letters.replace(" ", ""), engine, out_sharding, x, kernel)

@@ -76,7 +76,7 @@ def log_probabilities(
 ) -> Float32[Array, "B S"]:
     """`x_label (-) log(l)` of each token, with the x and l of `cross_entropy`: minus its loss.
 
-    What a sampler keeps of the tokens that it has drawn, with the bits that a trainer finds for
+    A sampler keeps these for the tokens that it has drawn, with the bits that a trainer finds for
     them. It has no derivative: differentiate `cross_entropy`.
 
     Args:

@@ -191,7 +191,7 @@ class Attention(nnx.Module):
             attention returns, each `[B, T, heads, H]`.
 
         Raises:
-          ValueError: for what does not fit.
+          ValueError: for arrays and options that do not fit.
         """
         check_tokens(x, self.features, positions, segment_ids)
         deterministic = self.deterministic if deterministic is None else deterministic

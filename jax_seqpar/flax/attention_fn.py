@@ -109,7 +109,7 @@ class SequenceParallel(_Instances):
             attn_weights_value_einsum: refused.
 
         Raises:
-          ValueError: for what is refused, and for sizes that do not fit.
+          ValueError: for unsupported arguments, and for sizes that do not fit.
         """
         check_flax(
             module=module,

@@ -90,7 +90,7 @@ def part_gradients(
     """The gradients by the keys that are held, which may be a part of those of the rows.
 
     Args:
-      D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
+      D: `[B, T, N]`, the sum of output times gradient, less `residual_products`.
       residual: of whole rows.
 
     Returns:

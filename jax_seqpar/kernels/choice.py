@@ -54,7 +54,7 @@ def choose_kernel(
 
     Raises:
       TypeError: for a keyword that the kernels do not have.
-      ValueError: for what does not fit together.
+      ValueError: for arrays and options that do not fit together.
 
     Example:
       choice = choose_kernel(query, key, value, is_causal=True, logits=Logits(sinks=sinks))
@@ -75,7 +75,7 @@ def checked_spec(caller: str, query: Any, key: Any, value: Any, keywords: dict[s
 
     Raises:
       TypeError: for a keyword that the attention does not have.
-      ValueError: for what does not fit together.
+      ValueError: for arrays and options that do not fit together.
     """
     known = inspect.signature(AttentionFunction.__call__).parameters
     taken = [name for name in known if name not in ("self", "options", "return_residual")]

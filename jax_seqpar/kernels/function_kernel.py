@@ -72,7 +72,7 @@ def as_kernel(kernel: Kernel | Callable[..., Any]) -> Kernel:
     """A kernel, or a function as one.
 
     Raises:
-      ValueError: for what is neither.
+      ValueError: for anything else.
     """
     if isinstance(kernel, Kernel):
         return kernel

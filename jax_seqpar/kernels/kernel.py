@@ -21,9 +21,9 @@ class Turn(NamedTuple):
     """One visit to the keys of all devices, as a ring makes it.
 
     Attributes:
-      sent: bytes of what travels of a key of one KV head.
-      added: bytes of what belongs to that key and travels with it, to be added to.
-      work: computed, as a part of what one device computes forward.
+      sent: bytes that travel for a key of one KV head.
+      added: bytes of the sums for that key, which travel with it.
+      work: FLOPs of the turn, as a part of those of the forward pass.
     """
 
     sent: int
@@ -221,7 +221,7 @@ class Kernel:
         0 of a kernel that does not say. For `Strategy.memory`.
 
         Args:
-          query, key, value: shapes of what the kernel is given.
+          query, key, value: shapes of the kernel's operands.
           gradients: whether the backward pass follows.
         """
         return 0

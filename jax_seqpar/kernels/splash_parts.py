@@ -80,7 +80,7 @@ def part_gradients(
     """Gradients by the keys of `spec.held_keys` alone, in float32.
 
     Args:
-      D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
+      D: `[B, T, N]`, the sum of output times gradient, less `residual_products`.
       residual: of whole rows.
     """
     T, S = query.shape[1], key.shape[1]

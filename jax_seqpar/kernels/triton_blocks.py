@@ -72,7 +72,7 @@ class Grid:
     and all the query heads that read it.
 
     Attributes:
-      side: what the blocks are.
+      side: "queries" or "keys", of the blocks.
       query, key: shapes of the operands, in whole blocks.
     """
 

@@ -54,7 +54,7 @@ def _common_partners(
     """Half-open range of `partners` that meet every token of a block of queries or keys.
 
     Args:
-      side: what the block is; partners are the other.
+      side: "queries" or "keys" of the block; partners are of the other side.
     """
     low, high = partners.bounds
     conditions = []
@@ -105,7 +105,7 @@ def _partners(
     """Half-open range of `partners` that may meet some token of a block of queries or keys.
 
     Args:
-      side: what the block is; partners are the other.
+      side: "queries" or "keys" of the block; partners are of the other side.
     """
     low, high = _reachable(mask, side, block, partners)
     own, others = (mask.query_seq_lengths, mask.key_value_seq_lengths)

@@ -43,7 +43,7 @@ class AttentionFunction(Protocol):
       return_residual: also return the log of the sum of exp of the logits, `[B, T, N]` in float32
         (float64 for float64 inputs), -inf for a query that may attend to no key. It merges parts of
         an attention over keys, and may be differentiated.
-      options: what one attention alone takes, such as `kernel=` of `dot_product_attention`.
+      options: of one attention alone, such as `kernel=` of `dot_product_attention`.
 
     Returns:
       The output `[B, T, N, V]`, of the query's dtype; with `return_residual` a pair.

@@ -166,7 +166,7 @@ def _known(path: Path, names: Iterable[str]) -> list[str]:
 class _UnknownNameError(Exception):
     """Error for a name that the command does not know.
 
-    It is not a ValueError, as the readers raise that for a broken file.
+    The error is not a ValueError, as the readers raise that for a broken file.
     """
 
 

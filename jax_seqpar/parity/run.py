@@ -36,9 +36,9 @@ class Result:
       expected: "right", or for a control what it must show: "error", "reshaped" or "scrambled" of
         a wrong version, "rounded" of attention that is not exact.
       near: of attention that is not exact, whether the two sides differ by no more than ROUNDING.
-      error: what went wrong in PyTorch, in place of reports.
+      error: of PyTorch, in place of reports.
       sha256: of output and gradients, where the kernel is exact.
-      golden: what sha256 has to be, for inputs whose hash is kept.
+      golden: the required sha256, for inputs whose hash is kept.
       evidence: pictures of the differences, where the run was asked for them.
     """
 

@@ -60,7 +60,7 @@ def gpu_target(topology: str) -> GpuTarget:
     """The GPU of a topology, as "h100:8" or "a100.json:8".
 
     Raises:
-      ValueError: for a file that is not there, or lacks what is needed.
+      ValueError: for a file that is missing, or lacks a field.
     """
     name, _, _ = topology.rpartition(":")
     if name == "h100":

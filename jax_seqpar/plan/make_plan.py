@@ -26,7 +26,7 @@ def plan(
     traced program alone is counted, and `notes` says what was not checked.
 
     Args:
-      function: anything that `jax.jit` takes, or what it gives, with its donations.
+      function: anything that `jax.jit` takes or returns, with its donations.
       shapes: pytrees of `jax.ShapeDtypeStruct`, whose `NamedSharding`s may be on any mesh with
         these axes, such as `jax.sharding.AbstractMesh((16,), ("seq",))`.
       topology: as for `jax_seqpar.plan.devices`.

@@ -1,6 +1,6 @@
 """The collectives of a compiled program, one by one: groups, bytes, asynchronous, under what.
 
-By libtpu, XLA for GPUs and XLA for CPUs, which write groups in three forms. libtpu fuses gathers
+The compilers, libtpu, XLA for GPUs and for CPUs, write groups in three forms. libtpu fuses gathers
 that it makes asynchronous into other work, and prints each several times: they count by channel.
 """
 

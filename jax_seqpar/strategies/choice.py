@@ -109,8 +109,8 @@ def choose_strategy(
 
     Raises:
       TypeError: for a keyword that the attention does not have.
-      ValueError: for what does not fit together, a layout without tokens, a mesh that lacks its
-        axes, or if no strategy fits.
+      ValueError: for arrays and options that do not fit together, a layout without tokens, a mesh
+        that lacks its axes, or if no strategy fits.
 
     Example:
       choice = choose_strategy(query, key, value, layout=layout, is_causal=True)

@@ -1,6 +1,6 @@
 """The two reshards of Ulysses attention, for use inside `jax.shard_map`: one all-to-all each.
 
-They move a label and nothing else. `[B, S@seq, N, H]` is a slice of the tokens with all heads,
+Reshards move a label and nothing else. `[B, S@seq, N, H]` is a slice of the tokens with all heads,
 `[B, S, N@seq, H]` all the tokens with some heads; the global array is the same before and after.
 Rank p of P holds tokens `p*S/P ... (p+1)*S/P` before and heads `p*N/P ... (p+1)*N/P` after.
 

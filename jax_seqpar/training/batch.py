@@ -60,7 +60,7 @@ class TokenLayout:
     Warns where another order of the devices would keep a sequence within slices or hosts.
 
     Raises:
-      ValueError: for a layout without a mesh of devices, or that names what the mesh does not have.
+      ValueError: for a layout without a mesh of devices, or with axes that the mesh lacks.
 
     Example:
       place = TokenLayout(MeshLayout(batch="data", tokens="seq", mesh=mesh))
@@ -113,12 +113,12 @@ class TokenLayout:
           lengths: of each row, the rest is padding; instead of segment_ids.
           labels: the tokens themselves, or `IGNORE` for those that nobody has to predict (a
             prompt); not shifted: they are here. All tokens if None.
-          targets: instead of labels, what each token is to predict, shifted already or something
-            else entirely; in padding they do not count.
+          targets: instead of labels, the token that each is to predict, shifted or otherwise made
+            by the caller; in padding they do not count.
 
         Raises:
-          ValueError: for what does not fit together, labels that are shifted already, and a batch
-            that the mesh does not divide.
+          ValueError: for arrays that do not fit together, labels that are shifted already, and a
+            batch that the mesh does not divide.
         """
         tokens = as_numbers("tokens", tokens)
         check_batch(tokens, axes_size(self.layout.batch, self.mesh.shape), self.layout)

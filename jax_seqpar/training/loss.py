@@ -34,7 +34,7 @@ def cross_entropy(
 
     Args:
       logits: global arrays, sharded in any way, or those of a device, with axis_name.
-      labels: already shifted: what each token is to predict.
+      labels: already shifted: the token that each is to predict.
       normaliser: labels that count; those given here if None. With gradient accumulation give
         that of all the steps together, with axis_name that of the whole mesh.
       z_loss: z, which keeps `lse` near 0 (PaLM, https://arxiv.org/abs/2204.02311).

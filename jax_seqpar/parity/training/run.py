@@ -19,7 +19,7 @@ class TrainingResult:
     """The runs of one training by name, of which all have to be equal.
 
     Attributes:
-      runs: the first is what the others are compared with.
+      runs: the others are compared with the first.
       golden: SHA-256 of the last step on every machine; None for a training of which none is kept.
     """
 
