@@ -56,6 +56,7 @@ ATTENTION = {"auto": None, "blockwise": blockwise_attention, "exact": exact_atte
 STRATEGY: dict[str, Any] = {
     "ulysses": Ulysses(),
     "ring": Ring(),
+    "ring-bidirectional": Ring(bidirectional=True),
     "all-gather": AllGatherKV(),
     "auto": "auto",
 }

@@ -39,6 +39,7 @@ from jax_seqpar import (
     Blockwise,
     Hybrid,
     MeshLayout,
+    Ring,
     Ulysses,
     blockwise_attention,
     choose_kernel,
@@ -77,6 +78,8 @@ def _right(case):
     strategy, order = STRATEGIES[case["strategy"]], ORDERS[case["order"]]
     if strategy == Ulysses():
         strategy = Ulysses(chunks)
+    elif strategy == Ring():
+        strategy = Ring(bidirectional=case["chunks"] == 2)
     layout = MeshLayout(order=order, batch="data" if batch is not None and batch > 1 else None)
     shape, axes = (degree,), ("seq",)
     if isinstance(strategy, Hybrid):

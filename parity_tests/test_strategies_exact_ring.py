@@ -36,7 +36,7 @@ from jax_seqpar.exact import arithmetic, forward_in_turns
 from jax_seqpar.parity.inputs import adversarial
 from jax_seqpar.plan import collectives
 from jax_seqpar.plan import temporaries as temporaries_of
-from jax_seqpar.strategies import ring, ring_plan, whole_blocks
+from jax_seqpar.strategies import hops, ring, whole_blocks
 from jax_seqpar.strategies.whole_blocks import Deal
 
 pytestmark = [
@@ -84,6 +84,7 @@ def differing(where: Where, given: dict[str, Any], inputs: dict[str, np.ndarray]
     }
 
 
+BOTH_WAYS = Ring(bidirectional=True)
 SAME = {"out": 0, "dq": 0, "dk": 0, "dv": 0}
 GROUPS = {"axes": ("outer", "inner"), "layout": MeshLayout(tokens=("outer", "inner"))}
 BESIDE_DATA = {"axes": ("data", "seq"), "layout": MeshLayout(batch="data")}
@@ -99,7 +100,7 @@ PLACES: dict[str, Any] = {
     # Every feature at once, in every order and at every degree; blocks that no order deals whole.
     "2, everything": (Where((2,), Zigzag(), block=5), CASE, EVERYTHING),
     "4, everything": (Where((4,), Striped(), block=3), CASE, EVERYTHING),
-    "8, everything": (Where((8,), Contiguous(), block=7), CASE, EVERYTHING),
+    "8, everything, both ways": (Where((8,), Contiguous(), BOTH_WAYS, block=7), CASE, EVERYTHING),
     "8, everything, by positions": slow(Where((8,), Zigzag(), block=4), CASE, {}),
     # Blocks that are whole where they are, and rounds that are left out.
     "3, a window": (
@@ -108,8 +109,8 @@ PLACES: dict[str, Any] = {
         WINDOW,
     ),
     # How far documents reach is found at run time.
-    "2 x 4, documents": (
-        Where((2, 4), Zigzag(), block=4, **BESIDE_DATA),
+    "2 x 4, documents, both ways": (
+        Where((2, 4), Zigzag(), BOTH_WAYS, block=4, **BESIDE_DATA),
         SAME_LENGTH,
         SEGMENTS,
     ),
@@ -162,8 +163,8 @@ def test_under_vmap_and_with_64_bits():
 
 
 def one_device_left_out(patch):
-    right = ring_plan.hops
-    patch.setattr(ring_plan, "hops", lambda *x: (right(*x)[0] - 1, right(*x)[1]))
+    right = hops.hops
+    patch.setattr(hops, "hops", lambda *x: (right(*x)[0] - 1, right(*x)[1]))
 
 
 def logits_of_the_last_part(patch):

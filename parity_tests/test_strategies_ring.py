@@ -17,7 +17,7 @@ from cases import ONE_AXIS, MeshCase
 from features import Sizes, in_order, in_sequence, operands, run_jax, run_torch
 from jax.sharding import PartitionSpec
 from questions import compiled, output_and_gradients, permuted_bytes
-from wrong_rings import WRONG
+from wrong_rings import WRONG, WRONG_BOTH_WAYS
 
 from jax_seqpar import (
     AllGatherKV,
@@ -47,7 +47,7 @@ ORDERS = (Contiguous(), Zigzag(), Striped())
 
 
 def ring(degree, order: TokenOrder = Contiguous(), **options):
-    layout = replace(ONE_AXIS[degree].on(), order=order)
+    layout = MeshCase((degree,), ("seq",), MeshLayout(order=order)).on()
     options = {"kernel": Blockwise(query_chunk=5, key_chunk=3), "strategy": Ring()} | options
     return partial(dot_product_attention, layout=layout, **options)
 
@@ -72,11 +72,26 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_a_right_ring_has_the_precision_of_its_inputs(order):
+BOTH_WAYS = Ring(bidirectional=True)
+BOTH_SIDES = {"local_window_size": (9, 3)}
+# Of 48 tokens; 13 of the first document, 5 of the second.
+DOCUMENTS = {"segment_ids": np.repeat(np.int32([[0, 1, 2], [0, 2, 3]]), [13, 5, 30], 1)}
+RIGHT: dict[str, tuple[Ring, TokenOrder, int, dict[str, Any]]] = {
+    **{str(order): (Ring(), order, 4, GIVEN) for order in ORDERS},
+    "both ways, 8": (BOTH_WAYS, Zigzag(), 8, GIVEN),
+    "both ways, 4": (BOTH_WAYS, Striped(), 4, GIVEN),
+    "both ways, 3": (BOTH_WAYS, Contiguous(), 3, GIVEN),
+    "both ways, window": (BOTH_WAYS, Contiguous(), 8, BOTH_SIDES),
+    "both ways, documents": (BOTH_WAYS, Contiguous(), 8, DOCUMENTS),
+}
+
+
+@pytest.mark.parametrize(("strategy", "order", "degree", "given"), RIGHT.values(), ids=RIGHT)
+def test_a_right_ring_has_the_precision_of_its_inputs(strategy, order, degree, given):
     with jax.enable_x64(True):
-        inputs = operands(SIZES, "float64")
-        assert largest_error(ring(4, order), order, 4, GIVEN, inputs) <= 1e-13
+        inputs = operands(replace(SIZES, T=48, S=48), "float64")
+        attend = ring(degree, order, strategy=strategy)
+        assert largest_error(attend, order, degree, given, inputs) <= 1e-13
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -85,6 +100,15 @@ def test_a_wrong_ring_is_caught(wrong, monkeypatch):
     with jax.enable_x64(True):
         inputs = operands(SIZES, "float64")
         assert largest_error(ring(4, Zigzag()), Zigzag(), 4, GIVEN, inputs) > 1e-4
+
+
+@pytest.mark.parametrize("wrong", WRONG_BOTH_WAYS)
+def test_a_wrong_ring_both_ways_is_caught(wrong, monkeypatch):
+    WRONG_BOTH_WAYS[wrong](monkeypatch)
+    with jax.enable_x64(True):
+        inputs = operands(SIZES, "float64")
+        attend = ring(4, Zigzag(), strategy=BOTH_WAYS)
+        assert largest_error(attend, Zigzag(), 4, GIVEN, inputs) > 1e-4
 
 
 def rms_in_bfloat16(degree):
@@ -115,26 +139,36 @@ def test_parts_that_are_rounded_each_are_seen(monkeypatch):
 # ---------------------------------------------------------------- what it sends
 
 
-@pytest.mark.parametrize("degree", (2, 4, 8))
-@pytest.mark.parametrize("kv_heads", (1, 2, 4))
+# By degree: permutes forward and for the gradients, and how often a slice of float32 is sent.
+ONE_WAY = {2: (1, 2, 1), 4: (2, 5, 4), 8: (2, 5, 8)}
+AT_ONCE = {2: (1, 2, 1), 3: (2, 4, 2), 4: (3, 6, 3), 8: (5, 12, 9)}
+
+
+@pytest.mark.parametrize(
+    ("bidirectional", "degree", "kv_heads"),
+    [(False, *x) for x in ((2, 1), (4, 2), (8, 1), (8, 4))]
+    + [(True, *x) for x in ((2, 4), (3, 2), (4, 1), (8, 4))],
+)
 @pytest.mark.usefixtures("optimised")
-def test_bytes_and_permutes_are_those_of_the_formula(degree, kv_heads):
-    query, key, value, grad = (
-        jnp.asarray(x) for x in operands(replace(SIZES, K=kv_heads, V=6), "bfloat16")
-    )
-    attend = ring(degree, is_causal=True)
+def test_bytes_and_permutes_are_those_of_the_formula(bidirectional, degree, kv_heads):
+    sizes = replace(SIZES, T=48, S=48, K=kv_heads, V=6)
+    query, key, value, grad = (jnp.asarray(x) for x in operands(sizes, "bfloat16"))
+    strategy = Ring(bidirectional=bidirectional)
+    attend = ring(degree, strategy=strategy, is_causal=True)
     both = output_and_gradients(attend)
-    expected = Ring().traffic(query.shape, key.shape, value.shape, degree=degree, itemsize=2)
+    expected = strategy.traffic(query.shape, key.shape, value.shape, degree=degree, itemsize=2)
     assert expected == (degree - 1) * (key.nbytes + value.nbytes) // degree
     assert permuted_bytes(attend, query, key, value) == expected
-    # Keys and values go round again, and their gradients in float32 once, and home.
-    trips = 1 if degree == 2 else degree
-    gradients = trips * 2 * (key.nbytes + value.nbytes) // degree
+    # Keys and values go round again. Their gradients come along in float32, in a loop from the
+    # first round and else from the second, and go home on each way that they came.
+    of_output, of_gradients, slices = (AT_ONCE if bidirectional else ONE_WAY)[degree]
+    gradients = slices * 2 * (key.nbytes + value.nbytes) // degree
     assert permuted_bytes(both, query, key, value, grad) == 2 * expected + gradients
-    # One permute before the loop and one in it; with gradients the loop's two and two after it.
+    # One permute of each direction before the loop and one in it, and of the longer one where the
+    # shorter ends; with gradients the loop's two of each direction, and those after it.
     forward, program = compiled(attend, query, key, value), compiled(both, query, key, value, grad)
-    assert collectives(forward) == {"collective-permute": 1 if degree == 2 else 2}
-    assert collectives(program)["collective-permute"] <= (2 + 1 if degree == 2 else 2 + 5)
+    assert collectives(forward) == {"collective-permute": of_output}
+    assert collectives(program)["collective-permute"] <= of_output + of_gradients
     assert set(collectives(program)) == {"collective-permute"}
     # On a CPU as integers, which XLA does not widen.
     assert "f32" not in "".join(x for x in forward.splitlines() if " collective-permute(" in x)
@@ -213,6 +247,9 @@ def test_rounds_are_those_that_some_device_needs(order, is_causal):
             given["local_window_size"] = ((5, 0), (3, 6))[trial % 3 - 1]
         mask = Mask(segment_ids=jnp.asarray(segment_ids), **given)
         before, after = map(int, hops(mask, order, tokens, tokens, degree))
+        longest = tuple(map(int, hops(mask, order, tokens, tokens, degree, True)))
+        assert max(longest) <= max(before, after)
+        assert sum(longest) >= before + after
         allowed: Any = attends(tokens, tokens, segment_ids=torch.from_numpy(segment_ids), **given)
         allowed = allowed.numpy().any((0, 1))
         place = order.permutation(tokens, degree)
@@ -220,27 +257,29 @@ def test_rounds_are_those_that_some_device_needs(order, is_causal):
         seen = allowed[place][:, place].reshape(degree, size, degree, size).any((1, 3))
         for a, b in zip(*np.nonzero(seen), strict=True):
             distance = (a - b) % degree
-            assert distance <= before or degree - distance <= after, (trial, a, b)
+            for ahead, behind in ((before, after), longest):
+                assert distance <= ahead or degree - distance <= behind, (trial, a, b)
 
 
 BORDERS = np.array([0] * 12 + [1] * 8 + [2] * 12)  # documents that reach into one neighbour
 
 
-def test_documents_decide_at_run_time():
+@pytest.mark.parametrize(("strategy", "around"), ((Ring(), (3, 0)), (BOTH_WAYS, (2, 1))), ids=str)
+def test_documents_decide_at_run_time(strategy, around):
     """One compiled program makes as many rounds as the segment ids of each call need."""
     q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
-    attend = jax.jit(lambda ids: ring(4)(q, k, v, mask=Mask(segment_ids=ids)))
+    attend = jax.jit(lambda ids: ring(4, strategy=strategy)(q, k, v, mask=Mask(segment_ids=ids)))
     index = np.arange(32)
     for row, expected in (
         (index // 8, (0, 0)),
         (BORDERS, (1, 1)),
-        (np.zeros(32), (3, 0)),
+        (np.zeros(32), around),
         (index, (0, 0)),
     ):
         ids = jnp.asarray(np.stack([row, row]), jnp.int32)
         alone = blockwise_attention(q, k, v, mask=Mask(segment_ids=ids))
         np.testing.assert_allclose(attend(ids), alone, rtol=0, atol=2e-6)
-        rounds = hops(Mask(segment_ids=ids), Contiguous(), 32, 32, 4)
+        rounds = hops(Mask(segment_ids=ids), Contiguous(), 32, 32, 4, strategy.bidirectional)
         assert tuple(map(int, rounds)) == expected
 
 
@@ -254,7 +293,8 @@ def test_shards_of_the_batch_make_the_same_rounds(other, check_vma):
     where = MeshCase((2, 4), ("data", "seq"), MeshLayout(batch="data", check_vma=check_vma))
     q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
     mask = Mask(segment_ids=jnp.asarray(np.stack([np.zeros(32), other]), jnp.int32))
-    attend = partial(dot_product_attention, strategy=Ring(), layout=where.on(), mask=mask)
+    strategy = Ring(bidirectional=check_vma == (other is BORDERS))
+    attend = partial(dot_product_attention, strategy=strategy, layout=where.on(), mask=mask)
 
     def loss(attend, q):
         return jnp.sum(attend(q, k, v) ** 2)

@@ -32,6 +32,7 @@ STRATEGIES: dict[str, Strategy] = {
     "ulysses-4": Ulysses(4),
     "ulysses-4-in-turn": Ulysses(4, overlap=False),
     "ring": Ring(),
+    "ring-bidirectional": Ring(bidirectional=True),
     "all-gather": AllGatherKV(),
     "hybrid-ring": Hybrid(Ring()),
     "hybrid-all-gather": Hybrid(AllGatherKV()),

@@ -93,8 +93,9 @@ def choose_strategy(
     others (`Strategy.traffic`), those that it holds at most (`Strategy.memory`; compiled programs
     confirm both), the work of the slowest device, and the transfers under which no attention runs:
     all of Ulysses' and of an all-gather, those of a ring that take longer than the attention of a
-    round. Seconds are for the ranking: they come from data sheets. Compile the best two with
-    `jax_seqpar.plan` before a long run.
+    round. Within a slice of TPUs a bidirectional ring is a candidate, too. Seconds are for the
+    ranking: they come from data sheets. Compile the best two with `jax_seqpar.plan` before a long
+    run.
 
     Masks that are arrays and documents are counted as if they allowed everything: a ring finds at
     run time how many rounds documents need.
@@ -221,7 +222,10 @@ def choose(call: Call, gradients: bool = True, chip: Chip | None = None) -> Stra
     efficiencies = ON_GPU if platform_of(call.mesh) == "gpu" else EFFICIENCY
     able: list[Candidate] = []
     unable: list[Candidate] = []
-    for strategy in call.strategies:
+    strategies = [*call.strategies]
+    if chip.axes and group.all_near == group.degree:
+        strategies.append(Ring(bidirectional=True))  # a link from each neighbour
+    for strategy in strategies:
         kernel, why_not = call.kernel_of(strategy)
         if why_not is not None:
             unable.append(Candidate(strategy, why_not=why_not))
@@ -237,8 +241,8 @@ def choose(call: Call, gradients: bool = True, chip: Chip | None = None) -> Stra
             f"no strategy fits kernel={call.kernel!r}: {reasons}. Write "
             f"kernel=jax_seqpar.Blockwise()."
         )
-    # Of equals the first, which is Ulysses.
-    able.sort(key=lambda x: x.cost.seconds if x.cost else 0.0)
+    # Of equals the first, which is Ulysses; sums of other orders differ by less than a picosecond.
+    able.sort(key=lambda x: round(x.cost.seconds, 12) if x.cost else 0.0)
     return StrategyChoice(able[0].strategy, _reason(able, group), (*able, *unable), chip)
 
 

@@ -13,7 +13,7 @@ from ..kernels.kernel import GRADIENT_PRODUCTS
 from ..mask import Mask
 from ..order import TokenOrder
 from .all_gather import AllGatherKV
-from .hops import hops
+from .hops import legs
 from .hybrid import Hybrid
 from .ring import Ring
 from .strategy import Degree, Shape, Strategy, bytes_of_others
@@ -145,7 +145,7 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
     degree, near = group.degree, group.all_near
     N, work = layer.query[2], layer.work(degree)
     if isinstance(strategy, Ring):
-        return _of_ring(layer, degree, near < degree, chip, seconds_per_pair * N)
+        return _of_ring(strategy, layer, group, chip, seconds_per_pair * N)
     if isinstance(strategy, AllGatherKV):
         busiest = work.sum(1).max() * N
         # Not its `traffic`, which is of tokens in their order.
@@ -192,37 +192,46 @@ def pairs(
     return work
 
 
-_rounds = lru_cache(maxsize=256)(hops)
+_legs = lru_cache(maxsize=256)(legs)
 
 
-def _of_ring(layer: Layer, degree: int, slow: bool, chip: Chip, seconds_per_pair: float) -> Cost:
+def _of_ring(ring: Ring, layer: Layer, group: Group, chip: Chip, seconds_per_pair: float) -> Cost:
     """Each round the next keys and values travel under the attention to those that are here."""
-    (B, _, K, H), V = layer.key, layer.value[3]
+    (B, _, K, H), V, degree = layer.key, layer.value[3], group.degree
     of_queries, of_keys = layer.deals(degree, keys=True)
     T, S = (deal.sizes[1] * degree for deal in (of_queries, of_keys))
-    trips = _rounds(layer.placed, of_queries.after, T, S, degree)
+    trips = _legs(layer.placed, of_queries.after, T, S, degree, ring.bidirectional)
+    distances = {way: last for ways, _, last in trips for way in ways}
     keys = B * (S // degree) * K
     work = layer.work(degree)
+    slow = group.all_near < degree
     link = chip.between if slow else chip.inside
+    # A chip of a torus has a link from each neighbour, any other one for all that arrives.
+    torus = chip.axes > 0 and not slow
+    at_once = max if torus else sum
     devices = np.arange(degree)
     received = layer.bytes_dealt(degree, keys=True)
     attention, waiting = 0.0, received / link
     forward, backward = layer.kernel.turns(H, V, layer.itemsize)
     for turn in (*forward, *backward) if layer.gradients else forward:
         factor = seconds_per_pair * turn.work
-        attention += work.diagonal().max() * factor
-        for sign, rounds in zip((1, -1), trips, strict=True):
-            for i in range(1, int(rounds) + 1):
+        own = work.diagonal().max() * factor
+        attention += own
+        for ways, first, last in trips:
+            for i in range(first + 1, last + 1):
                 # What is added comes along, but where it only goes home.
-                sent = keys * (turn.sent + (turn.added if rounds > 1 else 0))
-                busiest = work[devices, (devices - sign * i) % degree].max() * factor
+                sent = keys * (turn.sent + (turn.added if last > 1 else 0))
+                seen = sum(work[devices, (devices - way * i) % degree] for way in ways)
+                busiest = np.max(seen) * factor
                 attention += busiest
-                waiting += max(sent / link - busiest, 0)
-                received += sent
-            if rounds:
-                received += keys * turn.added  # the way home, under a device's own attention
+                waiting += max(at_once([sent] * len(ways)) / link - busiest, 0)
+                received += sent * len(ways)
+        # The way home, under a device's own attention: on a torus from neighbour to neighbour.
+        home = [min(far, degree - far) if torus else 1 for far in distances.values()]
+        waiting += max(at_once([0, *home]) * keys * turn.added / link - own, 0)
+        received += keys * turn.added * len(home)
     links = (0, received) if slow else (received, 0)
-    return Cost(*links, layer.memory(Ring(), degree), attention, waiting)
+    return Cost(*links, layer.memory(ring, degree), attention, waiting)
 
 
 def _of_hybrid(
