@@ -128,6 +128,19 @@ def test_every_transfer_of_a_ring_of_splash_hides_under_a_kernel(order):
     assert [under_splash(text) for text in texts] == [[True] * 2, [True] * 6]
 
 
+@pytest.mark.parametrize(
+    ("topology", "permutes", "kernels"), (("v5e:2x4", 5, 6), slow("v5p:2x2x1", 3, 4)), ids=str
+)
+def test_every_transfer_of_a_ring_both_ways_hides_under_a_kernel(topology, permutes, kernels):
+    """Those of the loop under the two of a round; without a loop the first under its own keys'."""
+    layout = MeshLayout(order=Zigzag())
+    asked = program(topology, 1 << 14, strategy=Ring(bidirectional=True), layout=layout)
+    (result,) = compiled(asked)
+    assert kernel_calls(result["text"]) == kernels
+    assert collectives(result["text"]) == {"collective-permute": permutes}
+    assert under_splash(result["text"]) == [True] * permutes
+
+
 def test_a_transfer_hides_under_splash_and_not_under_the_merge():
     """Transfers of few KV heads hide under splash; the compiler would put them beside the merge."""
     asked = program("v5p:2x2x2", 1 << 14, heads=24, kv_heads=4, strategy=Ring())

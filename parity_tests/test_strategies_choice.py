@@ -32,7 +32,7 @@ from jax_seqpar import (
     choose_strategy,
     dot_product_attention,
 )
-from jax_seqpar.chips import chip_of
+from jax_seqpar.chips import CHIPS, chip_of
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import arithmetic
 from jax_seqpar.plan.compiled_text import received_bytes
@@ -82,7 +82,7 @@ def test_bytes_are_those_of_compiled_programs(heads, gradients):
     arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
     arrays = arrays if gradients else arrays[:3]
     counted, predicted = {}, {}
-    for strategy in (Ulysses(), AllGatherKV(), Ring()):
+    for strategy in (Ulysses(), AllGatherKV(), Ring(), Ring(bidirectional=True)):
         attend = partial(
             dot_product_attention, strategy=strategy, layout=ONE_AXIS[4].on(), kernel=Blockwise()
         )
@@ -294,6 +294,25 @@ def test_a_window_of_4096_in_a_million_tokens():
         "Ring()", "Ulysses(head_chunks=1,", "AllGatherKV()"
     ]  # fmt: skip
     assert lines[-1].startswith("v5e: Ring() takes")
+
+
+def test_a_ring_both_ways_where_transfers_take_longer_than_attention():
+    """With 16 chips it waits for 8 transfers in place of 15, and else takes as long."""
+    v5e, h100 = CHIPS["TPU v5 lite"], CHIPS["NVIDIA H100"]
+    options: Any = {"layout": on(16, order=Zigzag()), "is_causal": True, "gradients": False}
+    for tokens, ratio, chip in ((1 << 12, 8 / 15, v5e), (1 << 17, 1, v5e), (1 << 12, 1, h100)):
+        q, k = shape(1, tokens, 32, 128), shape(1, tokens, 32, 128)
+        found = choose_strategy(q, k, k, chip=chip, kernel=Fused("tpu"), **options)
+        costs: Any = {x.strategy: x.cost for x in found.candidates}
+        order = [x for x in costs if isinstance(x, Ring)]
+        if chip == h100:  # what arrives from both sides shares a link
+            assert order == [Ring()]
+            continue
+        one, both = costs[Ring()], costs[Ring(bidirectional=True)]
+        assert both.inside == one.inside
+        assert both.seconds == pytest.approx(ratio * one.seconds, rel=0.02)
+        assert order[0] == Ring(bidirectional=ratio < 1)
+        assert both.memory > one.memory
 
 
 def test_two_slices(monkeypatch):

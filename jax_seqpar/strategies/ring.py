@@ -49,9 +49,8 @@ class Ring(KeepsQueries):
     Args:
       bidirectional: whether keys and values of the neighbours on both sides arrive in each round,
         in half as many rounds. On links that have as much for each direction a round then has twice
-        the attention to hide its transfers under; a device holds two more slices of keys and
-        values. Bytes are the same, and the gradients of keys and values have half of the ring to
-        go home.
+        the attention to hide its transfers under. A device holds two more slices of keys and
+        values, whose gradients have half of the ring to go home.
     """
 
     bidirectional: bool = False

@@ -103,10 +103,11 @@ class RingPlan:
                 found, added[d] = meet((found, added[d]), x)
             return following, found, added
 
-        ways = [d for directions, *_ in legs for d in directions]
+        ways = dict.fromkeys(d for directions, *_ in legs for d in directions)
         here = {d: self.send(kv, d) for d in ways}
-        # And the first has arrived before it is attended to, not before what was found is: where a
-        # loop of one round is none, libtpu started the second transfers under no attention.
+        # The first keys arrive while what is found so far is computed. Without this barrier libtpu
+        # 0.0.42, to which a loop of one round is none, sent them on before it, and so received them
+        # under no kernel (v5e:2x4, a window of two rounds).
         here, found = jax.lax.optimization_barrier((here, found))
         added = dict.fromkeys(ways, nothing_added)
         for n, (directions, first, last) in enumerate(legs):
