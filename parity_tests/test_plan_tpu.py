@@ -128,14 +128,24 @@ def test_every_transfer_of_a_ring_of_splash_hides_under_a_kernel(order):
     assert [under_splash(text) for text in texts] == [[True] * 2, [True] * 6]
 
 
+BOTH_WAYS = Ring(bidirectional=True)
+TWO_ROUNDS = Mask(is_causal=True, local_window_size=(4000, 0))
+
+
 @pytest.mark.parametrize(
-    ("topology", "permutes", "kernels"), (("v5e:2x4", 5, 6), slow("v5p:2x2x1", 3, 4)), ids=str
+    ("strategy", "topology", "mask", "permutes", "kernels"),
+    (
+        (BOTH_WAYS, "v5e:2x4", Mask(is_causal=True), 5, 6),
+        slow(BOTH_WAYS, "v5p:2x2x1", Mask(is_causal=True), 3, 4),
+        slow(Ring(), "v5e:2x4", TWO_ROUNDS, 2, 3),
+    ),
+    ids=("both ways", "both ways, no loop", "two rounds, no loop"),
 )
-def test_every_transfer_of_a_ring_both_ways_hides_under_a_kernel(topology, permutes, kernels):
-    """Those of the loop under the two of a round; without a loop the first under its own keys'."""
-    layout = MeshLayout(order=Zigzag())
-    asked = program(topology, 1 << 14, strategy=Ring(bidirectional=True), layout=layout)
-    (result,) = compiled(asked)
+def test_every_transfer_hides_both_ways_and_without_a_loop(
+    strategy, topology, mask, permutes, kernels
+):
+    """In a loop under the two kernels of a round; else the first under that of a device's own."""
+    (result,) = compiled(program(topology, 1 << 14, strategy=strategy, mask=mask))
     assert kernel_calls(result["text"]) == kernels
     assert collectives(result["text"]) == {"collective-permute": permutes}
     assert under_splash(result["text"]) == [True] * permutes

@@ -74,8 +74,8 @@ GIVEN = {
 
 BOTH_WAYS = Ring(bidirectional=True)
 BOTH_SIDES = {"local_window_size": (9, 3)}
-# Of 48 tokens; 13 of the first document, 5 of the second.
-DOCUMENTS = {"segment_ids": np.repeat(np.int32([[0, 1, 2], [0, 2, 3]]), [13, 5, 30], 1)}
+# Of 48 tokens, the first 13 in one document, the next 5 in another.
+DOCUMENTS = {"segment_ids": np.repeat(np.array([[0, 1, 2], [0, 2, 3]], np.int32), [13, 5, 30], 1)}
 RIGHT: dict[str, tuple[Ring, TokenOrder, int, dict[str, Any]]] = {
     **{str(order): (Ring(), order, 4, GIVEN) for order in ORDERS},
     "both ways, 8": (BOTH_WAYS, Zigzag(), 8, GIVEN),
