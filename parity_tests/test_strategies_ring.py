@@ -388,6 +388,11 @@ def test_what_is_refused(options, layout, message):
         dot_product_attention(q, k, v, layout=layout, **options)
 
 
+def test_ways_that_are_neither():
+    with pytest.raises(ValueError, match=r"bidirectional must be .* Write bidirectional=True or"):
+        Ring(bidirectional="both")  # pyright: ignore
+
+
 def test_tokens_that_an_order_does_not_deal():
     """The order raises itself, and so does a call with the arrays of one device."""
     with pytest.raises(ValueError, match=r"36 tokens, which is no multiple of 8.*Pad them to 40"):

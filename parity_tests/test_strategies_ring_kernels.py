@@ -92,8 +92,9 @@ SLOW: dict[str, tuple[Kernel, dict[str, Any], TokenOrder, int]] = {
 
 
 def ring(kernel: Any, degree: int, order: TokenOrder) -> Any:
-    layout = replace(ONE_AXIS[degree].on(), order=order)
-    return partial(dot_product_attention, kernel=kernel, strategy=Ring(), layout=layout)
+    """Of four devices with keys both ways at once, of eight one way."""
+    layout, strategy = replace(ONE_AXIS[degree].on(), order=order), Ring(bidirectional=degree == 4)
+    return partial(dot_product_attention, kernel=kernel, strategy=strategy, layout=layout)
 
 
 def results(kernel: Any, degree: int, order: TokenOrder, asked: Any, inputs: Any) -> Any:
