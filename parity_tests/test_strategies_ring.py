@@ -388,6 +388,7 @@ def test_what_is_refused(options, layout, message):
         dot_product_attention(q, k, v, layout=layout, **options)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_ways_that_are_neither():
     with pytest.raises(ValueError, match=r"bidirectional must be .* Write bidirectional=True or"):
         Ring(bidirectional="both")  # pyright: ignore

@@ -92,7 +92,7 @@ SLOW: dict[str, tuple[Kernel, dict[str, Any], TokenOrder, int]] = {
 
 
 def ring(kernel: Any, degree: int, order: TokenOrder) -> Any:
-    """Of four devices with keys both ways at once, of eight one way."""
+    """A ring of four devices has keys both ways at once, another one one way."""
     layout, strategy = replace(ONE_AXIS[degree].on(), order=order), Ring(bidirectional=degree == 4)
     return partial(dot_product_attention, kernel=kernel, strategy=strategy, layout=layout)
 
