@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import strategy_costs
-from cases import ONE_AXIS, MeshCase
+from cases import ONE_AXIS, MeshCase, slow
 from jax.sharding import AbstractMesh
 from questions import compiled, output_and_gradients, permuted_bytes
 
@@ -36,6 +36,7 @@ from jax_seqpar.chips import CHIPS, chip_of
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import arithmetic
 from jax_seqpar.plan.compiled_text import received_bytes
+from jax_seqpar.plan.count import count
 from jax_seqpar.plan.transfers import transfers
 from jax_seqpar.strategies import choice as choice_module
 from jax_seqpar.strategies.cost import Group, Layer, cost_of, pairs
@@ -176,6 +177,61 @@ def test_a_ring_counts_the_turns_of_exact_attention(gradients, order, monkeypatc
     run = output_and_gradients(attend) if gradients else attend
     counted = permuted_bytes(run, *arrays[: 4 if gradients else 3])
     assert cost_of(Ring(), layer, Group((4,), (4,)), V5E, 0.5).inside == counted
+
+
+@pytest.mark.parametrize(
+    ("strategy", "group", "heads"),
+    (
+        (AllGatherKV(), Group((4,), (4,)), (4, 2)),
+        slow(AllGatherKV(), Group((2,), (2,)), (4, 2)),
+        slow(AllGatherKV(), Group((8,), (8,)), (8, 4)),
+        (Ulysses(), Group((8,), (8,)), (8, 2)),
+        slow(Ulysses(), Group((8,), (8,)), (8, 1)),
+        slow(Hybrid(AllGatherKV()), Group((2, 4), (2, 4)), (8, 2)),
+    ),
+    ids=str,
+)
+@pytest.mark.usefixtures("optimised")
+def test_gradients_of_shared_heads_of_exact_attention(strategy, group, heads, monkeypatch):
+    """Anchors and slices of what several devices add up are most of what they receive.
+
+    In loops over the heads of a device, which a compiled program has once.
+    """
+    monkeypatch.setattr(arithmetic, "BLOCK", 8)
+    layer = replace(layer_of(*heads, gradients=True), kernel=Exact())
+    arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
+    case = TWO_AXES if isinstance(strategy, Hybrid) else ONE_AXIS[group.degree]
+    attend = partial(
+        dot_product_attention, strategy=strategy, layout=case.on(), kernel=Exact(), is_causal=True
+    )
+    run = jax.jit(output_and_gradients(attend))
+    received = 0.0
+    own_heads = layer.key[2] if strategy == AllGatherKV() else 1
+    for x in transfers(compiled(run, *arrays)):
+        n = max(map(len, x.groups), default=group.degree)
+        of_result = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n}
+        times = layer.key[0] * own_heads if x.in_loop else 1
+        received += times * x.nbytes * of_result.get(x.kind, (n - 1) / n)
+    cost = cost_of(strategy, layer, group, V5E, 0.5)
+    assert cost.inside + cost.between == received
+    assert received > 3 * cost_of(strategy, replace(layer, gradients=False), group, V5E, 0.5).inside
+    # What the planner counts in the traced program, loops multiplied out.
+    counted = count(run.trace(*arrays).jaxpr, case.mesh().shape)
+    assert sum(x.received for x in counted.sent) == received
+
+
+@pytest.mark.parametrize("tokens", ((0, 0), (0, 64), (64, 0)), ids=str)
+@pytest.mark.parametrize("kernel", (Exact(), Blockwise()), ids=("exact", "blockwise"))
+def test_nothing_to_attend_to(kernel, tokens):
+    """A ring sends nothing then, and nobody anything where there is nothing at all."""
+    q, k = (shape(1, n, 8, 64, dtype=jnp.float32) for n in tokens)
+    sent: Any = {"itemsize": 4, "kernel": kernel}
+    for strategy, degree in ((Ulysses(), 8), (AllGatherKV(), 8), (Ring(), 8), (Hybrid(), (2, 4))):
+        traffic = strategy.traffic(q.shape, k.shape, k.shape, degree=degree, **sent)
+        assert strategy.memory(q.shape, k.shape, k.shape, degree=degree, **sent) >= 0
+        assert traffic == 0 or (tokens != (0, 0) and strategy != Ring())
+    found = choose_strategy(q, k, k, layout=on(8), kernel=kernel, chip=V5E)
+    assert all(x.cost.attention == 0 for x in found.candidates if x.cost)
 
 
 @pytest.mark.parametrize("window", (5, 16, 17, 40))

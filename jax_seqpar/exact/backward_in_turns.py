@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..mask import Spec
-from ..varying_axes import full_varying
+from ..varying_axes import full_varying, match_varying_axes
 from .arithmetic import flush
 from .backward import Head, block_sums, dropout_bits, rounded_gradients, shared_anchors
 from .block_logits import Options, scaled_query
@@ -82,7 +82,8 @@ def gradients_in_turns(
         dq, *of_these_keys = map_heads(one, held, anchors.query, query, out, rows, grad)
         return dq, tuple(of_these_keys)
 
-    held = key, value, anchors.key, anchors.value
+    # Anchors that all devices of an axis share vary less than the keys, and a loop has one type.
+    held = match_varying_axes((key, value, anchors.key, anchors.value))
     nothing = full(BK, 2, G, H, T), jnp.add, (full(BK, 2, S, H), full(BK, 2, S, V))
     dq, of_keys = turns.turn(add, held, spec, *nothing)
 

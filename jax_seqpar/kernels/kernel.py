@@ -232,11 +232,30 @@ class Kernel:
         key: tuple[int, ...],
         value: tuple[int, ...],
         *,
+        degree: int,
         itemsize: int,
         gradients: bool,
     ) -> int:
-        """`workspace` of `attend_part` and `part_gradients`, for a ring."""
+        """`workspace` of `attend_part` and `part_gradients`, or of turns, for a ring.
+
+        Args:
+          degree: devices of the ring.
+        """
         return self.workspace(query, key, value, itemsize=itemsize, gradients=gradients)
+
+    def sharing_traffic(
+        self, key: tuple[int, ...], value: tuple[int, ...], devices: int, of: int
+    ) -> int:
+        """Bytes that a device receives inside the kernel for the gradients of shared KV heads.
+
+        0 of a kernel whose gradients are added up outside.
+
+        Args:
+          key, value: shapes of what the kernel is given.
+          devices: that have the same KV heads, see `sharing`.
+          of: devices along the mesh axis.
+        """
+        return 0
 
     def sharing(
         self,

@@ -16,7 +16,7 @@ from .all_gather import AllGatherKV
 from .hops import legs
 from .hybrid import Hybrid
 from .ring import Ring
-from .strategy import Degree, Shape, Strategy, bytes_of_others
+from .strategy import Degree, Shape, Strategy, bytes_of_others, share
 from .ulysses import head_plan
 from .whole_blocks import Deal, deals, numbers_dealt
 
@@ -100,6 +100,10 @@ class Layer:
         numbers = numbers_dealt(self.deals(degree, keys=keys), *self.shapes)
         return numbers * self.itemsize * (2 if self.gradients else 1)
 
+    def bytes_shared(self, key: Shape, value: Shape, devices: int, of: int) -> int:
+        """Received by a device for the gradients of KV heads that others have, too."""
+        return self.kernel.sharing_traffic(key, value, devices, of) if self.gradients else 0
+
     def memory(self, strategy: Strategy, degree: Degree) -> int:
         """`Strategy.memory` of this layer."""
         options: Any = {"gradients": self.gradients, "kernel": self.kernel}
@@ -150,13 +154,17 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
         busiest = work.sum(1).max() * N
         # Not its `traffic`, which is of tokens in their order.
         forward = bytes_of_others(layer.key, layer.value, degree, layer.itemsize)
-        dealt = layer.bytes_dealt(degree, keys=False)
+        added = layer.bytes_dealt(degree, keys=False)
+        added += layer.bytes_shared(layer.key, layer.value, degree, degree)
     else:
         plan = head_plan(N, layer.key[2], degree, layer.kernel)
         busiest = work.sum() * plan.query_heads / degree
         sent: Any = {"degree": degree, "itemsize": layer.itemsize, "kernel": layer.kernel}
-        forward, dealt = strategy.traffic(*layer.shapes, **sent), 0
-    received = forward * (2 if layer.gradients else 1) + dealt
+        forward = strategy.traffic(*layer.shapes, **sent)
+        heads = plan.sent_kv_heads // degree
+        k, v = (share(x, x[1], heads) for x in (layer.key, layer.value))
+        added = layer.bytes_shared(k, v, plan.copies, degree)
+    received = forward * (2 if layer.gradients else 1) + added
     between = received * (degree - near) // max(degree - 1, 1)
     waiting = (received - between) / chip.inside + between / chip.between
     attention = busiest * seconds_per_pair * (1 + GRADIENT_PRODUCTS * layer.gradients)
@@ -172,6 +180,8 @@ def pairs(
 
     Estimated from `SAMPLE` queries of each device, for a mask without arrays, see `Layer.placed`.
     """
+    if not queries or not keys:
+        return np.zeros((degree, degree))
     before, after = mask.reach
     of_keys = [np.sort(order.numbers(keys // degree, i, degree)) for i in range(degree)]
     work = np.zeros((degree, degree))
@@ -243,6 +253,10 @@ def _of_hybrid(
     _, inner = strategy.traffic_by_axis(*layer.shapes, **sent)
     inner *= 2 if layer.gradients else 1
     _, (q, k, v) = strategy.divide(*layer.shapes, degree=(R, U), kernel=layer.kernel)
+    copies = head_plan(layer.query[2], layer.key[2], U, layer.kernel).copies
+    seen = k[1] if strategy.sees_all_keys else k[1] // R
+    own_k, own_v = (share(x, seen, x[2]) for x in (k, v))
+    inner += layer.bytes_shared(own_k, own_v, copies, U)
     between_groups = replace(layer, query=q, key=k, value=v, order=layer.order.grouped(U))
     groups = Group((R,), (near_outer,))
     efficiency = _flops_of_pair(layer) / (seconds_per_pair * chip.flops)

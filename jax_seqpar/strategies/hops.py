@@ -85,6 +85,9 @@ def _runs(order: TokenOrder, tokens: int, degree: int) -> list[np.ndarray]:
     runs = []
     for index in range(degree):
         numbers = order.numbers(tokens // degree, index, degree)
+        if not len(numbers):
+            runs.append(np.empty((0, 2), np.int32))
+            continue
         ends = np.flatnonzero(np.diff(numbers) != 1)
         if len(ends) > 2 * degree:  # a stripe: as good as everywhere
             ends, numbers = ends[:0], np.array([numbers.min(), numbers.max()])

@@ -109,6 +109,8 @@ class Ring(KeepsQueries):
         that makes rounds needless and other orders are counted by `choose_strategy`.
         """
         P = check_traffic(query, key, degree)
+        if 0 in (*query[:3], *value[1:]):
+            return 0
         dealt = deals(Contiguous(), kernel.block, (query[1], key[1]), P)
         forward, _ = kernel.turns(key[3], value[3], itemsize)
         received = key[0] * dealt[1].sizes[1] * key[2] * (P - 1)
@@ -148,7 +150,7 @@ class Ring(KeepsQueries):
         elif gradients:
             sums = [*(sums if P > 2 else ()), *[k, v] * max(most, 3), q, q]
         held += array_bytes(*sums, itemsize=wide)
-        options = {"itemsize": itemsize, "gradients": gradients}
+        options: Any = {"degree": P, "itemsize": itemsize, "gradients": gradients}
         return held + kernel.part_workspace(q, k, v, **options)
 
 

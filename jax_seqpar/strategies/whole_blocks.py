@@ -73,7 +73,7 @@ class Deal:
     def in_blocks(cls, order: TokenOrder, block: int, tokens: int, degree: int) -> "Deal":
         """Deal from an order to whole blocks, the same number on each device."""
         size = tokens // degree
-        if block == 1:
+        if block <= 1:  # 0 of an empty sequence
             return cls(tokens, degree, order, order, (size, size))
         multiple = order.multiple(degree) * block
         padded = -(-tokens // multiple) * multiple
