@@ -13,6 +13,7 @@ Needs the extra "training".
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -260,6 +261,13 @@ def main(
     ):
         if chosen not in known:
             raise typer.BadParameter(f"{name} must be one of {', '.join(known)}, got {chosen!r}.")
+    unit = math.lcm(2 * Config.heads, data if fsdp else 1)
+    if features % unit:
+        shared = f", which the {data} devices of --data share" if fsdp else ""
+        raise typer.BadParameter(
+            f"--features {features} is not a multiple of {unit}: {Config.heads} heads with an even "
+            f"number of channels each{shared}. Write --features {-(-features // unit) * unit}."
+        )
     if (processes > 1 or process) and coordinator is None:
         raise typer.BadParameter("several processes need --coordinator HOST:PORT of process 0.")
     if not 0 <= process < processes:

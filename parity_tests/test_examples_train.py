@@ -189,6 +189,11 @@ def test_the_command_writes_a_plot(tmp_path):
         (["--coordinator", "localhost:1", "--process", "1"], "--process is from 0 to 0, got 1"),
         (["no-such-file"], "does not exist"),
         ([os.devnull], "is not a file|no bytes|does not exist|is a"),
+        (["--features", "100"], r"100 is not a multiple of 16: 8 heads .* Write --features 112"),
+        (
+            ["--features", "112", "--fsdp", "--data", "3", "--degree", "2"],
+            r"of 48: .* the 3 devices of --data share. Write --features 144",
+        ),
         ([__file__, "--tokens", "8", "--batch", "3", "--data", "2"], "B = 3 is not divisible by"),
     ),
 )
