@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_seqpar import Hybrid, Mask, MeshLayout, Ring, Triton, Ulysses
+from jax_seqpar.cli.plan_table import host_copies
 from jax_seqpar.mask import Tokens
 from jax_seqpar.plan import Decoder
 from jax_seqpar.plan.answer import Request, answer
@@ -76,13 +77,21 @@ def test_the_collectives_of_a_train_step():
 
 
 def test_what_a_train_step_offloads():
-    """The input of every layer, once; nothing else of the step changes."""
+    """The input of every layer, once there and once back; nothing else of the step changes."""
     whole, offloaded = (Decoder(TOKENS, layers=3, offload=x) for x in (False, True))
     plans = [counted(DecoderStep(x)) for x in (whole, offloaded)]
-    block = 3 * TOKENS // 16 * whole.features * 2 / 1e9
-    note = f"{block:.3f} GB go to the memory of each device's host and come back"
-    assert [any(note in x for x in plan.notes) for plan in plans] == [False, True]
+    block = 3 * TOKENS // 16 * whole.features * 2
+    assert [(x.to_host, x.from_host) for x in plans] == [(0, 0), (block, block)]
     assert (plans[0].parts, plans[0].kernels) == (plans[1].parts, plans[1].kernels)
+    assert [x.host for x in plans] == [0, 2 * block / 15e9]
+    # Of short sequences the copies take longer than anything else.
+    slow = replace(plans[1], parts=plans[1].parts[:1], chip=replace(plans[1].chip, host=1e8))
+    assert (slow.bound, slow.at_least) == ("host", 2 * block / 1e8 + slow.exposed)
+    said = host_copies(plans[1])
+    assert said == "host: 0.201 GB to that of each device, 0.201 GB back: 26.8 ms at 15 GB/s"
+    unknown = replace(plans[1], chip=replace(plans[1].chip, host=0.0))
+    assert (unknown.host, unknown.at_least) == (None, plans[1].at_least)
+    assert "unknown, as no speed of a v5e's link is published" in host_copies(unknown)
 
 
 def test_the_decoder_of_the_examples_has_kernels_for_tpus():

@@ -169,11 +169,6 @@ def _notes(counts: Counts, request: Request) -> tuple[str, ...]:
             f"{counts.whole_grids} kernels may skip blocks that are counted: FLOPs are an upper "
             f"bound"
         )
-    if counts.to_host:
-        found.append(
-            f"{counts.to_host / 1e9:.3f} GB go to the memory of each device's host and come back, "
-            f"in no line of these tables"
-        )
     return tuple(found)
 
 
@@ -198,7 +193,9 @@ def _with_transfers(
     if across:
         kinds = ", ".join(f"{n} {kind}" for kind, n in across.items())
         notes += (f"between slices the compiler sends by {kinds}",)
-    return replace(plan, collectives=rows, parts=parts(counts, received, plan.chip), notes=notes)
+    found = parts(counts, received, plan.chip)
+    moved = {"to_host": counts.to_host, "from_host": counts.from_host}
+    return replace(plan, collectives=rows, parts=found, notes=notes, **moved)
 
 
 def _memory(compiled: Any, machine: Machine) -> Memory | None:

@@ -20,6 +20,8 @@ COLLECTIVES = (
     "ragged-all-to-all|all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
     "|collective-broadcast"
 )
+# The largest signed 64-bit number: libtpu 0.0.42.1 writes it for what a SparseCore of a tpu7x does.
+NO_ESTIMATE = 2**63 - 1
 # What a compiled program has for each call of a kernel that is not XLA's.
 KERNELS = {
     "tpu": 'custom_call_target="tpu_custom_call"',
@@ -79,7 +81,8 @@ def layout_cycles(program: AnyProgram) -> int:
     In a program of one attention by splash that is what brings arrays into the layouts of the
     kernel and of the all-to-alls. Only libtpu writes such estimates; elsewhere it is 0.
     """
-    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', _text(program))))
+    found = re.findall(r'"estimated_cycles":"(\d+)"', _text(program))
+    return sum(n for n in map(int, found) if n != NO_ESTIMATE)
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,12 @@ class Copies:
     Attributes:
       cycles: of the copies, each loop's once.
       all_cycles: of everything that libtpu estimates: neither kernels nor transfers.
+      unknown: instructions of which it has no estimate, as copies by the SparseCores of a tpu7x.
     """
 
     cycles: int
     all_cycles: int
+    unknown: int = 0
 
     @property
     def share(self) -> float:
@@ -106,14 +111,15 @@ def layout_copies(program: AnyProgram) -> Copies | None:
     `copy_bitcast_fusion`.
     """
     estimated = r'^\s+(?:ROOT )?%?([\w.-]+) = .*"estimated_cycles":"(\d+)"'
-    found = re.findall(estimated, _text(program), re.MULTILINE)
-    if not found:
+    every = re.findall(estimated, _text(program), re.MULTILINE)
+    if not every:
         return None
+    found = [(name, int(n)) for name, n in every if int(n) != NO_ESTIMATE]
     copies = (
         r"(copy|transpose|bitcast|convert)([._-](copy|transpose|bitcast|convert|fusion))*[.\d]*"
     )
-    cycles = sum(int(n) for name, n in found if re.fullmatch(copies, name))
-    return Copies(cycles, sum(int(n) for _, n in found))
+    cycles = sum(n for name, n in found if re.fullmatch(copies, name))
+    return Copies(cycles, sum(n for _, n in found), len(every) - len(found))
 
 
 def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:

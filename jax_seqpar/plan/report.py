@@ -65,6 +65,7 @@ class Plan:
       failure: the reason for a missing answer, in one sentence; None with an answer.
       collectives, kernels, parts: kernels are calls by name, all loops multiplied out.
       copies: only of TPUs.
+      to_host, from_host: bytes that the program copies between a device and its host.
       choice: of the strategy, where it was asked for.
       notes: on parts that could not be checked, and on numbers that are only bounds.
       seconds: that tracing and compiling took, by name.
@@ -86,6 +87,8 @@ class Plan:
     kernels: dict[str, int] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
     copies: Copies | None = None
+    to_host: float = 0.0
+    from_host: float = 0.0
     choice: Chosen | None = None
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -119,9 +122,23 @@ class Plan:
         return found
 
     @property
+    def host(self) -> float | None:
+        """Seconds of copies to the host and back, which follow; None if its speed is not known."""
+        moved = self.to_host + self.from_host
+        if moved and not self.chip.host:
+            return None
+        return moved / self.chip.host if moved else 0.0
+
+    @property
+    def bound(self) -> str:
+        """What takes longest of all: as `Part.bound`, or "host"."""
+        return "host" if (self.host or 0.0) > self.step.seconds else self.step.bound
+
+    @property
     def at_least(self) -> float:
-        """Seconds of a step at full speed: computation or memory, and the exposed transfers."""
-        return max(self.step.compute, self.step.memory) + self.exposed
+        """Seconds of a step at full speed: the longest of computation, memory and copies to the
+        host and back, and the exposed transfers."""
+        return max(self.step.compute, self.step.memory, self.host or 0.0) + self.exposed
 
     def to_json(self) -> str:
         """The plan as JSON, which `from_json` reads."""

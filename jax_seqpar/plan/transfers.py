@@ -60,7 +60,8 @@ def transfers(text: str) -> list[Transfer]:
         name, types, kind, start = head.groups()
         fused = "chain_id=" in line
         scope = re.search(r'op_name="([^"]*)"', line)
-        scope = "" if scope is None else scope[1]
+        # Of several instructions made into one libtpu names each, first what gives the result.
+        scope = "" if scope is None else scope[1].partition(";")[0]
         transfer = Transfer(
             name,
             kind,
