@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from typer.testing import CliRunner
 
 from jax_seqpar import MeshLayout, dot_product_attention
 from jax_seqpar.cli import app
-from jax_seqpar.plan import Plan, plan
+from jax_seqpar.plan import Decoder, Plan, plan
+from jax_seqpar.plan.machine import Machine
 
 SMALL = ("--heads", "8", "--kv-heads", "4", "--head-dim", "8", "--dtype", "f32")
 DECODER = (
@@ -114,8 +116,30 @@ REFUSED = {
     "a topology that cannot be": (("--topology", "v5e:2x2x2"), "3 dimensions"),
     "an unknown topology": (("--topology", "v5e"), "is unknown. Write the chips"),
     "an unknown chip": (("--topology", "v9:2x2"), "lacks. Write v4"),
+    "a length of CPUs": (
+        ("--topology", "cpu:8", "--largest"),
+        "the memory of a device of cpu:8 is not known, so nothing says what fits. Write the topol",
+    ),
+    "a length by counting": (
+        ("--topology", "v5e:2x4", "--largest", "--no-compile"),
+        "--largest asks the compiler what fits, and --no-compile forbids it. Leave one out",
+    ),
     "a size": (("--topology", "v5e:2x4", "--tokens", "12T"), "is no size. Write"),
     "a mesh": (("--topology", "v5e:2x4", "--mesh", "seq=4"), "does not have the 8 devices"),
+    "two questions": (
+        ("--topology", "v5e:2x4", "--largest", "--sweep", "tokens"),
+        "--largest and --sweep tokens are two questions. Leave one out",
+    ),
+    "a step of nothing": (("--topology", "v5e:2x4", "--step", "1K"), "--step 1K is of --largest"),
+    "a file in no folder": (
+        ("--topology", "v5e:2x4", "--json", "nowhere/a.json"),
+        "--json nowhere/a.json: there is no folder 'nowhere'. Write a file",
+    ),
+    "a hybrid of one axis": (
+        ("--topology", "v5e:2x4", "--strategy", "hybrid-ring"),
+        "works on two mesh axes of the tokens, and the mesh {'seq': 8} has 1. Write them",
+    ),
+    "other GPUs": (("--topology", "h200:8"), '"a100.json:8" for other GPUs, which a file'),
     "a strategy": (("--topology", "v5e:2x4", "--strategy", "x"), "--strategy 'x' is unknown"),
     "a sweep": (("--topology", "v5e:2x4", "--sweep", "x"), "Write tokens or degree"),
     "a chart of one": (("--topology", "v5e:2x4", "--png", "x.png"), "Add --sweep tokens"),
@@ -171,6 +195,25 @@ def wrong(tokens):
 """)
     result = seqpar(f"{file}:{function}", "--topology", "cpu:8", "--tokens", "7")
     refused(result, message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (("--features", "38"), "features D = 38 is not divisible by the 4 devices of mesh axes "
+         "('seq',), which share each weight. Write features = 40"),
+        (("--head-dim", "7"), "head_dim H = 7 is odd, .* Write head_dim = 8"),
+    ),
+)  # fmt: skip
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_sizes_that_a_decoder_cannot_have(options, message):
+    mesh = Machine("cpu:4", 1, {"seq": 4}).without_devices
+    named: Any = {x.removeprefix("--").replace("-", "_"): int(n) for x, n in [options]}
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")),
+    ):
+        Decoder(64, **{"features": 32, "head_dim": 8} | named).build()
 
 
 def test_tokens_that_do_not_divide():

@@ -146,6 +146,7 @@ def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:
         )
     under_way: list[str] = []
     found: dict[str, tuple[str, ...]] = {}
+    on_other_cores = set(calls_of_transfers(text).values())
     for line in text.splitlines():
         instruction = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][a-z-]*)\(%?([\w.-]+)?", line)
         if instruction is None:
@@ -155,11 +156,34 @@ def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:
             if '"is_sync":true' not in line:
                 under_way.append(name)
                 found[name] = ()
-        elif re.fullmatch(rf"({COLLECTIVES})-done", operation):
+        elif operation == "call-start" and name in on_other_cores:
+            under_way.append(name)
+            found[name] = ()
+        elif re.fullmatch(rf"({COLLECTIVES}|call)-done", operation):
             under_way = [transfer for transfer in under_way if transfer != operand]
         elif operation == "while" or any(kernel in line for kernel in KERNELS.values()):
             found |= {transfer: (*found[transfer], name) for transfer in under_way}
     return found
+
+
+def calls_of_transfers(text: str) -> dict[str, str]:
+    """Of each computation with a collective that a SparseCore runs, the name of its call.
+
+    So libtpu makes gathers, scatters and sums of a tpu7x asynchronous.
+    """
+    called = {
+        computation: name
+        for name, computation in re.findall(
+            r"%?([\w.-]+) = .*? call-start\(.*?to_apply=%?([\w.-]+)", text
+        )
+    }
+    having, computation = set(), ""
+    for line in text.splitlines() if called else ():
+        if (opened := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)) is not None:
+            computation = opened[1]
+        elif computation in called and re.search(rf"(?<![\w-])(?:{COLLECTIVES})\(", line):
+            having.add(computation)
+    return {name: called[name] for name in having}
 
 
 def _text(program: AnyProgram) -> str:

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .compiled_text import COLLECTIVES, bytes_of_types, kernels_under_transfers
+from .compiled_text import (
+    COLLECTIVES,
+    bytes_of_types,
+    calls_of_transfers,
+    kernels_under_transfers,
+)
 from .scopes import part_of
 
 Groups = frozenset[frozenset[int]]
@@ -46,7 +51,7 @@ class Transfer:
 
 def transfers(text: str) -> list[Transfer]:
     """The collectives of a compiled program's text, in its order."""
-    under = kernels_under_transfers(text)
+    under, calls = kernels_under_transfers(text), calls_of_transfers(text)
     results = {
         operand: types
         for types, operand in re.findall(rf"= (.*?) (?:{COLLECTIVES})-done\(%?([\w.-]+)", text)
@@ -69,8 +74,8 @@ def transfers(text: str) -> list[Transfer]:
             bytes_of_types(results.get(name, types)),
             bool(WRITTEN.search(scope)) if scope else None,
             part_of(scope.rpartition("/")[0]),
-            fused or (start is not None and name in under),
-            under.get(name, (("a fusion",) if fused else ())),
+            fused or computation in calls or (start is not None and name in under),
+            under.get(calls.get(computation, name), (("a fusion",) if fused else ())),
             computation in loops,
         )
         channel = re.search(r"channel_id=(\d+)", line)
