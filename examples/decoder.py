@@ -75,7 +75,9 @@ class Placement:
       tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole. In
         exact arithmetic of the loss alone: the MLP's gradients are sums over all tokens.
       remat: computes each block again for the gradient, instead of keeping its activations.
-      offload: with remat, keeps the inputs of the blocks in the memory of the host.
+      offload: with remat, keeps the inputs of the blocks in the memory of the host. On TPUs it
+        saves no memory, as the blocks are no loop (`jax_seqpar.training.offloaded`): take
+        `jax_seqpar.plan.Decoder`, which is one, as the pattern.
       dtype: of the computation; parameters are float32.
       arithmetic: of all layers; `ExactArithmetic()` has the same bits on every mesh.
     """

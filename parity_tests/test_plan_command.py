@@ -122,7 +122,7 @@ REFUSED = {
     ),
     "a length by counting": (
         ("--topology", "v5e:2x4", "--largest", "--no-compile"),
-        "--largest asks the compiler what fits, and --no-compile forbids it. Leave one out",
+        "--largest asks the compiler of v5e:2x4 what fits, and --no-compile forbids it. Leave one",
     ),
     "a size": (("--topology", "v5e:2x4", "--tokens", "12T"), "is no size. Write"),
     "a mesh": (("--topology", "v5e:2x4", "--mesh", "seq=4"), "does not have the 8 devices"),

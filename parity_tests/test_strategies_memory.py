@@ -107,7 +107,7 @@ def test_memory_on_simulated_devices(strategy, seed):
         (Ulysses(), 4, (8, 4), False),
         slow(Ulysses(), 4, (8, 4), True),
         slow(Ulysses(), 8, (32, 8), False),
-        slow(Ulysses(), 2, (2, 2), True),
+        slow(Ulysses(), 2, (4, 4), True),
         slow(AllGatherKV(), 2, (8, 4), False),
         (AllGatherKV(), 4, (8, 4), True),
         slow(AllGatherKV(), 8, (8, 4), False),

@@ -96,7 +96,7 @@ def plan(
     given = locals()
     try:
         plans, against = _Question(**given).plans()
-        _show(stdout(), plans, against)
+        _show(stdout(), plans, against, strategy == "auto")
         _write(json_file, plans, single=against is None)
         if png is not None:
             chart(plans, against or "tokens", png)
@@ -107,9 +107,12 @@ def plan(
             _stop(one.failure)
 
 
-def _show(console: Console, plans: list[Plan], against: str | None) -> None:
+def _show(console: Console, plans: list[Plan], against: str | None, automatic: bool) -> None:
     if against is not None:
         console.print(sweep_table(plans, against))
+        taken = dict.fromkeys(x.choice.strategy for x in plans if x.choice is not None)
+        if automatic and taken:
+            say(console, f"strategy, by choose_strategy: {', '.join(taken)}")
     elif plans[0].failure is None:
         print_plan(console, plans[0])
 
@@ -189,7 +192,8 @@ class _Question:
         """Raises ValueError where nobody can tell what fits."""
         if not self.given["compiled"]:
             raise ValueError(
-                "--largest asks the compiler what fits, and --no-compile forbids it. Leave one out."
+                f"--largest asks the compiler of {self.topology} what fits, and --no-compile "
+                f"forbids it. Leave one out."
             )
         if not Machine(self.topology, self.slices, self.mesh).chip.memory:
             raise ValueError(

@@ -38,23 +38,22 @@ def largest(plan_of: Callable[[int], Plan], start: int, step: int) -> tuple[int,
             )
         plan = known[guess] = plan_of(guess)
         if plan.fits is None:
-            raise RuntimeError(f"of {guess} tokens: {_why_unknown(plan)}.")
+            raise RuntimeError(
+                f"of {guess} tokens: {_why_unknown(plan)}. Give other sizes, the topology of a TPU "
+                f"or a GPU, or its compiler."
+            )
         fits, fails = (guess, fails) if plan.fits else (fits, guess)
         guess = _next_guess(list(known.values()), fits, fails, step)
     return fits, [known[tokens] for tokens in sorted(known)]
 
 
 def _why_unknown(plan: Plan) -> str:
-    """Why nobody can tell whether a plan fits, and what to do, without a full stop."""
+    """Why nobody can tell whether a plan fits."""
     if plan.failure is not None:
-        return f"{plan.failure}. Give other sizes"
+        return plan.failure
     if plan.memory is not None:
-        return (
-            f"the memory of a device of {plan.topology} is not known, so nothing says what fits. "
-            f"Write the topology of a TPU or a GPU, as v5e:4x4"
-        )
-    unchecked = next((x for x in plan.notes if x.startswith("not checked")), "nothing was compiled")
-    return f"{unchecked}. Let the compiler be asked, which alone tells what fits"
+        return f"the memory of a device of {plan.topology} is not known, so nothing says what fits"
+    return next((x for x in plan.notes if x.startswith("not checked")), "nothing was compiled")
 
 
 def _next_guess(plans: list[Plan], fits: int, fails: int | None, step: int) -> int:
