@@ -29,6 +29,8 @@ from jax_seqpar.flax import Attention, SequenceParallel
 from jax_seqpar.parity.inputs import Case
 from jax_seqpar.plan import collectives
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 CASE = Case(batch=2, tokens=16, heads=8, kv_heads=4, head_dim=4)
 QUERY, KEY, VALUE, GRAD = map(jnp.asarray, CASE.inputs().values())
 SEGMENTS = jnp.zeros((2, 16), jnp.int32)

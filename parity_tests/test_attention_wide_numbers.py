@@ -25,6 +25,8 @@ from jax_seqpar.training import (
     tiled_cross_entropy,
 )
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 KERNELS = {
     "dense": Dense(),
     "blockwise": Blockwise(3, 5),

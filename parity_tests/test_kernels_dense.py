@@ -12,6 +12,8 @@ from torch_ref.dense import dense_attention
 from torch_ref.dropout import keep
 from torch_ref.exact import exact_attention
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 B, H = 2, 3
 
 

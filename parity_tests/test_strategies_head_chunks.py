@@ -22,6 +22,8 @@ from jax_seqpar.compare import compare_bits
 from jax_seqpar.parity.inputs import Case
 from jax_seqpar.plan import all_to_all_bytes, collectives, temporaries
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 CASES = {
     "multi-head": Case(batch=2, tokens=16, heads=16, kv_heads=16, head_dim=5),
     # 8 query heads and 2 KV heads on each of 4 devices: 4 slices are two for each KV head.
