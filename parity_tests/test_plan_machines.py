@@ -233,7 +233,7 @@ def step(tokens):
 
 @pytest.mark.slow
 def test_the_decoder_of_the_examples_offloads(tmp_path, monkeypatch):
-    """Its layers are no loop: libtpu has all copies after the last layer, which saves nothing."""
+    """Copies of layer inputs, which libtpu all makes after the last layer where there is no loop."""
     monkeypatch.setenv("PYTHONPATH", os.path.abspath("examples"))
     monkeypatch.syspath_prepend(os.path.abspath("examples"))
     file, tokens = tmp_path / "mine.py", 1 << 16

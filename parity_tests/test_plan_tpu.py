@@ -144,7 +144,7 @@ TWO_ROUNDS = Mask(is_causal=True, local_window_size=(4000, 0))
 def test_every_transfer_hides_both_ways_and_without_a_loop(
     strategy, topology, mask, permutes, kernels
 ):
-    """In a loop under the two kernels of a round; else the first under that of a device's own."""
+    """Transfers of the loop hide under a round's two kernels, without a loop under the first."""
     (result,) = compiled(program(topology, 1 << 14, strategy=strategy, mask=mask))
     assert kernel_calls(result["text"]) == kernels
     assert collectives(result["text"]) == {"collective-permute": permutes}

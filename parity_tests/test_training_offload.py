@@ -79,7 +79,7 @@ def test_copies_that_a_compiler_takes(tokens, features, pieces):
 
 @pytest.mark.parametrize("features", (8, 128))
 def test_a_copy_at_which_a_compiler_aborts(features):
-    """Of 2^24 tokens on a device of a TPU; fewer than 128 features are padded to as many."""
+    """A copy of 2^24 tokens on a TPU device raises; fewer than 128 features are padded to 128."""
     device = AbstractDevice("TPU v5", 1, "tpu")
     names, types = ("data", "seq"), (AxisType.Auto,) * 2
     mesh = AbstractMesh((2, 4), names, axis_types=types, abstract_device=device)

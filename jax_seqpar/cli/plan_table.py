@@ -111,7 +111,7 @@ def remarks(plan: Plan) -> list[str]:
 
 
 def host_copies(plan: Plan) -> str:
-    """What goes to the memory of the host and back, and how long that takes at least."""
+    """Bytes that go to the memory of the host and back, and the least time of the copies."""
     moved = f"host: {plan.to_host / 1e9:.3f} GB to that of each device, {plan.from_host / 1e9:.3f}"
     if plan.host is None:
         speed = f"in a time that is unknown, as no speed of a {plan.chip.name}'s link is published"

@@ -170,7 +170,7 @@ _PRECISION = "highest"
 
 
 def _rows_at_a_time(keys: int, asked: int | None) -> int:
-    """As many whole rows of weights as are asked for, else at most 64 MiB of one head."""
+    """Number of whole rows of weights: the one asked for, else at most 64 MiB of one head."""
     return asked or max(min(256, (1 << 24) // max(keys, 1)), 16)
 
 

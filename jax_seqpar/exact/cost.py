@@ -1,4 +1,4 @@
-"""What exact attention holds and sends besides operands and results, by formula.
+"""Memory and transfers of exact attention besides operands and results, by formula.
 
 Arrays are counted as XLA:CPU has them (`parity_tests/test_strategies_memory.py`). A slice is one of
 two float64 that the sum of a number is in, a digit one of two that a number is split into.

@@ -167,7 +167,7 @@ def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:
 
 
 def calls_of_transfers(text: str) -> dict[str, str]:
-    """Of each computation with a collective that a SparseCore runs, the name of its call.
+    """Names of the calls by computation with a collective that a SparseCore runs.
 
     So libtpu makes gathers, scatters and sums of a tpu7x asynchronous.
     """

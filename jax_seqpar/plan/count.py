@@ -213,7 +213,7 @@ def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _host_copies(equation: Any, place: Place) -> Counts:
-    """What `device_put` moves between the memories of devices and their hosts."""
+    """Bytes that `device_put` moves between the memories of devices and their hosts."""
     found, host = Counts(), jax.memory.Space.Host
     for before, after in zip(equation.invars, equation.outvars, strict=True):
         spaces = [getattr(x.aval, "memory_space", None) == host for x in (before, after)]

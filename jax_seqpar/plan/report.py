@@ -131,7 +131,7 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """What takes longest of all: as `Part.bound`, or "host"."""
+        """Bound of the program, whichever takes longest: as `Part.bound`, or "host"."""
         return "host" if (self.host or 0.0) > self.step.seconds else self.step.bound
 
     @property

@@ -103,7 +103,7 @@ class Ring(KeepsQueries):
         itemsize: int,
         kernel: Kernel = blockwise_attention,
     ) -> int:
-        """What the turns of the kernel send: most kernels have one, of keys and values.
+        """Bytes received in the turns of the kernel: most kernels have one, of keys and values.
 
         All rounds, and of tokens in their order, which `Exact()` has dealt in whole blocks; a mask
         that makes rounds needless and other orders are counted by `choose_strategy`.

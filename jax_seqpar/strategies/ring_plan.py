@@ -19,7 +19,7 @@ from .send import send
 
 @dataclass(frozen=True)
 class RingPlan:
-    """What does not change from round to round.
+    """Constants of a ring, the same in every round.
 
     Attributes:
       degree: devices of the ring.
@@ -39,7 +39,7 @@ class RingPlan:
     bidirectional: bool = False
 
     def tokens(self, size: int, distance: Any) -> AnyTokens:
-        """Those of the device that is so many places before this one."""
+        """Tokens of the device that is `distance` places before this one."""
         # With 64 bits on, loops count in int64.
         distance = jnp.asarray(distance, jnp.int32)
         index = (jax.lax.axis_index(self.axis_name) - distance) % self.degree
@@ -133,7 +133,7 @@ class RingPlan:
         nothing_added: Any = None,
         join: Callable[[Any, Any], Any] = jnp.add,
     ) -> tuple[Any, Any]:
-        """What the queries of this device make of all keys, and all queries of its keys.
+        """Results of this device's queries for all keys, and the sums of all queries for its keys.
 
         See `jax_seqpar.kernels.kernel.Turns`. Its own keys last: what belongs to them comes home
         from the others meanwhile.
