@@ -233,7 +233,7 @@ def step(tokens):
 
 @pytest.mark.slow
 def test_the_decoder_of_the_examples_offloads(tmp_path, monkeypatch):
-    """Copies of layer inputs, which libtpu all makes after the last layer where there is no loop."""
+    """Copies of layer inputs, which libtpu all makes after the last layer where no loop is."""
     monkeypatch.setenv("PYTHONPATH", os.path.abspath("examples"))
     monkeypatch.syspath_prepend(os.path.abspath("examples"))
     file, tokens = tmp_path / "mine.py", 1 << 16
