@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -140,11 +139,16 @@ class Encoder(nnx.Module):
         x = do.add(do.look_up(self.words, tokens), do.look_up(self.types, types))
         # The same positions for every sequence: added as a bias is.
         x = do.layer_norm(self.norm, do.add_bias(x, do.look_up(self.positions, places)))
+        if record:
+            record("embedding", x)
+        return self.through_layers(x, mask[:, None, None, :], record)
+
+    def through_layers(self, x: Array, mask: Array, record: Record | None) -> Array:
+        """The hidden states after all layers."""
         note: Record = record or (lambda name, x: None)
-        note("embedding", x)
         for i, layer in enumerate(self.layers):
             of_layer = record and (lambda name, x, i=i: note(f"layers.{i}/{name}", x))
-            x = layer(x, mask[:, None, None, :], of_layer)
+            x = layer(x, mask, of_layer)
         return x
 
 

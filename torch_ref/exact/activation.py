@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer 2020, arXiv:2002.05202) and GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202), GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
 
 from typing import Any
 

@@ -31,9 +31,7 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float, *, group: Any = None) -> Tens
     return _RMSNorm.apply(x, gamma, eps, group)  # pyright: ignore[reportReturnType]
 
 
-def layer_norm(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, group: Any = None
-) -> Tensor:
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, group: Any = None) -> Tensor:
     """`R(n gamma + beta)` with `d = x (-) m`, `n = d (*) r`, where `m = total(x) (/) D` and
     `r = rsqrt((total(d (*) d) (/) D) (+) eps)`.
 
@@ -76,9 +74,7 @@ class _RMSNorm(torch.autograd.Function):
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, group: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, group: Any) -> Tensor:
         d = subtract(x, _mean(x))
         r = rsqrt(add(_mean(multiply(d, d)), eps))
         n = multiply(d, r)

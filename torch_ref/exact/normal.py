@@ -8,8 +8,8 @@ from torch import Tensor
 from .arithmetic import flush
 from .rounding import R
 
-# The float32 whose Phi comes nearest to the middle of two float32: 0.03, 0.03, 1.37 and 2.58 units of
-# float64 from it, of which `erfcx` misses the last; and the one whose phi does, 1.12 units.
+# The float32 whose Phi comes nearest to the middle of two float32: 0.03, 0.03, 1.37 and 2.58 units
+# of float64 from it, of which `erfcx` misses the last; and the one whose phi does, 1.12 units.
 HARD_CDF = {
     float.fromhex("0x1.40d932p-24"): float.fromhex("0x1.000002p-1"),
     float.fromhex("-0x1.40d932p-25"): float.fromhex("0x1.fffffep-2"),

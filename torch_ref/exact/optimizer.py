@@ -70,7 +70,7 @@ def adamw(
     `u = (m (*) k1) (/) (R(sqrt(v (*) k2)) (+) eps)` and `w (+) R(-lr R(u + wd w))`.
     """
     chunks = zip(*(x.flatten().split(CHUNK) for x in (w, m, v, g)), strict=True)
-    parts = [_adamw(*chunk, numbers) for chunk in chunks]
+    parts = [_adamw(a, b, c, d, numbers) for a, b, c, d in chunks]
     w_, m_, v_ = (torch.cat(part).view(w.shape) for part in zip(*parts, strict=True))
     return w_, m_, v_
 
