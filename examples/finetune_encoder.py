@@ -3,13 +3,12 @@
     python examples/finetune_encoder.py
     python examples/finetune_encoder.py --steps 3 --layers 2
 
-The encoder is all-MiniLM-L6-v2, 22.6 million weights; the task, to tell by its docstring whether a
-function of Python's is of text, of files, of statistics or of random numbers. Texts are padded to
-one length. The weights go from `transformers` by name into the encoder beside this file, which trains
-on one device and on eight, and into that of `torch_ref.exact`, in exact arithmetic;
-beside it the same in ordinary float32, whose losses part. Afterwards they go back, and
-`transformers` itself says what the loss has become. Needs the extras "training", "parity" and
-"real". Exit status: 0 if all bits are equal, 1 if not.
+The encoder is all-MiniLM-L6-v2; the task, to tell by its docstring whether a function of Python's
+is of text, of files, of statistics or of random numbers. Texts are padded to one length. Weights go
+from `transformers` by name into the encoder beside this file, which trains on one device and on
+eight, and into that of `torch_ref.exact`, in exact arithmetic; beside it the same in ordinary
+float32, whose losses part. Afterwards they go back, and `transformers` itself says what is lost.
+Needs the extras "training", "parity" and "real". Exit status: 0 if all bits are equal, 1 if not.
 """
 
 import hashlib
@@ -105,20 +104,16 @@ class Task:
     """What is trained.
 
     Attributes:
-      layers: of the encoder, the first ones.
+      config: the sizes of the encoder, of whose layers the last may be left out.
       batch, tokens: texts of a step, and tokens of each.
     """
 
-    layers: int = 6
+    config: Config = Config()
     steps: int = 10
     batch: int = 4
     tokens: int = 32
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
-
-    @property
-    def config(self) -> Config:
-        return Config(layers=self.layers)
 
     def batches(self) -> Iterator[Batch]:
         """As many of each class in every batch."""
@@ -151,7 +146,7 @@ class Classifier(Encoder):
         self.head = nnx.Linear(config.features, len(CLASSES), rngs=nnx.Rngs(0))
 
     def through_layers(self, x: jax.Array, mask: jax.Array, record: Record | None) -> jax.Array:
-        """A scan, so that one layer is compiled: 60 s of CPU time are 15 then."""
+        """A scan, so that one layer is compiled for all."""
         graph, states = nnx.graphdef(self.layers[0]), [nnx.state(layer) for layer in self.layers]
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
 
@@ -173,9 +168,10 @@ def classifier(config: Config, arithmetic: Arithmetic) -> Classifier:
 
 
 def pretrained(task: Task) -> Any:
-    """The model of `transformers`."""
+    """The model of `transformers`, of whose layers a task may leave out the last."""
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options: Any = {"local_files_only": True, "num_hidden_layers": task.layers}
+    options: Any = {"local_files_only": True, "num_hidden_layers": task.config.layers}
     return AutoModel.from_pretrained(model_folder(), **options)
 
 
@@ -215,11 +211,11 @@ def flax_model(task: Task, arithmetic: Arithmetic) -> Model:
     def load(arrays: dict[str, np.ndarray]) -> Any:
         tensors = {name: numpy_to_torch(x) for name, x in arrays.items()}
         mesh: Any = jax.sharding.get_mesh()
-        tree = from_torch(tensors, NAMES, sizes=sizes, like=like)
+        tree = _stacked(from_torch(tensors, NAMES, sizes=sizes, like=like))
         return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, shared(x))), tree)
 
     def save(tree: Any) -> dict[str, np.ndarray]:
-        tensors = to_torch_state(tree, NAMES, sizes=sizes)
+        tensors = to_torch_state(_unstacked(tree), NAMES, sizes=sizes)
         return {name: torch_to_numpy(x) for name, x in tensors.items()}
 
     def placed(tree: Any, spec: Callable[[jax.Array], PartitionSpec]) -> Any:
@@ -227,12 +223,26 @@ def flax_model(task: Task, arithmetic: Arithmetic) -> Model:
 
     def value_and_grad(params: Any, batch: Any, _: jax.Array) -> tuple[jax.Array, Any]:
         def loss(params: Any) -> jax.Array:
-            return nnx.merge(graph, placed(params, lambda _: PartitionSpec())).loss(batch)
+            whole = placed(params, lambda _: PartitionSpec())
+            return nnx.merge(graph, _unstacked(whole)).loss(batch)
 
         value, gradients = jax.value_and_grad(loss)(params)
         return value, placed(gradients, shared)
 
     return Model(value_and_grad, load, save)
+
+
+def _stacked(tree: Any) -> Any:
+    """The parameters, each of all layers as one array: AdamW is compiled once for all of them."""
+    rest = {name: x for name, x in tree.items() if name != "layers"}
+    return rest, jax.tree.map(lambda *arrays: jnp.stack(arrays), *tree["layers"].values())
+
+
+def _unstacked(params: Any) -> Any:
+    rest, stacked = params
+    layers = range(len(jax.tree.leaves(stacked)[0]))
+    of_layers = {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in layers}
+    return nnx.State({**rest, "layers": of_layers})
 
 
 def _adamw(exact: bool, task: Any) -> optax.GradientTransformation:
@@ -270,7 +280,7 @@ def train_in_flax(
 
 def train_in_torch(task: Task, start: Step, *, on_step: OnStep = bool) -> list[Step]:
     """The steps of PyTorch in one process."""
-    sizes = torch_encoder.Encoder(task.layers, task.config.heads, task.config.epsilon)
+    sizes = torch_encoder.Encoder(task.config.layers, task.config.heads, task.config.epsilon)
     weights, m, v = (
         {name: numpy_to_torch(x) for name, x in start.of_kind(kind).items()} for kind in KINDS
     )
@@ -321,7 +331,7 @@ def main(
 ) -> None:
     """Fine-tunes on all sides, and compares every bit."""
     jax.config.update("jax_num_cpu_devices", 8)
-    task = Task(layers, steps)
+    task = Task(Config(layers=layers), steps)
     model = pretrained(task)
     start = start_of(model, task)
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -19,7 +19,8 @@ LOG_HARD_CASES = {
 # Of all mantissas, 1.41 units of float64 from a boundary.
 ROOT_HARD_CASE = 0x403A18E3, 0x3F16209E
 # float32 bits of x, of Phi(x) and of phi(x): of the first six Phi comes nearest to a boundary,
-# 0.03, 0.03, 1.37, 2.58, 3.99 and 4.37 units of float64 from it; of the others phi, 1.12, 2.98 and 3.78.
+# 0.03, 0.03, 1.37, 2.58, 3.99 and 4.37 units of float64 from it; of the others phi does, 1.12, 2.98
+# and 3.78.
 NORMAL_HARD_CASES = {
     0x33A06C99: (0x3F000001, 0x3ECC422A),
     0xB3206C99: (0x3EFFFFFF, 0x3ECC422A),
