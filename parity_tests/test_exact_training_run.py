@@ -189,7 +189,7 @@ def test_layers_that_exact_arithmetic_lacks_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             exact.self_attention(layer, x, mask=jnp.ones((1, 1, 4, 4), bool))
-    with pytest.raises(ValueError, match="Write nnx.LayerNorm"):
+    with pytest.raises(ValueError, match=r"Write nnx\.LayerNorm"):
         exact.layer_norm(nnx.LayerNorm(8, use_bias=False, rngs=rngs), x)
 
 
