@@ -284,7 +284,7 @@ MUTATIONS = {
     "a slope without 1 +": ("swiglu", activation, "add", lambda a, b: a - b),
     "a mean of D - 1": ("layer norm", norm, "_mean", mean_of_all_but_one),
     "epsilon outside of the root": ("layer norm", norm, "_normal", root_of_epsilon),
-    "a bias summed in float32": ("bias of features", rounding, "total", float32_total),
+    "a bias summed on 20 bits": ("bias of features", rounding, "TOTAL_BITS", 20),
     "GELU by tanh": ("gelu", activation, "normal_cdf", tanh_cdf),
     "a density of float32": ("gelu", normal, "_gaussian", lambda a: jnp.exp(-0.5 * a * a)),
     "angles of 23 bits": ("rotary", rotary, "ANGLE_BITS", 23),
