@@ -246,6 +246,10 @@ def root_of_epsilon(x: Any, epsilon: float) -> Any:
     return rounding.multiply(x, r), r
 
 
+def gaussian_of_float32(a: Any) -> Any:
+    return rounding.flush(rounding.nearest(jnp.exp(-0.5 * a * a)))
+
+
 def mean_of_all_but_one(x: Any) -> Any:
     return rounding.divide(rounding.total(x, -1), jnp.float32(x.shape[-1] - 1))
 
@@ -286,7 +290,7 @@ MUTATIONS = {
     "epsilon outside of the root": ("layer norm", norm, "_normal", root_of_epsilon),
     "a bias summed on 20 bits": ("bias of features", rounding, "TOTAL_BITS", 20),
     "GELU by tanh": ("gelu", activation, "normal_cdf", tanh_cdf),
-    "a density of float32": ("gelu", normal, "_gaussian", lambda a: jnp.exp(-0.5 * a * a)),
+    "a density of float32": ("gelu", normal, "_gaussian", gaussian_of_float32),
     "angles of 23 bits": ("rotary", rotary, "ANGLE_BITS", 23),
     "rows summed on 31 bits": ("embedding", embedding, "TOTAL_BITS", 31),
     "a mean of logits in float32": ("loss", loss, "total", float32_total),
