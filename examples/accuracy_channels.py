@@ -67,7 +67,7 @@ def errors(got: Arrays, expected: Arrays, kind: str) -> dict[str, float]:
 
 
 def ratios(kind: str, times: float, case: Case, seed: int) -> dict[str, list[float]]:
-    """Of exact attention without and with scales, for each result."""
+    """Error ratios of exact attention to the better stock kernel, without and with scales."""
     inputs, others = (draw(kind, times, case, n) for n in (seed, seed + 1))
     scales = channel_scales(*(jnp.asarray(others[name]) for name in NAMES[:3]))
     expected = oracle(inputs)

@@ -1,4 +1,4 @@
-"""How far attentions are from float64: `exact_attention` beside the stock kernels.
+"""Errors of attentions against float64: `exact_attention` beside the stock kernels.
 
     python examples/accuracy_exact.py
     python examples/accuracy_exact.py --quick --json accuracy.json
@@ -86,7 +86,7 @@ def _run_jax(attention: Callable[..., jax.Array], query: Any, key: Any, value: A
 
 
 def with_torch(inputs: Arrays) -> Arrays:
-    """Returns those of PyTorch's kernel: on a CPU it is fused, and adds in float32."""
+    """Returns output and gradients of PyTorch's kernel: fused on a CPU, with sums in float32."""
     leaves = [numpy_to_torch(inputs[name]).requires_grad_() for name in NAMES[:3]]
     q, k, v = (x.transpose(1, 2) for x in leaves)
     gqa = q.shape[1] != k.shape[1]

@@ -35,7 +35,7 @@ Operation = tuple[Callable[..., Any], Callable[..., Any], list[tuple[int, ...]]]
 
 
 def operations(labels: np.ndarray) -> dict[str, Operation]:
-    """Those of a decoder."""
+    """Operations of a decoder by name: exact, ordinary, and the shapes of their operands."""
 
     def project(x: Any, w: Any) -> Any:
         return linear.linear("BSD,DF->BSF", x, w)
@@ -74,7 +74,7 @@ def operations(labels: np.ndarray) -> dict[str, Operation]:
 
 
 def of_jax(function: Callable[..., Any], arrays: list[np.ndarray], grad: np.ndarray) -> list[Any]:
-    """Output and gradients."""
+    """Output and gradients of an operation of JAX."""
     out, pull = jax.vjp(jax.jit(function), *map(jnp.asarray, arrays))
     return [np.asarray(x, np.float64) for x in (out, *pull(jnp.asarray(grad)))]
 
@@ -82,7 +82,7 @@ def of_jax(function: Callable[..., Any], arrays: list[np.ndarray], grad: np.ndar
 def of_torch(
     function: Callable[..., Any], arrays: list[np.ndarray], grad: np.ndarray, dtype: torch.dtype
 ) -> list[Any]:
-    """The same of PyTorch in a dtype."""
+    """Output and gradients of an operation of PyTorch in a dtype."""
     leaves = [torch.from_numpy(x).to(dtype).requires_grad_() for x in arrays]
     out = function(*leaves)
     gradients = torch.autograd.grad(out, leaves, torch.from_numpy(grad).to(dtype))

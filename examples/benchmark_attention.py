@@ -12,7 +12,7 @@ that slows down changes no ratio. JAX and PyTorch use all the cores, but in `pip
 rank has the threads that `--threads` says: with one the four fill two cores. JAX's four devices are
 simulated and share the same cores.
 
-Peak memory: by how much the resident memory of a process of its own grows in one call, results
+Peak memory: by how much the resident memory of a separate process grows in one call, results
 included, operands not. Planned: results and temporaries of the compiled program.
 
 The formula of `memory`, in bytes of temporaries on one device. A = 4 B S N/P H is one array, before

@@ -1,4 +1,4 @@
-"""Prefill and decoding step of one cache: what they send, hold and take, by degree.
+"""Bytes sent, memory and time of a prefill and a decoding step of one cache, by degree.
 
     python examples/benchmark_decoding.py
     python examples/benchmark_decoding.py --tokens 65536 --kv-heads 2 --json results.json
@@ -49,7 +49,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the cache and of what attends to it."""
+    """Sizes of the cache and of the queries that attend to it."""
 
     batch: int
     tokens: int
@@ -69,7 +69,7 @@ class Sizes:
         return KeyValueCache.empty(*sizes, layout=layout)
 
     def filled(self, layout: MeshLayout) -> KeyValueCache:
-        """A cache that holds as many tokens, and has room for those of the steps."""
+        """A cache that holds `self.tokens` tokens, and has room for those of the steps."""
         key = value = jnp.zeros((self.batch, self.tokens, self.kv_heads, self.head_dim))
         return self.empty(layout, room=128 * max(DEGREES)).fill(key, value)
 
@@ -94,7 +94,7 @@ class Subject:
         return self.mesh.shape["seq"]
 
     def row(self) -> dict[str, Any]:
-        """What the compiled program says."""
+        """Row of the table: collectives, bytes sent and memory, from the compiled program."""
         shapes = jax.tree.map(shape_of, (self.cache, *self.operands))
         on = {"topology": f"cpu:{self.degree}", "mesh": {"seq": self.degree}, "timeout": None}
         made = plan(self.program, *shapes, **on)
@@ -109,7 +109,7 @@ class Subject:
         }
 
     def timer(self) -> Timer:
-        """Runs it, with the cache that the run before returned."""
+        """Timer of the program, with the cache that the run before returned."""
         state = [self.cache]
 
         def run() -> None:
@@ -187,7 +187,7 @@ def layout_of(degree: int) -> Any:
 
 
 def measured(subjects: list[Subject], repeats: int) -> list[dict[str, Any]]:
-    """A row of each, with its times in turns and their ratio to the first of its kind."""
+    """Rows of the subjects, with times in turns and their ratio to the first of the kind."""
     rows = []
     for subject in subjects:
         with jax.set_mesh(subject.mesh):
@@ -241,7 +241,7 @@ def _count(x: Collective) -> str:
 
 
 def shape_of(x: Any) -> Any:
-    """What stands for an array where a program is compiled."""
+    """`jax.ShapeDtypeStruct` of an array, with its sharding, for compilation."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 

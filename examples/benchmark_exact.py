@@ -95,8 +95,8 @@ def products_alone(tokens: int, heads: int, head_dim: int) -> list[Run]:
     def run(products: list[tuple[str, str]]) -> Run:
         @jax.jit
         def each_pair(blocks: Any) -> Any:
-            # What a step computes the next one overwrites, and XLA computes it all the same; of
-            # equal operands it would compute one.
+            # Each step overwrites the results of the one before, which XLA computes all the same;
+            # with equal operands XLA would compute one step.
             def step(i: Any, results: Any) -> Any:
                 return [
                     blocks[left][i % 8] @ blocks[right][(i + n) % 8]
@@ -116,7 +116,7 @@ def products_alone(tokens: int, heads: int, head_dim: int) -> list[Run]:
 
 
 def runs_of(tokens: int, heads: int, head_dim: int) -> dict[str, list[Run]]:
-    """Returns what each row of the table runs, by its name."""
+    """Returns the runs of each row of the table, by its name."""
     case = Case(batch=1, tokens=tokens, heads=heads, kv_heads=heads, head_dim=head_dim)
     inputs = case.inputs()
     sdpa = torch.nn.functional.scaled_dot_product_attention

@@ -44,7 +44,7 @@ Part = tuple[Callable[..., Any], list[np.ndarray]]
 
 
 def parts(training: Training, arithmetic: Arithmetic) -> dict[str, Part]:
-    """What a layer computes, embedding and loss, each a function of float32 arrays."""
+    """Operations of a layer, embedding and loss, each a function of float32 arrays."""
     rng = np.random.default_rng(0)
     B, S, D, F = training.batch, training.tokens, training.features, training.hidden
     N, K, H, V = training.heads, training.kv_heads, training.head_dim, training.vocabulary
@@ -121,7 +121,7 @@ def optimizer_and_step(training: Training, side: str) -> tuple[Timer, Timer]:
 
 
 def rows_of(training: Training) -> dict[str, list[Timer]]:
-    """Of each part and of the step: seconds in float32, and exact."""
+    """Timers of each part and of the step: in float32, and exact."""
     by_side = []
     for side, (arithmetic, _) in SIDES.items():
         timers = {name: timer_of(part) for name, part in parts(training, arithmetic).items()}

@@ -1,6 +1,6 @@
-"""What `benchmark_attention.py` compares with: PyTorch's kernel, and pipelines on gloo ranks.
+"""Peers of `benchmark_attention.py`: PyTorch's kernel, and pipelines on gloo ranks.
 
-Those of others that have a ring do not run on CPUs as they are. Seen with PyTorch 2.13: yunchang
+Other libraries with a ring do not run on CPUs as they are. Seen with PyTorch 2.13: yunchang
 0.6.4 calls `aten::_scaled_dot_product_flash_attention`, which PyTorch has for GPUs alone, and for
 its other kernels raises "Not implemented backward for PyTorch attention types"
 (`kernels/attention.py`); ring-flash-attn 0.1.8 imports `flash_attn`, which needs CUDA; PyTorch's
@@ -37,7 +37,7 @@ from torch_ref.ulysses import DistributedAttention
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 PEER, PEER_RING = "DeepSpeed" if HAS_DEEPSPEED else "torch_ref", "torch_ref ring"
 YUNCHANG, YUNCHANG_RING = "yunchang", "yunchang ring"
-# What runs here, and which passes.
+# Peers that run here, and their passes.
 PEERS = {PEER: PASSES, PEER_RING: PASSES}
 if importlib.util.find_spec("yunchang") is not None:
     PEERS |= {YUNCHANG: PASSES, YUNCHANG_RING: PASSES[:1]}

@@ -1,4 +1,4 @@
-"""What the benchmarks of kernels share: programs, turns and tables."""
+"""Programs, turns and tables that the benchmarks of kernels share."""
 
 import json
 import statistics
@@ -111,7 +111,7 @@ def show(title: str, columns: dict[str, str], rows: list[Any], section: str | No
         if section is not None and before is not None and before[section] != row[section]:
             table.add_section()
         table.add_row(*(cell(row, path) for path in columns))
-    # As wide as its numbers, also where the terminal is narrower: none is cut.
+    # Printed as wide as its numbers, also where the terminal is narrower: no number is cut.
     wide = Console(width=1000)
     wide.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
     wide.print(table)
@@ -132,7 +132,7 @@ def cell(row: Any, path: str) -> str:
 
 @contextmanager
 def progress(total: int) -> Iterator[Step]:
-    """A bar of `total` steps, advanced by each call with what is next."""
+    """Progress bar of `total` steps, advanced by each call with a description of the next."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=total)

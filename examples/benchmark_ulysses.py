@@ -214,7 +214,7 @@ def _count(n: int, noun: str) -> str:
 
 
 def results(rows: list[Row], case: Case) -> dict[str, Any]:
-    """Everything measured, as JSON has it."""
+    """Measurements of all rows, for JSON."""
     (baseline,) = (row for row in rows if row.what == BASELINE)
 
     def timing(seconds: list[float], reference: list[float]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def capture(texts: list[str], tokens: int) -> list[Layer]:
-    """What goes into and comes out of each layer's attention.
+    """Inputs, outputs and output gradients of each layer's attention.
 
     Args:
       texts: at least two; B of them.
@@ -87,7 +87,7 @@ def write(layers: list[Layer], folder: Path) -> list[Path]:
 
 
 def model_folder() -> Path:
-    """Where the installed package keeps the encoder; the package itself is not imported."""
+    """Folder of the encoder in the installed package, found without an import of the package."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise ImportError('The encoder needs: pip install "jax-seqpar[test]"', name=PACKAGE)

@@ -66,7 +66,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a decoder runs: how tokens and parameters lie on a mesh, and which attention.
+    """Placement of a decoder: sharding of tokens and parameters, attention, memory and dtype.
 
     Args:
       layout, kernel, strategy: as for `jax_seqpar.dot_product_attention`; the mesh is that of
@@ -74,8 +74,10 @@ class Placement:
       sharding: of the parameters, mesh axes by letter; None leaves them whole.
       tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole. In
         exact arithmetic of the loss alone: the MLP's gradients are sums over all tokens.
-      remat: computes each block again for the gradient, instead of keeping what is in it.
-      offload: with remat, keeps the inputs of the blocks in the memory of the host.
+      remat: computes each block again for the gradient, instead of keeping its activations.
+      offload: with remat, keeps the inputs of the blocks in the memory of the host. On TPUs it
+        saves no memory, as the blocks are no loop (`jax_seqpar.training.offloaded`): take
+        `jax_seqpar.plan.Decoder`, which is one, as the pattern.
       dtype: of the computation; parameters are float32.
       arithmetic: of all layers; `ExactArithmetic()` has the same bits on every mesh.
     """
@@ -99,7 +101,7 @@ class Placement:
 
     @property
     def parameters(self) -> ParameterOptions:
-        """How the parameters of attention and MLP lie on the mesh, and are computed with."""
+        """Sharding, dtype and arithmetic of the parameters of attention and MLP."""
         return ParameterOptions(
             sharding=self.sharding, dtype=self.dtype, arithmetic=self.arithmetic
         )
@@ -234,7 +236,7 @@ class Decoder(nnx.Module):
         x = arithmetic.embed(table, tokens, layout=layout, dtype=self.place.dtype)
         note: Record = record or (lambda name, x: None)
         note("embedding", x)
-        # What is recorded would leave the recomputed part.
+        # Recorded tensors would leave the recomputed part, so nothing is recomputed then.
         again = self.place.remat and record is None and not attention.get("decode")
         offload = again and self.place.offload
         policy = offload_policy if offload else None
@@ -264,7 +266,7 @@ class Decoder(nnx.Module):
         return arithmetic.tiled_cross_entropy(hidden, unembedding, *of_loss, **options)
 
     def _tables(self) -> tuple[Array, Array]:
-        """Those of embedding and unembedding, gathered; one table twice where they are tied."""
+        """Tables of embedding and unembedding, gathered; one table twice where they are tied."""
 
         def gathered(table: nnx.Param[Array]) -> Array:
             return gather(table[...], "VD", self.place.sharding, self.place.layout)

@@ -1,4 +1,4 @@
-"""Pictures of what the benchmarks wrote with `--json`, and of the bytes that strategies send.
+"""Pictures of results that the benchmarks wrote with `--json`, and of bytes by strategy.
 
 python examples/benchmark_attention.py kernels --json kernels.json
 python examples/plot_benchmarks.py ratios kernels.json
@@ -20,11 +20,11 @@ from jax_seqpar import AllGatherKV, Contiguous, Mask, Ring, Ulysses
 from jax_seqpar.chips import UNKNOWN
 from jax_seqpar.strategies.cost import Group, Layer, cost_of
 
-# Of `traffic`: the attention of a Llama 3 8B layer with 32K tokens, in bfloat16.
+# Sizes for `traffic`: the attention of a Llama 3 8B layer with 32K tokens, in bfloat16.
 TOKENS, HEADS, HEAD_DIM, ITEMSIZE = 32_768, 32, 128, 2
 DEGREES = (2, 4, 8, 16, 32)
 KV_HEADS = (8, 2, 1)
-# Of `break-even`.
+# Sizes for `break-even`.
 ALL_DEGREES, ALL_KV_HEADS = (2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -90,10 +90,10 @@ def traffic(out: Out = Path("examples/strategy_traffic.png")) -> None:
 
 @app.command()
 def break_even(out: Out = Path("examples/strategy_break_even.png")) -> None:
-    """Draws what strategies receive as a multiple of what Ulysses does, by degree and KV heads.
+    """Draws bytes that strategies receive as a multiple of Ulysses', by degree and KV heads.
 
-    Forward it is less where K P < N + K': of N query and K KV heads, P devices, and the K' KV heads
-    that Ulysses sends.
+    Forward the multiple is below 1 where K P < N + K': of N query and K KV heads, P devices, and
+    the K' KV heads that Ulysses sends.
     """
     titles = {
         (AllGatherKV(), False): "AllGatherKV, and Ring forward: less where K P < N + K'",

@@ -33,7 +33,7 @@ Line = Map | Tied | Ignored
 
 
 class Bug(StrEnum):
-    """What ports get wrong: heads read as channels, another rotary convention, no mask."""
+    """Bugs of ports: heads read as channels, another rotary convention, a missing mask."""
 
     HEAD_LAYOUT = "head-layout"
     ROTARY = "rotary"
@@ -48,9 +48,9 @@ class Port:
       torch_model: `torch_loss(model, **batch)` runs it.
       flax_model: makes the model; `flax_loss(model, record, **batch)` runs it.
       mapping, sizes: as for `jax_seqpar.bridge.from_torch`.
-      hooks: modules of PyTorch's model, and names for what they return.
+      hooks: modules of PyTorch's model, and names for their results.
       batch: arrays `[B, S]`, which both are given.
-      attends: what each query attends to, as for `jax_seqpar.dot_product_attention`.
+      attends: keywords of the mask, as for `jax_seqpar.dot_product_attention`.
       layout: of the tokens on the mesh.
     """
 
@@ -210,7 +210,7 @@ def with_bug(port: Port, bug: Bug) -> Port:
     """The same port with a bug in every layer of its Flax model, or of its mapping.
 
     Raises:
-      ValueError: if there is no place for the bug.
+      ValueError: for a model without a place for the bug.
     """
     if bug is Bug.HEAD_LAYOUT:
         return replace(port, mapping=[_misread(line) for line in port.mapping])

@@ -101,7 +101,7 @@ def because(error: Exception) -> str:
     if isinstance(error, jax.errors.JaxRuntimeError):
         first = (str(error).splitlines() or [""])[0]
         return f"a collective failed, as when another process dies ({first})"
-    # Of this process alone, and the others learn of it by its end.
+    # An error of this process alone, of which the others learn by its end.
     traceback.print_exception(error)
     return f"{type(error).__name__} in process {jax.process_index()}"
 

@@ -13,6 +13,7 @@ Needs the extra "training".
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -56,6 +57,7 @@ ATTENTION = {"auto": None, "blockwise": blockwise_attention, "exact": exact_atte
 STRATEGY: dict[str, Any] = {
     "ulysses": Ulysses(),
     "ring": Ring(),
+    "ring-bidirectional": Ring(bidirectional=True),
     "all-gather": AllGatherKV(),
     "auto": "auto",
 }
@@ -127,7 +129,7 @@ def train(
     """Trains, and returns the loss of each step that was made.
 
     Args:
-      folder: of checkpoints, absolute; what is there is resumed, at whatever degree it was written.
+      folder: of checkpoints, absolute; the newest is resumed, at whatever degree it was written.
       on_step: called after each step with its number and loss.
       leave: called after each step with its number: whether to save it and make no other.
     """
@@ -259,6 +261,13 @@ def main(
     ):
         if chosen not in known:
             raise typer.BadParameter(f"{name} must be one of {', '.join(known)}, got {chosen!r}.")
+    unit = math.lcm(2 * Config.heads, data if fsdp else 1)
+    if features % unit:
+        shared = f", which the {data} devices of --data share" if fsdp else ""
+        raise typer.BadParameter(
+            f"--features {features} is not a multiple of {unit}: {Config.heads} heads with an even "
+            f"number of channels each{shared}. Write --features {-(-features // unit) * unit}."
+        )
     if (processes > 1 or process) and coordinator is None:
         raise typer.BadParameter("several processes need --coordinator HOST:PORT of process 0.")
     if not 0 <= process < processes:
@@ -275,7 +284,7 @@ def main(
                 f"--process instead."
             ) from None
     with suppress(RuntimeError):  # JAX runs already, with the devices it has
-        # Of the CPU only, if that is all there is.
+        # Simulated devices, which JAX makes of a CPU only.
         jax.config.update("jax_num_cpu_devices", -(-degree * data // processes))
     if len(jax.devices()) < degree * data:
         raise typer.BadParameter(

@@ -49,12 +49,12 @@ class Model(StrEnum):
 
 @dataclass(frozen=True)
 class Run:
-    """What a model computed.
+    """Tensors and gradients that a model computed.
 
     Attributes:
       tensors: by name, in the order of computation; the loss is the last.
       grads: of the loss by the parameter's name in PyTorch, sorted.
-      tensor_grads: of the loss by the tensor's name; none of Flax.
+      tensor_grads: of the loss by the tensor's name; empty for Flax.
     """
 
     tensors: Arrays
@@ -157,7 +157,7 @@ def run_flax(port: Port, mesh: Mesh) -> Run:
         @jax.jit
         @partial(jax.value_and_grad, has_aux=True)
         def loss(params: Any, batch: Any) -> Any:
-            # It leaves jit in the order of computation; the keys of a dict would be sorted.
+            # An OrderedDict leaves jit in the order of computation; keys of a dict would be sorted.
             seen: OrderedDict[str, Any] = OrderedDict()
             value = port.flax_loss(nnx.merge(graph, params), seen.__setitem__, **batch)
             return value, seen
@@ -177,7 +177,7 @@ def exact_layers(port: Port, run: Run, mesh: Mesh) -> compare.BitsReport:
     """Compares every attention and its gradients, each framework with its own exact kernel.
 
     Args:
-      port: what ran.
+      port: the model that ran.
       run: PyTorch's model with `torch_ref.exact`. JAX is given what each of its attentions was, and
         the gradient of the loss there.
       mesh: of the devices that share the tokens.
@@ -242,7 +242,7 @@ def main(
 
 
 def _compare(console: Console, kind: str, truth: Arrays, expected: Arrays, got: Arrays) -> Any:
-    """Prints how far the two are apart, and returns what differs first, None if nothing does."""
+    """Prints the differences of the two, and returns the first divergence, None without one."""
     errors = {name: relative_error(expected[name], truth[name]) for name in truth}
     # A gradient that is 0 is nothing but rounding: a key's bias moves all logits of a query alike.
     told = [name for name, error in errors.items() if error < 1]

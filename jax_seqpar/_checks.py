@@ -102,7 +102,7 @@ def _as_array(name: str, x: Any) -> str:
 
 
 def as_boolean(name: str, dtype: Any) -> str:
-    """What makes a mask of numbers boolean, for a message: `write {as_boolean("mask", dtype)}`.
+    """Expression that makes a mask boolean, for a message: `write {as_boolean("mask", dtype)}`.
 
     A floating mask may hide by large negative numbers, which `astype(bool)` would let attend.
     """

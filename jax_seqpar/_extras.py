@@ -21,7 +21,7 @@ def require(module: str, called: str | None = None) -> ModuleType:
 
     Args:
       module: its name, like "einops" or "rich.table".
-      called: what the message calls it, where that is not its package's name.
+      called: its name in the message, where that is not its package's name.
 
     Returns:
       the module.

@@ -1,4 +1,4 @@
-"""Words for messages: lists that are cut, and numbers with their noun."""
+"""Text of messages: lists that are cut, and numbers with their noun."""
 
 from collections.abc import Sequence
 

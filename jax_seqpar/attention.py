@@ -81,8 +81,8 @@ def dot_product_attention(
       out = dot_product_attention(q, k, v, is_causal=True, layout=layout)
 
     Notes:
-      Of the arrays in mask, logits and dropout, those with a head axis are sharded like the heads,
-      so each device gets its part; those of tokens, and what is small, every device gets whole.
+      Arrays with a head axis in mask, logits and dropout are sharded like the heads, so each device
+      gets its part; every device gets per-token and small arrays whole.
 
       Inside a `jax.shard_map` that is manual over the axis of the tokens, query, key and value are
       those of one device, and so is the output: the strategy runs right there. Masks and whatever
@@ -131,7 +131,7 @@ def _of_sequence(x: Array, degree: int) -> jax.ShapeDtypeStruct:
 
 @dataclass(frozen=True)
 class _Division:
-    """How the work of one call is divided: hashable, part of the compiled program."""
+    """Division of one call over the mesh: hashable, part of the compiled program."""
 
     layout: MeshLayout
     mesh: AnyMesh
@@ -199,7 +199,7 @@ def _attend(
 def _attend_on_device(
     kernel: Kernel, division: _Division, query: Array, key: Array, value: Array, spec: Spec
 ) -> Any:
-    """Attention inside a `jax.shard_map`, of the arrays of one device."""
+    """Attention of the arrays of one device, inside a `jax.shard_map`."""
     layout, rows = division.layout, division.return_residual
     if layout.tokens is None:
         out, residual = kernel.attend(query, key, value, spec)
@@ -236,7 +236,7 @@ def _own_head(x: Array, layout: MeshLayout, tensor_parallel: int) -> Array:
 
 
 def _in_sequence(x: Array, axes: Axes, *, order: TokenOrder, degree: int) -> Array:
-    """An array whose tokens lie in the layout's order, with its tokens in that of the sequence."""
+    """Array in the order of the sequence, from an array in the layout's order."""
     for axis, name in enumerate(axes):
         if name in ("queries", "keys"):
             x = order.restore(x, axis, degree)
@@ -244,7 +244,7 @@ def _in_sequence(x: Array, axes: Axes, *, order: TokenOrder, degree: int) -> Arr
 
 
 def _partition_of(x: Array, axes: Axes, *, layout: MeshLayout, strategy: Strategy) -> PartitionSpec:
-    """The batch as the layout has it, heads as the reshard leaves them, and the tokens whole."""
+    """PartitionSpec of a kernel's arrays: the layout's batch, the reshard's heads, whole tokens."""
     mesh_axes: dict[Any, Any] = {
         "batch": layout.batch,
         "heads": (*names(layout.heads), *strategy.heads_axes(layout.tokens)),

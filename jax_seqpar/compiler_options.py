@@ -4,7 +4,7 @@ from ._checks import check_platform
 
 OPTIONS: dict[str, dict[str, str]] = {
     "cpu": {},
-    # Of its own options XLA takes "True" and not "true"; those of TPUs are read by libtpu.
+    # XLA reads "True" and not "true"; libtpu reads the options of TPUs.
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": "True"},
     "tpu": {"xla_tpu_enable_async_all_to_all": "true"},
 }

@@ -1,4 +1,4 @@
-"""Whether the sequence axis of a mesh crosses slices or hosts more often than it needs to."""
+"""Warning if the sequence axis of a mesh crosses slices or hosts more often than it needs to."""
 
 import math
 import warnings

@@ -18,7 +18,7 @@ def find_mesh(mesh: AnyMesh | None, x: Any = None) -> AnyMesh:
     """The mesh given; else that of `jax.set_mesh`, else the one x is sharded over.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: without any of the three.
     """
     if mesh is not None:
         return mesh
@@ -86,7 +86,7 @@ def mesh_of_shard_map(layout: MeshLayout, operands: Mapping[str, Any]) -> AnyMes
 
 
 def platform_of(mesh: AnyMesh) -> str | None:
-    """Platform of the mesh's devices; None where an abstract mesh does not tell, or another one."""
+    """Platform of the mesh's devices, "cpu", "gpu" or "tpu"; None for another or an unknown one."""
     # Under jax.set_mesh the mesh is abstract, and has one device that stands for all.
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
     platform = getattr(device, "platform", None)
@@ -120,7 +120,7 @@ def place(x: Array, spec: PartitionSpec, *, mesh: AnyMesh) -> Array:
 
 
 def _of_kind(spec: PartitionSpec, mesh: AnyMesh, kind: AxisType) -> NamedSharding | None:
-    """`spec` restricted to mesh axes of one AxisType; None if there are none."""
+    """`spec` restricted to mesh axes of one AxisType; None if the mesh has no such axis."""
     axes = {name for name, its in zip(mesh.axis_names, mesh.axis_types, strict=True) if its == kind}
     if not axes:
         return None
@@ -156,10 +156,10 @@ def _ids(devices: set[Any]) -> str:
 
 
 def check_is_mesh(mesh: Any, context: Any) -> None:
-    """Raises ValueError unless `mesh` is a Mesh, and that of the enclosing `jax.shard_map`.
+    """Raises ValueError unless `mesh` is a Mesh, and the mesh of the enclosing `jax.shard_map`.
 
     Args:
-      context: the mesh of that; None if there is none.
+      context: the mesh of the enclosing `jax.shard_map`; None outside of one.
     """
     if mesh is None:
         return

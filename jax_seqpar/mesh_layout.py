@@ -1,4 +1,4 @@
-"""How the axes of an attention's arrays lie on a mesh."""
+"""Sharding of an attention's arrays: the mesh axes of batch, tokens and heads."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,7 +99,7 @@ def names(mesh_axes: MeshAxes) -> tuple[str, ...]:
 
 
 def axes_size(mesh_axes: MeshAxes, mesh_shape: Mapping[str, int]) -> int:
-    """How many devices share an array axis: the product of its mesh axes, 1 for None."""
+    """Number of devices that share an array axis: the product of its mesh axes, 1 for None."""
     return math.prod(mesh_shape[name] for name in names(mesh_axes))
 
 
@@ -179,7 +179,7 @@ def check_division(
 def check_sharding(name: str, spec: Iterable[Any], layout: MeshLayout) -> None:
     """Raises ValueError for an array sharded, by its type, over an axis that the layout lacks.
 
-    It would be gathered first: right numbers, at the price of the parallelism.
+    Such an array would be gathered first: right numbers, at the price of the parallelism.
     """
     fields = ("batch", "tokens", "heads")
     for field, mesh_axes in zip(fields, spec, strict=False):

@@ -12,7 +12,7 @@ from .mask import AnyTokens, TokenList, Tokens
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """How the tokens of a sequence are dealt to the devices, in equal shares.
+    """Order in which the tokens of a sequence are dealt to the devices, in equal shares.
 
     A value of `MeshLayout(order=)`: query, key, value and every other array with a token axis lie
     in this order, shard by shard. `numbers` is the whole definition.
@@ -62,7 +62,7 @@ class TokenOrder:
         """`[tokens]`: place i of an array in this order holds token `permutation[i]`.
 
         Raises:
-          ValueError: for a number of tokens that is no multiple of `multiple(degree)`.
+          ValueError: unless `multiple(degree)` divides the number of tokens.
         """
         self.check("the array", tokens, degree)
         size = tokens // degree

@@ -13,7 +13,7 @@ from .kernels import FunctionKernel, Kernel
 # A compiled function refers to its kernel weakly, so that one made inside a loop is collected, with
 # its programs, as soon as the caller drops it. (Static arguments of one jax.jit would keep up to
 # 2048 kernels, with the arrays that they close over.)
-# By identity: two that are equal need not compute the same.
+# Programs by the identity of the function: two equal ones need not compute the same.
 _COMPILED: dict[int, Callable[..., Any]] = {}
 
 

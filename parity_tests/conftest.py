@@ -51,7 +51,7 @@ def _forget_programs():
 
 @pytest.fixture
 def monkeypatch(monkeypatch):
-    """What a test replaces is seen when a function is traced, so kept programs would hide it."""
+    """`monkeypatch` without kept programs, which would hide a replacement made after tracing."""
     jax.clear_caches()
     yield monkeypatch
     jax.clear_caches()
@@ -91,7 +91,7 @@ def one_torch_thread():
 
 @pytest.fixture
 def optimised(less_optimised):
-    """In such a file, the program that a user has: for what it sends and holds."""
+    """Programs optimised as users have them, for tests of communication and memory."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -79,7 +79,7 @@ def test_a_mask_of_numbers(mask, follows, made_by):
 @pytest.mark.parametrize("order", (Contiguous(), Zigzag(), Striped()), ids=repr)
 @pytest.mark.parametrize("is_causal", (False, True))
 def test_tokens_that_do_not_divide(is_causal, order):
-    """Without the keywords of the padding 18 tokens would attend to the 2 that are added."""
+    """Padding keywords keep the 18 tokens from attending to the 2 that are added."""
     query, key, value = operands(18)
     layout = replace(ON_SEQ, order=order)
     call: Any = partial(dot_product_attention, layout=layout, is_causal=is_causal)

@@ -47,7 +47,7 @@ def test_16_bit_inputs_move_16_bits(name):
 
 
 def test_vmap_adds_none():
-    """Over an axis that is not sharded, and with `spmd_axis_name` over one that is."""
+    """`jax.vmap` adds no collectives, over an axis that `spmd_axis_name` shards or over another."""
     case, where = CASES["grouped"], MESHES[2]
     mesh, layout = where.mesh(), MeshLayout()
     stacked = []
@@ -62,7 +62,7 @@ def test_vmap_adds_none():
 
 
 def test_seven_where_the_output_is_not_used():
-    """A gradient alone needs no output, so its reshard is dropped."""
+    """Gradients without the output take seven all-to-alls: the output's reshard is dropped."""
     case, where = CASES["grouped"], ONE_AXIS[4]
     *inputs, grad = sharded_inputs(case, where)
 

@@ -1,7 +1,7 @@
-"""What users of other libraries ran into, each asked here by the name of its report.
+"""Reports of users of other libraries, each with a test by the name of the report.
 
-https://github.com/<owner>/<repository>/issues/<number>; the reports name the symptom, the tests
-what would have shown it.
+https://github.com/<owner>/<repository>/issues/<number>; a report names the symptom, its test
+would have shown the bug.
 """
 
 from functools import partial
@@ -62,7 +62,7 @@ def assert_right(
 
 
 def differs(a: Any, b: Any) -> bool:
-    """By far more than rounding, so that the option is known to have been heard."""
+    """Whether the largest error is far above rounding, which shows that an option has an effect."""
     return error(a, np.asarray(b, np.float64)) > 1e-2
 
 

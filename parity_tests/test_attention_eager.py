@@ -68,7 +68,7 @@ def sharded(kind=AxisType.Auto, **options):
 
 
 def with_chunks(query, key, value, **options):
-    """As written inside a user's loop: another partial, and another array, at each call."""
+    """Call as inside a user's loop, with another partial and another array each time."""
     bias = jnp.zeros((1, 1, 16, 16))
     kernel = partial(partial(biased_kernel, bias=bias), scale=0.5)
     return sharded(kernel=kernel)(query, key, value, **options)
@@ -134,7 +134,7 @@ def test_the_third_equal_call_compiles_nothing(ask, attend):
 @pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
 @pytest.mark.parametrize("layer", GENERATION)
 def test_the_third_generated_token_compiles_nothing(layer, kind):
-    """Eagerly, in Flax layers that decode."""
+    """Flax layers that decode eagerly compile nothing after the second token."""
     token = jnp.ones((2, 1, 32))
     with jax.set_mesh(ONE_AXIS[4].mesh(kind)):
         generate = GENERATION[layer]()
@@ -152,7 +152,7 @@ def test_compilations_are_seen():
 
 
 def test_values_and_gradients_of_an_eager_call():
-    """Against float64; on Explicit axes with a cotangent that lies on one device, too."""
+    """Eager calls agree with float64; on Explicit axes with a cotangent on one device, too."""
     for kind in (AxisType.Auto, AxisType.Explicit):
         out, pull = jax.vjp(sharded(kind), QUERY, KEY, VALUE)
         expected = oracle(CASE, CASE.inputs())
@@ -189,7 +189,7 @@ def test_a_sign_of_zero_that_is_bound_to_a_partial():
 
 
 def test_a_kernel_made_in_a_loop_is_collected():
-    """With what it closes over."""
+    """The kernel and the arrays in its closure are collected."""
     large = np.ones(3)
     seen = weakref.ref(large)
 
@@ -206,7 +206,7 @@ def test_a_kernel_made_in_a_loop_is_collected():
 
 
 def test_kernels_that_cannot_be_kept():
-    """Without a hash: called as it is."""
+    """Kernels without a hash are called as they are."""
 
     class Kernel:
         __hash__ = None  # pyright: ignore[reportAssignmentType]
@@ -238,7 +238,7 @@ def test_a_traced_array_in_a_closure_or_bound_to_a_partial(bound):
 
 @pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
 def test_inside_a_callers_jit_the_same_program(kind):
-    """As many all-to-alls, and no call is left in the compiled text."""
+    """The compiled text has four all-to-alls, and no call is left."""
     spec = jax.NamedSharding(ONE_AXIS[4].mesh(kind), MeshLayout().partition_spec)
     inputs = [jax.device_put(x, spec) for x in (QUERY, KEY, VALUE)]
     program = compiled(sharded(kind), *inputs)
@@ -248,7 +248,7 @@ def test_inside_a_callers_jit_the_same_program(kind):
 
 @dataclass(frozen=True)
 class Scaled:
-    """Equal to another of its name, whatever it computes."""
+    """Kernel that compares equal to another of the same name with another factor."""
 
     name: str
     factor: jax.Array = field(compare=False)

@@ -39,6 +39,7 @@ from jax_seqpar import (
     Blockwise,
     Hybrid,
     MeshLayout,
+    Ring,
     Ulysses,
     blockwise_attention,
     choose_kernel,
@@ -77,6 +78,8 @@ def _right(case):
     strategy, order = STRATEGIES[case["strategy"]], ORDERS[case["order"]]
     if strategy == Ulysses():
         strategy = Ulysses(chunks)
+    elif strategy == Ring():
+        strategy = Ring(bidirectional=case["chunks"] == 2)
     layout = MeshLayout(order=order, batch="data" if batch is not None and batch > 1 else None)
     shape, axes = (degree,), ("seq",)
     if isinstance(strategy, Hybrid):
@@ -150,7 +153,7 @@ ALL_KERNELS = (
 
 
 def test_one_signature():
-    """Same names, order and defaults, in every kernel and in the public function."""
+    """Parameters have the same names, order and defaults in every kernel and public function."""
     signatures = [
         {n: p.default for n, p in inspect.signature(f).parameters.items()} for f in ALL_KERNELS
     ]
@@ -161,7 +164,7 @@ def test_one_signature():
 
 
 def test_the_default_is_the_kernel_that_is_chosen():
-    """On a CPU blockwise: to the bit what it gives when it is named."""
+    """The default on a CPU is the blockwise kernel, with the bits that it has by name."""
     sizes = SIZES["grouped"]
     q, k, v, _ = map(jnp.asarray, operands(sizes))
     assert choose_kernel(q, k, v, is_causal=True).kernel == Blockwise()

@@ -98,7 +98,7 @@ LIKE_ANOTHER = {
 
 
 def operands(case: NNCase) -> tuple[dict[str, Any], Any, Any]:
-    """What is differentiated, the mask, and the gradient of the output."""
+    """Differentiated arrays, the mask, and the gradient of the output."""
     rng = np.random.default_rng(case.T + case.N)
     copies = (2,) if case.vmap else ()
 
@@ -307,7 +307,7 @@ def documents(rng: Any, batch: int, tokens: int, many: int) -> tuple[np.ndarray,
 
 
 def lengths_of(numbers: np.ndarray) -> np.ndarray:
-    """For every token the length of its document, 0 for padding."""
+    """Length of each token's document, 0 for padding."""
     same = (numbers[:, :, None] == numbers[:, None]) & (numbers[:, None] > 0)
     return same.sum(2).astype(np.int32)
 
@@ -352,7 +352,7 @@ def striped(size: int) -> Any:
 
 
 def dual_chunks(tokens: int) -> np.ndarray:
-    """Of eight chunks, rank r has those r and 7 - r."""
+    """Token order of eight chunks, in which rank r holds chunks r and 7 - r."""
     return np.arange(tokens).reshape(8, -1)[[0, 7, 1, 6, 2, 5, 3, 4]].ravel()
 
 
@@ -441,7 +441,7 @@ def on_four_devices() -> Any:
 
 
 def peer_leaves(case: PeerCase, seed: int = 1) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What is differentiated, of the case's dtype but sinks in float32; and the cotangent."""
+    """Differentiated arrays in the case's dtype, sinks in float32; and the cotangent."""
     rng = np.random.default_rng(seed)
     shapes = [shape(case.sizes, x) for x in ("BTNH", "BSKH", "BSKV", "BTNV")]
     *given, grad = (rng.standard_normal(x).astype(jnp.dtype(case.dtype)) for x in shapes)

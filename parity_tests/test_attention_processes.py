@@ -19,7 +19,7 @@ def free_address():
 
 
 def run(processes, folder):
-    """What each device held, by file name."""
+    """Arrays that each device held, by file name."""
     folder.mkdir()
     address = free_address()
     started = [

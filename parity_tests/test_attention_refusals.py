@@ -315,7 +315,7 @@ def test_the_public_function(arrays, options, message, compile):
 
 
 def test_a_bias_of_exact_attention_that_jax_would_round():
-    """To float32, or not, as `jax_enable_x64` says."""
+    """A float64 bias raises, whether `jax_enable_x64` would round it to float32 or not."""
     with pytest.raises(ValueError, match=r"bias of exact .*got float64. Write bias.astype"):
         exact_attention(*qkv(), bias=np.zeros((1, 1, 16, 16)))  # pyright: ignore[reportArgumentType]
 
@@ -336,7 +336,7 @@ def test_more_tokens_than_exact_sums_have_room_for(tokens, heads):
 
 
 def test_more_than_one_exact_sum_has_room_for():
-    """More channels, query heads of one KV head, keys of a product; and a part of the keys."""
+    """Exact attention raises for too many channels, query heads of a KV head, keys of a product."""
     rows = jax.ShapeDtypeStruct((1, 4, 4097, 1), jnp.float32)
     wide = jax.ShapeDtypeStruct((1, 4, 1, 513), jnp.float32)
     one = jax.ShapeDtypeStruct((1, 4, 1, 1), jnp.float32)
@@ -361,7 +361,7 @@ def test_the_same_of_the_pytorch_reference():
 
 
 def test_an_axis_that_the_layout_forgets():
-    """Gathering the batch would give the right numbers."""
+    """An axis that the layout lacks raises, though gathering it would give the right numbers."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"))
     q, k, v = (jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec("data"))) for x in qkv())
     message = r"query is sharded over mesh axis 'data', .*MeshLayout\(..., batch='data'\)"
@@ -500,7 +500,7 @@ def test_shapes_are_checked_under_test():
 
 
 def test_a_query_without_a_key_is_zero_and_its_gradient_finite():
-    """Not a refusal, but the case that others leave undefined."""
+    """A query without a key has output 0 and finite gradients; other libraries define neither."""
     q, k, v = (jnp.asarray(np.random.default_rng(0).standard_normal(x.shape)) for x in qkv())
     mask = jnp.zeros((1, 1, 16, 16), bool).at[:, :, 3:].set(True)
     call = jax.jit(partial(dot_product_attention, mask=mask, layout=LAYOUT))
@@ -647,7 +647,7 @@ def test_other_calls(call, message):
 @pytest.mark.parametrize("sizes", ((0, 16, 16), (2, 0, 16), (2, 16, 0)), ids=str)
 @pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)
 def test_nothing_is_no_misfit(sizes, heads, kernel, kind):
-    """No sequences, queries or keys, with heads added for the devices or not: zeros."""
+    """Empty sequences, queries or keys give zeros, with heads added for the devices or without."""
     (B, T, S), (N, K) = sizes, heads
     query, key = array(B, T, N, 4) + 1, array(B, S, K, 4) + 1
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
@@ -699,7 +699,7 @@ def test_static_numbers_of_numpy_and_open_windows(request, given, plain):
 
 
 def test_the_platform_of_an_abstract_mesh():
-    """Of the devices of `jax.set_mesh`, not of the default backend."""
+    """The platform is that of the devices of `jax.set_mesh`, not of the default backend."""
     with jax.set_mesh(MESH):
         assert platform_of(jax.sharding.get_abstract_mesh()) == "cpu"
     tpu = jax.sharding.AbstractDevice("TPU v5e", 1, "tpu")
@@ -738,7 +738,7 @@ def test_jax_checks_how_values_vary_unless_the_kernel_does_not_say(monkeypatch, 
 
 @pytest.mark.parametrize("platform", ("cpu", "tpu"))
 def test_the_kernel_is_chosen_for_the_mesh(monkeypatch, platform):
-    """By the platform of its devices, and not of the default backend."""
+    """The platform of the mesh's devices decides, not that of the default backend."""
     device = jax.sharding.AbstractDevice("some", 1, platform)
     mesh = jax.sharding.AbstractMesh((4,), ("seq",), abstract_device=device)
     asked = []
@@ -763,7 +763,7 @@ ELSEWHERE = jax.make_mesh((4,), ("seq",), devices=jax.devices()[4:], axis_types=
 
 
 class OfTorch:
-    """What a door sees of a tensor, where PyTorch is not imported."""
+    """Stand-in for a PyTorch tensor, with the attributes that are read without PyTorch."""
 
     shape, dtype = GOOD.shape, "torch.float32"
 
@@ -851,7 +851,7 @@ def test_the_wrong_kind_of_array_is_refused_at_every_door(door, kind):
 
 
 def test_a_constant_of_a_jitted_function_may_lie_anywhere():
-    """JAX moves it to the devices of the program."""
+    """Constants of a jitted function may lie on any device: JAX moves them to the program's."""
     slopes = jax.device_put(jnp.ones(GOOD.shape[2]), FOUR[1])
     attend = partial(dot_product_attention, logits=Logits(alibi_slopes=slopes), layout=ON_SEQ)
     got = jax.jit(lambda x: attend(x, x, x))(GOOD)

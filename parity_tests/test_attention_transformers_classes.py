@@ -49,9 +49,9 @@ BY_MASK = {"llama", "gpt_oss, window"}
 
 @pytest.mark.parametrize("name", [slow(n) if n in LIKE_ANOTHER else n for n in CLASSES])
 def test_as_the_class(name):
-    """Described by what the class does; the output wherever a query is no padding.
+    """Attention with the keywords of the class has the class's output where no query is padding.
 
-    In float64, by PyTorch, the output without any one part of the description is another.
+    In float64, by PyTorch, the output without any one of the keywords is another.
     """
     case = CLASSES[name]
     call = called(case)

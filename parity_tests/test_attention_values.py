@@ -166,7 +166,7 @@ TRANSFORMED = Case(2, 16, 8, 4, 6)
 
 
 def transformations():
-    """By name, each as a function of the attention alone."""
+    """Transformations by name, each as a function of the attention alone."""
     query, key, value, tangent = (jnp.asarray(x) for x in TRANSFORMED.inputs().values())
 
     def jvp(f):
@@ -191,7 +191,7 @@ def transformations():
 
 @cache
 def transformed_on_one_device():
-    """All in one program: both kinds of axes are compared with it."""
+    """Transformed attentions on one device, in one program, to compare both kinds of axes with."""
     alone = partial(dense_attention, is_causal=True)
 
     def run():
@@ -216,7 +216,7 @@ def test_under_every_transformation(kind):
 
 @both_kinds
 def test_the_mesh_is_found(kind):
-    """Given, from `jax.set_mesh`, or from the sharding of the query: the same bits."""
+    """The mesh is given, from `jax.set_mesh`, or from the sharding of the query: the same bits."""
     case, where = Case(2, 16, 8, 4, 6), ONE_AXIS[4]
     mesh = where.mesh(kind)
     given = attend(case, where, kind, kernel=dense_attention)
@@ -252,7 +252,7 @@ def test_inside_a_shard_map_over_other_axes():
 
 
 def test_the_local_attention_is_a_function():
-    """Any attention of one device: JAX's own, or one that needs `check_vma=False`."""
+    """The kernel may be any attention of one device, JAX's or one that needs `check_vma=False`."""
     case, where = Case(2, 16, 8, 4, 6), ONE_AXIS[4]
     for check_vma in (True, False):
         kernel = FunctionKernel(jax.nn.dot_product_attention, check_vma)
@@ -272,7 +272,7 @@ def test_arrays_without_a_sequence_axis():
 
 @pytest.mark.parametrize("size", (0, 1))
 def test_very_few_tokens(size):
-    """No keys at all give 0, one token gives its value."""
+    """Attention without keys gives 0, to one token its value."""
     case = Case(2, size, 8, 4, 6)
     query, key, value, _ = map(jnp.asarray, case.inputs().values())
     out = attend(case, ONE_AXIS[1])(query, key, value)

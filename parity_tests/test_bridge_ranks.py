@@ -116,7 +116,7 @@ def test_a_rank_stopped_while_it_answers_ends_at_the_timeout():
     ),
 )
 def test_a_rank_that_ends_or_stops_while_it_starts(number, error, message):
-    """Before it reads its task, which is larger than a pipe holds."""
+    """The rank ends or stops before it reads its task, which is larger than a pipe holds."""
     before = children()
 
     def send():

@@ -1,4 +1,4 @@
-"""Parity on what real attentions see: a pretrained encoder's activations and gradients."""
+"""Parity on real activations and gradients of a pretrained encoder's attentions."""
 
 import importlib.util
 import subprocess
@@ -97,7 +97,7 @@ def test_capture_is_what_the_model_computed(layers, layer):
 
 
 def test_gradient_knows_the_padding(layers):
-    """Neither a later layer nor the mean reads a padding token's context."""
+    """Gradients of padding tokens are 0: no later layer and no mean reads their contexts."""
     mask = layers[0]["mask"]
     assert mask.sum(axis=1).tolist() == [48, 32]
     for layer in layers:
@@ -118,7 +118,7 @@ def test_every_layer_is_equal_bit_for_bit(results, layer, is_causal, kernel):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_plain_attention_differs_on_every_layer(results, layer):
-    """Most of the elements, of the output and of each gradient."""
+    """Plain attention differs in most elements of the output and of each gradient."""
     for report in results[f"{_label(layer, True)} plain"].reports.values():
         assert report.differing > report.total / 2
 

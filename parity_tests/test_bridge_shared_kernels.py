@@ -91,7 +91,7 @@ def test_pytorch_in_the_jax_pipeline(case, degree, kind):
 
 
 def test_the_default_mesh_and_another_axis_name():
-    """`jax.make_mesh` gives Explicit axes; the result lies as the inputs do."""
+    """The result has the sharding of the inputs, also on the Explicit axes of `jax.make_mesh`."""
     mesh = jax.make_mesh((4,), ("ring",))
     operands = list(CASES["grouped"].inputs().values())
     tokens = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "ring"))
@@ -103,7 +103,7 @@ def test_the_default_mesh_and_another_axis_name():
 
 
 def test_a_kernel_may_write_into_its_operands():
-    """As one that scales its query in place does, where nothing asks for a gradient of it."""
+    """A kernel may scale its query in place where the query needs no gradient."""
     mesh = jax.make_mesh((2,), ("seq",))
     operands = [jnp.asarray(x) for x in CASES["grouped"].inputs().values()]
 
@@ -122,7 +122,7 @@ def test_a_kernel_may_write_into_its_operands():
 
 
 def test_a_pytorch_kernel_that_is_wrong_shows():
-    """The comparison can fail: the same attention, not causal."""
+    """The comparison fails for a wrong kernel: the same attention, not causal."""
     mesh = jax.make_mesh((4,), ("seq",))
     operands = list(CASES["multi-head"].inputs().values())
 
@@ -151,7 +151,7 @@ def test_pytorch_cannot_be_compiled(kind):
 @by_kind
 @pytest.mark.parametrize("kv_heads", (6, 3))
 def test_heads_that_do_not_divide(kind, kv_heads):
-    """Those that are added for the devices do not come back, nor do their gradients."""
+    """Heads that are added for the devices do not come back, nor do their gradients."""
     mesh = jax.make_mesh((4,), ("seq",), axis_types=(kind,))
     case = Case(heads=6, kv_heads=kv_heads)
     query, key, value, grad = map(jnp.asarray, case.inputs().values())
@@ -184,7 +184,7 @@ def test_jax_in_a_pytorch_process(name):
 
 
 def test_the_tensors_of_a_jax_kernel_are_its_own():
-    """Written in place, the output and the gradients change nothing that JAX holds."""
+    """Output and gradients, written in place by PyTorch, change no array that JAX holds."""
     operands = [numpy_to_torch(x) for x in CASES["multi-head"].inputs().values()]
     leaves = [x.requires_grad_() for x in operands[:3]]
     attend = as_torch_attention(dense_attention)
@@ -222,7 +222,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_a_second_derivative_is_not_left_out():
-    """As of a penalty on the gradient, where the rest of the loss has a derivative."""
+    """A second derivative raises in a sum, as of a gradient penalty and a loss."""
     query, key, value, grad = map(numpy_to_torch, CASES["multi-head"].inputs().values())
     query.requires_grad_()
     out = as_torch_attention(dense_attention)(query, key, value)

@@ -206,7 +206,7 @@ def rounding(x, kernel, terms):
 
 @pytest.mark.parametrize(("name", "heads"), [("query", N), ("key", K), ("value", K)])
 def test_kernels_are_where_flax_has_them(name, heads):
-    """By a product, which does not know of patterns."""
+    """Products with the converted kernels equal those of PyTorch's layers, without any pattern."""
     model = llama(tied=False)
     kernel = from_torch(model.state_dict(), UNTIED, sizes=SIZES)["layers"][1]["attention"][name]
     kernel = kernel["kernel"]
@@ -644,8 +644,8 @@ FUSED = {
 
 @pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
 def test_fused_weights_are_those_that_the_model_attends_with(case):
-    """In position 0 rotary embeddings turn nothing: what reaches the model's attention is the
-    product of the fused layer's input with its weights."""
+    """Rotary embeddings turn nothing in position 0, so the operands of the model's attention are
+    products of the fused layer's input and weights."""
     make, config, name, fused = case
     small = {"vocab_size": 32, "hidden_size": D, "intermediate_size": 40, "num_hidden_layers": 2}
     config.update(small | {"num_attention_heads": N})

@@ -238,7 +238,7 @@ def deleted():
 
 
 class Doubled(torch.Tensor):
-    """Another tensor, times two: of its shape, without a storage, as DTensors and torchao's are."""
+    """Tensor subclass without a storage, like DTensors and torchao's: another tensor times two."""
 
     @staticmethod
     def __new__(cls, inner):

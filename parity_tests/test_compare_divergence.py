@@ -84,7 +84,7 @@ def hint_of(change, name=QUERY, **options) -> str:
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("dtype", (jnp.float16, jnp.float32))
 def test_a_narrow_rtol_does_not_overflow(dtype):
-    """As `jnp.finfo(dtype).eps` is of that dtype, in which the bound would be infinite."""
+    """`jnp.finfo(dtype).eps` has that dtype, in which the bound would overflow to infinity."""
     largest = 2 * float(jnp.finfo(dtype).max)
     rtol: Any = jnp.finfo(dtype).eps
     a = {"x": np.array([largest, 1.0])}
@@ -211,7 +211,7 @@ def test_without_a_tolerance_bits_count(name):
 
 
 def test_the_tolerance_is_of_the_largest_magnitude():
-    """On the boundary an element agrees, one float above it parts; exact in powers of two."""
+    """An element on the bound agrees, one float above it diverges; exact in powers of two."""
     a = {"x": np.array([[0.0, -8.0, 1.0]])}
     at = {"x": np.array([[0.25, -8.0, 0.75]])}
     assert first_divergence(a, at, rtol=2.0**-5) is None
@@ -518,7 +518,7 @@ def test_no_hint_that_does_not_hold(change):
 
 
 def test_hints_within_a_tolerance():
-    """Permuted and rounded: bits tell nothing, a tolerance does; too small a one does not."""
+    """Hints for permuted and rounded tensors need a tolerance, and a large enough one."""
     a = recorded()
     b = planted(a, QUERY, lambda x: (x[:, :, ::-1] * (1 + 1e-5 * np.cos(x))).astype(np.float32))
     assert found(a, b).hint is None
@@ -527,7 +527,7 @@ def test_hints_within_a_tolerance():
 
 
 def test_equal_tokens_stay_where_they_are():
-    """Of padding, say: any of them would do, and the order says nothing of them."""
+    """Equal tokens, as of padding, keep their places in the order that the hint reports."""
     a = {"x": np.arange(10.0).repeat(3).reshape(1, 10, 3)}
     a["x"][0, 6:] = 0
     b = planted(a, "x", lambda x: x[:, [0, 2, 1, 3, 4, 5, 6, 7, 8, 9]])

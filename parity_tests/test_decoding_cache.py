@@ -248,9 +248,10 @@ def test_a_ring_buffer_that_has_lost_what_was_dropped_for():
 
 @pytest.mark.parametrize("kernel", (SlotBlocks(), Exact()), ids=repr)
 def test_a_row_beyond_the_capacity(kernel):
-    """Refused eagerly; NaN under jit, in that row alone, whose prompt ended with padding.
+    """A row beyond the capacity raises eagerly; under jit that row alone, whose prompt ended with
+    padding, is NaN.
 
-    Of 5 slots of device 0 the prompt takes 4 in both rows, and positions 12 and 16 one each.
+    The prompt takes 4 of the 5 slots of device 0 in both rows, and positions 12 and 16 one each.
     """
     decoder = Decoder(layout_of(4), tokens=20, kernel=kernel)
     for start, out, _ in decoder.steps(decoder.filled()):
@@ -334,7 +335,7 @@ def test_what_a_ring_has_lost(drops, tokens, is_lost):
 
 
 def test_padding_that_is_not_a_number_is_not_kept():
-    """Nor what a longer prompt left there."""
+    """NaN in the padding of a prompt, or left by a longer prompt, does not reach the output."""
     decoder = Decoder(layout_of(4))
     cache = decoder.filled().fill(KEY[:, :16] * np.nan, VALUE[:, :16] * np.nan)
     junk = np.arange(16)[None, :, None, None] >= np.array(decoder.lengths)[:, None, None, None]
@@ -370,7 +371,7 @@ def compiled_step(decoder: Decoder) -> Any:
 
 @pytest.mark.usefixtures("optimised")
 def test_one_maximum_and_one_sum_a_step():
-    """Whatever the capacity; the cache is updated in place, and a fill sends nothing."""
+    """A step has two all-reduces at every capacity, updates in place, and a fill sends nothing."""
     found = [compiled_step(Decoder(layout_of(4), tokens=n)) for n in (1 << 12, 1 << 14)]
     for program in found:
         assert collectives(program.as_text()) == {"all-reduce": 2}
@@ -434,7 +435,7 @@ def test_a_wrong_cache_is_caught(bug, monkeypatch):
 
 
 def test_a_row_that_no_device_has_a_key_of_is_caught(monkeypatch):
-    """Its largest logit is -inf on every device, and -inf less -inf is NaN."""
+    """The row's largest logit is -inf on every device, and -inf less -inf is NaN."""
     nothing, at = Decoder(layout_of(4), lengths=(0, 0)).filled(), np.zeros((B, 1), np.int32)
     monkeypatch.setattr(split_kv, "finite", lambda top: top)
     assert np.isnan(attend_to_cache(QUERY[:, :1], nothing, positions=at)).all()

@@ -27,7 +27,7 @@ NANS = np.array(NAN_BITS, np.uint64).view(np.float64)
 
 
 class Pieces(NamedTuple):
-    """One framework's, from and to NumPy arrays.
+    """Pieces of exact attention in one framework, from and to NumPy arrays.
 
     Attributes:
       exponent: `(x, axis)`, as float64 with infinity for "not a number".
@@ -60,7 +60,7 @@ class Pieces(NamedTuple):
 
 
 def in_jax(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled, in 64 bits. Arguments that are no arrays are static."""
+    """Function of JAX, compiled, in 64 bits. Arguments other than arrays are static."""
 
     @partial(jax.jit, static_argnums=1)
     def compiled(arrays, others):
@@ -87,7 +87,7 @@ def jax_float(e):
 
 
 def jax_integers(e):
-    """As the exponents of `jax_seqpar.exact` are."""
+    """Exponents as `jax_seqpar.exact` has them, int32."""
     number = jnp.clip(e, -arithmetic.NOT_A_NUMBER, arithmetic.NOT_A_NUMBER)
     return number.astype(jnp.int32)
 
@@ -103,7 +103,7 @@ def torch_weighted_sum(weights, x, tile):
 
 
 def torch_joined_sum(parts):
-    """As the sum of the forward pass, with one token in each of its products."""
+    """Sum of the forward pass, with one token in each of its products."""
     with mock.patch.object(reference, "TILE", 1):
         return reference._integer_product(torch.ones(1, len(parts)).double(), parts)[0]
 
@@ -171,7 +171,7 @@ exact = oracle.elementwise(Fraction)
 
 
 def equals(got: np.ndarray, exact: np.ndarray) -> None:
-    """A zero may have either sign."""
+    """Asserts equal numbers; a zero may have either sign."""
     assert got.shape == exact.shape
     assert (fractions(got) == exact).all()
 
@@ -250,7 +250,7 @@ def squares(total: int) -> list[int]:
 @in_both
 @pytest.mark.parametrize("bits", (24, 25, 26, 27, 32))
 def test_norm_at_the_edges_of_its_sum(of, bits):
-    """t is a power of two, and one less."""
+    """Norms whose sum t is a power of two, and one less."""
     for t in ((1 << bits) - 1, 1 << bits):
         # A magnitude of half a unit less has the same ceiling.
         x = np.array([squares(t - 256)]) - 0.5
@@ -295,7 +295,7 @@ def edge(channels: int) -> int:
 @in_both
 @pytest.mark.parametrize("channels", (1, 2, 64, 100, 128, 512))
 def test_dot_of_rows_along_one_another(of, channels):
-    """Sums as long as Cauchy and Schwarz allow, of odd numbers.
+    """Dot products of parallel rows of odd numbers, whose sums reach the Cauchy-Schwarz bound.
 
     Low digits are ties, and as large as they may be where the high ones cancel one another, so that
     every bit of their sum is seen: one bit more in them would be too many.
@@ -352,7 +352,7 @@ def test_token_against_fractions(of, seed, spread):
 
 @in_both
 def test_digits_at_their_ends(of):
-    """Both digits at their largest, ties between two of them, and what is rounded to 2^32."""
+    """Digits at their largest, ties between two of them, and numbers that round to 2^32."""
     ends = [65535, 65536, 32768, 3 * 32768, 5 * 32768, (1 << 32) - 32768, (1 << 32) - 32769]
     x = np.array([[2.0**32 - 1, n] for n in ends] + [[2.0**32 - 0.5, 0.5], [2.0**32 - 0.75, 1.5]])
     x = np.concatenate([x, -x])
@@ -404,15 +404,15 @@ def test_weighted_sum_against_fractions(of, seed, spread):
 
 @in_both
 def test_a_weight_has_29_to_37_bits(of):
-    """By how many weights of a row are as large; at both sides of a power of two, too.
+    """Bits of a row's weights, by the number of large weights; and beside a power of two.
 
-    Each row has eight small weights, which are rounded to its b bits.
+    Each row has eight small weights, which are rounded to the b bits of the row.
     """
     rng = np.random.default_rng(0)
     rows = np.zeros((12, 264), np.float32)
     for n in range(9):
         rows[n, : 1 << n] = 0.99
-    # So t is 4096, 4095 and 4097.
+    # The sum t of these three rows is 4096, 4095 and 4097.
     rows[9:, 0] = np.array([4086.3, 4085.3, 4087.3]) / 4096
     rows[:, 256:] = rng.uniform(1, 2, 8) * 2.0**-20
     assert [row_bits(row) for row in rows] == [37, 36, 35, 34, 33, 32, 31, 30, 29, 36, 37, 36]
@@ -438,7 +438,7 @@ def many_keys() -> tuple[np.ndarray, np.ndarray]:
 
 @in_both
 def test_weighted_sum_of_many_keys(of):
-    """More than 256, and above 2^53."""
+    """Weighted sums of more than 256 keys, and above 2^53."""
     weights, x = many_keys()
     assert 600 * 2**29 * 2**16 > 2**54
     equals(of.weighted_sum(weights, x, 256), sum_of_fractions(weights, x))
@@ -455,7 +455,7 @@ def test_no_bit_of_weighted_sum_depends_on_tiles_or_the_order(of, tile):
 
 @in_both
 def test_a_token_of_weight_0_does_nothing(of):
-    """Whatever it holds, and wherever it lies."""
+    """A token of weight 0 changes no bit, with any value and at any place."""
     rng = np.random.default_rng(3)
     weights, x = weights_of(rng, (3, 40)), tokens_of(rng, (40, 4), 5)
     expected = of.weighted_sum(weights, x, 256)
@@ -468,7 +468,7 @@ def test_a_token_of_weight_0_does_nothing(of):
 
 @in_both
 def test_tokens_of_zeros_are_counted(of):
-    """As many make a weight of the others coarser: it is their number, not what they hold."""
+    """Tokens of zeros make the weights of the others coarser, by their number."""
     rng = np.random.default_rng(4)
     weights, x = np.full((1, 64), 2.0**-9, np.float32), np.zeros((64, 2), np.float32)
     weights[0, :2], x[:2] = (0.9, 0.0123), tokens_of(rng, (2, 2), 0)
@@ -480,7 +480,7 @@ def test_tokens_of_zeros_are_counted(of):
 @in_both
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sum_of_the_most_tokens(of, seed):
-    """2^21 of them, 256 to a part: sums up to 2^66."""
+    """Sums of 2^21 tokens, 256 to a part, up to 2^66."""
     rng = np.random.default_rng(seed)
     parts = rng.integers(1 << 52, 1 << 53, (1 << 13, 4))
     parts[:, 0], parts[:, 1] = 1 << 53, (1 << 53) - 1
@@ -548,7 +548,7 @@ def test_gradient_sum_of_full_blocks(of):
 
 @in_both
 def test_no_bit_of_gradient_sum_depends_on_the_order_within_a_block(of):
-    """Nor on that of blocks, but on which tokens share one."""
+    """Gradient sums depend on which tokens share a block, not on the order of tokens or blocks."""
     rng = np.random.default_rng(6)
     d, x, anchor = full_blocks()
     d, x = d[:, :512], x[:512]
@@ -675,7 +675,7 @@ def test_exp_of_the_hard_cases(of):
 
 @in_both
 def test_exp_of_a_sample(of):
-    """Alike in magnitude, which is where most float32 are, and alike in value."""
+    """Exponentials of numbers uniform in magnitude, as most float32 are, and uniform in value."""
     rng = np.random.default_rng(0)
     x = np.concatenate([-(2.0 ** rng.uniform(-30, math.log2(85), 300)), -rng.uniform(0, 85, 300)])
     x = x.astype(np.float32)
@@ -711,7 +711,7 @@ def test_soft_cap_against_fractions(of, seed, cap):
 
 @in_both
 def test_soft_cap_is_a_tanh(of):
-    """Of the float32 u, that it takes as its argument.
+    """The soft cap is the tanh of its float32 argument u.
 
     t is off by 2^-24 of itself, which moves tanh by 2t / (1 - t^2) of that: at most 0.86, as
     |u| >= 1/2. The result is rounded by another 2^-24 at most: together less than 2^-23.
@@ -734,7 +734,7 @@ def test_soft_cap_at_its_ends(of):
 
 
 def test_float64_is_switched_on_for_the_public_functions():
-    """Called as a user does, without any scope."""
+    """Public functions called without any scope of 64 bits compute in float64."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((5, 64)).astype(np.float32) for _ in range(2))
     dots = jax.jit(exact_dot)(a, b)

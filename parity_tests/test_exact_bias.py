@@ -45,7 +45,7 @@ def bias_of(*shape):
 
 
 def inputs_of(case, least=0):
-    """Gradients of the output that are larger by 2^8 from each head and sequence to the next.
+    """Inputs whose output gradients grow by 2^8 from each head and sequence to the next.
 
     Below 2^least at first, so that an entry which many heads share has summands of every size.
     """
@@ -101,7 +101,7 @@ def test_three_implementations_of_every_shape(shape):
 
 @pytest.mark.parametrize("dtype", ("bfloat16", slow("float16")))
 def test_sixteen_bits(dtype):
-    """One rounding to float32, one to the dtype of the bias."""
+    """Gradients of a 16-bit bias are rounded once to float32 and once to its dtype."""
     inputs = replace(CROSS, dtype=dtype).inputs()
     options: Any = {"bias": bias_of(1, N, 1, S).astype(jnp.dtype(dtype))}
     ours = jax_exact(inputs, **options)
@@ -110,7 +110,7 @@ def test_sixteen_bits(dtype):
 
 
 def test_the_gradient_of_one_logit_is_its_ds():
-    """Beside a bias of one more sequence, whose gradients are far larger or 0."""
+    """The gradient of one logit is its ds, beside a sequence whose gradients are larger or 0."""
     inputs = inputs_of(CROSS)
     alone = torch_exact(inputs, bias=bias_of(1, N, T, S).repeat(2, 0), is_causal=True)["dbias"]
     inputs["grad"][1] = 0
@@ -203,7 +203,7 @@ def test_rows_in_another_place_are_caught(monkeypatch):
 
 
 def device_gradients(attend, inputs, biases):
-    """The gradients of biases, each of an attention of its own."""
+    """The gradients of biases, each of a separate attention."""
 
     @jax.jit
     def run(query, key, value, grad, biases):
@@ -329,7 +329,7 @@ def test_as_accurate_as_float32():
 
 
 def float_gradient(inputs, bias, dtype):
-    """Of plain attention, by PyTorch's own derivatives."""
+    """Bias gradient of plain attention, by PyTorch's derivatives."""
     query, key, value, grad = (numpy_to_torch(x).to(dtype) for x in inputs.values())
     leaf = torch.from_numpy(bias).to(dtype).requires_grad_()
     key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], 2) for x in (key, value))
@@ -340,7 +340,7 @@ def float_gradient(inputs, bias, dtype):
 
 
 def test_nobody_asks():
-    """A bias whose gradient nobody wants costs nothing, and changes no bit of the others."""
+    """Gradients without that of the bias do not compute its sums."""
     inputs = CROSS.inputs()
     operands = [jnp.asarray(inputs[name]) for name in INPUT_NAMES[:3]]
     bias = bias_of(1, 1, T, S)
@@ -365,7 +365,7 @@ def test_where_nothing_is_to_attend():
 
 
 class Unchecked(Exact):
-    """In a `jax.shard_map` that does not check how arrays vary over the mesh."""
+    """Exact kernel in a `jax.shard_map` without the check of varying mesh axes."""
 
     check_vma = False  # pyright: ignore
 

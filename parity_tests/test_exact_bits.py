@@ -107,7 +107,7 @@ def test_both_frameworks_with_every_shape(case):
 
 @pytest.mark.parametrize("dtype", ("bfloat16", slow("float16")))
 def test_every_option_in_16_bits(dtype):
-    """Causal attention is among the shapes."""
+    """Every option at once has equal bits in 16 bits; causal attention is among the shapes."""
     inputs = {name: x.astype(jax.numpy.dtype(dtype)) for name, x in CASE.inputs().items()}
     options = OPTIONS["all at once"]
     check_equal(jax_exact(inputs, **options), torch_exact(inputs, **options))
@@ -205,9 +205,10 @@ def test_what_rounds_to_zero_on_devices_that_share_heads():
 
 @pytest.mark.parametrize(("case", "where", "strategy"), ON_MESHES, ids=str)
 def test_no_bit_depends_on_the_mesh(case, where, strategy):
-    """With fewer KV heads than devices, too: their gradients are added before any rounding.
+    """Bits are equal on every mesh, with fewer KV heads than devices, too.
 
-    And with blocks, the last one smaller, that begin and end within what a device holds.
+    Gradients of replicas of a KV head are added before any rounding.
+    Blocks, the last one smaller, begin and end within the tokens of a device.
     """
     kind = (AxisType.Auto, AxisType.Explicit)[(MESHES.index(where) + case.kv_heads) % 2]
     with blocks_of(7):
@@ -216,7 +217,7 @@ def test_no_bit_depends_on_the_mesh(case, where, strategy):
 
 @cache
 def single_device(case, block):
-    """By PyTorch, whose blocks are of that size at the time."""
+    """Results of PyTorch on one device, with blocks of that size."""
     assert block == torch_ref.exact.arithmetic.BLOCK
     return torch_exact(case.inputs(), is_causal=case.is_causal)
 
@@ -309,7 +310,7 @@ def test_keys_of_heads_under_vmap():
 
 
 def test_another_key_drops_other_weights():
-    """By PyTorch, which has the bits of JAX with more than one key and need not be compiled."""
+    """PyTorch's results with two keys differ; it has the bits of JAX, and compiles nothing."""
     inputs = CROSS.inputs()
     one, other = (
         torch_exact(inputs, dropout_rate=0.6, dropout_rng=np.asarray(jax.random.key_data(key)))
@@ -319,7 +320,7 @@ def test_another_key_drops_other_weights():
 
 
 def test_special_numbers_in_slopes_and_sinks():
-    """And dropout of NaN: a weight that is dropped counts for nothing, whatever it is."""
+    """Bits are equal with infinities and NaN, also where dropout drops a weight that is NaN."""
     inputs = adversarial(SPECIAL["float32"].inputs())
     tokens = np.arange(S, dtype=np.int32)[None].repeat(2, 0)
     options = {
@@ -350,7 +351,7 @@ def test_a_gradient_for_slopes_or_sinks_is_refused(name):
 
 
 class Unchecked(Exact):
-    """In a `jax.shard_map` that does not check how arrays vary over the mesh."""
+    """Exact kernel in a `jax.shard_map` without the check of varying mesh axes."""
 
     check_vma = False  # pyright: ignore
 
@@ -372,7 +373,7 @@ def test_queries_and_keys_of_two_lengths(vma):
 
 
 def test_a_wrapped_kernel_is_refused():
-    """It would not know who shares its heads, and their gradients would be rounded."""
+    """A wrapped kernel raises: it would round gradients of KV heads that devices share."""
     case = replace(FEW_KV_HEADS, batch=1, is_causal=False)
     attend = partial(dot_product_attention, layout=ONE_AXIS[8].on(), is_causal=False)
     query, key, value, _ = map(jnp.asarray, case.inputs().values())
@@ -444,7 +445,7 @@ def test_the_order_of_the_tokens():
 
 
 def test_sums_above_2_to_the_53():
-    """They are held in two parts, and no bit depends on the tiles."""
+    """Sums above 2^53 are held in two parts, and no bit depends on the tiles."""
     inputs = many_keys()
     ours = jax_exact(inputs, key_chunk=100)
     check_equal(ours, torch_exact(inputs))
@@ -454,7 +455,7 @@ def test_sums_above_2_to_the_53():
 
 
 def test_tokens_that_are_added_change_no_bit():
-    """Whatever they hold, on devices that share KV heads and see every token."""
+    """Tokens of padding change no bit, with any value, on devices that share KV heads."""
     case = replace(FEW_KV_HEADS, batch=1, tokens=15, heads=4, kv_heads=1)
     inputs, where = case.inputs(), ONE_AXIS[4]
     query, key, value, grad = map(jnp.asarray, inputs.values())
@@ -480,7 +481,7 @@ def test_tokens_that_are_added_change_no_bit():
 
 @pytest.mark.parametrize("empty", ("query", "key"))
 def test_nothing_to_attend(empty):
-    """No query: no output. No key: zeros, and zeros for gradients."""
+    """Attention without queries is empty; without keys output and gradients are zeros."""
     inputs = CASE.inputs()
     names = ("query", "grad") if empty == "query" else ("key", "value")
     inputs |= {name: inputs[name][:, :0] for name in names}
@@ -513,7 +514,7 @@ def test_subnormal_inputs_are_zeros():
 
 
 def test_where_a_nan_goes():
-    """One in a query stays in its row of the output, one in a value in those that attend to it."""
+    """A NaN in a query stays in its output row, one in a value in the rows that attend to it."""
     inputs = CASE.inputs()
     inputs["query"][0, 5, 1, 2] = np.nan
     inputs["value"][1, 4, 1, 3] = np.inf
@@ -532,7 +533,7 @@ def test_no_negative_zero_and_no_subnormal():
 
 
 def test_plain_attention_differs():
-    """What the comparisons would find if sums were rounded: most of the elements."""
+    """Most elements of plain attention differ, so the comparisons would find rounded sums."""
     inputs = Case(batch=2, tokens=64, heads=4, kv_heads=2, head_dim=32).inputs()
     *operands, grad = map(numpy_to_torch, inputs.values())
     leaves = [x.requires_grad_() for x in operands]
@@ -566,7 +567,7 @@ def test_one_mathematical_function_on_both_sides_of_a_seam():
     (("grouped", AxisType.Explicit, set()), ("multi-query", AxisType.Auto, {"all-reduce"})),
 )
 def test_communication(name, kind, shared):
-    """As any attention; and for shared KV heads the sums, in a loop over the keys."""
+    """All-to-alls as of any attention; for shared KV heads the sums, in a loop over the keys."""
     where = ONE_AXIS[4]
     *inputs, grad = sharded_inputs(MESH_CASES[name], where, kind)
     attend = partial(
@@ -619,7 +620,7 @@ def test_the_flag_of_the_user_is_left_alone():
 
 
 def test_under_remat_and_scan():
-    """Under `jax.vmap`: `test_keys_of_heads_under_vmap`."""
+    """Bits are equal under `jax.checkpoint` and scan; for vmap, `test_keys_of_heads_under_vmap`."""
     inputs = CASE.inputs()
 
     @jax.checkpoint
@@ -650,7 +651,7 @@ def test_several_blocks_with_every_option(by_positions, chunks, block):
 
 
 def test_several_blocks_of_grouped_heads():
-    """A block ends with its query head. Another size has other gradients, and the same output."""
+    """Blocks end with their query head; another size has other gradients, and the same output."""
     inputs = CASE.inputs()
     with blocks_of(8):
         # A chunk that no other test has.

@@ -83,7 +83,7 @@ def inputs_of(tokens: int) -> Arrays:
 
 
 def torch_in_blocks(inputs: Arrays, **options: Any) -> Arrays:
-    """By PyTorch, with several blocks and tiles in a few tokens."""
+    """Results of PyTorch, with several blocks and tiles in a few tokens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact_arithmetic, "BLOCK", 16)
         patch.setattr(exact_arithmetic, "TILE", 8)
@@ -134,7 +134,7 @@ def spoilt(inputs: Arrays, tokens: Any, junk: Callable[[np.ndarray], np.ndarray]
 
 
 def check_same(ours: Arrays, expected: Arrays, names: tuple[str, ...]) -> None:
-    """Every bit, and names the kinds of sequences where one differs."""
+    """Asserts equal bits, and names the kinds of sequences where one differs."""
     found = {}
     for i, kind in enumerate(KINDS):
         for name in names:
@@ -146,7 +146,7 @@ def check_same(ours: Arrays, expected: Arrays, names: tuple[str, ...]) -> None:
 
 
 def check_later_tokens(framework: Framework, rows: int, junk: Callable[..., Any]) -> None:
-    """The first rows do not know what the tokens after them hold."""
+    """Asserts that the first rows do not depend on the tokens after them."""
     changed = spoilt(framework.inputs, slice(rows, None), junk)
     ours, before = framework.run(changed, is_causal=True), slice(rows)
     check_same(
@@ -211,7 +211,7 @@ def in_places(
 
 @both_frameworks
 def test_other_documents(framework):
-    """The middle one of three, whose gradients know no more than where its tokens lie."""
+    """The middle document of three: its gradients depend only on the places of other tokens."""
     start = 11
     end = start + framework.prefix
     count = np.arange(framework.tokens)
@@ -227,7 +227,7 @@ def test_other_documents(framework):
 
 @both_frameworks
 def test_a_document_that_begins_with_a_block(framework):
-    """It has every bit that it has alone, those of its gradients, too."""
+    """The document has the bits that it has alone, in its gradients, too."""
     own = slice(framework.prefix)
     segments = np.arange(framework.tokens) >= framework.prefix
     ours = in_places(framework, framework.inputs, segments)
@@ -258,7 +258,7 @@ def test_a_cache_whose_slots_are_in_no_order(framework):
 
 @pytest.mark.parametrize("strategy", (Ulysses(), AllGatherKV()), ids=("Ulysses", "AllGatherKV"))
 def test_later_tokens_on_a_mesh(strategy):
-    """Also where the queries of one block lie on several devices."""
+    """Later tokens change no bit, also where the queries of a block lie on several devices."""
     inputs, rows = Case(batch=1, tokens=16, heads=4, kv_heads=2, head_dim=4).inputs(), slice(9)
     attend = partial(
         dot_product_attention,

@@ -73,7 +73,7 @@ def errors(got, truth, kind):
     ),
 )
 def test_scales_restore_the_accuracy(kind, times):
-    """By PyTorch, which has the bits of JAX; scales of other inputs."""
+    """PyTorch's results, which have the bits of JAX, are accurate with scales of other inputs."""
     inputs = draw(kind, times, 0)
     truth, plain = by_torch(inputs, torch.float64), by_torch(inputs, torch.float32)
     float32 = errors(plain, truth, kind)
@@ -85,7 +85,7 @@ def test_scales_restore_the_accuracy(kind, times):
 
 
 def test_the_derivative_of_the_recipe():
-    """By JAX's derivative of the scaling, and by the chain rule: products by powers of two."""
+    """JAX's derivative of the scaling equals the chain rule: products by powers of two."""
     inputs = draw("value", 1e4, 0)
     scales = scales_of(inputs)
 

@@ -54,7 +54,7 @@ def of_integers(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @by_every_engine
 def test_products_are_those_of_python_integers(engine):
-    """With subnormals, -0 and 2^-20 to 2^20 in a row, and from row to row."""
+    """Products equal integers with subnormals, -0 and 2^-20 to 2^20 in a row, and across rows."""
     for a, b in (
         (numbers((12, 70), 11), numbers((70, 13), 12)),
         (rows((12, 70), 13), rows((13, 70), 14).T),
@@ -128,7 +128,7 @@ def test_the_longest_sums_of_the_largest_integers(name, K):
 
 
 def test_pytorch_has_the_same_million_terms():
-    """By pieces of int64, in the place of narrower digits."""
+    """PyTorch multiplies pieces of int64, in the place of narrower digits, with the same bits."""
     a, b = longest(MILLION)
     got = torch_matmul.mm(*(torch.from_numpy(x).double() for x in (a, b)))
     assert compare_bits(got.numpy(), of_integers(a, b)).equal
@@ -139,7 +139,7 @@ def most(digits: list[np.ndarray]) -> int:
 
 
 def test_every_sum_of_digits_has_room():
-    """By the digits of every seventh operand and both ends, and the most terms of each count."""
+    """Digits of every seventh operand and of both ends fit, with the most terms of each count."""
     operands = np.append(np.arange(-(1 << 24), 1 << 24, 7, dtype=np.int32), np.int32(1 << 24))
     split: dict[Any, list[np.ndarray]] = {}
     for count in (2, *engines.DIGITS_BY_TERMS):
@@ -160,7 +160,7 @@ def test_every_sum_of_digits_has_room():
 
 
 def test_sums_are_rounded_to_53_bits_and_to_24():
-    """On the middle of two float32 and of two float64, next to them, and at the ends of float32."""
+    """Rounding at the middle of two float32 and of two float64, near it, and at float32's ends."""
     rng = np.random.default_rng(7)
     S = [int(x) << 13 for x in rng.integers(1, 1 << 62, 500)]
     S = [x >> int(shift) for x, shift in zip(S, rng.integers(0, 74, 500), strict=True)]
@@ -192,7 +192,7 @@ def test_sums_are_rounded_to_53_bits_and_to_24():
 @pytest.mark.parametrize("engine", (float64_products, int8_products), ids=("float64", "int8"))
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 def test_a_long_sum_over_a_mesh(kind, engine):
-    """Eight devices, each with a part of the tokens: what goes between them is exact, too."""
+    """Sums over eight devices, each with a part of the tokens, add up exact partial sums."""
     a, b = longest(1 << 18)
     mesh = jax.make_mesh((2, 4), ("data", "seq"), (kind,) * 2)
     spread = NamedSharding(mesh, PartitionSpec("data", "seq"))
@@ -244,7 +244,7 @@ MISSING = missing_compiler("v5e:2x4")
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 @pytest.mark.parametrize("topology", ("v5e:2x4", "v6e:2x4"))
 def test_a_tpu_multiplies_digits_of_8_bits(topology):
-    """Ten products of int8 to int32, and nothing of float64, which a TPU has not."""
+    """A TPU's program has ten products of int8 to int32, and no float64, which TPUs lack."""
     there = SingleDeviceSharding(devices(topology)[0])
     operand = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=there)
 
@@ -272,9 +272,9 @@ def products(text: str) -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("dtype", (jnp.int32, jnp.bfloat16, jnp.float64))
 def test_operands_of_another_dtype_are_refused(dtype):
-    """The bits of int32 would pass for those of subnormals, and the product be 0.
+    """Operands of another dtype raise: bits of int32 would pass for subnormals, and give 0.
 
-    Without the check of types that tests have, and users do not.
+    The check of types is off, which tests have and users do not.
     """
     with jax.enable_x64(True):
         x, w = jnp.ones((2, 3), dtype), jnp.ones((3, 4), jnp.float32)

@@ -85,7 +85,7 @@ def count_differences(
 
 
 def distance_to_tie(bits: int) -> Fraction:
-    """Of e^x from the nearest middle of two float32, in units of its float64."""
+    """Distance of e^x from the nearest middle of two float32, in units of its float64."""
     below, _ = exp_bounds(fraction(bits))
     units = below * power(53 - magnitude(below))
     return abs(units % (2 * TIE) - TIE)

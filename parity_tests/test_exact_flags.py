@@ -1,4 +1,4 @@
-"""No flag, instruction set or number of threads changes a bit: one hash, and it is PyTorch's.
+"""Flags, instruction sets and numbers of threads change no bit: one hash, which is PyTorch's.
 
 Nor does a compiler that drops a conversion and its inverse: no rounding is such a pair.
 """
@@ -65,7 +65,7 @@ def test_flags(name):
 
 
 def test_not_compiled_as_a_whole():
-    """Each of the operations around the loops by itself."""
+    """Bits are equal where each operation around the loops is compiled by itself."""
     results = jax_exact(inputs(), False, **exact_hash.OPTIONS)
     assert exact_hash.sha256([results[name] for name in NAMES]) == expected()
 

@@ -97,7 +97,7 @@ def alone():
 
 
 def output(inputs: Arrays, attend: Callable[..., Any] = exact_attention) -> Arrays:
-    """By JAX, without gradients, which take longer to compile."""
+    """Output of JAX, without gradients, which take longer to compile."""
     operands = [jnp.asarray(inputs[name]) for name in INPUT_NAMES[:3]]
     return {"forward": np.asarray(jax.jit(attend)(*operands))}
 
@@ -107,7 +107,7 @@ def of_output(results):
 
 
 def output_alone():
-    """As `alone`."""
+    """Outputs on one device, compared as in `alone`."""
     attend = jax.jit(partial(Exact(query_chunk=3, key_chunk=5), is_causal=True))
     for inputs in (CASE.inputs(), adversarial(CASE.inputs()), cancelling()):
         expected = torch_exact(inputs, is_causal=True)
@@ -154,12 +154,12 @@ def on_devices_that_share_heads():
 
 
 def on_devices_that_share_blocks():
-    """Each holds some of the queries of a block."""
+    """Comparison on devices that each hold some of the queries of a block."""
     on_devices(AllGatherKV(), ONE_AXIS[4])
 
 
 def with_dropout_and_sinks():
-    """Chunks that overlap."""
+    """Comparison of the output with dropout and sinks, in chunks that overlap."""
     inputs = CROSS.inputs()
     attend = partial(
         Exact(query_chunk=3, key_chunk=5),
@@ -169,7 +169,7 @@ def with_dropout_and_sinks():
 
 
 def with_dropout_and_sinks_on_devices():
-    """Groups of query heads that the devices do not divide."""
+    """Comparison of the output with dropout and sinks, on devices that split groups of heads."""
     case = Cross(N=6, K=2)
     options = FEW | {"sinks": case.sinks()}
     arrays = {name: jnp.asarray(x) if is_array(x) else x for name, x in options.items()}
@@ -493,7 +493,7 @@ TORCH_MUTATIONS = {
     ("inputs", "options", "owner", "name", "mutant"), TORCH_MUTATIONS.values(), ids=TORCH_MUTATIONS
 )
 def test_a_mutation_of_pytorch_is_caught(inputs, options, owner, name, mutant):
-    """In the bits that `test_exact_oracle` compares with those of JAX and of the integers."""
+    """Mutations change bits that `test_exact_oracle` compares with JAX and with integers."""
     with small_blocks(), pytest.MonkeyPatch.context() as patch:
         expected = torch_exact(inputs(), **options)
         patch.setattr(owner, name, mutant)

@@ -31,7 +31,7 @@ def of_integers(inputs, *, mask=True, **options):
 
 
 def check_equal(inputs, options):
-    """Both frameworks to the integers."""
+    """Asserts that both frameworks have the bits of the integers."""
     expected = of_integers(inputs, **options)
     for ours in (jax_exact(inputs, **options), torch_exact(inputs, **options)):
         report = compare_bits(ours, expected)
@@ -110,7 +110,7 @@ JUNK = (1e9, 1e12, 3e38, np.nan, np.inf)
 
 
 def test_tokens_that_nothing_attends_to_change_no_bit():
-    """Beyond the lengths, in segments without a partner, and what a mask leaves none."""
+    """Tokens beyond the lengths, in segments without a partner, or masked out, change no bit."""
     inputs, (T, S) = CROSS.inputs(), (CROSS.T, CROSS.S)
     of_query, of_key = np.zeros((2, T), np.int32), np.zeros((2, S), np.int32)
     of_query[:, 1], of_key[:, 2] = 5, 7  # each without a partner
@@ -160,7 +160,7 @@ NUMBERS = st.one_of(
 @settings(max_examples=60, derandomize=True)
 @given(data=st.data(), is_causal=st.booleans())
 def test_any_numbers(data, is_causal):
-    """One shape, so that JAX compiles once for each of the two masks."""
+    """Random numbers have the integers' bits; in one shape, as JAX compiles for each."""
     shapes = {"query": (1, 4, 2, 3), "key": (1, 4, 1, 3), "value": (1, 4, 1, 3)}
     inputs = {
         name: np.array(

@@ -95,7 +95,7 @@ def exp32(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def exp64(units: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """As a library of float64 might have it, so many units of the last place off."""
+    """Exponential of a float64 library that is `units` units in the last place off."""
     return np.exp(x.astype(np.float64)) * (1 + units * 2.0**-53)
 
 
@@ -302,7 +302,7 @@ def reciprocal_by_newton(x: np.ndarray) -> np.ndarray:
 
 
 def to_16_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both roundings right, but for what `out` does to numbers and to NaNs."""
+    """Both roundings right, but without the flushing and the one NaN of `out`."""
     x = narrow(x)
     with np.errstate(over="ignore"):
         return x.astype(jax.numpy.bfloat16), x.astype(np.float16)
@@ -337,7 +337,7 @@ def subnormals_of_float16_flushed(right: Operation) -> Operation:
 
 
 def soft_cap32(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By a tanh of float32, as a library has it."""
+    """Soft cap by a tanh of float32, as a library has it."""
     tanh = np.tanh((z / questions.SOFT_CAP).astype(np.float32)).astype(np.float64)
     return questions.SOFT_CAP * tanh, 1 - tanh**2
 
@@ -357,7 +357,7 @@ def an_ulp_of_one(output: int) -> Callable[[Operation], Operation]:
 
 
 def kept_of_words(compare: Operation) -> Callable[[Operation], Operation]:
-    """Dropout by PyTorch's words and a comparison with the limit of its own."""
+    """Dropout by PyTorch's words and another comparison with the limit."""
 
     def kept(key: np.ndarray) -> np.ndarray:
         B, N, T, S = questions.DROPOUT_SHAPE
@@ -457,7 +457,7 @@ def normal_of(dtype: type) -> Callable[[Operation], Operation]:
 
 
 def sines_of(dtype: type, late: int = 0) -> Callable[[Operation], Operation]:
-    """By the angle in radians, of a whole turn."""
+    """Sines and cosines by the angle in radians, over a whole turn."""
 
     def sines(angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         radians = ((angles + late) * (2 * np.pi / 2**24)).astype(dtype)
@@ -745,7 +745,7 @@ def recorded(operations: Operations, used: set[str]) -> Operations:
 
 
 def ask_again(operations: Operations, changed: str) -> list[Check]:
-    """What `ask` gives; a question that does without the changed operation keeps its answer."""
+    """Checks of `ask`; a question without the changed operation keeps its answer."""
     return [question(operations) if changed in used else check for question, used, check in asked()]
 
 
@@ -792,14 +792,14 @@ def test_the_hashes_are_those_of_the_integers():
 
 
 def test_dropout_by_the_right_words_is_right():
-    """So what the sabotages of dropout do wrong is the comparison."""
+    """Dropout by the right words is right, so a sabotage fails by its comparison alone."""
     kept = kept_of_words(lambda word, other, limit: word >= limit)(lambda key: key)
     right = jax_operations().dropout(questions.DROPOUT_KEY)
     assert np.array_equal(kept(questions.DROPOUT_KEY), right)
 
 
 def test_the_sums_without_a_sabotage_are_right():
-    """So what their sabotages do wrong is the one argument that they change."""
+    """Sums without a sabotage are right, so a sabotage fails by its changed argument alone."""
     sums = {"dot": dot_of, "weighted_sum": weighted_sum_of, "gradient_sum": gradient_sum_of}
     for name, operation in sums.items():
         checks = ask_again(replace(jax_operations(), **{name: operation}), name)
@@ -820,7 +820,7 @@ def test_each_sabotage_is_caught(name, sabotage, expected):
 
 
 def test_no_question_is_asked_in_vain():
-    """Each is there because of a sabotage that it sees, and each operation is asked for."""
+    """Every question sees a sabotage, and every operation is asked for."""
     assert set.union(*(expected for *_, expected in SABOTAGES.values())) == {
         check.name for *_, check in asked()
     }
@@ -828,7 +828,7 @@ def test_no_question_is_asked_in_vain():
 
 
 def test_what_is_wrong_is_said(monkeypatch):
-    """By `certify` itself, whose operations a backend may get wrong."""
+    """`certify` names the operations that a backend gets wrong."""
     right = jax_operations()
     wrong = replace(right, flush=lambda x: x.astype(np.float64))
     monkeypatch.setattr(certificate, "_jax_operations", lambda: wrong)

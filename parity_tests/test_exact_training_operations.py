@@ -56,7 +56,7 @@ def wild(seed: int, *shape: int) -> np.ndarray:
 
 
 def flushed(x: np.ndarray) -> np.ndarray:
-    """Without subnormals and -0."""
+    """x with subnormals and -0 as +0."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.float32(0), x)
 
 
@@ -86,7 +86,7 @@ def test_square_root_is_ieee_rounded():
 
 
 def test_hard_cases_of_log_and_reciprocal_root():
-    """Those of the specification; PyTorch's version is asked the same and a million others."""
+    """Hard cases of the specification, and a million other numbers compared with PyTorch's."""
     rng = np.random.default_rng(3)
     hard = np.array([0x41178FEB, 0x4665A9A6, 0x464D5B2B, 0x3FD364D7], np.uint32).view(np.float32)
     x = np.concatenate([hard, np.exp(rng.uniform(0, 14.5, 10**6)).astype(np.float32)])
@@ -324,7 +324,7 @@ def test_a_loss_that_is_none_is_refused(tiles, options, message):
 
 
 def test_tiles_of_int8_products_have_the_same_bits():
-    """The carries of each tile are carried on."""
+    """Tiles of int8 products have the bits of one product: their carries are added up."""
     ours, _, arrays, _ = LAYERS["tiled loss"]
     cotangent: Any = np.float32(0.7)
     found = of_jax(partial(ours, engine=int8_products), arrays, cotangent)
@@ -371,7 +371,7 @@ def test_gradients_of_several_uses_are_added_in_order():
     ],
 )
 def test_layers_have_the_same_bits_on_a_mesh(name, kind):
-    """Tokens over four devices, batch over two."""
+    """Layers on a mesh of four token and two batch devices have the bits of one device."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), (kind,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("data", "seq"))
     whole = NamedSharding(mesh, PartitionSpec())

@@ -70,7 +70,7 @@ def test_ranks_of_pytorch_have_the_bits_of_jax(alone):
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_named(alone, bug):
-    """In the first step, with the tensor and the element."""
+    """The difference is named in the first step, with the tensor and the element."""
     one_step = replace(TRAINING, steps=1)
     found = first_difference(
         alone[:1], train_on_ranks(one_step, Ranks(1, 1, partial(planted, bug)))

@@ -163,7 +163,7 @@ def test_no_gpu_to_measure(script, command):
 
 
 def test_pictures_of_what_was_measured(tmp_path):
-    """One for each command, from a file as the benchmarks write it."""
+    """Pictures of every command, from files as the benchmarks write them."""
     timing = {"ratio": 1.0}
     rows = [{"tokens": n, "what": "ours", "forward": timing, "both": timing} for n in (1024, 2048)]
     errors = {"rms": {"out": 1e-7, "dk": 1e-7}}
@@ -184,7 +184,7 @@ def test_pictures_of_what_was_measured(tmp_path):
 
 
 def test_what_a_decoding_step_sends(tmp_path):
-    """By the formula of its page: two all-reduces of 4 B N (V + 2) bytes, and none by heads."""
+    """Decoding sends two all-reduces of 4 B N (V + 2) bytes, as its page says; by heads nothing."""
     file = tmp_path / "decoding.json"
     sizes = ("--tokens", "64", "--prompt", "16", "--heads", "4", "--kv-heads", "2")
     options = (*sizes, "--head-dim", "8", *ONCE, "--json", str(file))

@@ -115,7 +115,7 @@ def assert_close(got, expected, roundings):
 
 @pytest.mark.parametrize("token", (-1, SIZES["vocabulary"]))
 def test_a_token_outside_of_the_vocabulary_is_seen(alone, token):
-    """JAX's lookup would take the last row of the table."""
+    """A token outside of the vocabulary gives NaN; JAX's lookup would take the last row."""
     trainer, *_ = alone
     tokens = jnp.full((1, 4), SIZES["vocabulary"] - 1)
     with jax.set_mesh(trainer.mesh):
@@ -154,7 +154,7 @@ def test_loss_gradient_and_steps_are_those_of_one_device(alone, name, kind):
 
 
 def test_the_untied_vocabulary_a_window_and_the_options_of_a_training():
-    """Dropout drops the same on any mesh."""
+    """Gradients with untied tables, a window and dropout, which drops the same on every mesh."""
     config = replace(CONFIG, tied=False, local_window_size=(6, 0), dropout=0.2)
     config = replace(config, label_smoothing=0.1, z_loss=1e-2)
     one = Trainer(ALONE, KINDS[0], config)
@@ -203,7 +203,7 @@ def test_what_is_sent():
 
 
 def test_checkpoints_are_of_no_degree(tmp_path):
-    """Written at degree 1, read at degree 4 with shared parameters, and back; to the last bit."""
+    """Checkpoints of degree 1 are read at degree 4, sharded, and written back with equal bits."""
     one = Trainer(ALONE, KINDS[0])
     many = Trainer(PLACES["data 2, degree 4, FSDP"], KINDS[0])
     params, _ = one.run(2)

@@ -57,7 +57,7 @@ def test_it_learns(one_device):
 
 @pytest.mark.parametrize("degree", (slow(2), 8))
 def test_the_curves_coincide(one_device, degree):
-    """Not in bits, as the sums of the projections depend on the shape of a shard."""
+    """Losses agree to 1e-3, not in bits: sums of projections depend on the shape of a shard."""
     assert far(train(run(degree), TEXT, CONFIG), one_device) < 1e-3
 
 
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_at_another_degree(one_device, tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """Of two devices each; each reads the same files and keeps its part."""
+    """Two processes of two devices each read the same files and keep their parts."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -189,6 +189,11 @@ def test_the_command_writes_a_plot(tmp_path):
         (["--coordinator", "localhost:1", "--process", "1"], "--process is from 0 to 0, got 1"),
         (["no-such-file"], "does not exist"),
         ([os.devnull], "is not a file|no bytes|does not exist|is a"),
+        (["--features", "100"], r"100 is not a multiple of 16: 8 heads .* Write --features 112"),
+        (
+            ["--features", "112", "--fsdp", "--data", "3", "--degree", "2"],
+            r"of 48: .* the 3 devices of --data share. Write --features 144",
+        ),
         ([__file__, "--tokens", "8", "--batch", "3", "--data", "2"], "B = 3 is not divisible by"),
     ),
 )

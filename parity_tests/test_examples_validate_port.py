@@ -113,7 +113,7 @@ def test_bound_catches_what_is_a_little_wrong(example, small):
 
 
 def test_port_in_16_bits_is_as_right_as_pytorch(example):
-    """By the same bound, of bfloat16; the weights are numbers of it."""
+    """The same bound holds with the unit of bfloat16; the weights are bfloat16 numbers."""
     port = example.llama(layers=2, tokens=24, dtype=jnp.bfloat16)
     port.torch_model.bfloat16().float()
     with jax.numpy_dtype_promotion("standard"):  # of Flax's norm
@@ -153,7 +153,7 @@ def test_truth_is_float64(example):
 
 
 def test_attentions_are_equal_bit_for_bit(example, case):
-    """What each attention of PyTorch's model was given, and its gradient, through both kernels."""
+    """Operands of each attention of PyTorch's model give equal bits through both kernels."""
     report = example.exact_layers(case.port, case.exact, case.mesh)
     assert report.equal, str(report)
     layers = case.port.torch_model.config.num_hidden_layers
@@ -207,7 +207,7 @@ def test_command_says_where_models_part(example, monkeypatch):
 
 @pytest.mark.parametrize("bad", (1e-3, np.nan))
 def test_where_pytorch_has_only_rounding_flax_has_no_more(example, bad):
-    """A gradient that is 0 is nothing but rounding in both, or the port is wrong."""
+    """Gradients that are 0 are rounding alone in both frameworks, or the port is wrong."""
     truth = {"a": np.array([1.0, 2.0]), "dead": np.zeros(2)}
     torchs = {"a": truth["a"] + 1e-7, "dead": np.array([1e-9, 0.0])}
     compare = partial(example._compare, Console(quiet=True), "grads", truth, torchs)
@@ -228,7 +228,7 @@ def _run(example, port, mesh) -> SimpleNamespace:
 
 
 def _errors(case, flax, kind, u=U) -> dict[str, tuple[float, float]]:
-    """By name, the error of Flax and the bound of `test_port_is_as_right_as_pytorch`."""
+    """Errors of Flax by name, with the bound of `test_port_is_as_right_as_pytorch`."""
     truth = getattr(case.truth, kind)
     runs = [getattr(run, kind) for run in (case.torch, case.exact, flax)]
     assert all(list(run) == list(truth) for run in runs), "the same names in the same order"

@@ -71,7 +71,7 @@ def make(
 
 
 def rotate(x, rotary, positions):
-    """Complex numbers, in float64."""
+    """Rotary embedding by complex numbers, in float64."""
     R = int(rotary.fraction * x.shape[-1])
     turn = positions[..., None] * rotary.theta ** (-np.arange(0, R, 2) / R)
     pairs = (
@@ -140,7 +140,7 @@ def test_output(features, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_that_of_one_device(kind):
-    """Of every parameter, with all of its sharding."""
+    """Gradients of every parameter equal those of one device, sharding included."""
     options: Any = {**FEATURES["everything"], "kernel": dense_attention}
     grads = []
     for shape, sharding in (((1, 1), None), ((2, 4), None), ((2, 4), {"D": "data"})):
@@ -179,7 +179,7 @@ def test_decoding(features, kind):
 
 @pytest.mark.usefixtures("optimised")
 def test_the_cache_is_shared_by_heads():
-    """And no key or value moves in a step but the new ones."""
+    """The cache is sharded by heads, and a step sends no keys or values but the new ones."""
     layer, mesh = make(num_kv_heads=4)
     with jax.set_mesh(mesh):
         layer.init_cache(B, 512)
@@ -204,7 +204,7 @@ PASSED_ON: dict[str, Any] = {
 
 @pytest.mark.parametrize("where", ("attention", "attention_fn"))
 def test_options_are_passed_on(where, monkeypatch):
-    """Some change no value: how the work is divided, and what JAX checks."""
+    """Options are passed on, those without effect on values included: chunks and JAX's checks."""
     given = {}
 
     def attend(query, key, value, **options):
@@ -226,7 +226,7 @@ def test_options_are_passed_on(where, monkeypatch):
 
 
 def test_parameters_have_names():
-    """The letters of the einsums, without any mesh, and a sharding where there are rules."""
+    """Parameters are named by the einsums' letters without a mesh; rules give them shardings."""
     layer = Attention(
         D, num_heads=N, num_kv_heads=K, head_dim=H, qk_norm=1e-6, sinks=True, rngs=nnx.Rngs(0)
     )
@@ -258,7 +258,7 @@ def test_parameters_have_names():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mesh_that_is_given(kind):
-    """Without `jax.set_mesh`: parameters are created on it, used on it and gathered on it."""
+    """A mesh that is given without `jax.set_mesh` holds, uses and gathers the parameters."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
     options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": LAYOUT.on(mesh)}
     parameters = ParameterOptions(sharding={"D": "data"})
@@ -270,7 +270,7 @@ def test_a_mesh_that_is_given(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_follow_the_order_of_the_tokens(kind):
-    """Of a zigzag, whether they are given or not."""
+    """Positions of a zigzag order are right, whether they are given or not."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind,) * 2)
     layout = replace(LAYOUT.on(mesh), order=Zigzag())
     options: Any = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "layout": layout}
@@ -296,7 +296,7 @@ def test_dropout():
 
 
 def test_sixteen_bits():
-    """Parameters stay float32."""
+    """Layers of 16-bit activations are right to their rounding; parameters stay float32."""
     layer, mesh = make(parameters=ParameterOptions(dtype=jnp.bfloat16))
     out = run(layer, mesh)
     assert out.dtype == jnp.bfloat16
@@ -306,7 +306,7 @@ def test_sixteen_bits():
 
 
 def test_the_gradient_of_16_bit_sinks_is_rounded_once():
-    """Though two devices of the batch axis have a part of its sum each."""
+    """Gradients of 16-bit sinks are rounded once, though two devices of the batch share the sum."""
     parameters = ParameterOptions(param_dtype=jnp.bfloat16, dtype=jnp.float32)
     layer, mesh = make(parameters=parameters, sinks=True, rotary=None)
     grad = np.random.default_rng(7).standard_normal((B, S, D)).astype(np.float32)
@@ -398,7 +398,7 @@ def test_what_a_record_says():
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("start", (0, 1 << 12, 1 << 20, (1 << 30) - 40))
 def test_rotary_is_right_at_every_position(start, interleaved):
-    """In float32 angles it would be wrong by 0.03 at 2^20 and by anything at 2^30."""
+    """Rotary embeddings with float32 angles would be off by 0.03 at 2^20, by anything at 2^30."""
     rotary = Rotary(interleaved=interleaved)
     x = rng.standard_normal((1, 40, 2, 64)).astype(np.float32)
     positions = np.arange(start, start + 40)[None]
@@ -420,7 +420,7 @@ def exact_turn(x, frequencies, positions):
 
 @pytest.mark.parametrize("dtype", [f"{u}int{bits}" for bits in (8, 16, 32, 64) for u in ("", "u")])
 def test_rotary_of_every_integer_dtype(dtype):
-    """Both ends of each, as of a batch that is padded on the left, and 2^32 where it has it."""
+    """Positions at both ends of every integer dtype, as of padding on the left, and 2^32."""
     info = np.iinfo(dtype)
     ends = [info.min, info.min + 1, info.max - 1, info.max, 0, 1, -1, -5, 127, 128, 65535, 65536]
     wide = [(1 << 32) - 1, 1 << 32, (1 << 32) + 1, -(1 << 32) - 7, 0x0123_4567_89AB_CDEF]
@@ -460,7 +460,7 @@ SCALED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", SCALED)
 def test_rotary_of_scaled_variants(kind):
-    """Against the frequencies, the factor and the products of `transformers`."""
+    """Scaled rotary embeddings have the frequencies, factor and products of `transformers`."""
     config = LlamaConfig(
         hidden_size=16,
         num_attention_heads=2,

@@ -55,7 +55,7 @@ def on_mesh(x):
 
 
 def assert_close(a, b, kept=None):
-    """Of two float32 attentions of the same inputs, within projections of `D` terms each."""
+    """Asserts that two float32 attentions agree to the rounding of projections of `D` terms."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if kept is not None:
         a, b = a[kept], b[kept]
@@ -125,7 +125,7 @@ def test_linen_is_causal_without_a_mask():
 
 @pytest.mark.usefixtures("mesh")
 def test_linen_initialises_with_one_token():
-    """And with one sequence, which two devices cannot share."""
+    """Linen's init takes one token of one sequence, which two devices cannot share."""
     layer = linen_layer(SequenceParallel(LAYOUT))
     variables = jax.jit(layer.init)(jax.random.key(0), jnp.ones((1, 1, D)))
     expected = jax.jit(linen_layer().init)(jax.random.key(0), jnp.ones((1, 1, D)))
@@ -219,7 +219,7 @@ def test_dropout_is_the_same_at_every_degree(broadcast):
 )
 @pytest.mark.usefixtures("mesh")
 def test_dropout_in_a_layer(kind):
-    """In training it drops, the same for the same key; in evaluation it does not."""
+    """Dropout drops in training, the same weights for the same key, and not in evaluation."""
     attend = SequenceParallel(LAYOUT)
     if kind == "nnx":
         layer = nnx_layer(attend, dropout_rate=0.5, keep_rngs=False)
@@ -251,7 +251,7 @@ def test_every_argument_of_flax_is_named():
 
 
 def test_it_is_a_value():
-    """So that nnx.jit and linen compile a module with it once."""
+    """`SequenceParallel` has equality and a hash, so nnx.jit and linen compile its module once."""
     assert SequenceParallel(LAYOUT) == SequenceParallel(LAYOUT)
     assert hash(SequenceParallel(LAYOUT)) == hash(SequenceParallel(LAYOUT))
     assert SequenceParallel(LAYOUT) != SequenceParallel(LAYOUT, is_causal=True)
@@ -283,7 +283,7 @@ def test_dtype_and_bias():
 
 
 def test_a_bias_keeps_its_precision():
-    """In 16 bits a bias of 100 would be wrong by a quarter."""
+    """A bias of 100 keeps its float32: in 16 bits it would be off by a quarter."""
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in rng.standard_normal((3, 2, S, 8, 4)))
     bias = jnp.asarray(100 + rng.standard_normal((1, 8, S, S)), jnp.float32)
     got = jax.jit(SequenceParallel(layout=MeshLayout(mesh=jax.make_mesh((4,), ("seq",)))))(
@@ -377,7 +377,7 @@ def test_causality_at_the_call_is_refused_when_decoding():
 @pytest.mark.parametrize("padding", (False, True))
 @pytest.mark.parametrize(("queries", "keys"), ((8, 8), (2, 4), (7, 3), (1, 1)), ids=str)
 def test_causality_at_the_call(queries, keys, padding):
-    """With a mask and without, as Flax's own function has it: query i sees keys 0 to i."""
+    """Causality as of Flax's function, with a mask and without: query i sees keys 0 to i."""
     query = jnp.asarray(rng.standard_normal((2, queries, 8, 4)), jnp.float32)
     key, value = map(jnp.asarray, rng.standard_normal((2, 2, keys, 2, 4), np.float32))
     mask = jnp.asarray(rng.random((2, 1, queries, keys)) < 0.6).at[..., 0].set(True)

@@ -107,7 +107,7 @@ def test_the_window_of_a_layer(at_once):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_steps_in_a_scan(kind):
-    """Of one program; the cache lies at the end where it lay at the start."""
+    """A scan of one program decodes a hundred steps, and the sharding of the cache stays."""
     layer, mesh = layer_of(kind, kernel=Exact())
     x = np.random.default_rng(1).standard_normal((B, 100, D)).astype(np.float32)
     with jax.set_mesh(mesh):
@@ -197,7 +197,7 @@ def sampler() -> np.ndarray:
 
 @pytest.mark.parametrize("degree", (1, 2, 8))
 def test_the_sampler_is_on_the_policy_of_the_trainer(sampler, degree):
-    """Its log-probabilities, with a cache on four devices, are the trainer's to the last bit."""
+    """The sampler's log-probabilities, with a cache on four devices, are the trainer's bits."""
     taken = ~np.isnan(sampler)
     assert taken.sum() == B * (S - PROMPT)
     assert compare_bits(sampler[taken], trained(degree, exact=True)[taken]).equal
@@ -212,7 +212,7 @@ def test_and_of_the_trainer_in_pytorch(sampler):
 
 
 def test_in_float32_the_sampler_is_off_the_policy():
-    """Without exact arithmetic some bit differs, and what differs is small."""
+    """Log-probabilities without exact arithmetic differ in some bit, and by little."""
     ordinary = sampled(4, exact=False)
     taken = ~np.isnan(ordinary)
     right = trained(1, exact=False)

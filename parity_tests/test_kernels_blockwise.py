@@ -135,7 +135,7 @@ def test_64_bits(index):
     ids=("blockwise", "either mode", "dense", "exact"),
 )
 def test_no_inf_is_seen_in_an_eager_call(attend):
-    """By `jax.debug_infs`, in output and gradients, where queries have no key."""
+    """Output and gradients pass `jax.debug_infs` where queries have no key."""
     q, k, v, _ = map(jnp.asarray, operands(SIZES))
     mask = jnp.asarray(rng.random((2, 1, 13, 17)) < 0.5).at[:, :, 3].set(False)
     with jax.debug_infs(True), jax.debug_nans(True):
@@ -238,7 +238,7 @@ def in_a_direction(loss: Any, at: Any) -> Any:
 
 
 def derived(derivative: Any, attend: Any) -> Any:
-    """Compiled: eager, each operation of each rule is a program of its own."""
+    """Derivatives, compiled: eager, each operation of each rule would be a separate program."""
     loss, at = with_numbers(attend)
     return jax.jit(partial(derivative, loss), compiler_options=QUICK)(at)
 
@@ -272,7 +272,7 @@ def test_forward_mode():
 
 
 def precisions(jaxpr: Any) -> list[Any]:
-    """Of every product of a jaxpr and those inside it."""
+    """Precision of every matrix product of a jaxpr and of the jaxprs inside it."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -291,14 +291,14 @@ def precisions(jaxpr: Any) -> list[Any]:
     "derivative", (lambda loss, at: jax.grad(loss)(at), norm), ids=("first", "second")
 )
 def test_products_have_the_precision_of_the_call(attend, derivative):
-    """Those of all derivatives, too, though JAX traces their rules outside of the context."""
+    """Products of derivatives have the precision, too, though JAX traces them outside the call."""
 
     def highest(*args: Any, **keywords: Any) -> Any:
         with jax.default_matmul_precision("highest"):
             return attend(*args, **keywords)
 
     plain, at = with_numbers(highest)
-    # Of a function that is compiled before it is differentiated JAX traces more of them outside.
+    # JAX traces more rules outside the context if a function is compiled before its derivative.
     for loss in (plain, jax.jit(plain), jax.checkpoint(plain)):
         found = precisions(jax.make_jaxpr(partial(derivative, loss))(at).jaxpr)
         assert len(found) >= 6
@@ -394,7 +394,7 @@ SKIPPED = {
 
 @pytest.mark.parametrize(("some", "rule"), SKIPPED.values(), ids=SKIPPED)
 def test_the_blocks_that_are_left_out(some, rule):
-    """As many as there are whose pairs are all ruled out: work falls with what a mask skips."""
+    """Every block whose pairs are all ruled out is left out: work falls with the mask."""
     n, size = 64, 8
     mask = mask_of(1, n, n, some)
     t, s = np.arange(n)[:, None], np.arange(n)[None, :]
@@ -408,7 +408,7 @@ def test_the_blocks_that_are_left_out(some, rule):
 
 
 def test_memory_is_linear_in_the_tokens():
-    """Of the compiled program, forward and backward: no more than the arrays and a few blocks."""
+    """The compiled program, with gradients, holds no more than the arrays and a few blocks."""
 
     def bytes_held(tokens):
         x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)

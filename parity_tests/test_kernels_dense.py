@@ -102,7 +102,7 @@ POSITIONS_OF_QUERIES = torch.tensor([[1, 2, 0, 1, -1], [9, -2, 5, 4, 0]])
 
 
 def apart(b, t, s):
-    """How far after the query the key is, by the positions of a pair."""
+    """Distance by which the key is after the query, by the positions of a pair."""
     return (POSITIONS_OF_KEYS[b, s] - POSITIONS_OF_QUERIES[b, t]).item()
 
 

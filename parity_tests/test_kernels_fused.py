@@ -215,7 +215,7 @@ NAMES = [f"{platform}: {name}" for platform, rows in LACKS.items() for name in r
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """As if JAX saw one NVIDIA GPU."""
+    """Pretends that JAX sees one NVIDIA GPU of compute capability 9.0."""
     monkeypatch.setattr(cudnn, "compute_capability", lambda: (9, 0))
 
 
@@ -246,7 +246,7 @@ def test_what_a_kernel_lacks_is_refused_and_another_chosen(
 
 @pytest.mark.parametrize("platform", ("tpu", "gpu"))
 def test_every_keyword_is_supported_or_refused(platform, hopper):
-    """No keyword of the kernels is missing in the tables above, or in that of what is supported."""
+    """Every keyword is in the tables of unsupported ones above, or of supported ones."""
     supported = {"scale", "is_causal", "query_seq_lengths", "key_value_seq_lengths"}
     supported |= {"local_window_size", "dropout_rng"}  # a key alone drops nothing
     if platform == "tpu":
@@ -429,7 +429,7 @@ def test_the_schedule_is_that_of_the_mask(tokens, sizes, window, is_causal, offs
 @pytest.mark.parametrize("tokens", (1 << 20, 1_000_000))
 @pytest.mark.parametrize("window", (None, (4095, 0)), ids=("causal", "window"))
 def test_a_million_tokens_lower_without_a_mask(tokens, window):
-    """What is made on the host is the schedule, not the S x S mask of a terabyte."""
+    """The host makes the schedule alone, not the S x S mask of a terabyte."""
     mask = Mask(is_causal=True, local_window_size=window)
     wide, _ = choose_blocks(mask, tokens, tokens)
     for side in (0, 1):

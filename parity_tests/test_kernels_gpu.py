@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: exact attention has the bits it has everywhere, and every kernel its values.
+"""Kernels on an NVIDIA GPU: exact attention's bits are those of every platform, all values right.
 
     JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu
 
@@ -133,7 +133,7 @@ def test_every_pair_of_features(case):
 
 @pytest.mark.parametrize("case", cases(TRITON_FACTORS), ids=name_of)
 def test_triton_with_every_pair_of_its_features(case):
-    """In small blocks; within 16 units of the largest entry, as interpreted on a CPU."""
+    """Triton with small blocks is within 16 units of the largest entry, as interpreted on a CPU."""
     given, inputs = options(case), operands(sizes_of(case), case["dtype"])
     if case["junk"]:
         inputs = with_junk(inputs, given)
@@ -162,7 +162,7 @@ SEGMENTS = np.sort(rng.integers(1, 4, TOKENS.shape), axis=1)
 
 
 def loss_and_gradients(device: Any, documents: bool, attention: Any, dtype: Any) -> Any:
-    """Of a decoder on one device, and its program; parameters are made on the CPU."""
+    """Loss, gradients and program of a decoder on one device; parameters are made on the CPU."""
     mesh = jax.make_mesh((1, 1), ("data", "seq"), devices=[device])
     cpu = jax.local_devices(backend="cpu")[0]
     place = Placement(LAYOUT, attention, sharding={}, dtype=dtype)
@@ -194,7 +194,7 @@ def test_a_decoder_has_the_loss_and_the_gradients_of_a_cpu():
 
 
 def test_a_decoder_in_16_bits_by_cudnn():
-    """Without documents cuDNN is chosen, and errs as blockwise attention of 16 bits does."""
+    """A decoder without documents runs cuDNN, and errs as blockwise attention of 16 bits does."""
     loss, grads, program = loss_and_gradients(gpu(), False, None, jnp.bfloat16)
     assert program.count(f'custom_call_target="{CUDNN}') == 2 * CONFIG.layers
     with jax.default_matmul_precision("highest"):

@@ -55,7 +55,7 @@ EPS = float(np.finfo(np.float32).eps)
 
 
 def right(case):
-    """Within 16 units of the largest entry, in the operands' dtype, and 0 without a key."""
+    """Asserts errors within 16 units of the largest entry, in the dtype of the operands."""
     given, inputs = options(case), operands(sizes_of(case), case["dtype"])
     if case["junk"]:
         inputs = with_junk(inputs, given)
@@ -98,7 +98,7 @@ def test_weights_beside_a_large_logit_that_rows_have_in_common():
 
 @pytest.mark.parametrize("largest", (1e5, 1e9, 1e30))
 def test_the_key_of_a_logit_above_all_others_is_the_output(largest):
-    """Of query t the key 5 t % 32, whose logit is above the others, which are 0, by so much."""
+    """Query t has the output of key 5 t % 32, whose logit is `largest`, and the others' 0."""
     query = np.zeros((1, 32, 1, 32), np.float32)
     query[0, np.arange(32), 0, 5 * np.arange(32) % 32] = largest
     key = np.eye(32, dtype=np.float32)[None, :, None]
@@ -122,7 +122,7 @@ def test_a_sink_far_from_all_logits_weighs_nothing_or_everything(sink):
 
 
 def test_a_part_of_the_tokens_and_the_log_of_the_sums():
-    """Of traced starts, with 64 bits on: output, residual and the gradients of both by all.
+    """Output, residual and their gradients, for a part that starts at traced tokens, in 64 bits.
 
     The bound is 16 units of float32 of the largest entry, as in the table.
     """
@@ -166,7 +166,7 @@ def test_a_part_of_the_tokens_and_the_log_of_the_sums():
 
 
 def test_it_drops_the_weights_that_every_kernel_drops():
-    """By values that are a unit matrix the output is the weights, 0 where dropped alone."""
+    """Dropped weights are the zeros of the output where the values are a unit matrix."""
     shape, keys = (2, 32, 2, 16), head_keys(jnp.array([5, 6], jnp.uint32), 2, 2)
     query, key = jax.random.normal(jax.random.key(0), (2, *shape))
     value = jnp.broadcast_to(jnp.eye(32)[None, :, None], (2, 32, 2, 32))
@@ -178,8 +178,8 @@ def test_it_drops_the_weights_that_every_kernel_drops():
 
 @pytest.mark.parametrize("strategy", (None, AllGatherKV()), ids=("Ulysses", "AllGatherKV"))
 def test_four_devices(strategy):
-    """Within 16 units of the largest entry, as in the table. XLA:CPU, which interprets the kernel,
-    adds up D in an order that depends on the number of heads."""
+    """Errors on four devices are within 16 units of the largest entry, as in the table: XLA:CPU,
+    which interprets the kernel, adds up D in an order that depends on the number of heads."""
     inputs = operands(Sizes(B=1, T=64, S=64, N=8, K=4, H=16, V=16))
     documents = jnp.asarray(np.sort(np.arange(64) // 24)[None], jnp.int32)
     asked = {"mask": Mask(is_causal=True, segment_ids=documents)}
@@ -303,7 +303,7 @@ def test_it_is_chosen_where_its_blocks_have_room(capability, name):
 
 
 def test_an_outer_shard_map_gets_the_blockwise_kernel(monkeypatch):
-    """There types say what varies over its axes, and a Pallas kernel says nothing."""
+    """An outer shard_map gets the blockwise kernel: Pallas says nothing of varying mesh axes."""
     chosen = []
 
     def choose_for_gpu(query, key, value, spec, platform, **options):

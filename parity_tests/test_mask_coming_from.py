@@ -86,7 +86,7 @@ class Line:
 
 
 def keywords_in(cell: str) -> list[str]:
-    """What stands between backticks and begins with a keyword of the attention."""
+    """Code between backticks that begins with a keyword of the attention."""
     names = "scale|bias|mask|is_causal|local_window_size|logits|dropout|return_residual|layout"
     begins = rf"({names}|query_seq_lengths|key_value_seq_lengths)="
     return [code for code in re.findall(r"`([^`]*)`", cell) if re.match(begins, code)]
@@ -585,8 +585,8 @@ def test_every_line_has_a_case_and_every_case_a_line():
 
 @pytest.mark.parametrize("there", CASES)
 def test_line(there):
-    """What the line says is right has the output and the gradients of the library that it names;
-    what the line says goes wrong has another output, in float64 as well.
+    """Code that a line calls right has the output and the gradients of the library it names;
+    code that a line calls wrong has another output, in float64 as well.
     """
     problem, line = CASES[there](), LINES[there]
     rng = np.random.default_rng(0)

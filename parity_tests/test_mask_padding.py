@@ -149,7 +149,7 @@ def test_what_is_added_belongs_to_nobody():
     ),
 )
 def test_what_is_added_is_in_no_segment_that_is_there(dtype, some):
-    """Beside the least and the largest number of the dtype, too, after which nothing may wrap."""
+    """Segments of padding are new, also beside the least and largest number of the dtype."""
     q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 5, 6, 4, 4, 5, 5)))
     ids = jnp.asarray(np.array([some], dtype)).repeat(2, axis=1).repeat(2, axis=0)
     padded = pad_to_degree(q, k, v, degree=4, mask=Mask(segment_ids=(ids[:, :5], ids)))
@@ -184,7 +184,7 @@ def test_the_refusal_names_what_helps():
 
 
 def test_padding_is_compiled_too():
-    """In a compiled step of a data pipeline, say: what comes out goes on."""
+    """`pad_to_degree` under `jax.jit` returns a padding that can unpad."""
     q, k, v, _ = map(jnp.asarray, operands(Sizes(2, 5, 6, 4, 4, 5, 5)))
     padded = jax.jit(lambda *x: pad_to_degree(*x, degree=4))(q, k, v)
     assert padded.query.shape[1] == padded.key.shape[1] == 8

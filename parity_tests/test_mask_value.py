@@ -49,7 +49,7 @@ def test_both(a, b):
 @pytest.mark.parametrize("unbounded", (np.iinfo(np.int64).max, 2**40, 2**32 - 1))
 @pytest.mark.parametrize("dtype", (np.int64, np.uint64))
 def test_lengths_that_32_bits_do_not_hold(unbounded, dtype):
-    """They are longer than any sequence, and jnp.minimum alone would cut them to 32 bits."""
+    """Lengths beyond 32 bits exceed every sequence; jnp.minimum alone would cut their bits."""
     for name in ("query_seq_lengths", "key_value_seq_lengths"):
         lengths: Any = [np.full(2, n, dtype) for n in (unbounded, 5)]
         whole, part = (Mask(**{name: x}) for x in lengths)
@@ -98,7 +98,7 @@ ARRAYS_OF_NO_ATTENTION = {
 )
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_arrays_that_no_attention_takes(make, message):
-    """Joined or drawn they would be another mask: every number but 0 is True."""
+    """Arrays of numbers raise when joined or drawn: as booleans every number but 0 is True."""
     wrong = make()
     right = Mask(array=jnp.ones((1, 1, T, S), bool), key_value_seq_lengths=jnp.array([5]))
     for ask in (lambda: wrong & right, lambda: right & wrong, lambda: draw(wrong, T, S)):
@@ -115,7 +115,7 @@ def test_a_sequence_that_is_not_there_is_not_drawn():
 
 
 def test_it_is_one_value_for_all_layers():
-    """Through `jax.jit` as an argument, with gradients beside it."""
+    """One mask passes through `jax.jit` as an argument of two layers, with gradients."""
     q = jnp.asarray(RNG.standard_normal((2, T, 2, 4)), jnp.float32)
     mask = PARTS["causal"] & PARTS["segments"]
 

@@ -140,7 +140,7 @@ def rows(output):
 
 
 def hashes(output):
-    """What the rows that have a hash show of it."""
+    """Shown hashes, by row that has one."""
     return {key: sha256 for key, (_, sha256) in table_of(output).items() if sha256 is not None}
 
 
@@ -241,7 +241,7 @@ def assert_hashes(kernel, shown, results):
 
 
 def test_plain_kernels_differ(tmp_path):
-    """Where neither framework's sums are exact, equal bits would say that nothing is compared."""
+    """Plain kernels differ: equal bits of inexact sums would mean that nothing is compared."""
     file = tmp_path / "results.json"
     result = seqpar(*TINY, "--kernel=plain", "--degree=2", "--json", file)
     assert result.exit_code == 0, result.output
@@ -288,7 +288,7 @@ def test_a_plain_row_differs_by_one_bit():
 
 
 def test_other_dtypes_pass_for_no_rounding_and_for_no_history():
-    """Of two dtypes no difference is told, and a limit on it would hold."""
+    """Results of two dtypes fail, although a report without differences is within every limit."""
     x = np.ones((2, 3), np.float32)
     reports = {"forward": compare_bits(x, 7 * x.astype(jnp.bfloat16))}
     for expected in ("rounded", "right", "scrambled"):
@@ -508,7 +508,7 @@ def test_the_label_of_a_file_of_ones_own_with_shared_kernels(planned, tmp_path):
 
 
 def test_as_a_command_with_one_sequence(tmp_path):
-    """In a process of its own. With batch 1 the bug that was reported does not show."""
+    """The command in a separate process; with batch 1 the reported bug does not show."""
     arguments = [*TINY, "--batch=1", "--degree=2", "--json", tmp_path / "results.json"]
     done = subprocess.run(
         [sys.executable, "-m", "jax_seqpar", "parity", *map(str, arguments)],
@@ -535,7 +535,7 @@ def test_as_a_command_with_one_sequence(tmp_path):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """What the command would run, by degree, in place of a run."""
+    """Planned runs of the command by degree, in place of the runs."""
     runs = {}
 
     def run_parity(checks, degree, **options):
@@ -622,7 +622,7 @@ def claiming(shape, *, unpacked=None):
 
 
 def test_a_damaged_header_of_an_npz_is_named(tmp_path):
-    """One flipped bit, which moves the data or changes a size: the rest would go unread."""
+    """A flipped bit in a header, which moves the data or changes a size, is an error."""
     path = tmp_path / "a.npz"
     write(path, SINGLE)
     good = path.read_bytes()
@@ -843,7 +843,7 @@ def test_where_to_save_arrives(planned, tmp_path):
 
 
 def test_no_file_is_left_out(planned, tmp_path):
-    """Two of one name, from two folders."""
+    """Two files of one name, from two folders, have a check each, of another name."""
     paths = [tmp_path / folder / "acts.npz" for folder in ("layer0", "layer1")]
     for seed, path in enumerate(paths):
         path.parent.mkdir()
@@ -938,7 +938,7 @@ def test_how_a_file_is_read_is_said_first(planned, tmp_path):
 
 
 def packed_inputs(heads=4, kv_heads=2):
-    """What a file may hold, all of it where an attention with gradients may have it at once."""
+    """Inputs with every array that a file may hold, as far as gradients allow them together."""
     rng = np.random.default_rng(5)
     arrays = random_inputs(np.float32, (*QKV, "grad"), heads, 16, kv_heads=kv_heads)
     tokens = np.arange(16)[None]
@@ -1051,7 +1051,7 @@ def test_narrow_tables_leave_out_columns_and_break_no_word():
 
 
 def test_piped_into_a_file_nothing_is_cut(monkeypatch, tmp_path):
-    """No terminal and no COLUMNS: lines as long as they are, progress on the other stream."""
+    """Output without a terminal and COLUMNS has whole lines, progress on the other stream."""
     long = "activations-of-layer-17-after-the-first-epoch-" * 3 + "x sdpa"
     failing = replace(row(long, expected="scrambled"), error=None)
     monkeypatch.setattr(parity_command, "run_parity", lambda *_, **__: [failing])
@@ -1137,7 +1137,7 @@ def seqpar_certify(*arguments):
 
 
 def answers(output):
-    """By question: how many answers of JAX and of PyTorch are wrong, and of how many."""
+    """Numbers of wrong answers and of all answers by JAX and by PyTorch, by question."""
     cells = r" +([\d,]+) of ([\d,]+)"
     found = re.findall(rf"^ *(\S.*?){cells}{cells} *$", output, re.MULTILINE)
     return {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in found}

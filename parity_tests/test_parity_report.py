@@ -34,7 +34,7 @@ VOID = {"meta", "br", "img", "rect"}
 
 
 class Page(HTMLParser):
-    """What a browser is given: text, images, addresses; every tag is closed where it has to be."""
+    """Page as a browser reads it: text, images, addresses; every tag has to be closed."""
 
     def __init__(self, source):
         super().__init__()
@@ -80,7 +80,7 @@ def decoded(image):
 
 
 def masks(page):
-    """Where each image of differing bits shows something, `[rows, columns]`."""
+    """Masks of the visible cells of each image of differing bits, `[rows, columns]`."""
     shown = [x for x in page.images if x["alt"].startswith("where the bits differ")]
     return [decoded(x)[..., 3] > 0 for x in shown]
 
@@ -185,7 +185,7 @@ def test_the_page_is_whole_and_asks_for_nothing(tmp_path):
 
 @pytest.mark.parametrize("degree", (1, 2))
 def test_wrong_versions_have_the_picture_that_the_truth_table_says(degree):
-    """Of labels, by the reshard that is wrong; where PyTorch raises, its words."""
+    """Pictures of labels by the reshard that is wrong; where PyTorch raises, its words."""
     found = {}
     for check in history_checks(degree, CASE.inputs()):
         evidence = pictures.evidence(check, {}, {}, {})

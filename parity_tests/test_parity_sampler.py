@@ -39,7 +39,7 @@ def test_the_sampler_is_on_the_policy(result):
 
 
 def test_a_token_at_a_wrong_position_is_seen(result, monkeypatch):
-    """Appended one position late, so that it hides from its own query."""
+    """A token appended one position late, which hides from its query, is seen."""
     right = KeyValueCache.append
     monkeypatch.setattr(KeyValueCache, "append", lambda self, k, v, at: right(self, k, v, at + 1))
     sample = sampled(SMALL, 4, 3, Exact(), lambda: None)

@@ -71,7 +71,7 @@ def array(*shape: int, dtype: Any) -> Any:
 
 
 def test_arrays_of_the_options_are_shapes():
-    """None of them adds communication, and their numbers are not in the program."""
+    """Arrays of the options are planned as shapes, and add no communication."""
     program = replace(
         PROGRAM,
         mask=Mask(segment_ids=array(2, 16, dtype=jnp.int32), array=array(1, 8, 16, 16, dtype=bool)),
@@ -82,7 +82,7 @@ def test_arrays_of_the_options_are_shapes():
 
 
 def test_a_mesh_of_data_and_tensor_parallelism():
-    """Of each device's part of batch and heads; one KV head is whole on both devices."""
+    """All-to-alls send each device's part of batch and heads; one KV head is on both devices."""
     layout = MeshLayout(batch="data", heads="tensor")
     axes = {"data": 2, "seq": 2, "tensor": 2}
     program = replace(PROGRAM, topology="cpu:8", layout=layout, mesh_shape=axes)
@@ -209,7 +209,7 @@ def test_a_missing_compiler(name, message, monkeypatch):
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_program_that_is_not_compiled():
-    """Its text has no collectives, so that every budget of bytes would hold."""
+    """A lowered program raises: its text has no collectives, so every budget would hold."""
     lowered: Any = jax.jit(lambda x: x + 1).lower(jnp.ones(2))
     for program in (lowered, lowered.as_text()):
         for ask in (collectives, all_to_all_bytes, kernel_calls, partial(received_bytes, degree=2)):

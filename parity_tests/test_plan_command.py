@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from typer.testing import CliRunner
 
 from jax_seqpar import MeshLayout, dot_product_attention
 from jax_seqpar.cli import app
-from jax_seqpar.plan import Plan, plan
+from jax_seqpar.plan import Decoder, Plan, plan
+from jax_seqpar.plan.machine import Machine
 
 SMALL = ("--heads", "8", "--kv-heads", "4", "--head-dim", "8", "--dtype", "f32")
 DECODER = (
@@ -36,7 +38,7 @@ def seqpar(*options: str, columns: int = 500) -> Any:
 
 
 def test_a_decoder_for_simulated_devices(tmp_path):
-    """Twice, with equal plans but for the seconds that it took; JSON and program are written."""
+    """Two plans of a decoder are equal but for the seconds; JSON and program are written."""
     found = []
     for name in ("one", "two"):
         file = tmp_path / f"{name}.json"
@@ -87,7 +89,7 @@ def step(x: Any) -> Any:
 
 @pytest.mark.parametrize("timeout", (None, 100.0))
 def test_a_plan_of_a_function(timeout):
-    """In this process or another; what is donated is counted once."""
+    """A function is planned in this process or another; donated arguments are counted once."""
     mesh = AbstractMesh((4,), ("seq",))
     x = jax.ShapeDtypeStruct(
         (64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("seq"))
@@ -114,8 +116,30 @@ REFUSED = {
     "a topology that cannot be": (("--topology", "v5e:2x2x2"), "3 dimensions"),
     "an unknown topology": (("--topology", "v5e"), "is unknown. Write the chips"),
     "an unknown chip": (("--topology", "v9:2x2"), "lacks. Write v4"),
+    "a length of CPUs": (
+        ("--topology", "cpu:8", "--largest"),
+        "the memory of a device of cpu:8 is not known, so nothing says what fits. Write the topol",
+    ),
+    "a length by counting": (
+        ("--topology", "v5e:2x4", "--largest", "--no-compile"),
+        "--largest asks the compiler of v5e:2x4 what fits, and --no-compile forbids it. Leave one",
+    ),
     "a size": (("--topology", "v5e:2x4", "--tokens", "12T"), "is no size. Write"),
     "a mesh": (("--topology", "v5e:2x4", "--mesh", "seq=4"), "does not have the 8 devices"),
+    "two questions": (
+        ("--topology", "v5e:2x4", "--largest", "--sweep", "tokens"),
+        "--largest and --sweep tokens are two questions. Leave one out",
+    ),
+    "a step of nothing": (("--topology", "v5e:2x4", "--step", "1K"), "--step 1K is of --largest"),
+    "a file in no folder": (
+        ("--topology", "v5e:2x4", "--json", "nowhere/a.json"),
+        "--json nowhere/a.json: there is no folder 'nowhere'. Write a file",
+    ),
+    "a hybrid of one axis": (
+        ("--topology", "v5e:2x4", "--strategy", "hybrid-ring"),
+        "works on two mesh axes of the tokens, and the mesh {'seq': 8} has 1. Write them",
+    ),
+    "other GPUs": (("--topology", "h200:8"), '"a100.json:8" for other GPUs, which a file'),
     "a strategy": (("--topology", "v5e:2x4", "--strategy", "x"), "--strategy 'x' is unknown"),
     "a sweep": (("--topology", "v5e:2x4", "--sweep", "x"), "Write tokens or degree"),
     "a chart of one": (("--topology", "v5e:2x4", "--png", "x.png"), "Add --sweep tokens"),
@@ -139,7 +163,7 @@ def test_what_is_refused_at_once(options, message):
 
 
 def refused(result: Any, message: str) -> None:
-    """One sentence, exit status 2."""
+    """Asserts that a call ends with one sentence and exit status 2."""
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert "Traceback" not in result.output
@@ -173,13 +197,32 @@ def wrong(tokens):
     refused(result, message)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (("--features", "38"), "features D = 38 is not divisible by the 4 devices of mesh axes "
+         "('seq',), which share each weight. Write features = 40"),
+        (("--head-dim", "7"), "head_dim H = 7 is odd, .* Write head_dim = 8"),
+    ),
+)  # fmt: skip
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_sizes_that_a_decoder_cannot_have(options, message):
+    mesh = Machine("cpu:4", 1, {"seq": 4}).without_devices
+    named: Any = {x.removeprefix("--").replace("-", "_"): int(n) for x, n in [options]}
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")),
+    ):
+        Decoder(64, **{"features": 32, "head_dim": 8} | named).build()
+
+
 def test_tokens_that_do_not_divide():
     result = seqpar("layer", "--topology", "cpu:8", "--tokens", "100")
     refused(result, "query tokens T = 100 is not divisible by the 8 devices")
 
 
 def test_nothing_is_left_running_after_its_time(tmp_path):
-    """Neither the process nor what it started."""
+    """The process and its children end at the timeout."""
     file, pids = tmp_path / "slow.py", tmp_path / "pids"
     file.write_text(f"""
 import os, subprocess, time
@@ -197,7 +240,7 @@ def waits(tokens):
 
 
 def test_the_process_ends_with_its_parent(tmp_path):
-    """A command that is killed leaves none behind."""
+    """A command that is killed leaves no process behind."""
     file, pids = tmp_path / "slow.py", tmp_path / "pid"
     file.write_text(f"""
 import os, time
@@ -231,7 +274,7 @@ def alive(pid: int) -> bool:
     ("topology", "install"), (("v5e:4x4", "pip install libtpu"), ("h100:8", "[cuda]"))
 )
 def test_without_the_compiler_it_counts(topology, install, monkeypatch, tmp_path):
-    """And says what was not checked."""
+    """The plan counts without a compiler, and says which numbers were not checked."""
     monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "nowhere.so"))
     file = tmp_path / "plan.json"
     result = seqpar("layer", "--topology", topology, "--train", "--json", str(file))
@@ -248,7 +291,7 @@ def test_without_the_compiler_it_counts(topology, install, monkeypatch, tmp_path
 
 
 def exported(platform: str) -> Any:
-    """The front door with a named kernel, for four devices."""
+    """The public function with a named kernel, exported for four devices."""
     from jax import export
 
     from jax_seqpar import Blockwise
@@ -267,7 +310,7 @@ def exported(platform: str) -> Any:
 
 
 def test_an_exported_program_runs_again():
-    """With the kernel named: one that is left open is chosen for the machine that exports."""
+    """Export needs a named kernel: the default is chosen for the machine that exports."""
     pytest.importorskip("flatbuffers")
     from jax import export
 

@@ -1,4 +1,4 @@
-"""What the planner counts in a traced program, against closed formulas; no compiler is asked."""
+"""Counts of the planner in traced programs, against closed formulas, without a compiler."""
 
 import math
 from dataclasses import replace
@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_seqpar import Hybrid, Mask, MeshLayout, Ring, Triton, Ulysses
+from jax_seqpar.cli.plan_table import host_copies
 from jax_seqpar.mask import Tokens
 from jax_seqpar.plan import Decoder
 from jax_seqpar.plan.answer import Request, answer
@@ -76,17 +77,25 @@ def test_the_collectives_of_a_train_step():
 
 
 def test_what_a_train_step_offloads():
-    """The input of every layer, once; nothing else of the step changes."""
+    """The input of every layer, once there and once back; nothing else of the step changes."""
     whole, offloaded = (Decoder(TOKENS, layers=3, offload=x) for x in (False, True))
     plans = [counted(DecoderStep(x)) for x in (whole, offloaded)]
-    block = 3 * TOKENS // 16 * whole.features * 2 / 1e9
-    note = f"{block:.3f} GB go to the memory of each device's host and come back"
-    assert [any(note in x for x in plan.notes) for plan in plans] == [False, True]
+    block = 3 * TOKENS // 16 * whole.features * 2
+    assert [(x.to_host, x.from_host) for x in plans] == [(0, 0), (block, block)]
     assert (plans[0].parts, plans[0].kernels) == (plans[1].parts, plans[1].kernels)
+    assert [x.host for x in plans] == [0, 2 * block / 15e9]
+    # Of short sequences the copies take longer than anything else.
+    slow = replace(plans[1], parts=plans[1].parts[:1], chip=replace(plans[1].chip, host=1e8))
+    assert (slow.bound, slow.at_least) == ("host", 2 * block / 1e8 + slow.exposed)
+    said = host_copies(plans[1])
+    assert said == "host: 0.201 GB to that of each device, 0.201 GB back: 26.8 ms at 15 GB/s"
+    unknown = replace(plans[1], chip=replace(plans[1].chip, host=0.0))
+    assert (unknown.host, unknown.at_least) == (None, plans[1].at_least)
+    assert "unknown, as no speed of a v5e's link is published" in host_copies(unknown)
 
 
 def test_the_decoder_of_the_examples_has_kernels_for_tpus():
-    """From a machine with CPUs alone: the topology says which."""
+    """The topology decides on the kernels, on a machine with CPUs alone."""
     assert jax.default_backend() == "cpu"
     with jax.numpy_dtype_promotion("standard"):
         plan = counted(FromFile("examples/plan_decoder.py", "train_step", TOKENS))
@@ -100,9 +109,9 @@ def test_the_decoder_of_the_examples_has_kernels_for_tpus():
 
 
 def test_a_kernel_without_a_schedule_computes_every_block():
-    """At a million tokens that of dq does not fit into scalar memory: three products of all pairs.
+    """The schedule of dq at a million tokens exceeds scalar memory: three products of all pairs.
 
-    Forward has two, and the other gradients have four, of the half that is allowed.
+    Forward has two products, and the other gradients four, of the half that is allowed.
     """
     tokens = 1 << 20
     plan = counted(AttentionLayer(tokens, train=True), Machine("v5p:4x4x4", 1, {"seq": 64}))
@@ -143,7 +152,7 @@ def test_cudnn_by_its_formula(train):
 
 
 def test_ulysses_across_slices_sends_between_them():
-    """Of 16 devices a device hears 8 of the other slice, and 7 of its own."""
+    """Each of 16 devices receives from 8 of the other slice, and from 7 of the same slice."""
     plan = counted(AttentionLayer(TOKENS), Machine("v5e:2x4", 2, {"seq": 16}))
     (row,) = plan.collectives
     head = TOKENS // 16 * 128 * 2
@@ -237,7 +246,7 @@ def test_a_device_has_its_share_of_a_chip(topology, devices, flops):
 
 
 def test_the_choice_of_the_strategy():
-    """Across slices on two axes: Ulysses, with the hybrid that it is compared with."""
+    """The choice across slices on two axes is Ulysses, before a Hybrid as the runner-up."""
     layer = AttentionLayer(TOKENS, layout=MeshLayout(tokens=("ring", "seq")), strategy=Ring())
     machine = Machine("v5e:2x4", 2, {"ring": 2, "seq": 8})
     asked = answer(Request(layer, machine, compiled=False))

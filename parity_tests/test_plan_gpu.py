@@ -58,7 +58,7 @@ def test_forward_and_backward(kernel):
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
 @pytest.mark.parametrize("head_dim", (64, 128))
 def test_triton_forward_and_backward(head_dim, dtype):
-    """One kernel forward and two for the gradients, and nothing of T x S in memory."""
+    """Triton has one kernel forward and two for the gradients, and no T x S array in memory."""
     kernel = Triton(platform="gpu")
     forward = program("h100:8", 1 << 17, head_dim=head_dim, dtype=dtype, kernel=kernel)
     programs = [forward, replace(forward, gradients=True)]
@@ -95,7 +95,7 @@ def test_triton_is_chosen_and_compiles_with_every_option():
 
 
 def test_a_transfer_hides_under_the_attention_of_another_slice():
-    """As on TPUs: with one slice of the heads nothing is hidden, with two every kernel is."""
+    """Transfers hide as on TPUs: none with one chunk of heads, one under every kernel with two."""
     options = compiler_options("gpu")
     whole = program("h100:8", 1 << 17, heads=32, kv_heads=16, compiler_options=options)
     sliced = replace(whole, strategy=Ulysses(2))
@@ -107,7 +107,7 @@ def test_a_transfer_hides_under_the_attention_of_another_slice():
 
 
 def test_the_rounding_of_exact_attention_survives_the_compiler():
-    """And a conversion and back does not: if it did, nothing would be shown."""
+    """Integer rounding survives compilation; a conversion and back, the control, does not."""
 
     def round_by_conversion(x):
         return flush(x).astype(jnp.float32)
@@ -126,7 +126,7 @@ def test_the_rounding_of_exact_attention_survives_the_compiler():
 
 
 def test_every_transfer_of_a_ring_hides_under_an_attention():
-    """None is synchronous, or it would not be listed."""
+    """Every transfer is listed, so asynchronous, and hides under an attention."""
     ring = program("h100:8", 1 << 13, kernel=Blockwise(), strategy=Ring())
     forward, both = (
         kernels_under_transfers(x["text"]) for x in compiled(ring, replace(ring, gradients=True))

@@ -1,4 +1,4 @@
-"""What the planner reads in compiled programs, and what it makes of it: values, JSON, charts."""
+"""Reports of the planner on compiled programs: values, JSON, charts."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from jax_seqpar.cli.plan_table import memory_table, sweep_table, verdict
 from jax_seqpar.plan import Plan
 from jax_seqpar.plan.answer import OUT_OF_MEMORY, _without_program
 from jax_seqpar.plan.collective_rows import Collective, collectives_of
-from jax_seqpar.plan.compiled_text import Copies, layout_copies
+from jax_seqpar.plan.compiled_text import Copies, layout_copies, layout_cycles
 from jax_seqpar.plan.count import Sent
 from jax_seqpar.plan.largest import largest, predict
 from jax_seqpar.plan.machine import Machine
@@ -105,6 +105,39 @@ def test_the_rows_of_a_plan():
     assert sum(x.inside for x in received if x.part == "loss") == 96.0
 
 
+# Of libtpu for tpu7x: a gather by a SparseCore, of two instructions made into one, and scatters
+# without a name.
+FUSED = """HloModule jit_step, is_scheduled=true
+
+%called_computation.1 (p: bf16[16]) -> bf16[64] {
+  %all-gather.1 = bf16[64]{0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, metadata={op_name="jit(f)/jvp(loss)/sharding_constraint;jit(f)/jvp(loss)/convert_element_type"}
+}
+
+ENTRY %main () -> f32[2] {
+  %all-gather.1.call-start = ((bf16[16]{0}, token[]), bf16[64]{0}) call-start(%x, %t), async_execution_thread="sparsecore", to_apply=%called_computation.1
+  %splash.1 = bf16[4,8] custom-call(%d), custom_call_target="tpu_custom_call"
+  %all-gather.1.call-done = bf16[64]{0} call-done(%all-gather.1.call-start)
+  %splash.2 = bf16[4,8] custom-call(%d), custom_call_target="tpu_custom_call"
+  %reduce-scatter.1 = f32[4]{0} reduce-scatter(%a), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %reduce-scatter.2 = f32[8]{0} reduce-scatter(%b), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}
+}
+"""  # noqa: E501
+
+
+def test_a_sum_that_the_compiler_scatters_counts_once():
+    sent = [Sent("all-reduce", ("seq",), "layer/mlp", 2 * 16 * 3.0, 1)]
+    rows, received = collectives_of(sent, transfers(FUSED), MACHINE)
+    by_key = {(x.kind, x.written): x for x in rows}
+    summed = by_key["all-reduce", True]
+    assert (summed.count, summed.inside, summed.compiled) == (1, 96.0, 1)
+    # Another one, which brings what no sum of the program does, is the compiler's.
+    assert by_key["reduce-scatter", False].inside == 32 * 3
+    assert [x.part for x in received] == ["layer/mlp", "loss", ""]
+    gathered = by_key["all-gather", False]
+    assert (gathered.asynchronous, gathered.hidden, gathered.under) == (1, 1, ("splash.1",))
+    assert (summed.asynchronous, summed.hidden) == (0, 0)
+
+
 def test_a_plan_of_slices_has_sends():
     machine = Machine("v5e:2x4", 2, {"seq": 16})
     text = (
@@ -120,6 +153,10 @@ def test_a_plan_of_slices_has_sends():
 def test_layout_copies_are_a_share():
     assert layout_copies(TEXT) == Copies(30, 100)
     assert Copies(30, 100).share == 0.3
+    # Work of a SparseCore, of which libtpu has no estimate.
+    unknown = f'  %copy.2 = f32[2] copy(%w), backend_config={{"estimated_cycles":"{2**63 - 1}"}}\n'
+    assert layout_copies(TEXT + unknown) == Copies(30, 100, unknown=1)
+    assert layout_cycles(TEXT + unknown) == 100
     assert layout_copies("HloModule a\n") is None
 
 
@@ -189,7 +226,7 @@ def test_json_round_trips():
 @pytest.mark.parametrize("limit", (1000, 2170, 5000, 12_345, *range(800, 14_000, 571)))
 @pytest.mark.parametrize("curve", (0.0, 0.05, -0.004, "jump"))
 def test_the_largest_is_that_of_brute_force(limit, curve):
-    """Whatever the line misses: the answer fits, and one step more does not."""
+    """The largest size fits, and one step more does not, however far memory is from a line."""
     asked: list[int] = []
 
     def peak(tokens: int) -> int:
@@ -211,7 +248,7 @@ def test_the_largest_is_that_of_brute_force(limit, curve):
 
 @pytest.mark.parametrize("host", (100, 64, 900, 1200))
 def test_the_largest_by_the_memory_of_the_host(host):
-    """Which is full before or after that of the devices, whose line goes through 600 tokens."""
+    """Host memory is full before or after that of the devices, which hold 600 tokens."""
 
     def plan(tokens: int) -> Plan:
         found = plan_of(tokens, peak=100 + tokens * 3 // 2)
@@ -230,9 +267,26 @@ def test_nothing_fits():
 
 
 def test_a_largest_that_cannot_be_found():
-    failed = replace(plan_of(64, peak=1), memory=None, failure="the compiler is missing")
-    with pytest.raises(RuntimeError, match=r"of 64 tokens: the compiler is missing. Give other"):
-        largest(lambda tokens: failed, 64, 16)
+    plan = replace(plan_of(64, peak=1), notes=("3 loops have a length ...",))
+    unchecked = ("not checked: memory: pip install libtpu", *plan.notes)
+    unknown = replace(plan, chip=replace(CHIP, memory=0.0))
+    for found, message in (
+        (replace(plan, memory=None, failure="it aborts"), r"of 64 tokens: it aborts. Give other s"),
+        (
+            replace(plan, memory=None, notes=unchecked),
+            r"tokens: not checked: .* libtpu. Give other",
+        ),
+        (
+            replace(plan, memory=None),
+            r"of 64 tokens: nothing was compiled. Give .* or its compiler",
+        ),
+        (
+            unknown,
+            r"of 64 tokens: the memory of a device of v5e:2x4 is not known, .* topology of a TPU",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            largest(lambda tokens, found=found: found, 64, 16)
 
 
 def test_the_prediction_is_a_line():
@@ -305,4 +359,7 @@ def test_every_chip_of_the_table_has_a_source():
     assert {chip.source == "" for chip in CHIPS.values()} == {False}
     assert all(chip.bandwidth > chip.inside > chip.between > 0 for chip in CHIPS.values())
     assert all(chip.memory > 10e9 for chip in CHIPS.values())
+    # Of no link to a host is known that it is faster than one to a neighbour.
+    assert all(0 <= chip.host < chip.inside for chip in CHIPS.values())
+    assert [chip.name for chip in CHIPS.values() if not chip.host] == ["tpu7x"]
     assert json.dumps([chip.source for chip in CHIPS.values()])

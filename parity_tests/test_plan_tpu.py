@@ -95,7 +95,7 @@ def test_the_blockwise_kernel():
 
 
 def test_a_transfer_hides_under_the_attention_of_another_slice():
-    """With one slice of the heads there is no attention to hide it under; with two there is."""
+    """Transfers hide under the attention of the other chunk of heads; one chunk hides none."""
     options = compiler_options("tpu")
     whole = program("v5e:2x4", 1 << 17, heads=32, kv_heads=16, compiler_options=options)
     sliced = replace(whole, strategy=Ulysses(2))
@@ -108,9 +108,9 @@ def test_a_transfer_hides_under_the_attention_of_another_slice():
 
 
 def under_splash(text: str) -> list[bool]:
-    """Of each asynchronous transfer, whether a kernel runs between its start and its end.
+    """Whether splash runs between start and end, for each asynchronous transfer.
 
-    By name, as a loop that is no attention counts as one to `kernels_under_transfers`.
+    Splash is found by name: `kernels_under_transfers` also counts loops that are not attentions.
     """
     transfers = kernels_under_transfers(text).values()
     return [any("splash" in name for name in under) for under in transfers]
@@ -128,8 +128,31 @@ def test_every_transfer_of_a_ring_of_splash_hides_under_a_kernel(order):
     assert [under_splash(text) for text in texts] == [[True] * 2, [True] * 6]
 
 
+BOTH_WAYS = Ring(bidirectional=True)
+TWO_ROUNDS = Mask(is_causal=True, local_window_size=(4000, 0))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "topology", "mask", "permutes", "kernels"),
+    (
+        (BOTH_WAYS, "v5e:2x4", Mask(is_causal=True), 5, 6),
+        slow(BOTH_WAYS, "v5p:2x2x1", Mask(is_causal=True), 3, 4),
+        slow(Ring(), "v5e:2x4", TWO_ROUNDS, 2, 3),
+    ),
+    ids=("both ways", "both ways, no loop", "two rounds, no loop"),
+)
+def test_every_transfer_hides_both_ways_and_without_a_loop(
+    strategy, topology, mask, permutes, kernels
+):
+    """In a loop under the two kernels of a round; else the first under that of a device's own."""
+    (result,) = compiled(program(topology, 1 << 14, strategy=strategy, mask=mask))
+    assert kernel_calls(result["text"]) == kernels
+    assert collectives(result["text"]) == {"collective-permute": permutes}
+    assert under_splash(result["text"]) == [True] * permutes
+
+
 def test_a_transfer_hides_under_splash_and_not_under_the_merge():
-    """Of few KV heads, whose transfer the compiler would put beside the merge of two parts."""
+    """Transfers of few KV heads hide under splash; the compiler would put them beside the merge."""
     asked = program("v5p:2x2x2", 1 << 14, heads=24, kv_heads=4, strategy=Ring())
     texts = [x["text"] for x in compiled(asked, replace(asked, strategy=LateRing()))]
     assert [under_splash(text) for text in texts] == [[True, True], [False, True]]
@@ -144,7 +167,7 @@ def test_an_unrolled_ring_of_splash_waits_for_transfers():
 
 
 def test_every_transfer_of_a_ring_hides_under_an_attention():
-    """One that sends on what it has attended to has none that does."""
+    """Every transfer hides, and none in a ring that sends keys on after its attention to them."""
     forward = program("v5e:2x4", 1 << 12, kernel=Blockwise(), strategy=Ring())
     waits = replace(forward, strategy=WaitingRing())
     texts = [result["text"] for result in compiled(replace(forward, gradients=True), waits)]

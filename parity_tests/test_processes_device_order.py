@@ -23,7 +23,7 @@ HYBRID = MeshLayout(("ring", "heads"))
 
 @dataclass(frozen=True)
 class Device:
-    """What a mesh and the order of its devices ask of a device."""
+    """Stand-in for a device, with the attributes that a mesh and its device order read."""
 
     id: int
     process_index: int
@@ -97,12 +97,12 @@ def test_a_crossing_without_need_is_named_and_the_advice_helps(case, message, be
 
 
 def test_a_tpu_of_one_slice_has_no_slow_links():
-    """Its hosts share the fast network of the chips."""
+    """Hosts of one TPU slice share the fast network of the chips."""
     assert place_of(Device(0, process_index=3, platform="tpu", slice_index=None)) == ("slice", 0)
 
 
 def test_batches_and_attention_warn(monkeypatch):
-    """On simulated devices of which four stand for a host each."""
+    """Batches and attention warn, on simulated devices of which four stand for a host each."""
     monkeypatch.setattr(device_order, "place_of", lambda device: ("host", device.id // 4))
     bad = jax.make_mesh((4, 2), ("seq", "data"))
     good = jax.make_mesh((2, 4), ("data", "seq"))

@@ -77,7 +77,7 @@ class Processes:
         return [(self.started[i].returncode, output) for i, output in outputs.items()]
 
     def wait_for_failure(self, process):
-        """Until the process is killed or stopped, as the kernel tells."""
+        """Waits until the operating system reports the process as killed or stopped."""
         pid = self.started[process].pid
         flags = os.WEXITED | os.WSTOPPED | os.WNOWAIT
         deadline = time.monotonic() + 400
@@ -106,7 +106,7 @@ def saved_steps(folder):
 
 
 def half_written(folder):
-    """What the failure in a save leaves of the third checkpoint."""
+    """Files of the third checkpoint that the failure in a save leaves."""
     return [*(folder / "steps").glob("2.*tmp*")]
 
 
@@ -169,7 +169,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("after", (1, slow(4)))
 def test_a_killed_run_goes_on_to_the_same_bits_on_other_processes(undisturbed, after, tmp_path):
-    """One of two is killed in its third save, and the second checkpoint is damaged besides."""
+    """A run whose process is killed in the third save, the second checkpoint damaged, goes on."""
     options = ("--exact", "--steps", str(STEPS), "--save-every", "1", "--folder", str(tmp_path))
     with Processes(2, *options, failure=("save", "SIGKILL", 1)) as processes:
         processes.wait_for_failure(1)
@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_on_other_processes(undisturbed, a
 
 
 def test_sigterm_saves_and_leaves(tmp_path):
-    """To the script of two hosts, in a step; started again it goes on from there."""
+    """SIGTERM to the script of two hosts saves a step, from which the next start goes on."""
     folder = ("--folder", str(tmp_path), "--save-every", "1000")
 
     def start(steps):

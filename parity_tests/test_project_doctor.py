@@ -35,7 +35,7 @@ def rows(output):
 
 @pytest.fixture(autouse=True)
 def certified(monkeypatch):
-    """The self-test has tests of its own, and takes seconds."""
+    """Certificate in place of the self-test, which is tested elsewhere and takes seconds."""
     trusted = certificate.Certificate("JAX", ())
     monkeypatch.setattr(devices, "certify", lambda: trusted)
 
@@ -202,7 +202,7 @@ def test_an_accelerator_that_jax_does_not_use(monkeypatch, tmp_path):
 
 
 def test_attention_that_is_wrong_is_seen(monkeypatch):
-    """In tokens in reverse, and in a NaN, which is no larger than any limit."""
+    """Wrong attention is seen: tokens in reverse, and NaN, which no comparison finds too large."""
     real = devices.dot_product_attention
 
     def reverse(query, key, value, **options):
@@ -236,7 +236,7 @@ def test_arithmetic_that_is_not_exact_keeps_no_one_from_attention(monkeypatch, i
 
 @pytest.mark.parametrize("platform", ("cpu", "gpu", "tpu"))
 def test_kernels_are_those_that_are_chosen(platform):
-    """Of arrays in place of shapes, by `choose_kernel`."""
+    """Kernels of the table are those that `choose_kernel` takes for arrays."""
     rows = {row.feature: row for row in kernels_by_feature.choices(platform)}
     wanted = {"causal", "window", "documents", "ALiBi", "sinks", "dropout", "dense mask"}
     assert wanted | {"no mask", "grouped queries"} == set(rows)
@@ -263,7 +263,7 @@ def test_the_table_of_another_platform(imports):
 
 
 def test_as_a_command_without_any_optional_package():
-    """In a process of its own: typer and rich alone, as the extra `cli` installs them."""
+    """The command runs in a separate process with typer and rich alone, as in the extra `cli`."""
     code = """
 import sys
 for name in ("torch", "flax", "einops", "safetensors", "matplotlib", "optax"):

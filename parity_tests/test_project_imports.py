@@ -57,7 +57,7 @@ to_torch(jnp.ones(3))
 
 
 def test_flax_layers_name_the_extra_they_need():
-    """Where Flax is not installed, which is what `find_spec` is asked."""
+    """An import of the layers without Flax, by `find_spec`, names the extra."""
     result = python("""
 import importlib.util
 found = importlib.util.find_spec
@@ -96,7 +96,7 @@ def imports(path):
     ),
 )
 def test_neither_package_imports_the_other(package, forbidden):
-    """But for the folders that compare the two, and the layers for Flax."""
+    """Packages do not import each other, but for the folders that compare them and Flax layers."""
     exempt = {"bridge", "parity", "cli"}
     if package == "jax_seqpar":
         layers = sorted((ROOT / package / "flax").glob("*.py"))

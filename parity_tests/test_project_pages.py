@@ -40,7 +40,7 @@ def blocks(page):
 
 
 def anchors(page):
-    """What a link to a heading of a page may end with, as code hosts name it."""
+    """Anchors of the headings of a page, as code hosts name them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -54,7 +54,7 @@ def test_there_is_code_to_run():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_code_runs(page):
-    """Every block as it stands, with names of its own, on simulated devices.
+    """Every block runs as it stands, with separate names, on simulated devices.
 
     Programs are compiled in less time than a user's: what the blocks assert is bits that no
     compiler may change, or two runs of one program.
@@ -115,7 +115,7 @@ def test_the_links_between_pages_lead_somewhere():
 
 
 def test_every_page_is_linked_from_the_first():
-    """In one or more steps: nobody has to guess that a page is there."""
+    """Every README is reached from the first page, in one or more steps."""
     seen, todo = set(), ["README.md"]
     while todo:
         page = todo.pop()
@@ -128,7 +128,7 @@ def test_every_page_is_linked_from_the_first():
 
 
 def make_targets(text):
-    """What `make` is asked for in a script, a workflow or a page."""
+    """Targets of `make` in a script, a workflow or a page."""
     return set(re.findall(r"\bmake ([a-z][a-z-]*)", text))
 
 
@@ -147,7 +147,7 @@ def test_the_make_targets_that_the_pages_name_exist():
 
 
 def test_the_top_level_is_the_one_agreed():
-    """Nothing but these and dot-files, of what git knows."""
+    """Tracked files at the top are these and dot-files alone."""
     listed = run("git", "ls-files").split()
     top = {path.split("/")[0] for path in listed if not path.startswith(".")}
     assert top == {
@@ -157,7 +157,7 @@ def test_the_top_level_is_the_one_agreed():
 
 
 def test_the_reference_has_every_public_name(tmp_path):
-    """With every keyword explained where it is asked for."""
+    """The reference has every public name, and explains every keyword of the attention."""
     run(sys.executable, ".ci/reference.py", str(tmp_path), PYTHONPATH=str(ROOT))
     for package in (jax_seqpar, jax_seqpar.mask, jax_seqpar.flax, jax_seqpar.plan):
         page = (tmp_path / f"{package.__name__.replace('.', '/')}.html").read_text()

@@ -138,9 +138,9 @@ def test_exact_attention_under_vmap():
 
 
 def test_sums_of_a_block_on_several_devices_meet_before_they_are_cut():
-    """Of weights 2^-50 below the others what is cut off shows in every second element.
+    """Sums of weights 2^-50 below the others show a cut in every second element.
 
-    With sums of ordinary size it is far below the last bit of a float32.
+    A cut of sums of ordinary size is far below the last bit of a float32.
     """
     case = Case(batch=1, tokens=64, heads=1, kv_heads=1, head_dim=4)
     inputs = case.inputs()
@@ -211,7 +211,7 @@ def test_what_is_refused(options, message):
 
 
 def test_kernels_of_a_platform_are_not_chosen_for_a_part():
-    """Without an attention the blockwise one is taken, on whatever platform."""
+    """The default kernel for a part of the queries is the blockwise one, on every platform."""
     q, k, v, _ = map(jnp.asarray, CASE.inputs().values())
     mesh = ONE_AXIS[4].mesh()
     a, b = (

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import strategy_costs
-from cases import ONE_AXIS, MeshCase
+from cases import ONE_AXIS, MeshCase, slow
 from jax.sharding import AbstractMesh
 from questions import compiled, output_and_gradients, permuted_bytes
 
@@ -32,10 +32,11 @@ from jax_seqpar import (
     choose_strategy,
     dot_product_attention,
 )
-from jax_seqpar.chips import chip_of
+from jax_seqpar.chips import CHIPS, chip_of
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import arithmetic
 from jax_seqpar.plan.compiled_text import received_bytes
+from jax_seqpar.plan.count import count
 from jax_seqpar.plan.transfers import transfers
 from jax_seqpar.strategies import choice as choice_module
 from jax_seqpar.strategies.cost import Group, Layer, cost_of, pairs
@@ -77,12 +78,12 @@ def chosen(q: Any, k: Any, degree: int, *, options: Any = None, **keywords: Any)
 @pytest.mark.parametrize("heads", ((8, 8), (8, 2), (6, 3), (16, 1)), ids=str)
 @pytest.mark.usefixtures("optimised")
 def test_bytes_are_those_of_compiled_programs(heads, gradients):
-    """And so is the order of the strategies by their bytes."""
+    """Predicted bytes, and the order of the strategies by bytes, are those of compiled programs."""
     layer, group = layer_of(*heads, gradients=gradients), Group((4,), (4,))
     arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
     arrays = arrays if gradients else arrays[:3]
     counted, predicted = {}, {}
-    for strategy in (Ulysses(), AllGatherKV(), Ring()):
+    for strategy in (Ulysses(), AllGatherKV(), Ring(), Ring(bidirectional=True)):
         attend = partial(
             dot_product_attention, strategy=strategy, layout=ONE_AXIS[4].on(), kernel=Blockwise()
         )
@@ -122,7 +123,7 @@ def test_bytes_of_a_hybrid_are_those_of_a_compiled_program(gradients):
 @pytest.mark.parametrize("kernel", (Exact(), Blockwise()), ids=("exact", "blockwise"))
 @pytest.mark.usefixtures("optimised")
 def test_bytes_by_kernel(kernel):
-    """Of 12 query and 3 KV heads exact attention sends 16 and 4 to 4 devices, others 12 and 12."""
+    """Exact attention sends 12 query and 3 KV heads as 16 and 4 to 4 devices, others 12 and 12."""
     shapes = layer_of(12, 3).shapes
     arrays = [jnp.ones(x, jnp.float32) for x in shapes]
     attend = partial(dot_product_attention, kernel=kernel)
@@ -167,7 +168,7 @@ def test_traffic_of_an_all_gather_by_kernel(kernel, block, monkeypatch):
 @pytest.mark.parametrize("order", (Zigzag(), Striped()), ids=str)
 @pytest.mark.parametrize("gradients", (False, True), ids=("forward", "gradients"))
 def test_a_ring_counts_the_turns_of_exact_attention(gradients, order, monkeypatch):
-    """And the tokens that an order moves which deals no whole blocks."""
+    """Predicted bytes include all turns of the ring, and tokens that an order moves into blocks."""
     monkeypatch.setattr(arithmetic, "BLOCK", 8)
     layer = replace(layer_of(8, 2, gradients=gradients), order=order, kernel=Exact())
     arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
@@ -176,6 +177,61 @@ def test_a_ring_counts_the_turns_of_exact_attention(gradients, order, monkeypatc
     run = output_and_gradients(attend) if gradients else attend
     counted = permuted_bytes(run, *arrays[: 4 if gradients else 3])
     assert cost_of(Ring(), layer, Group((4,), (4,)), V5E, 0.5).inside == counted
+
+
+@pytest.mark.parametrize(
+    ("strategy", "group", "heads"),
+    (
+        (AllGatherKV(), Group((4,), (4,)), (4, 2)),
+        slow(AllGatherKV(), Group((2,), (2,)), (4, 2)),
+        slow(AllGatherKV(), Group((8,), (8,)), (8, 4)),
+        (Ulysses(), Group((8,), (8,)), (8, 2)),
+        slow(Ulysses(), Group((8,), (8,)), (8, 1)),
+        slow(Hybrid(AllGatherKV()), Group((2, 4), (2, 4)), (8, 2)),
+    ),
+    ids=str,
+)
+@pytest.mark.usefixtures("optimised")
+def test_gradients_of_shared_heads_of_exact_attention(strategy, group, heads, monkeypatch):
+    """Anchors and slices of what several devices add up are most of what they receive.
+
+    In loops over the heads of a device, which a compiled program has once.
+    """
+    monkeypatch.setattr(arithmetic, "BLOCK", 8)
+    layer = replace(layer_of(*heads, gradients=True), kernel=Exact())
+    arrays = [jnp.ones(x, jnp.float32) for x in (layer.query, layer.key, layer.value, layer.query)]
+    case = TWO_AXES if isinstance(strategy, Hybrid) else ONE_AXIS[group.degree]
+    attend = partial(
+        dot_product_attention, strategy=strategy, layout=case.on(), kernel=Exact(), is_causal=True
+    )
+    run = jax.jit(output_and_gradients(attend))
+    received = 0.0
+    own_heads = layer.key[2] if strategy == AllGatherKV() else 1
+    for x in transfers(compiled(run, *arrays)):
+        n = max(map(len, x.groups), default=group.degree)
+        of_result = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n}
+        times = layer.key[0] * own_heads if x.in_loop else 1
+        received += times * x.nbytes * of_result.get(x.kind, (n - 1) / n)
+    cost = cost_of(strategy, layer, group, V5E, 0.5)
+    assert cost.inside + cost.between == received
+    assert received > 3 * cost_of(strategy, replace(layer, gradients=False), group, V5E, 0.5).inside
+    # What the planner counts in the traced program, loops multiplied out.
+    counted = count(run.trace(*arrays).jaxpr, case.mesh().shape)
+    assert sum(x.received for x in counted.sent) == received
+
+
+@pytest.mark.parametrize("tokens", ((0, 0), (0, 64), (64, 0)), ids=str)
+@pytest.mark.parametrize("kernel", (Exact(), Blockwise()), ids=("exact", "blockwise"))
+def test_nothing_to_attend_to(kernel, tokens):
+    """A ring sends nothing then, and nobody anything where there is nothing at all."""
+    q, k = (shape(1, n, 8, 64, dtype=jnp.float32) for n in tokens)
+    sent: Any = {"itemsize": 4, "kernel": kernel}
+    for strategy, degree in ((Ulysses(), 8), (AllGatherKV(), 8), (Ring(), 8), (Hybrid(), (2, 4))):
+        traffic = strategy.traffic(q.shape, k.shape, k.shape, degree=degree, **sent)
+        assert strategy.memory(q.shape, k.shape, k.shape, degree=degree, **sent) >= 0
+        assert traffic == 0 or (tokens != (0, 0) and strategy != Ring())
+    found = choose_strategy(q, k, k, layout=on(8), kernel=kernel, chip=V5E)
+    assert all(x.cost.attention == 0 for x in found.candidates if x.cost)
 
 
 @pytest.mark.parametrize("window", (5, 16, 17, 40))
@@ -225,7 +281,7 @@ def test_pairs_are_those_that_attend(order, given):
 
 
 def test_pairs_are_counted_once():
-    """For all candidates of a choice, and for the next one: an eager "auto" makes one a call."""
+    """Pairs are counted once for all candidates and for later choices, as of eager "auto" calls."""
     q, k = shape(1, 1 << 10, 8, 16), shape(1, 1 << 10, 8, 16)
     for layout, counts in ((on(8), 1), (replace(TWO_AXES.on(), order=Zigzag()), 2)):
         pairs.cache_clear()
@@ -263,7 +319,7 @@ def test_a_causal_mask_in_order_is_twice_the_work_for_the_last_device():
 
 
 def test_few_kv_heads():
-    """On 16 chips, forward: an all-gather sends less than Ulysses where K P < N + K'."""
+    """An all-gather on 16 chips, forward, sends less than Ulysses where K P < N + K'."""
     for N, K in ((64, 1), (128, 4), (32, 4), (32, 8)):
         q, k = shape(1, 1 << 14, N, 128), shape(1, 1 << 14, K, 128)
         found = chosen(q, k, 16, is_causal=True, gradients=False)
@@ -296,6 +352,25 @@ def test_a_window_of_4096_in_a_million_tokens():
     assert lines[-1].startswith("v5e: Ring() takes")
 
 
+def test_a_ring_both_ways_where_transfers_take_longer_than_attention():
+    """With 16 chips it waits for 8 transfers in place of 15, and else takes as long."""
+    v5e, h100 = CHIPS["TPU v5 lite"], CHIPS["NVIDIA H100"]
+    options: Any = {"layout": on(16, order=Zigzag()), "is_causal": True, "gradients": False}
+    for tokens, ratio, chip in ((1 << 12, 8 / 15, v5e), (1 << 17, 1, v5e), (1 << 12, 1, h100)):
+        q, k = shape(1, tokens, 32, 128), shape(1, tokens, 32, 128)
+        found = choose_strategy(q, k, k, chip=chip, kernel=Fused("tpu"), **options)
+        costs: Any = {x.strategy: x.cost for x in found.candidates}
+        order = [x for x in costs if isinstance(x, Ring)]
+        if chip == h100:  # what arrives from both sides shares a link
+            assert order == [Ring()]
+            continue
+        one, both = costs[Ring()], costs[Ring(bidirectional=True)]
+        assert both.inside == one.inside
+        assert both.seconds == pytest.approx(ratio * one.seconds, rel=0.02)
+        assert order[0] == Ring(bidirectional=ratio < 1)
+        assert both.memory > one.memory
+
+
 def test_two_slices(monkeypatch):
     """Sixteen query heads on two groups of four: little may cross."""
     monkeypatch.setattr(choice_module, "_place", lambda device: device.id // 4)
@@ -314,7 +389,7 @@ def test_two_slices(monkeypatch):
 
 
 def test_the_fast_axis_named_first(monkeypatch):
-    """Of a Hybrid the last axis should be within a slice: the hint says so, and why."""
+    """The last axis of a Hybrid should be within a slice: the hint says so, and why."""
     q = shape(1, 1 << 10, 16, 64)
     options: Any = {"kernel": Blockwise(), "chip": V5E}
     for near, crosses in ((2, False), (1, True)):
@@ -350,7 +425,7 @@ UNABLE = {
 
 @pytest.mark.parametrize(("strategy", "options", "instead"), UNABLE.values(), ids=UNABLE)
 def test_a_strategy_that_cannot_names_one_that_can(strategy, options, instead):
-    """And that one can: the message is taken at its word."""
+    """The strategy that the message names runs."""
     where = TWO_AXES if "kernel" in options and isinstance(strategy, Hybrid) else ONE_AXIS[4]
     x = jnp.ones((1, 32, 8, 8), jnp.float32)
     attend = partial(dot_product_attention, x, x, x, layout=where.on(), **options)
@@ -360,7 +435,7 @@ def test_a_strategy_that_cannot_names_one_that_can(strategy, options, instead):
 
 
 def test_more_devices_than_heads():
-    """No refusal: Ulysses adds heads, at a price that makes another strategy the first."""
+    """More devices than heads raise nothing: Ulysses adds heads, so another strategy is first."""
     q, k = shape(1, 1 << 16, 4, 128), shape(1, 1 << 16, 4, 128)
     found = chosen(q, k, 16, is_causal=True)
     costs = {type(x.strategy): x.cost for x in found.candidates}
@@ -383,7 +458,7 @@ def test_what_cannot_be_taken_says_why():
 
 
 def test_heads_of_exact_attention_are_counted_as_they_are_sent():
-    """Of 40 query heads on 5 KV heads each of 8 devices has 8, as no KV head is on two of them."""
+    """Each of 8 devices has 8 of 40 query heads on 5 KV heads, as no KV head is split."""
     q, k = shape(1, 1 << 14, 40, 128), shape(1, 1 << 15, 5, 128)
     options = {"is_causal": True, "mask": Mask(query_offset=1 << 14), "chip": V5E}
     exact, other = (
@@ -424,7 +499,7 @@ def test_what_the_call_would_refuse_is_refused():
 
 
 def test_a_residual_takes_the_kernel_of_the_platform_away():
-    """Which has none: so the choice is among strategies that all have the blockwise kernel."""
+    """A residual, which splash lacks, leaves strategies that all have the blockwise kernel."""
     device = jax.sharding.AbstractDevice("TPU v5p", num_cores=1, platform="tpu")
     mesh = AbstractMesh((8,), ("seq",), abstract_device=device)
     q, k = shape(1, 1 << 17, 32, 128), shape(1, 1 << 17, 8, 128)

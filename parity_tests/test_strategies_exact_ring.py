@@ -36,7 +36,7 @@ from jax_seqpar.exact import arithmetic, forward_in_turns
 from jax_seqpar.parity.inputs import adversarial
 from jax_seqpar.plan import collectives
 from jax_seqpar.plan import temporaries as temporaries_of
-from jax_seqpar.strategies import ring, ring_plan, whole_blocks
+from jax_seqpar.strategies import hops, ring, whole_blocks
 from jax_seqpar.strategies.whole_blocks import Deal
 
 pytestmark = [
@@ -84,6 +84,7 @@ def differing(where: Where, given: dict[str, Any], inputs: dict[str, np.ndarray]
     }
 
 
+BOTH_WAYS = Ring(bidirectional=True)
 SAME = {"out": 0, "dq": 0, "dk": 0, "dv": 0}
 GROUPS = {"axes": ("outer", "inner"), "layout": MeshLayout(tokens=("outer", "inner"))}
 BESIDE_DATA = {"axes": ("data", "seq"), "layout": MeshLayout(batch="data")}
@@ -99,7 +100,7 @@ PLACES: dict[str, Any] = {
     # Every feature at once, in every order and at every degree; blocks that no order deals whole.
     "2, everything": (Where((2,), Zigzag(), block=5), CASE, EVERYTHING),
     "4, everything": (Where((4,), Striped(), block=3), CASE, EVERYTHING),
-    "8, everything": (Where((8,), Contiguous(), block=7), CASE, EVERYTHING),
+    "8, everything, both ways": (Where((8,), Contiguous(), BOTH_WAYS, block=7), CASE, EVERYTHING),
     "8, everything, by positions": slow(Where((8,), Zigzag(), block=4), CASE, {}),
     # Blocks that are whole where they are, and rounds that are left out.
     "3, a window": (
@@ -108,8 +109,8 @@ PLACES: dict[str, Any] = {
         WINDOW,
     ),
     # How far documents reach is found at run time.
-    "2 x 4, documents": (
-        Where((2, 4), Zigzag(), block=4, **BESIDE_DATA),
+    "2 x 4, documents, both ways": (
+        Where((2, 4), Zigzag(), BOTH_WAYS, block=4, **BESIDE_DATA),
         SAME_LENGTH,
         SEGMENTS,
     ),
@@ -119,8 +120,11 @@ PLACES: dict[str, Any] = {
         replace(SAME_LENGTH, N=8),
         CAUSAL,
     ),
-    "4 x 2, a hybrid": slow(
-        Where((4, 2), Contiguous(), Hybrid(Ring(), Ulysses()), **GROUPS), SAME_LENGTH, CAUSAL
+    # One KV head on both devices of each group, whose anchors vary over the ring alone.
+    "4 x 2, a hybrid": (
+        Where((4, 2), Contiguous(), Hybrid(Ring(), Ulysses()), block=8, **GROUPS),
+        replace(SAME_LENGTH, B=1, N=2, K=1),
+        CAUSAL,
     ),
     "2, blocks of 256": slow(Where((2,), Zigzag()), Cross(B=1, T=600, S=600, N=2, K=1), CAUSAL),
     # All the keys, and a part of the queries.
@@ -162,12 +166,12 @@ def test_under_vmap_and_with_64_bits():
 
 
 def one_device_left_out(patch):
-    right = ring_plan.hops
-    patch.setattr(ring_plan, "hops", lambda *x: (right(*x)[0] - 1, right(*x)[1]))
+    right = hops.hops
+    patch.setattr(hops, "hops", lambda *x: (right(*x)[0] - 1, right(*x)[1]))
 
 
 def logits_of_the_last_part(patch):
-    """The largest logit, of the keys that were visited last."""
+    """Mutation: the largest logit is that of the keys that were visited last."""
     right = forward_in_turns._Queries.turn
 
     def turn(self, visit, held, values, nothing, meet, *rows):
@@ -178,7 +182,7 @@ def logits_of_the_last_part(patch):
 
 
 def anchors_of_its_own(patch):
-    """Of the queries of the device that has the keys."""
+    """Mutation: anchors of the queries of the device that has the keys alone."""
     right = ring.RingPlan.turn
 
     def turn(self, visit, held, spec, nothing, meet, nothing_added=None, join=jnp.add):
@@ -210,7 +214,7 @@ def blocks_in_parts(patch):
 
 
 def padding_that_counts(patch):
-    """Tokens that fill the last block, as if they were of the sequence."""
+    """Mutation: tokens that fill the last block count as tokens of the sequence."""
     patch.setattr(ring, "padded", lambda spec, batch, **deals: _padded_alone(spec, batch, deals))
 
 
@@ -221,9 +225,9 @@ def _padded_alone(spec, batch, deals):
 
 
 def one_large_gradient():
-    """Of a query that has no weight on most keys, but raises their anchors by 2^50.
+    """Inputs with a query of no weight on most keys, whose gradient raises their anchors by 2^50.
 
-    So far below them the sums of the others are cut where a float32 shows it.
+    The sums of the other queries, far below the anchors, are cut where a float32 shows it.
     """
     inputs = SHORT.inputs()
     inputs["query"][..., 0], inputs["key"][..., 0] = 0, 0
@@ -260,8 +264,8 @@ def test_a_large_gradient_of_another_device(monkeypatch):
 
 
 def kernel_bytes(degree, gradients):
-    """Of one key of a KV head, by all turns: what is sent in each of the rounds, and what is added
-    to it, which comes home as well."""
+    """Bytes of one key of a KV head by all turns: those sent in each round, and the sums added to
+    them, which come home as well."""
     forward, backward = Exact().turns(CASE.H, CASE.V, 2)
     turns = (*forward, *backward) if gradients else forward
     rounds = degree - 1
@@ -306,7 +310,7 @@ def test_tokens_that_move_are_counted(monkeypatch):
 
 
 def test_nothing_grows_with_the_degree():
-    """Beside a device's own keys and values two more: that which is here and that on its way."""
+    """Memory of a ring is constant: a device's keys and values, those visiting and those sent."""
 
     def temporaries(degree, strategy):
         shape = jax.ShapeDtypeStruct((1, 256 * degree, 1, 64), jnp.float32)

@@ -39,7 +39,7 @@ def whole_of(case, kind):
 @pytest.mark.parametrize(("chunks", "overlap"), ((2, True), slow(4, True), (4, False)))
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_no_bit_depends_on_them(case, chunks, overlap):
-    """But for dk and dv where a slice has a part of the query heads of a KV head."""
+    """Bits do not depend on head chunks, but dk and dv where a chunk splits a KV head's queries."""
     kind = (AxisType.Auto, AxisType.Explicit)[overlap]
     whole = whole_of(case, kind)
     sliced = attend(case, WHERE, kind, strategy=Ulysses(chunks, overlap))
@@ -84,7 +84,7 @@ def test_keys_travel_once_for_all_the_slices_that_read_them():
 
 
 def test_one_after_another_they_divide_the_memory():
-    """Of the gathered query, key and value, and of what is kept for the gradient."""
+    """Head chunks divide the memory of gathered query, key and value, and of the residuals."""
     case = Case(batch=1, tokens=2048, heads=16, kv_heads=16, head_dim=16)
     *inputs, grad = sharded_inputs(case, WHERE)
 

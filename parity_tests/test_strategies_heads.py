@@ -58,7 +58,7 @@ TENSOR_PARALLEL = (
 
 @pytest.mark.parametrize("sizes", TENSOR_PARALLEL, ids=str)
 def test_with_tensor_parallel_heads(sizes):
-    """Of the heads of a tensor-parallel shard, each device of the sequence has an even part."""
+    """Each device of the sequence has an even part of the heads of a tensor-parallel shard."""
     degree, shards, heads, kv_heads = sizes
     where = MeshCase((degree, shards), ("seq", "tensor"), MeshLayout(heads="tensor"))
     right_values(Case(2, 16, heads, kv_heads, 5), where)
@@ -97,7 +97,7 @@ def fewest_heads(kv_heads, group, degree, may_copy):
 @settings(max_examples=25)
 @given(kv_heads=st.integers(1, 9), group=st.integers(1, 9), degree=st.integers(1, 9))
 def test_every_query_head_finds_its_own_keys(kv_heads, group, degree):
-    """On the device that has it, by the rule of every kernel: n // (query heads / KV heads)."""
+    """Query head n finds KV head n // (query heads / KV heads) on its device, as kernels do."""
     heads = kv_heads * group
     for may_copy in (True, False):
         plan = plan_heads(heads, kv_heads, degree, may_copy=may_copy)

@@ -17,7 +17,7 @@ from cases import ONE_AXIS, MeshCase
 from features import Sizes, in_order, in_sequence, operands, run_jax, run_torch
 from jax.sharding import PartitionSpec
 from questions import compiled, output_and_gradients, permuted_bytes
-from wrong_rings import WRONG
+from wrong_rings import WRONG, WRONG_BOTH_WAYS
 
 from jax_seqpar import (
     AllGatherKV,
@@ -47,13 +47,13 @@ ORDERS = (Contiguous(), Zigzag(), Striped())
 
 
 def ring(degree, order: TokenOrder = Contiguous(), **options):
-    layout = replace(ONE_AXIS[degree].on(), order=order)
+    layout = MeshCase((degree,), ("seq",), MeshLayout(order=order)).on()
     options = {"kernel": Blockwise(query_chunk=5, key_chunk=3), "strategy": Ring()} | options
     return partial(dot_product_attention, layout=layout, **options)
 
 
 def largest_error(attend, order, degree, given, inputs):
-    """Of output and gradients, relative to float64 by PyTorch."""
+    """Largest error of output and gradients, relative to float64 by PyTorch."""
     dealt, operands = in_order(order, degree, given, inputs)
     got = in_sequence(order, degree, run_jax(attend, dealt, "blockwise", operands))
     truth = run_torch(given, "blockwise", inputs)
@@ -72,11 +72,26 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_a_right_ring_has_the_precision_of_its_inputs(order):
+BOTH_WAYS = Ring(bidirectional=True)
+BOTH_SIDES = {"local_window_size": (9, 3)}
+# Of 48 tokens, the first 13 in one document, the next 5 in another.
+DOCUMENTS = {"segment_ids": np.repeat(np.array([[0, 1, 2], [0, 2, 3]], np.int32), [13, 5, 30], 1)}
+RIGHT: dict[str, tuple[Ring, TokenOrder, int, dict[str, Any]]] = {
+    **{str(order): (Ring(), order, 4, GIVEN) for order in ORDERS},
+    "both ways, 8": (BOTH_WAYS, Zigzag(), 8, GIVEN),
+    "both ways, 4": (BOTH_WAYS, Striped(), 4, GIVEN),
+    "both ways, 3": (BOTH_WAYS, Contiguous(), 3, GIVEN),
+    "both ways, window": (BOTH_WAYS, Contiguous(), 8, BOTH_SIDES),
+    "both ways, documents": (BOTH_WAYS, Contiguous(), 8, DOCUMENTS),
+}
+
+
+@pytest.mark.parametrize(("strategy", "order", "degree", "given"), RIGHT.values(), ids=RIGHT)
+def test_a_right_ring_has_the_precision_of_its_inputs(strategy, order, degree, given):
     with jax.enable_x64(True):
-        inputs = operands(SIZES, "float64")
-        assert largest_error(ring(4, order), order, 4, GIVEN, inputs) <= 1e-13
+        inputs = operands(replace(SIZES, T=48, S=48), "float64")
+        attend = ring(degree, order, strategy=strategy)
+        assert largest_error(attend, order, degree, given, inputs) <= 1e-13
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -85,6 +100,15 @@ def test_a_wrong_ring_is_caught(wrong, monkeypatch):
     with jax.enable_x64(True):
         inputs = operands(SIZES, "float64")
         assert largest_error(ring(4, Zigzag()), Zigzag(), 4, GIVEN, inputs) > 1e-4
+
+
+@pytest.mark.parametrize("wrong", WRONG_BOTH_WAYS)
+def test_a_wrong_ring_both_ways_is_caught(wrong, monkeypatch):
+    WRONG_BOTH_WAYS[wrong](monkeypatch)
+    with jax.enable_x64(True):
+        inputs = operands(SIZES, "float64")
+        attend = ring(4, Zigzag(), strategy=BOTH_WAYS)
+        assert largest_error(attend, Zigzag(), 4, GIVEN, inputs) > 1e-4
 
 
 def rms_in_bfloat16(degree):
@@ -101,7 +125,7 @@ def rms_in_bfloat16(degree):
 
 
 def test_parts_are_rounded_once():
-    """In bfloat16 a ring of eight errs as one device does: 1.00 times as much, measured."""
+    """A ring of eight in bfloat16 errs as one device does: 1.00 times as much, measured."""
     one, eight = rms_in_bfloat16(1), rms_in_bfloat16(8)
     assert {n: x for n, x in eight.items() if x > 1.02 * one[n]} == {}
 
@@ -115,33 +139,43 @@ def test_parts_that_are_rounded_each_are_seen(monkeypatch):
 # ---------------------------------------------------------------- what it sends
 
 
-@pytest.mark.parametrize("degree", (2, 4, 8))
-@pytest.mark.parametrize("kv_heads", (1, 2, 4))
+# By degree: permutes forward and for the gradients, and how often a slice of float32 is sent.
+ONE_WAY = {2: (1, 2, 1), 4: (2, 5, 4), 8: (2, 5, 8)}
+AT_ONCE = {2: (1, 2, 1), 3: (2, 4, 2), 4: (3, 6, 3), 8: (5, 12, 9)}
+
+
+@pytest.mark.parametrize(
+    ("bidirectional", "degree", "kv_heads"),
+    [(False, *x) for x in ((2, 1), (4, 2), (8, 1), (8, 4))]
+    + [(True, *x) for x in ((2, 4), (3, 2), (4, 1), (8, 4))],
+)
 @pytest.mark.usefixtures("optimised")
-def test_bytes_and_permutes_are_those_of_the_formula(degree, kv_heads):
-    query, key, value, grad = (
-        jnp.asarray(x) for x in operands(replace(SIZES, K=kv_heads, V=6), "bfloat16")
-    )
-    attend = ring(degree, is_causal=True)
+def test_bytes_and_permutes_are_those_of_the_formula(bidirectional, degree, kv_heads):
+    sizes = replace(SIZES, T=48, S=48, K=kv_heads, V=6)
+    query, key, value, grad = (jnp.asarray(x) for x in operands(sizes, "bfloat16"))
+    strategy = Ring(bidirectional=bidirectional)
+    attend = ring(degree, strategy=strategy, is_causal=True)
     both = output_and_gradients(attend)
-    expected = Ring().traffic(query.shape, key.shape, value.shape, degree=degree, itemsize=2)
+    expected = strategy.traffic(query.shape, key.shape, value.shape, degree=degree, itemsize=2)
     assert expected == (degree - 1) * (key.nbytes + value.nbytes) // degree
     assert permuted_bytes(attend, query, key, value) == expected
-    # Keys and values go round again, and their gradients in float32 once, and home.
-    trips = 1 if degree == 2 else degree
-    gradients = trips * 2 * (key.nbytes + value.nbytes) // degree
+    # Keys and values go round again. Their gradients come along in float32, in a loop from the
+    # first round and else from the second, and go home on each way that they came.
+    of_output, of_gradients, slices = (AT_ONCE if bidirectional else ONE_WAY)[degree]
+    gradients = slices * 2 * (key.nbytes + value.nbytes) // degree
     assert permuted_bytes(both, query, key, value, grad) == 2 * expected + gradients
-    # One permute before the loop and one in it; with gradients the loop's two and two after it.
+    # One permute of each direction before the loop and one in it, and of the longer one where the
+    # shorter ends; with gradients the loop's two of each direction, and those after it.
     forward, program = compiled(attend, query, key, value), compiled(both, query, key, value, grad)
-    assert collectives(forward) == {"collective-permute": 1 if degree == 2 else 2}
-    assert collectives(program)["collective-permute"] <= (2 + 1 if degree == 2 else 2 + 5)
+    assert collectives(forward) == {"collective-permute": of_output}
+    assert collectives(program)["collective-permute"] <= of_output + of_gradients
     assert set(collectives(program)) == {"collective-permute"}
     # On a CPU as integers, which XLA does not widen.
     assert "f32" not in "".join(x for x in forward.splitlines() if " collective-permute(" in x)
 
 
 def test_keys_and_values_held_do_not_grow_with_the_degree():
-    """Beside a device's own: two more, that which is here and that which is on its way."""
+    """Memory of a ring is constant: a device's keys and values, those visiting and those sent."""
 
     def temporaries(degree, strategy):
         tokens = 64 * degree
@@ -158,7 +192,7 @@ def test_keys_and_values_held_do_not_grow_with_the_degree():
 
 @pytest.mark.parametrize("window", (1, 7, 8, 9, 16, 17))
 def test_a_window_is_heard_from_near_devices_only(window):
-    """Of eight tokens a device: one round up to a reach of 8, and a permute for each."""
+    """Rounds by window with eight tokens a device: one up to a reach of 8; a permute for each."""
     rounds = -(-window // 8)
     given = {"is_causal": True, "local_window_size": (window, 0)}
     assert hops(Mask(**given), Contiguous(), 32, 32, 4) == (min(rounds, 3), 0)
@@ -183,7 +217,7 @@ def test_a_window_to_both_sides():
 
 
 def test_the_balance_of_orders():
-    """As counted in blocks: a causal mask is even in zigzag, and a window takes few rounds."""
+    """Blocks of a causal mask are even in zigzag, and a window takes few rounds."""
     allowed = balance_orders.masks(512)
     window = {"is_causal": True, "local_window_size": (64, 0)}
     for order in ORDERS:
@@ -203,7 +237,7 @@ def test_the_balance_of_orders():
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("is_causal", (False, True))
 def test_rounds_are_those_that_some_device_needs(order, is_causal):
-    """By the mask written out, for documents and windows in every order."""
+    """Rounds agree with the mask written out, for documents and windows in every order."""
     rng = np.random.default_rng(3)
     for trial in range(12):
         tokens, degree = 32, (4, 8)[trial % 2]
@@ -213,6 +247,9 @@ def test_rounds_are_those_that_some_device_needs(order, is_causal):
             given["local_window_size"] = ((5, 0), (3, 6))[trial % 3 - 1]
         mask = Mask(segment_ids=jnp.asarray(segment_ids), **given)
         before, after = map(int, hops(mask, order, tokens, tokens, degree))
+        longest = tuple(map(int, hops(mask, order, tokens, tokens, degree, True)))
+        assert max(longest) <= max(before, after)
+        assert sum(longest) >= before + after
         allowed: Any = attends(tokens, tokens, segment_ids=torch.from_numpy(segment_ids), **given)
         allowed = allowed.numpy().any((0, 1))
         place = order.permutation(tokens, degree)
@@ -220,41 +257,44 @@ def test_rounds_are_those_that_some_device_needs(order, is_causal):
         seen = allowed[place][:, place].reshape(degree, size, degree, size).any((1, 3))
         for a, b in zip(*np.nonzero(seen), strict=True):
             distance = (a - b) % degree
-            assert distance <= before or degree - distance <= after, (trial, a, b)
+            for ahead, behind in ((before, after), longest):
+                assert distance <= ahead or degree - distance <= behind, (trial, a, b)
 
 
 BORDERS = np.array([0] * 12 + [1] * 8 + [2] * 12)  # documents that reach into one neighbour
 
 
-def test_documents_decide_at_run_time():
+@pytest.mark.parametrize(("strategy", "around"), ((Ring(), (3, 0)), (BOTH_WAYS, (2, 1))), ids=str)
+def test_documents_decide_at_run_time(strategy, around):
     """One compiled program makes as many rounds as the segment ids of each call need."""
     q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
-    attend = jax.jit(lambda ids: ring(4)(q, k, v, mask=Mask(segment_ids=ids)))
+    attend = jax.jit(lambda ids: ring(4, strategy=strategy)(q, k, v, mask=Mask(segment_ids=ids)))
     index = np.arange(32)
     for row, expected in (
         (index // 8, (0, 0)),
         (BORDERS, (1, 1)),
-        (np.zeros(32), (3, 0)),
+        (np.zeros(32), around),
         (index, (0, 0)),
     ):
         ids = jnp.asarray(np.stack([row, row]), jnp.int32)
         alone = blockwise_attention(q, k, v, mask=Mask(segment_ids=ids))
         np.testing.assert_allclose(attend(ids), alone, rtol=0, atol=2e-6)
-        rounds = hops(Mask(segment_ids=ids), Contiguous(), 32, 32, 4)
+        rounds = hops(Mask(segment_ids=ids), Contiguous(), 32, 32, 4, strategy.bidirectional)
         assert tuple(map(int, rounds)) == expected
 
 
 @pytest.mark.parametrize("check_vma", (True, False))
 @pytest.mark.parametrize("other", (np.arange(32) // 8, BORDERS), ids=("8 tokens", "borders"))
 def test_shards_of_the_batch_make_the_same_rounds(other, check_vma):
-    """One shard has a document across all devices, the other needs fewer rounds.
+    """Shards of the batch make the same rounds, though one has a document across all devices.
 
     No transfer waits for ever, and no device is heard from both sides.
     """
     where = MeshCase((2, 4), ("data", "seq"), MeshLayout(batch="data", check_vma=check_vma))
     q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
     mask = Mask(segment_ids=jnp.asarray(np.stack([np.zeros(32), other]), jnp.int32))
-    attend = partial(dot_product_attention, strategy=Ring(), layout=where.on(), mask=mask)
+    strategy = Ring(bidirectional=check_vma == (other is BORDERS))
+    attend = partial(dot_product_attention, strategy=strategy, layout=where.on(), mask=mask)
 
     def loss(attend, q):
         return jnp.sum(attend(q, k, v) ** 2)
@@ -281,7 +321,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_products_have_the_precision_of_the_call():
-    """Those of the rules of the derivative, too, which JAX traces later."""
+    """Products of derivatives have the precision, too, though JAX traces them after the call."""
     q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
 
     def loss(q):
@@ -348,8 +388,14 @@ def test_what_is_refused(options, layout, message):
         dot_product_attention(q, k, v, layout=layout, **options)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_ways_that_are_neither():
+    with pytest.raises(ValueError, match=r"bidirectional must be .* Write bidirectional=True or"):
+        Ring(bidirectional="both")  # pyright: ignore
+
+
 def test_tokens_that_an_order_does_not_deal():
-    """By the order itself, and where the arrays are those of one device."""
+    """The order raises itself, and so does a call with the arrays of one device."""
     with pytest.raises(ValueError, match=r"36 tokens, which is no multiple of 8.*Pad them to 40"):
         Zigzag().reorder(np.zeros((1, 36)), 1, 4)
     x = jnp.zeros((1, 12, 2, 4))  # three tokens a device

@@ -54,7 +54,7 @@ SINKS = np.array([0.5, -1.0, 2.0, -np.inf], np.float32)
 
 
 def documents(tokens: int) -> np.ndarray:
-    """Of odd lengths, whose numbers come back."""
+    """Documents of odd lengths, whose numbers come back."""
     return np.stack([np.arange(tokens) // 37, np.arange(tokens) // 23 % 3]).astype(np.int32)
 
 
@@ -92,8 +92,9 @@ SLOW: dict[str, tuple[Kernel, dict[str, Any], TokenOrder, int]] = {
 
 
 def ring(kernel: Any, degree: int, order: TokenOrder) -> Any:
-    layout = replace(ONE_AXIS[degree].on(), order=order)
-    return partial(dot_product_attention, kernel=kernel, strategy=Ring(), layout=layout)
+    """A ring of four devices has keys both ways at once, another one one way."""
+    layout, strategy = replace(ONE_AXIS[degree].on(), order=order), Ring(bidirectional=degree == 4)
+    return partial(dot_product_attention, kernel=kernel, strategy=strategy, layout=layout)
 
 
 def results(kernel: Any, degree: int, order: TokenOrder, asked: Any, inputs: Any) -> Any:
@@ -106,7 +107,7 @@ def results(kernel: Any, degree: int, order: TokenOrder, asked: Any, inputs: Any
 def largest_error(
     kernel: Any, asked: Any, order: TokenOrder, degree: int, sizes: Sizes = SIZES
 ) -> float:
-    """Of output and gradients, relative to the largest entry in float64, by PyTorch."""
+    """Largest error of output and gradients, relative to the largest float64 entry by PyTorch."""
     inputs = operands(sizes)
     got = results(kernel, degree, order, asked, inputs)
     truth = run_torch(asked, "", inputs)
@@ -125,13 +126,13 @@ def largest_error(
     ids=(*TABLE, *SLOW),
 )
 def test_output_and_gradients(kernel, asked, order, degree):
-    """Within 16 units of float32 of the largest entry, as each kernel on one device."""
+    """Errors are within 16 units of float32 of the largest entry, as on one device."""
     assert largest_error(kernel, asked, order, degree) <= 16 * EPS
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Of splash: three of queries and of keys, where a device has 384 tokens."""
+    """Blocks of splash: three of queries and of keys, where a device has 384 tokens."""
     passes = splash.Passes(splash.Blocks(128, 256, 128), splash.Blocks(128, 128, 128))
     monkeypatch.setattr(splash_parts, "even_passes", lambda *sizes: passes)
 
@@ -196,9 +197,9 @@ def rms_in_bfloat16(kernel: Any, degree: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_parts_leave_the_kernel_in_float32(kernel, monkeypatch):
-    """In bfloat16 a ring of eight errs at most 1.02 times as one device does, by root mean square.
+    """A ring of eight in bfloat16 errs at most 1.02 times as one device does, by root mean square.
 
-    One whose kernel rounds its parts errs more, in the output and in the gradients.
+    A ring whose kernel rounds its parts errs more, in the output and in the gradients.
     """
     attend: Any = KERNELS[kernel]
     one, eight = (rms_in_bfloat16(attend, degree) for degree in (1, 8))
@@ -359,7 +360,7 @@ def test_what_a_kernel_lacks_is_refused_by_name():
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_triton_lowers_parts_for_a_gpu(order):
-    """One kernel forward and two for the gradients, of a run and of a list of tokens."""
+    """Triton's parts lower to one kernel forward and two for gradients, of runs and of lists."""
     query, key = (jax.ShapeDtypeStruct((1, 256, n, 64), jnp.bfloat16) for n in (4, 2))
 
     def run(query: Any, key: Any, index: Any) -> Any:

@@ -18,7 +18,7 @@ RNG = torch.tensor([0x13198A2E, 0xF3707344])
 
 @pytest.mark.parametrize("attention", (dense_attention, exact_attention))
 def test_a_mask_of_integers_is_refused(attention):
-    """2 and True are 0, bit by bit."""
+    """Masks of integers raise: 2 and True are 0, bit by bit."""
     x = torch.ones(1, 4, 2, 3)
     mask = torch.full((1, 1, 4, 4), 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"mask must be boolean, got torch\.uint8"):
@@ -110,7 +110,7 @@ def test_the_bits_are_those_of_the_integers():
 
 @pytest.mark.parametrize("attend", (dense_attention, exact_attention))
 def test_heads_elsewhere_keep_the_same(attend):
-    """A rank with some of the heads and of the batch, given their keys."""
+    """A rank with some of the heads and of the batch, given their keys, drops the same weights."""
     query, key, value = (torch.randn(2, 6, 4, 3, generator=seed(i)) for i in range(3))
     options = {"dropout_rate": 0.4, "is_causal": True}
     whole = attend(query, key, value, dropout_rng=RNG, **options)

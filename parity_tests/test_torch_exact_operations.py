@@ -167,7 +167,7 @@ def test_totals(axis):
 
 
 def test_products():
-    """Magnitudes apart in a row, and from row to row."""
+    """Products of numbers whose magnitudes differ in a row, and from row to row."""
     for a, b in (
         (numbers((12, 70), 11), numbers((70, 13), 12)),
         (rows((15, 64), 13), rows((14, 64), 14).T),
@@ -407,7 +407,7 @@ def test_activations_of_16_bits_are_those_of_32_rounded(name):
 
 
 def test_gradients_of_several_linear_layers_are_rounded_and_added():
-    """Each to 16 bits, their sum in 32, and that to 16 again."""
+    """Gradients of several layers are rounded to 16 bits, added in 32, and rounded again."""
     x = torch.from_numpy(numbers((20, 6), 61)).bfloat16().requires_grad_()
     weights, dys = tensors(*numbers((3, 6, 5), 62)), tensors(*numbers((3, 20, 5), 63))
     dys = [dy.bfloat16() for dy in dys]

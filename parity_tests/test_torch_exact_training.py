@@ -56,7 +56,7 @@ def differing(got, expected):
 
 
 def assert_same_bits(got, expected):
-    """Every loss, weight and moment; the losses are those of a run that changed its weights."""
+    """Asserts equal bits of losses, weights and moments, of a run that changed its weights."""
     assert got.keys() == expected.keys()
     assert differing(got, expected) == set()
     losses = expected["losses"]
@@ -140,7 +140,7 @@ def test_twenty_steps_of_four_ranks(twenty_steps):
 
 
 def test_gradients_are_as_near_to_float64_as_those_of_float32():
-    """Of two batches, against PyTorch's own derivatives of the same decoder."""
+    """Exact gradients of two batches, against PyTorch's derivatives of the same decoder."""
     weights = {name: torch.from_numpy(w) for name, w in initial_weights(DECODER).items()}
     batches = [
         (torch.from_numpy(ids), torch.from_numpy(labels)) for ids, labels in map(batch, (0, 1))
@@ -213,9 +213,9 @@ def test_ranks_that_do_not_fit_are_an_error(ranks):
 
 
 def test_a_step_stays_on_the_device_of_its_weights(monkeypatch):
-    """By PyTorch's meta device, whose tensors have no numbers and refuse those of another device.
+    """A step runs on PyTorch's meta device, whose tensors refuse those of another device.
 
-    What asks a tensor for a number, to check it, is told 1.
+    Meta tensors have no numbers, so checks that read a number read 1.
     """
     for name in ("__int__", "__float__", "__bool__", "item"):
 

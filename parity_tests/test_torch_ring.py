@@ -70,7 +70,7 @@ def expected(name, degree):
 
 
 def errors(got, truth):
-    """By result, the largest difference, in units of the largest entry."""
+    """Largest difference of each result by name, in units of the largest entry."""
     assert list(got) == list(truth)
     found = {}
     for name, x in got.items():
@@ -81,7 +81,7 @@ def errors(got, truth):
 
 
 def within(found, bound):
-    """Not `max(...) <= bound`: a maximum of Python may pass over a NaN."""
+    """Whether every error is within the bound; Python's `max` may pass over a NaN."""
     return all(error <= bound for error in found.values())
 
 
@@ -107,7 +107,7 @@ def test_a_query_without_a_key_has_an_output_and_gradients_of_0(ranks, degree, n
 
 
 def caught(ranks, degree, name):
-    """By result, how far a wrong ring is off, beyond what the test above lets pass."""
+    """Errors of a wrong ring beyond the bound of the test above, by result."""
     _, case, order = MUTANTS[name]
     wrong = joined([rank["mutants"][name] for rank in ranks], order)
     found = errors(wrong, expected(case, degree))

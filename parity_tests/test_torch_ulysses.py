@@ -60,7 +60,7 @@ def ranks(degree):
 
 @pytest.fixture
 def one_thread():
-    """As the ranks have it, so that the same sums are added in the same order."""
+    """One thread, as on the ranks, so that the same sums are added in the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -74,7 +74,7 @@ def joined(ranks, topic, key=None):
 
 
 def assert_near(got, expected):
-    """To 1e-12 of the largest entry.
+    """Asserts equality to 1e-12 of the largest entry.
 
     Both are float64 attention of at most 12 tokens and 5 channels: some hundred operations, each
     off by at most 1.1e-16 of numbers of that size.
@@ -111,7 +111,7 @@ def test_uneven_heads_move_every_bit_to_the_first_ranks_first(ranks, degree):
 @by_op
 @pytest.mark.parametrize("dtype", ("float32", "uint8"))
 def test_all_to_all_of_any_order_in_memory(ranks, dtype, op):
-    """As the gradients of an einsum have it, for one."""
+    """Tensors of any memory order are exchanged right, like the gradients of an einsum."""
     for rank in ranks:
         expected = rank["all_to_all"][SIZES[2], dtype, "bshd", op]
         for order in permutations(range(4)):

@@ -53,7 +53,7 @@ def by_token(tokens, segments):
     ids=("segments", "lengths", "whole rows"),
 )
 def test_tokens_of_every_integer_dtype(dtype, options):
-    """Text is read as bytes, and -100 is no byte."""
+    """Tokens may be of every integer dtype; bytes do not hold -100, the label to ignore."""
     tokens = TOKENS.astype(dtype)
     for goal in ({}, {"labels": tokens}, {"targets": tokens}):
         wide = {name: x.astype(np.int32) for name, x in goal.items()}
@@ -264,7 +264,7 @@ def test_labels_that_repeat_are_not_taken_for_shifted():
 
 
 def test_what_one_process_has_whole_is_not_gathered(monkeypatch):
-    """On several processes others have other rows there, which would be put behind these."""
+    """Arrays that a process has whole are not gathered: other processes' rows would be appended."""
     batch = PLACE.shard(TOKENS)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     whole = jnp.ones((*batch.tokens.shape, 3))

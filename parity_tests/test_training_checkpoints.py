@@ -41,7 +41,7 @@ def _as_users_have_it():
 
 @pytest.fixture(autouse=True)
 def _reads_forgotten():
-    """What TensorStore left is collected here: in a test without the filter above it would fail."""
+    """TensorStore's garbage is collected here; in a test without the filter above it would fail."""
     yield
     gc.collect()
 
@@ -62,7 +62,7 @@ def saved(tmp_path_factory):
 
 
 def initial_state():
-    """What the example starts from, and what its losses depend on."""
+    """Initial state of the example, and the options that its losses depend on."""
     got = []
 
     def resumed(folder, state, of):

@@ -63,7 +63,7 @@ def truth(labels=LABELS, label_smoothing=0.0, z_loss=0.0):
 
 
 def assert_close(got, expected):
-    """To rounding: sums of at most B S V products, of which each is relatively exact to EPS."""
+    """Asserts equality to the rounding of sums of at most B S V products, each exact to EPS."""
     for x, y in zip(got, expected, strict=True):
         # Seen to be 4 units of the largest at most.
         assert np.abs(np.asarray(x, np.float64) - y).max() <= 16 * EPS * np.abs(y).max()
@@ -125,7 +125,7 @@ def test_the_tiled_loss_never_holds_the_logits():
 
 @pytest.mark.usefixtures("optimised")
 def test_what_is_sent():
-    """Of the tiled loss: the gradient of the kernel once, and the sums; nothing for a tile."""
+    """The tiled loss sends the gradient of the kernel once, and the sums; nothing for a tile."""
     place = TokenLayout(MESHES[1].on())
     loss = partial(tiled_cross_entropy, tiles=3, layout=place.layout.on(place.mesh))
     program = compiled(jax.value_and_grad(loss, (0, 1)), *operands(place))
@@ -168,7 +168,7 @@ def test_a_label_outside_the_vocabulary_is_loud(label):
 
 
 def test_a_label_of_more_bits_is_loud():
-    """2^32 - 100 is -100 in 32 bits."""
+    """Labels beyond 32 bits give NaN: cut to 32 bits, 2^32 - 100 would be -100, and be ignored."""
     logits = jnp.zeros((2, 4))
     assert np.isnan(cross_entropy(logits, jnp.asarray([1, 2**32 - 100], jnp.uint32)))
     with jax.enable_x64(True):
@@ -180,7 +180,7 @@ def test_a_label_of_more_bits_is_loud():
 
 @pytest.mark.parametrize("dtype", (jnp.uint8, jnp.int8, jnp.uint32))
 def test_narrow_labels_are_numbers(dtype):
-    """In uint8, -100 is 156, and a vocabulary of 256 is none at all."""
+    """Labels in uint8 are compared as numbers: -100 would be 156, and a vocabulary of 256 be 0."""
     logits = jnp.asarray(rng.standard_normal((3, 300)), jnp.float32)
     labels = jnp.asarray([100, 2, 3], dtype)
     assert cross_entropy(logits, labels) == cross_entropy(logits, labels.astype(jnp.int32))
@@ -439,7 +439,7 @@ def test_refusals(call, message):
 
 
 def test_an_axis_whose_devices_have_the_same_tokens():
-    """Named, it would count each token once for every device, and so double loss and gradient."""
+    """An axis with the same tokens on its devices raises: each token would count twice."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec(None, "seq")
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import KINDS
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from jax_seqpar import MeshLayout
 from jax_seqpar.compare import compare_bits
@@ -24,7 +24,7 @@ rng = np.random.default_rng(3)
 
 
 def loss(weights: Any, x: Any, offload: bool) -> Any:
-    """Of three layers in a scan, each computed again for its gradient."""
+    """Loss of three layers in a scan, each computed again for its gradient."""
 
     def layer(x: Any, weight: Any) -> Any:
         x = offloaded(x, layout=LAYOUT) if offload else x
@@ -55,7 +55,7 @@ def test_no_bit_depends_on_it(kind, jit):
 
 
 def counted(tokens: int, features: int, offload: bool = True) -> tuple[Counts, int]:
-    """Of a step on a mesh whose platform nobody knows; and into how many pieces an input goes."""
+    """Counts of a step on a mesh of unknown platform, and the number of pieces of an input."""
     mesh = AbstractMesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
     with jax.sharding.use_abstract_mesh(mesh):
         weights = jax.ShapeDtypeStruct((3, features, features), jnp.bfloat16)
@@ -75,6 +75,25 @@ def test_copies_that_a_compiler_takes(tokens, features, pieces):
     counts, found = counted(tokens, features)
     assert (counts.to_host, found) == (3 * 2 * tokens * features * 2 // 8, pieces)
     assert counted(tokens, features, offload=False)[0].to_host == 0
+
+
+@pytest.mark.parametrize("features", (8, 128))
+def test_a_copy_at_which_a_compiler_aborts(features):
+    """Of 2^24 tokens on a device of a TPU; fewer than 128 features are padded to as many."""
+    device = AbstractDevice("TPU v5", 1, "tpu")
+    names, types = ("data", "seq"), (AxisType.Auto,) * 2
+    mesh = AbstractMesh((2, 4), names, axis_types=types, abstract_device=device)
+
+    def trace(tokens: int) -> Any:
+        return jax.eval_shape(
+            partial(offloaded, layout=LAYOUT),
+            jax.ShapeDtypeStruct((2, tokens, features), jnp.bfloat16),
+        )
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert trace((1 << 26) - 4).shape == (2, (1 << 26) - 4, features)
+        with pytest.raises(ValueError, match=r"copy 4.0 GiB .* with 2 times the devices along 's"):
+            trace(1 << 26)
 
 
 def test_a_layout_that_the_mesh_does_not_have():

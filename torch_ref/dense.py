@@ -51,8 +51,8 @@ def dense_attention(
       logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
       alibi_slopes: `[N]`; the slope times the distance of their positions, at most 2^29, is taken
         from the logits, after the bias (ALiBi, Press et al. 2021).
-      sinks: `[N]`, one more logit for every query of a head, which has no value (as in GPT-OSS); of
-        -inf there is none.
+      sinks: `[N]`, one more logit for every query of a head, which has no value (as in GPT-OSS);
+        -inf has no effect.
       dropout_rate: the share of the weights that is dropped, after the softmax.
       dropout_rng: `(2,)`, the words of a threefry key, or keys of heads; see `dropout.head_keys`.
 
@@ -111,6 +111,6 @@ def dense_attention(
     weights = torch.softmax(logits, dim=-1)[..., :S].masked_fill(no_key, 0.0)
     rng = given_keys(dropout_rate, dropout_rng, B, N, query.device)
     if rng is not None:
-        # Not (keep * gain): a boolean times a number is of the default dtype, float32.
+        # weights * keep first: (keep * gain), a boolean times a number, would be float32.
         weights = weights * keep(rng, dropout_rate, B, N, T, S) * gain(dropout_rate)
     return torch.einsum("bnts,bsnh->btnh", weights, v)

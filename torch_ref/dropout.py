@@ -1,7 +1,7 @@
-"""Which weights dropout keeps: a function of a key and of where the weight is, and of nothing else.
+"""Dropout of attention weights: a function of a key and of the place of the weight alone.
 
-The bits are those of the specification, `jax_seqpar/exact/SPEC.md`, whatever device, block or rank
-asks for them. Words of 32 bits are int64 here, for PyTorch adds and shifts few unsigned integers.
+The bits are those of the specification, `jax_seqpar/exact/SPEC.md`, on every device, block and
+rank. Words of 32 bits are int64 here, for PyTorch adds and shifts few unsigned integers.
 """
 
 import torch
@@ -48,7 +48,7 @@ def head_keys(rng: Tensor, B: int, N: int) -> Tensor:
       int64, `[B, N, 2]`.
 
     Raises:
-      ValueError: another shape, or what are no words of 32 bits.
+      ValueError: another shape, or numbers that are not words of 32 bits.
     """
     if rng.shape not in ((2,), (B, N, 2)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which query attends to which key, and how far they are apart."""
+"""Masks of attention: the pairs of a query and a key that attend, and their distances."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +51,7 @@ def attends(
       ValueError: as `places`, or lengths that are not `[B]`, or a mask that is not boolean.
     """
     if mask is not None and mask.dtype != torch.bool:
-        # Of integers, & takes bits: 2 and True are 0.
+        # `&` of integers takes bits: 2 & True is 0.
         raise ValueError(
             f"mask must be boolean, got {mask.dtype}. Write mask.bool() if 1 attends and 0 hides, "
             f"mask == 0 if 0 attends and large negative numbers hide."
@@ -105,7 +105,7 @@ def places(
       int64, `[B, 1, T, 1]` and `[B, 1, 1, S]`, B = 1 where all sequences have the same.
 
     Raises:
-      ValueError: positions and an offset, or positions of another shape or of no integers.
+      ValueError: positions and an offset, or positions of another shape or dtype than integers.
     """
     if positions is None:
         t = torch.arange(query_offset, query_offset + query_tokens, device=device)

@@ -1,7 +1,7 @@
-"""Which rank holds what, as permutations of one tensor whose leading axis is the rank.
+"""Layouts of ranks, as permutations of one tensor whose leading axis is the rank.
 
-No process group: what every rank holds, side by side. The two reshards of Ulysses are the
-specification in two lines; `token_numbers` is that of the token orders of a ring.
+The tensors of all ranks lie side by side, without a process group. The two reshards of Ulysses are
+the specification in two lines; `token_numbers` specifies the token orders of a ring.
 """
 
 from typing import Literal, get_args

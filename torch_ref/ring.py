@@ -7,7 +7,7 @@ before it. A softmax is a quotient of two sums over the keys, and sums can be ta
 
 Every hop adds its part to both sums, and they are brought to one `top` first. The backward pass is
 the quotient rule, in a second ring: the cotangents of the two sums are known at once, so each part
-has a derivative of its own, and those of keys and values travel with them until they are home.
+has a separate derivative, and gradients of keys and values travel with them until they are home.
 Liu et al. 2023, https://arxiv.org/abs/2310.01889.
 
 All the weights of a part are in memory at once, and a rank waits for each transfer: this is written
@@ -130,9 +130,9 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Attention:
-    """What all the parts of one attention have in common, and how one part is computed.
+    """Constants that all parts of one attention share, and the computation of one part.
 
-    Its methods take q, k and v in the dtype of the sums; hop `hop` has brought k and v.
+    The methods take q, k and v in the dtype of the sums; hop `hop` has brought k and v.
     """
 
     group: Any

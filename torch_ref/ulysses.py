@@ -121,16 +121,17 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _shared(count: int, parts: int) -> list[int]:
-    """So many in parts that differ by one at most, the larger ones first."""
+    """Sizes of `parts` parts of `count` that differ by one at most, the larger ones first."""
     return [count // parts + (part < count % parts) for part in range(parts)]
 
 
 def heads_of_ranks(N: int, K: int, world_size: int) -> tuple[list[int], int]:
-    """How many query heads each rank has, and how many copies of each KV head are sent.
+    """Number of query heads of each rank, and of the copies of each KV head that are sent.
 
-    With at least as many KV heads as ranks, each is on one rank, with all its query heads. Where K
-    divides the ranks, each is on P/K of them, which share its query heads. Otherwise the ranks
-    share the query heads without regard to groups, and a KV head is copied for each of its own.
+    With at least as many KV heads as ranks, a KV head is on one rank, with all its query heads.
+    Where K divides the ranks, a KV head is on P/K ranks, which share its query heads. Otherwise the
+    ranks share the query heads without regard to groups, and every query head gets a copy of its KV
+    head.
     """
     if world_size <= K:
         return [kv_heads * (N // K) for kv_heads in _shared(K, world_size)], 1
@@ -177,7 +178,7 @@ class DistributedAttention(torch.nn.Module):
         that is not `batch_dim_idx`. DeepSpeed's default of 0 is wrong for batch-first tensors and
         was the other half of its bug, so it is not the default here.
       sp_stream: refused; communication here does not overlap with computation.
-      exchange: what runs in place of `single_all_to_all`, with its first five arguments. For
+      exchange: runs in place of `single_all_to_all`, with its first five arguments. For
         controls that must fail.
     """
 
@@ -263,7 +264,7 @@ class DistributedAttention(torch.nn.Module):
 
 
 def _repeat_heads(x: Tensor, copies: int) -> Tensor:
-    """Each head so often, side by side; gradients are added in order."""
+    """Each head repeated side by side; gradients are added in order."""
     return x if copies == 1 else torch.stack([x] * copies, dim=3).flatten(2, 3)
 
 

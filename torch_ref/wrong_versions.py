@@ -51,7 +51,7 @@ def single_all_to_all(
     batch_dim_idx: int,
     group: Any = None,
 ) -> Tensor:
-    """What this rank gets; `partial(single_all_to_all, WRONG_V1)` is an exchange of `ulysses`."""
+    """Tensor that this rank gets; `partial(single_all_to_all, WRONG_V1)` fits `exchange=`."""
     world_size = dist.get_world_size(group)
     chunks = version.split(input, scatter_idx, batch_dim_idx, world_size).contiguous()
     received = torch.empty_like(chunks)
@@ -64,7 +64,7 @@ def single_all_to_all(
 def simulate(
     version: Version, x: Tensor, scatter_idx: int, gather_idx: int, batch_dim_idx: int
 ) -> Tensor:
-    """What all the ranks get, from `[P, ...]` to `[P, ...]`; raises what PyTorch raises."""
+    """Tensors that all ranks get, `[P, ...]` from `[P, ...]`; raises the errors of PyTorch."""
     world_size, *shape = x.shape
     chunks = torch.stack([version.split(one, scatter_idx, batch_dim_idx, world_size) for one in x])
     received = chunks.transpose(0, 1)
@@ -100,7 +100,7 @@ def _wrong_v1_merge(
 
 
 def _wrong_v5_split(x: Tensor, scatter_idx: int, batch_dim_idx: int, world_size: int) -> Tensor:
-    """Right, as it happens."""
+    """Split of version 5, which is right."""
     if scatter_idx == 2:
         return rearrange(x, "x y (p n) h -> p x y n h", p=world_size)
     batch_first, token_first = "b (p s) n h -> p b s n h", "(p s) b n h -> p s b n h"
@@ -144,7 +144,7 @@ SPECIFICATION: dict[tuple[Layout, Op], str] = {
     ("mis-set bshd", "round trip"): "p b s (q n) h -> p b s (q n) h",
 }
 
-# What each version does, of (P, b, s, hl). Scrambled: the right shape, the wrong data, no error.
+# Outcome of each version for (P, b, s, hl). Scrambled: the right shape, the wrong data, no error.
 # Reshaped: the right numbers in order, in the shape [b, P*S, hl/P, d].
 TRUTH_TABLE: dict[tuple[str, Layout, Op], Callable[[int, int, int, int], Outcome]] = {
     ("v1", "sbhd", "op1"): lambda P, b, s, hl: "right",
@@ -173,7 +173,7 @@ TRUTH_TABLE: dict[tuple[str, Layout, Op], Callable[[int, int, int, int], Outcome
 def expected_outcome(
     name: str, layout: Layout, P: int, b: int, s: int, heads: Sequence[int]
 ) -> Outcome:
-    """What a whole pipeline with this version must show, by the truth table.
+    """Outcome of a whole pipeline with this version, by the truth table.
 
     Args:
       name: of the version.
@@ -194,10 +194,10 @@ def expected_outcome(
 
 
 def classify(version: Version, layout: Layout, op: Op, P: int, b: int, s: int, hl: int) -> Outcome:
-    """Runs a version on unique labels, with 2 channels, and says what it did.
+    """Outcome of a version that is run on unique labels, with 2 channels.
 
     Raises:
-      AssertionError: the result is none of the four outcomes.
+      AssertionError: for a result that is not one of the four outcomes.
     """
     tokens_idx, batch_dim_idx = LAYOUTS[layout]
     tokens, heads = (P * s, hl) if op == "op2" else (s, P * hl)
@@ -214,7 +214,7 @@ def classify(version: Version, layout: Layout, op: Op, P: int, b: int, s: int, h
         return "error"
 
     in_order = torch.equal(got.flatten(), expected.flatten())
-    # By the name of the version: with P = 1 and b = s, v5's wrong shape is also the right one.
+    # The version decides, not the shape: v5's wrong shape is right, too, with P = 1 and b = s.
     if version is WRONG_V5 and (layout, op) == ("sbhd", "op2"):
         assert in_order, "v5 keeps the order"
         assert got.shape == (P, b, P * P * s, hl // P, 2)

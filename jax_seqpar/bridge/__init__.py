@@ -1,4 +1,4 @@
-"""The bridge: the one place that sees both JAX and PyTorch, each only when it is used."""
+"""Bridge between JAX and PyTorch: the one package that imports both, each when it is used."""
 
 from .convert import to_jax as to_jax
 from .convert import to_torch as to_torch

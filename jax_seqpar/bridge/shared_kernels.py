@@ -162,7 +162,7 @@ def _map_shards(fn: Callable[..., tuple[Any, ...]], *arrays: Array) -> tuple[Arr
 
 
 def _global_shape(parts: list[Array], arrays: tuple[Array, ...]) -> tuple[int, ...]:
-    """Of an array whose heads are sharded as those of the operands."""
+    """Global shape of an array whose heads are sharded as the heads of the operands."""
     devices = arrays[0].shape[2] // arrays[0].addressable_shards[0].data.shape[2]
     B, S, N, H = parts[0].shape
     return B, S, N * devices, H

@@ -26,7 +26,7 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
       PyTorch tensors by name.
 
     Raises:
-      TypeError: for what is no path.
+      TypeError: for anything but a path.
       ValueError: for a path of another kind, a broken file, a name in two files, a folder that
         lacks some of its numbered files, for a name that an index promises in vain, and for an
         index that names a file outside its folder.
@@ -65,7 +65,7 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
 
 
 def _check_numbered(folder: Path, files: list[Path]) -> None:
-    """Raises ValueError if a file "name-00001-of-00003.safetensors" lacks one of its others."""
+    """Raises ValueError if one of the files "name-00001-of-00003.safetensors" is missing."""
     found = [re.fullmatch(r"(.*)-\d+-of-(\d+)\.safetensors", file.name) for file in files]
     for (name, of), there in Counter(x.groups() for x in found if x).items():
         if there < int(of):
@@ -93,7 +93,7 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
         try:
             places = json.loads(path.read_text())["weight_map"]
             names, promised = sorted(set(places.values())), set(places)
-            # By their names alone: the files of a download cache are links that lead elsewhere.
+            # Checked by name alone: the files of a download cache are links that lead elsewhere.
             outside = [x for x in names if PurePath(x).is_absolute() or ".." in PurePath(x).parts]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
@@ -139,10 +139,10 @@ def npz_array(file: Any, name: str) -> np.ndarray:
         shape, _, dtype = read(stream)
         data = info.file_size - stream.tell()
     claimed = math.prod(shape) * dtype.itemsize
-    # Of the .zip's two sizes one may lie; deflation makes 1032 bytes of one at the most.
+    # One of the .zip's two sizes may be false; a deflated byte unpacks to 1032 bytes at most.
     unpacked = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else 1032)
     held = min(info.file_size, unpacked)
-    # Of fewer than there are the end would not be read, where the checksum is compared.
+    # A claim of fewer bytes would leave the end unread, where the checksum is compared.
     fits = claimed <= held and (claimed == data or dtype.hasobject)
     if not fits:
         raise ValueError(

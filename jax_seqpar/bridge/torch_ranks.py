@@ -1,4 +1,4 @@
-"""Runs a function on PyTorch ranks, each a process of its own, and brings everything back."""
+"""Runs a function on PyTorch ranks, one process each, and collects the results."""
 
 import contextlib
 import datetime
@@ -58,8 +58,8 @@ def run_ranks(
       RankError: a rank raised or died.
       TimeoutError: not done in time; the message names the ranks that had not finished.
 
-    No process and no folder is left when it returns or raises, but what a rank starts in a session
-    of its own (`start_new_session=True`). Should this process be killed, the
+    Processes and folder are gone when `run_ranks` returns or raises, but for processes that a rank
+    starts in a new session (`start_new_session=True`). Should this process be killed, the
     ranks see it, remove the folder and end.
     """
     with start_ranks(fn, world_size, *args, timeout=timeout, threads=threads) as collect:
@@ -149,8 +149,8 @@ def _check(world_size: Any, timeout: Any, threads: Any) -> None:
 def _ending_signals_blocked() -> Iterator[None]:
     """Processes started by this thread inherit the mask: no signal ends one before its parent.
 
-    They would print a traceback for a Ctrl-C while they import, or be gone before the parent, which
-    without a handler of its own leaves the removal of the folder to them.
+    The processes would print a traceback for a Ctrl-C while they import, or be gone before the
+    parent, which without a signal handler leaves the removal of the folder to them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
@@ -175,7 +175,7 @@ class _TaskPickler(pickle.Pickler):
 
 
 def _ranks_have_main() -> bool:
-    """Whether a spawned process runs this program's `__main__`, as `multiprocessing` decides it."""
+    """Whether a spawned process runs this program's `__main__`, as `multiprocessing` decides."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is None:
@@ -269,7 +269,7 @@ def _death(processes: list[Any], folder: Path, dead: list[int]) -> str:
 def _rank_main(rank: int, world_size: int, folder: Path, timeout: float, threads: int) -> None:
     """A rank's process. It ends when the parent kills it, or has ended.
 
-    It leads a process group of its own, so that what it starts can be ended with it.
+    The process leads a new process group, so that its children can be ended with it.
     """
     os.setpgid(0, 0)
     for number in _ENDING:

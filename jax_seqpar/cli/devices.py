@@ -1,4 +1,4 @@
-"""Which devices there are, which meshes they make, and whether attention runs on them."""
+"""Findings about devices: their number, the meshes they make, and a test run of attention."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +44,7 @@ def devices() -> Iterator[Finding]:
 
 
 def meshes(n: int, platform: str) -> str:
-    """Which meshes `n` devices make, in sentences."""
+    """Meshes that `n` devices make, in sentences."""
     if n == 1:
         more = ' Write jax.config.update("jax_num_cpu_devices", 8) first for simulated devices.'
         return f"One device makes degree 1.{more if platform == 'cpu' else ''}"
@@ -54,7 +54,7 @@ def meshes(n: int, platform: str) -> str:
 
 
 def attention() -> Finding:
-    """Whether causal attention runs on all devices of this process, and is that of float64."""
+    """Test of causal attention on all devices of this process, against float64."""
     try:
         error = attention_error()
     except Exception as raised:
@@ -82,7 +82,7 @@ def attention_error() -> float:
 
 
 def exact_arithmetic() -> Finding:
-    """Whether exact attention has its bits here, as `seqpar certify` says question by question."""
+    """Self-test of exact attention's bits here; `seqpar certify` lists its questions."""
     try:
         certificate = certify()
     except Exception as error:

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """How something is: as it has to be, worth knowing, or wrong."""
+    """State of a finding: as it has to be, worth knowing, or wrong."""
 
     OK = "ok"
     NOTE = "note"

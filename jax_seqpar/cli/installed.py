@@ -1,4 +1,4 @@
-"""Whether packages fit: versions against the bounds that others declare, and imports."""
+"""Findings about installed packages: versions within the declared bounds, and imports."""
 
 import os
 from collections.abc import Iterator
@@ -80,7 +80,7 @@ def bounds(package: Package) -> SpecifierSet | None:
 
 
 def examine(package: Package) -> Finding:
-    """Whether a package is installed, in a version that fits, and can be imported."""
+    """Finding about a package: whether it is installed, its version fits, and it imports."""
     found = installed_version(package.name)
     if found is None:
         return _missing(package)
@@ -117,7 +117,7 @@ def _missing(package: Package) -> Finding:
 
 
 def _import_error(package: Package) -> str | None:
-    """What an import raises, whatever that is: a broken library may raise OSError, say."""
+    """Error of an import, of any class: a broken library may raise OSError, for example."""
     try:
         if package.module:
             import_module(package.module)

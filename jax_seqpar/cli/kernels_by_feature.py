@@ -1,4 +1,4 @@
-"""Which kernel runs for which feature on a platform, and why not a faster one."""
+"""Kernels that run for each feature on a platform, and why a faster one does not."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ class Choices:
 
 
 def features() -> dict[str, tuple[int, dict[str, Any]]]:
-    """By name: the number of KV heads, and the keywords of an attention `[1, 4096, 8, 64]`."""
+    """Number of KV heads and keywords of an attention `[1, 4096, 8, 64]`, by name of a feature."""
     causal = Mask(is_causal=True)
     per_head: Any = ShapeDtypeStruct((N,), jnp.float32)
     documents = ShapeDtypeStruct((B, S), jnp.int32)
@@ -44,7 +44,7 @@ def features() -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def choices(platform: str) -> list[Choices]:
-    """What `choose_kernel` takes for each feature on "cpu", "gpu" or "tpu"."""
+    """Kernels that `choose_kernel` takes for each feature on "cpu", "gpu" or "tpu"."""
     rows = []
     for feature, (kv_heads, keywords) in features().items():
         found = [_choice(platform, dtype, kv_heads, keywords) for dtype in DTYPES]

@@ -293,7 +293,7 @@ def _refuse_timeout(timeout: float) -> None:
 
 
 def _begin_json(file: Path | None, about: dict[str, Any]) -> None:
-    """Of a run before, or of one that does not get to its end, nobody is to read "passed"."""
+    """Writes `"passed": False` before a run, so that a run that breaks off leaves no "passed"."""
     if file is not None:
         _write_json(file, {"passed": False, "error": "the run did not end", **about})
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from .. import compiler_options
-from ..mesh_layout import MeshLayout
+from ..mesh_layout import MeshLayout, names
 from ..plan.answer import Request
 from ..plan.decoder import Decoder
 from ..plan.largest import largest
@@ -32,6 +32,7 @@ STRATEGIES: dict[str, Strategy] = {
     "ulysses-4": Ulysses(4),
     "ulysses-4-in-turn": Ulysses(4, overlap=False),
     "ring": Ring(),
+    "ring-bidirectional": Ring(bidirectional=True),
     "all-gather": AllGatherKV(),
     "hybrid-ring": Hybrid(Ring()),
     "hybrid-all-gather": Hybrid(AllGatherKV()),
@@ -87,15 +88,15 @@ def plan(
     png: Annotated[Path | None, typer.Option(help="A chart of --sweep or --largest.")] = None,
     dump: Annotated[Path | None, typer.Option(help="A folder for the compiled program.")] = None,
 ) -> None:
-    """What it costs on TPUs and GPUs that are not here: memory, transfers, FLOPs, seconds at least.
+    """Costs on TPUs and GPUs that are not here: memory, transfers, FLOPs, seconds at least.
 
-    Exit status: 0 if there is an answer, 2 if there is none, with a sentence that says why: out of
-    memory, a compiler that is missing, aborts or takes too long, sizes that do not fit.
+    Exit status: 0 with an answer, 2 without one and a sentence that says why: out of memory, a
+    compiler that is missing, aborts or takes too long, sizes that do not fit.
     """
     given = locals()
     try:
         plans, against = _Question(**given).plans()
-        _show(stdout(), plans, against)
+        _show(stdout(), plans, against, strategy == "auto")
         _write(json_file, plans, single=against is None)
         if png is not None:
             chart(plans, against or "tokens", png)
@@ -106,9 +107,12 @@ def plan(
             _stop(one.failure)
 
 
-def _show(console: Console, plans: list[Plan], against: str | None) -> None:
+def _show(console: Console, plans: list[Plan], against: str | None, automatic: bool) -> None:
     if against is not None:
         console.print(sweep_table(plans, against))
+        taken = dict.fromkeys(x.choice.strategy for x in plans if x.choice is not None)
+        if automatic and taken:
+            say(console, f"strategy, by choose_strategy: {', '.join(taken)}")
     elif plans[0].failure is None:
         print_plan(console, plans[0])
 
@@ -131,6 +135,19 @@ class _Question:
                 )
         if given["sweep"] not in (None, "tokens", "degree"):
             raise ValueError(f"--sweep {given['sweep']!r} is unknown. Write tokens or degree.")
+        if given["find_largest"] and given["sweep"] is not None:
+            raise ValueError(
+                f"--largest and --sweep {given['sweep']} are two questions. Leave one out."
+            )
+        if given["step"] is not None and not given["find_largest"]:
+            raise ValueError(f"--step {given['step']} is of --largest. Add --largest.")
+        for option in ("json_file", "png"):
+            file = given[option]
+            if file is not None and not file.absolute().parent.is_dir():
+                raise ValueError(
+                    f"--{option.removesuffix('_file')} {file}: there is no folder "
+                    f"{str(file.parent)!r}. Write a file in a folder that is there."
+                )
         if given["png"] is not None:
             if given["sweep"] is None and not given["find_largest"]:
                 raise ValueError(f"--png {given['png']} needs several plans. Add --sweep tokens.")
@@ -144,6 +161,9 @@ class _Question:
             raise ValueError(f"--timeout {given['timeout']} is no time. Write --timeout 600.")
         self.strategy = named[given["strategy"]]
         self.mesh = self._mesh()
+        self._check_axes()
+        if given["find_largest"]:
+            self._check_largest()
 
     def plans(self) -> tuple[list[Plan], str | None]:
         """The plans, and against what they are shown; None for a single one."""
@@ -155,6 +175,31 @@ class _Question:
         if self.given["find_largest"]:
             return self._largest(), "tokens"
         return [self._ask(self.tokens, self.mesh)], None
+
+    def _check_axes(self) -> None:
+        """Raises ValueError for a hybrid strategy without two mesh axes of the tokens."""
+        axes = names(layout_of(self.mesh).tokens)
+        if isinstance(self.strategy, Hybrid) and (
+            len(axes) != 2 or self.given["sweep"] == "degree"
+        ):
+            raise ValueError(
+                f"--strategy {self.given['strategy']} works on two mesh axes of the tokens, and "
+                f"the mesh {self.mesh} has {len(axes)}. Write them major to minor, as --mesh "
+                f"ring=2,seq=8, without --sweep degree."
+            )
+
+    def _check_largest(self) -> None:
+        """Raises ValueError where nobody can tell what fits."""
+        if not self.given["compiled"]:
+            raise ValueError(
+                f"--largest asks the compiler of {self.topology} what fits, and --no-compile "
+                f"forbids it. Leave one out."
+            )
+        if not Machine(self.topology, self.slices, self.mesh).chip.memory:
+            raise ValueError(
+                f"the memory of a device of {self.topology} is not known, so nothing says what "
+                f"fits. Write the topology of a TPU or a GPU, as v5e:4x4."
+            )
 
     def _largest(self) -> list[Plan]:
         step = self.given["step"]

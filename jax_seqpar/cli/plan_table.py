@@ -25,7 +25,7 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 
 def headline(plan: Plan) -> str:
-    """What was asked."""
+    """The request of a plan, in one line."""
     axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
     tokens = "" if plan.tokens is None else f", {tokens_as_text(plan.tokens)} tokens"
     slices = "" if plan.slices == 1 else f"{plan.slices} x "
@@ -33,7 +33,7 @@ def headline(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, in one line."""
+    """Verdict on the memory of a plan, in one line: whether the program fits on the chip."""
     if plan.failure is not None:
         return plan.failure
     if plan.memory is None:
@@ -95,15 +95,28 @@ def remarks(plan: Plan) -> list[str]:
             f"at least {1e3 * plan.at_least:,.1f} ms at full speed, of which "
             f"{1e3 * plan.exposed:,.1f} ms are transfers that nothing is known to run under"
         )
+    if plan.to_host or plan.from_host:
+        found.append(host_copies(plan))
     if plan.copies is not None:
+        unknown = plan.copies.unknown
+        besides = f"; {unknown} instructions are without an estimate" if unknown else ""
         found.append(
             f"layout copies: {plan.copies.cycles:,} cycles, {100 * plan.copies.share:.0f} % of "
-            f"what the compiler estimates, which is neither kernels nor transfers"
+            f"what the compiler estimates, which is neither kernels nor transfers{besides}"
         )
     if plan.choice is not None:
         found.append(f"choose_strategy: {plan.choice.reason}")
     found += [f"note: {note}" for note in plan.notes]
     return found
+
+
+def host_copies(plan: Plan) -> str:
+    """What goes to the memory of the host and back, and how long that takes at least."""
+    moved = f"host: {plan.to_host / 1e9:.3f} GB to that of each device, {plan.from_host / 1e9:.3f}"
+    if plan.host is None:
+        speed = f"in a time that is unknown, as no speed of a {plan.chip.name}'s link is published"
+        return f"{moved} GB back, {speed}"
+    return f"{moved} GB back: {1e3 * plan.host:,.1f} ms at {plan.chip.host / 1e9:,.0f} GB/s"
 
 
 def sweep_table(plans: list[Plan], against: str) -> Table:
@@ -115,7 +128,7 @@ def sweep_table(plans: list[Plan], against: str) -> Table:
         fits = {True: "yes", False: "no", None: "?"}[plan.fits]
         time = f"{1e3 * plan.at_least:,.1f}" if plan.parts else ""
         memory = "" if peak is None else _gib(peak)
-        table.add_row(point, fits, memory, time, f"{plan.flops / 1e12:,.1f}", plan.step.bound)
+        table.add_row(point, fits, memory, time, f"{plan.flops / 1e12:,.1f}", plan.bound)
     return table
 
 

@@ -7,7 +7,7 @@ from .. import __version__
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that bits may depend on; None where there is none."""
+    """Versions of Python and of the packages that bits may depend on; None if not installed."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "jax-seqpar": __version__,

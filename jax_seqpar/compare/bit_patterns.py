@@ -12,7 +12,7 @@ def to_numpy(x: Any, path: str) -> np.ndarray:
     """An array of any framework as NumPy's, in the byte order of this machine.
 
     Raises:
-      TypeError: for what is no dense array of numbers of at most 64 bits; `path` names it.
+      TypeError: for anything but a dense array of numbers of at most 64 bits; `path` names it.
     """
     check_leaf(x, path or "the leaf")
     # Only tensors have it, and PyTorch need not be there.
@@ -52,7 +52,7 @@ def width(dtype: np.dtype) -> int:
 
 
 def is_of(x: Any, kind: Any) -> bool:
-    """Whether the dtype of an array is of a kind, like `jnp.floating`."""
+    """Whether an array has a dtype of a kind, like `jnp.floating`."""
     return jnp.issubdtype(x.dtype, kind)
 
 

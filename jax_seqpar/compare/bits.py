@@ -33,7 +33,7 @@ def compare_bits(
       a report, `.equal` or not, that prints as a summary.
 
     Raises:
-      ValueError: if the structures differ, naming the first path that does; if there is no array.
+      ValueError: if the structures differ, naming the first path that does; without any array.
       TypeError: if a leaf is not a dense array of numbers.
 
     Example:

@@ -1,8 +1,8 @@
-"""Where two runs of a model differ: the first tensor, layer, token and head, and by how much.
+"""First divergence of two runs of a model: tensor, layer, token and head, and by how much.
 
-A port is right or wrong at one place, and everything after it is wrong too. Both runs record their
-tensors by name, in the order in which they are computed, and the first that differs is where to
-look.
+An error in a port begins at one tensor, and every later tensor is wrong too. Both runs record their
+tensors by name, in the order in which they are computed; the first tensor that differs has the
+error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ class Divergence:
     Attributes:
       name: of the tensor, like "layers.3/attention/query".
       layer: the part of the name before the first "/", like "layers.3".
-      agreed: the name of the tensor before, the last that agrees; None if there is none.
+      agreed: the name of the tensor before, the last that agrees; None for the first tensor.
       shape: of the tensor.
       index: of the first element that differs: of the smallest token, then batch, then the rest.
       meaning: the same index in words, like "batch 1, token 17, head 3, channel 0".
@@ -112,7 +112,7 @@ def first_divergence(
     Raises:
       ValueError: names, order or shapes that differ, dtypes too if rtol = 0, nothing recorded,
         or an `rtol` or `axes` that make no sense.
-      TypeError: for what is no dense array of numbers, such as a list of arrays or None.
+      TypeError: for anything but a dense array of numbers, such as a list of arrays or None.
 
     Example:
       found = first_divergence(torch_activations, jax_activations, rtol=1e-5)
@@ -163,7 +163,7 @@ def _hint(row: Row, names: tuple[str, ...]) -> str | None:
 
 
 def _which(differs: np.ndarray, names: tuple[str, ...], axis: str, plural: str) -> str | None:
-    """Which places along an axis differ, in words."""
+    """Indices that differ along an axis, in words; None if the tensor lacks the axis."""
     if axis not in names:
         return None
     place = names.index(axis)

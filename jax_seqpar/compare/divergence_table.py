@@ -1,4 +1,4 @@
-"""How far two runs are apart at every tensor, as a table."""
+"""Table of the differences of two runs at every tensor."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ def divergence_table(
     rtol: float = 0.0,
     axes: Sequence[str] = AXES,
 ) -> Any:
-    """How far two runs are apart at every tensor: how an error begins, and how it grows.
+    """Differences of two runs at every tensor: where an error begins, and how it grows.
 
     Args:
       a, b, rtol, axes: as in `first_divergence`.

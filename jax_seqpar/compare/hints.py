@@ -28,7 +28,7 @@ def hint(
 
     Returns:
       a phrase, or None if none of these holds: the sign, the order of axes or of channels,
-      permuted heads, permuted tokens, sequences that differ after tokens of their own.
+      permuted heads, permuted tokens, sequences that differ from different tokens on.
     """
     for text, change in _changes(a):
         # One sequence first: most changes are told apart by it.
@@ -94,7 +94,7 @@ def _channel_text(n: int, h: int) -> str:
 def _permutation(
     a: np.ndarray, b: np.ndarray, axis: int, same: Same, tolerance: float
 ) -> list[int] | None:
-    """For each slice of `b` along the axis, the one of `a` that it is; each of them once."""
+    """Permutation: for each slice of `b` along the axis the equal slice of `a`, each used once."""
     rows_a, rows_b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (a, b))
     if not rows_a.size:
         return None
@@ -110,8 +110,8 @@ def _permutation(
         last = np.searchsorted(keys[ranked], wanted + tolerance, side="right")
     order = []
     for row, low, high in zip(range(len(rows_b)), first, last, strict=True):
-        # Its own place before others, so that equal rows, as of padding, stay where they are. A
-        # few others: where many agree in that element, the answer is not worth the search.
+        # The same index is tried first, so that equal rows, as of padding, stay where they are.
+        # Then a few others: where many agree in that element, the search is not worth its time.
         near = itertools.islice((i for i in ranked[low:high].tolist() if i in free), 8)
         places = itertools.chain([row] if row in free else [], near)
         found = next((i for i in places if same(rows_a[i], rows_b[row])), None)
@@ -134,7 +134,7 @@ def _described(order: list[int]) -> str:
 
 
 def _runs(differs: np.ndarray) -> str | None:
-    """Sequences that differ up to, or from, tokens that are not the same in all of them."""
+    """Sequences that differ up to, or from, a token that is another in each sequence."""
     differs = np.asarray(differs.any(axis=tuple(range(2, differs.ndim))))
     S, counts = differs.shape[1], differs.sum(axis=1).tolist()
     # One token, whole sequences, or as many tokens in each are told without a hint.

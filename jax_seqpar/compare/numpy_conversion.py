@@ -1,4 +1,4 @@
-"""Tensors as NumPy arrays and back, bit for bit: what crosses to another process or to a file.
+"""Tensors as NumPy arrays and back, bit for bit, for other processes and for files.
 
 NumPy has bfloat16 and float8 by way of `ml_dtypes`, which PyTorch does not know: bits cross as
 unsigned integers of the same width, and the dtype by its name.
@@ -23,8 +23,8 @@ def check_leaf(x: Any, what: str) -> None:
       what: how a message calls it, like "float32 tensor at ['x']".
 
     Raises:
-      TypeError: a tensor that is nested, quantised, sparse or without data of its own (a DTensor,
-        say), an array that is deleted, a random key or masked.
+      TypeError: a tensor that is nested, quantised, sparse or without a storage (like a DTensor),
+        an array that is deleted, a random key or masked.
     """
     # Whoever passes a tensor has imported PyTorch, so this module need not.
     torch = sys.modules.get("torch")
@@ -66,10 +66,10 @@ def _check_tensor(x: Any, what: str, torch: Any) -> None:
 
 
 def _holds_numbers(x: Any) -> bool:
-    """Whether all elements of a strided tensor lie in its storage.
+    """Whether all elements of a strided tensor lie in the tensor's storage.
 
-    A subclass that wraps another tensor passes for one of its shape, and so does a tensor whose
-    storage was freed, as FSDP frees that of parameters: what is read is the memory of others.
+    A subclass that wraps another tensor reports the wrapped tensor's shape, and FSDP frees the
+    storage of parameters that keep their shape: reading either reads memory of other tensors.
     """
     if x.numel() == 0:
         return True
@@ -86,7 +86,7 @@ def _holds_numbers(x: Any) -> bool:
 
 
 def numpy_to_torch(x: np.ndarray) -> Any:
-    """A tensor of the same dtype and bits, in memory of its own."""
+    """PyTorch tensor of the same dtype and bits, as a copy."""
     torch = require_torch()
     carrier = _carrier(x.dtype.itemsize)
     flat = torch.from_numpy(np.array(x, order="C").reshape(-1).view(carrier))
@@ -94,7 +94,7 @@ def numpy_to_torch(x: np.ndarray) -> Any:
 
 
 def torch_to_numpy(x: Any) -> np.ndarray:
-    """An array of the same dtype and bits, in memory of its own."""
+    """NumPy array of the same dtype and bits, as a copy."""
     torch = require_torch()
     name = str(x.dtype).removeprefix("torch.")
     carrier = getattr(torch, _carrier(x.dtype.itemsize))

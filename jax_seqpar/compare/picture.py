@@ -1,4 +1,4 @@
-"""Where two arrays differ, tokens by heads, in few enough cells for a page."""
+"""Picture of the differences of two arrays, tokens by heads, in few enough cells for a page."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ SEQUENCES, ROWS, COLUMNS = 4, 96, 64
 
 @dataclass(frozen=True)
 class Picture:
-    """Where `b [B, S, N, H]` differs from `a`, in cells of some tokens and some heads.
+    """Differences of `b [B, S, N, H]` from `a`, in cells of some tokens and some heads.
 
     Attributes:
       shape: of both arrays.
@@ -46,7 +46,7 @@ class Picture:
 
 
 def pictures(a: Any, b: Any) -> dict[str, Picture]:
-    """By path, a picture of each pair of NumPy arrays that have one, as `picture` says.
+    """Picture of each pair of NumPy arrays, by path; pairs without a `picture` are left out.
 
     Args:
       a, b: pytrees of the same structure.
@@ -60,7 +60,7 @@ def pictures(a: Any, b: Any) -> dict[str, Picture]:
 
 
 def picture(a: np.ndarray, b: np.ndarray) -> Picture | None:
-    """Where the bits of two arrays differ; None if nowhere, or if they are no pair `[B, S, N, H]`.
+    """Picture of the bits that differ; None if all are equal, or the arrays not `[B, S, N, H]`.
 
     Args:
       a, b: NumPy arrays of numbers.
@@ -84,7 +84,7 @@ def picture(a: np.ndarray, b: np.ndarray) -> Picture | None:
 
 
 def _starts(size: int, most: int) -> np.ndarray:
-    """Where at most so many parts of nearly one size begin."""
+    """Start indices of at most `most` parts of nearly equal size."""
     parts = min(size, most)
     return np.arange(parts) * size // parts
 
@@ -110,7 +110,7 @@ def _source(a: np.ndarray, b: np.ndarray, cells: Any) -> np.ndarray | None:
 
 
 def _hashed(bits: np.ndarray) -> np.ndarray:
-    """One number for the channels of each token and head; of others it differs, but for chance."""
+    """Hash of the channels of each token and head; others have other hashes, but for chance."""
     weights = np.random.default_rng(0).integers(0, 2**63, bits.shape[-1], np.uint64) * 2 + 1
     return (bits.astype(np.uint64) * weights).sum(axis=-1, dtype=np.uint64)
 

@@ -1,4 +1,4 @@
-"""What a bit-for-bit comparison found, for a person and for JSON."""
+"""Reports of a bit-for-bit comparison, as text and as JSON."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,10 +9,10 @@ Scalar = bool | int | float | complex
 
 @dataclass(frozen=True)
 class LeafReport:
-    """How one array of `a` compares with its counterpart in `b`.
+    """Comparison of one array of `a` with its counterpart in `b`.
 
     Where shape or dtype differ nothing is compared, and every element counts as differing.
-    A complex element is a pair of floats: it differs, or is of a kind, if either of them is.
+    A complex element is a pair of floats: it differs, or is NaN or infinite, if either float is.
 
     Attributes:
       path: the place in the tree, like "['query'][0]"; "" for a bare array.
@@ -23,7 +23,7 @@ class LeafReport:
       max_abs: largest absolute difference over the same elements, exact for integers; of complex
         numbers that of a real or imaginary part. None where
         nothing is compared.
-      first_index: of the first differing element, None if there is none.
+      first_index: of the first differing element, None if all are equal.
       meaning: the same index in words, like "batch 1, token 17, head 3, channel 0".
       value_a, value_b, bits_a, bits_b: that element on both sides; complex bits are two numbers.
       nan_only_a, nan_only_b: elements that are NaN on that side only.
@@ -55,7 +55,7 @@ class LeafReport:
 
     @property
     def comparable(self) -> bool:
-        """Whether shape and dtype agree."""
+        """Whether both arrays have the same shape and dtype."""
         return (self.shape_a, self.dtype_a) == (self.shape_b, self.dtype_b)
 
     @property
@@ -102,7 +102,7 @@ class LeafReport:
 
 @dataclass(frozen=True)
 class BitsReport:
-    """One `LeafReport` per pair of arrays. It has no truth value of its own: ask `equal`."""
+    """One `LeafReport` per pair of arrays. A report has no truth value: read `equal`."""
 
     leaves: tuple[LeafReport, ...]
 

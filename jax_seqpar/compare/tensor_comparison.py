@@ -1,4 +1,4 @@
-"""How each tensor of two runs compares: which elements differ, and by how much."""
+"""Comparison of each tensor of two runs: which elements differ, and by how much."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ AXES = ("batch", "token", "head", "channel")
 
 @dataclass(frozen=True)
 class Row:
-    """How one tensor compares: `differs` are the elements that differ, True, of its shape."""
+    """Comparison of one tensor; `differs` is True at the elements that differ, in its shape."""
 
     name: str
     a: np.ndarray
@@ -38,7 +38,7 @@ class Row:
 def rows_of(
     a: Mapping[str, Any], b: Mapping[str, Any], rtol: float, axes: Sequence[str]
 ) -> Iterator[Row]:
-    """How each tensor of two runs compares, in recorded order.
+    """Comparison of each tensor of two runs, in recorded order.
 
     Raises:
       ValueError, TypeError: as `first_divergence`.
@@ -69,7 +69,7 @@ def _row(name: str, x: Any, y: Any, rtol: float) -> Row:
 
 
 def differing(a: np.ndarray, b: np.ndarray, bound: float | None) -> np.ndarray:
-    """Which elements differ: by more than a bound, or, with None, in any bit."""
+    """Boolean array: True where elements differ by more than a bound, or, with None, in any bit."""
     if bound is None:
         bytes_a, bytes_b = (np.ascontiguousarray(x).reshape(-1, 1).view(np.uint8) for x in (a, b))
         return np.asarray((bytes_a != bytes_b).any(axis=1)).reshape(a.shape)
@@ -166,7 +166,7 @@ def _check_runs(a: Mapping[str, Any], b: Mapping[str, Any], rtol: float) -> None
 
 
 def axis_names(ndim: int, axes: Sequence[str]) -> tuple[str, ...]:
-    """The axes of an array of so many: without "head", without "channel", or by number."""
+    """Names of an array's axes: without "head" or "channel" for fewer axes, else by number."""
     names = tuple(axes)
     for lacking in ("head", "channel"):
         if len(names) > ndim:

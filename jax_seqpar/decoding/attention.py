@@ -53,7 +53,7 @@ def attend_to_cache(
       `SplitKV(scatter_heads=True)`. NaN in rows that have lost a token.
 
     Raises:
-      ValueError: for what does not fit, or is not known of the slots of a cache.
+      ValueError: for arrays and options that do not fit, or that slots of a cache do not support.
     """
     check_is_array("query", query)
     check_attention(cache, query, mask, logits, kernel)
@@ -67,7 +67,7 @@ def attend_to_cache(
 
 @dataclass(frozen=True)
 class _Call:
-    """What is part of the compiled program."""
+    """Static arguments of a decoding call, part of the compiled program."""
 
     mesh: AnyMesh
     mask: Mask
@@ -75,7 +75,7 @@ class _Call:
     strategy: SplitKV
 
     def mask_of(self, queries: Array, slots: Array) -> Mask:
-        """Causal by position; without causality all tokens of the cache, and no empty slot."""
+        """Mask that is causal by position, or without causality all tokens but the empty slots."""
         if not self.mask.is_causal:
             queries = jnp.full_like(queries, EMPTY - 1)
         return replace(self.mask, is_causal=True, positions=(queries, slots))

@@ -219,7 +219,7 @@ class KeyValueCache:
 
 
 def shard_map(mesh: AnyMesh, function: Any, in_specs: Any, out_specs: Any) -> Any:
-    """Without the check of what varies: a row of `used`, say, is made on each device alike."""
+    """`jax.shard_map` unchecked for varying axes: all devices make the same row of `used`."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -285,7 +285,7 @@ def _dealt(cache: KeyValueCache, mesh: AnyMesh) -> Slots:
 
     def deal(slots: Slots) -> Slots:
         dealt = of_device.deal(slots, *slots[:3], axes, cache.window)
-        # What a row has lost stays lost, and what a ring buffer has written over.
+        # Rows keep the record of lost tokens, and a ring buffer that of slots written over.
         used = dealt.used if cache.window is None else slots.used
         return dealt._replace(used=used, lost=slots.lost)
 

@@ -1,4 +1,4 @@
-"""Checks of a cache and of what is written to it and attends to it."""
+"""Validation of a cache, of the tokens written to it and of the queries that attend to it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -145,7 +145,7 @@ def no_slots(what: str, tokens: int, slots: int, on: str = "all devices") -> Val
 
 
 def check_attention(cache: Any, query: Any, mask: Mask, logits: Logits, kernel: Any) -> None:
-    """Raises ValueError for what no cache can be attended to with."""
+    """Raises ValueError for masks and options that attention to a cache does not support."""
     if not isinstance(mask, Mask) or not isinstance(logits, Logits):
         raise ValueError(f"mask and logits are {mask!r} and {logits!r}. Write Mask() and Logits().")
     if not mask.is_causal and (mask.window is not None or logits.alibi_slopes is not None):

@@ -47,7 +47,7 @@ class Slots(NamedTuple):
 def fill(slots: Slots, key: Array, value: Array, positions: Array) -> Slots:
     """The first slots hold these tokens `[B, S, ...]`, the others none.
 
-    What is padding is not kept: a NaN of it times a weight of 0 would be NaN.
+    Padding is not kept: a NaN in it times a weight of 0 would be NaN.
     """
     size, is_token = key.shape[1], (positions < EMPTY)[..., None, None]
 
@@ -114,7 +114,7 @@ def deal(
 
 
 def _ranks(positions: Array, axes: Axes) -> Array:
-    """How many tokens of its row, on all devices, have a smaller position."""
+    """Rank of each token: the tokens of its row, on all devices, with a smaller position."""
     if not axes:
         return jnp.argsort(jnp.argsort(positions, axis=1), axis=1).astype(jnp.int32)
     everyone = jax.lax.all_gather(positions, axes, axis=1, tiled=True)
@@ -133,7 +133,7 @@ def append(
     degree: int,
     ring_buffer: bool,
 ) -> Slots:
-    """Tokens `[B, T, ...]`, the same on every device, of which each keeps its own.
+    """Slots with tokens `[B, T, ...]` added, the same on every device; each keeps a part of them.
 
     The token at position p belongs to device p mod P, so that all devices receive as many.
 

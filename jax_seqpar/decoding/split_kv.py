@@ -1,4 +1,4 @@
-"""SplitKV: each device attends to the keys that it holds, and the parts meet in two collectives.
+"""SplitKV: each device attends to the keys that it holds; two collectives merge the parts.
 
 Flash-Decoding (https://pytorch.org/blog/flash-decoding) over devices instead of blocks of one.
 """
@@ -102,7 +102,7 @@ def _nan_where(rows: Array, x: Array) -> Array:
 
 @dataclass(frozen=True)
 class OneVisit:
-    """`Turns` of devices with the same queries: each visits its own keys, and what is found meets.
+    """`Turns` of devices with the same queries: each visits its keys, and the results are merged.
 
     See `jax_seqpar.kernels.kernel.Turns`.
     """
@@ -134,6 +134,6 @@ class OneVisit:
     def _over_devices(self, function: Any, x: Array) -> Array:
         if function is jnp.add:
             return jax.lax.psum(x, self.axis_name)
-        # Not a maximum over devices: of those on CPUs a NaN is not sure to win.
+        # Gathered, as a `pmax` over CPU devices may lose a NaN.
         parts = jax.lax.all_gather(x, self.axis_name)
         return reduce(function, [parts[i] for i in range(self.degree)])

@@ -15,8 +15,8 @@ def accumulated_value_and_grad(
 ) -> Callable[[Any, Any], tuple[Float32[Array, ""], Any]]:
     """A function of parameters and several batches: the sums of losses and of gradients.
 
-    `(g_1 (+) g_2) (+) g_3`, in the order of the batches, and the losses likewise: each number of
-    batches is a function of its own. One batch is in memory at a time.
+    `(g_1 (+) g_2) (+) g_3`, in the order of the batches, and the losses likewise: another number of
+    batches has other bits. One batch is in memory at a time.
 
     Args:
       loss: of float32 parameters and one batch. For the mean over all labels it divides by the

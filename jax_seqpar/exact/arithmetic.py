@@ -140,15 +140,15 @@ def token_digits(
 
 
 def finite(e: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Exponents with the least in place of `NOT_A_NUMBER`."""
+    """Exponents with `LEAST_EXPONENT` in place of `NOT_A_NUMBER`."""
     return jnp.where(e == NOT_A_NUMBER, LEAST_EXPONENT, e)
 
 
 def finite_power(e: Int[Array, "..."]) -> Float[Array, "..."]:
-    """2^e of a token's exponent; a finite power for one that is not a number, whose digits are 0.
+    """2^e of a token's exponent; finite for a token with a NaN or infinity, whose digits are 0.
 
-    So a weight of 0 leaves it out. What may attend to such a token becomes NaN by its logit, or by
-    an anchor.
+    So a weight of 0 leaves such a token out. Queries that may attend to it become NaN by the logit,
+    or by an anchor.
     """
     return power_of_two(finite(e))
 
@@ -202,7 +202,7 @@ def slices(
 
 
 def value(total: Float[Array, "2 ..."], anchor: Int[Array, "..."]) -> Float[Array, "..."]:
-    """What added slices stand for: one rounding."""
+    """Float64 value of two sums of `slices` below an anchor, with one rounding."""
     return (total[0] + total[1] * 2.0 ** -SLICE_BITS[1]) * power_of_two(anchor - SLICE_BITS[0])
 
 
@@ -263,9 +263,9 @@ def out(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def narrowed(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """What `out` gives, rounded to 16 bits if that is the dtype.
+    """Results of `out`, rounded to 16 bits if that is the dtype.
 
-    A conversion makes of one NaN another one on another platform.
+    XLA converts a NaN to other bits on other platforms, so every NaN becomes the one of `_one_nan`.
     """
     if dtype == x.dtype:
         return x
@@ -276,7 +276,7 @@ def narrowed(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
 def _one_nan(bits: Integer[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
     """The numbers of these bits, but for every NaN the quiet one with sign and payload 0.
 
-    By the bits: a compiler may take a selection between NaNs for no selection.
+    The selection is made on integers, as a compiler may drop a selection between two NaNs.
     """
     infinity, nan = (jnp.asarray(np.array(x, dtype).view(bits.dtype)) for x in (np.inf, np.nan))
     magnitude = bits & jnp.asarray(jnp.iinfo(bits.dtype).max >> 1, bits.dtype)

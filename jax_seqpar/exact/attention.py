@@ -11,12 +11,12 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-from .._checks import check_chunk_sizes
+from .._checks import Shape, check_chunk_sizes
 from ..kernels.kernel import GRADIENT_PRODUCTS, Kernel, Turn, Turns
 from ..mask import Logits, Spec
 from ..mask.array_fields import arrays_of
 from ..mesh_layout import AxisName
-from . import arithmetic
+from . import arithmetic, cost
 from .backward import gradients_of_all_keys
 from .backward_in_turns import gradients_in_turns
 from .bias_gradient import BiasSums, axes_to_sum, check_summands
@@ -52,9 +52,9 @@ class Exact(Kernel):
       query_chunk: queries whose whole rows of weights the forward pass holds at a time, in float32;
         None chooses. No bit depends on it.
       key_chunk: keys that it visits at a time, at most 256 (None). No bit depends on it.
-      shared_heads: other devices with the same KV heads and query heads of their own. Their parts
-        of the gradients of key and value are added without rounding, and one of the devices returns
-        the sum, the others 0. A strategy sets it where it is needed.
+      shared_heads: devices with the same KV heads and different query heads. Their parts of the
+        gradients of key and value are added without rounding, and one of the devices returns the
+        sum, the others 0. A strategy sets it where it is needed.
     """
 
     query_chunk: int | None = None
@@ -85,40 +85,31 @@ class Exact(Kernel):
         axes = tuple((name, count) for name, count in axes if count > 1 and name not in told)
         return replace(self, shared_heads=SharedHeads(known + axes)) if axes else self
 
+    def sharing_traffic(self, key: Shape, value: Shape, devices: int, of: int) -> int:
+        """`cost.sharing_traffic`."""
+        return cost.sharing_traffic(key, value, devices, of)
+
     def turns(
         self, head_dim: int, value_dim: int, itemsize: int
     ) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-        """As `forward_in_turns` and `backward_in_turns` count them.
+        """Turns of a ring, forward and backward, of `forward_in_turns` and `backward_in_turns`.
 
-        Of four matrix products forward, two are logits, which each visit computes anew.
+        Two of the four matrix products forward are logits, which each visit computes anew.
         """
         channels, logits = head_dim + value_dim, Turn(head_dim * itemsize + 4, 0, 0.5)
         values = Turn(channels * itemsize, 0, 1.0)
         sums = Turn(channels * itemsize + 8, channels * 16, GRADIENT_PRODUCTS)
         return (logits, logits, logits, values), (Turn(8, 12, 0.0), sums)
 
-    def part_workspace(
-        self,
-        query: tuple[int, ...],
-        key: tuple[int, ...],
-        value: tuple[int, ...],
-        *,
-        itemsize: int,
-        gradients: bool,
-    ) -> int:
-        """The sums of a ring's turns, in float64, and the operands of one head.
+    def workspace(self, query: Shape, key: Shape, value: Shape, **options: Any) -> int:
+        """`cost.workspace`."""
+        rows = _rows_at_a_time(key[1], self.query_chunk)
+        return cost.workspace(query, key, value, rows=rows, **options)
 
-        Of the output four digits of each number, in four arrays: what is found so far and in one
-        part, and what loops over heads write them to. With gradients five arrays with two slices of
-        each number of dk and dv: those here, on their way and those that came home. The operands
-        and their digits are of one query head forward, and of all those of a KV head backward. The
-        counts of arrays are those of XLA:CPU (`parity_tests/test_strategies_memory.py`).
-        """
-        (B, T, N, H), (_, S, K, V) = query, value
-        sums = 4 * 32 * B * T * N * V
-        if not gradients:
-            return sums + itemsize * B * T * N * H + 8 * T * (20 * H + 2 * V)
-        return sums + 5 * 16 * B * S * K * (H + V) + 12 * 8 * (N // K) * T * (H + V)
+    def part_workspace(self, query: Shape, key: Shape, value: Shape, **options: Any) -> int:
+        """`cost.workspace_in_turns`."""
+        rows = _rows_at_a_time(key[1], self.query_chunk)
+        return cost.workspace_in_turns(query, key, value, rows=rows, **options)
 
     def why_not(self, query: Any, key: Any, value: Any, spec: Spec) -> str | None:
         return None if spec.held_keys is None else "exact attention takes all the keys of a row"
@@ -162,7 +153,7 @@ class Exact(Kernel):
         options = Options(
             shared_heads=self.shared_heads,
             turns=turns,
-            query_chunk=min(query.shape[1], self.query_chunk or _rows_at_a_time(S)),
+            query_chunk=min(query.shape[1], _rows_at_a_time(S, self.query_chunk)),
             key_chunk=min(S, self.key_chunk or arithmetic.BLOCK),
             block=arithmetic.BLOCK,
         )
@@ -174,13 +165,13 @@ class Exact(Kernel):
 
 exact_attention = Exact()
 
-# Of all products, whatever the caller has set: some settings round their operands.
+# Precision of all products, whatever the caller has set: some settings round the operands.
 _PRECISION = "highest"
 
 
-def _rows_at_a_time(keys: int) -> int:
-    """Whole rows of weights, of at most 64 MiB for one head."""
-    return max(min(256, (1 << 24) // keys), 16)
+def _rows_at_a_time(keys: int, asked: int | None) -> int:
+    """As many whole rows of weights as are asked for, else at most 64 MiB of one head."""
+    return asked or max(min(256, (1 << 24) // max(keys, 1)), 16)
 
 
 def _float32(x: float) -> float:
@@ -189,7 +180,7 @@ def _float32(x: float) -> float:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options: Options, *operands: Any) -> Any:
-    """Of query, key, value, bias and what is left of the Spec."""
+    """Exact output for `operands`: query, key, value, bias, and the Spec without the bias."""
     return _with_residuals(options, *operands)[0]
 
 
@@ -286,7 +277,7 @@ def _backward(
 ) -> tuple[Array | None, ...]:
     """The gradients of query, key, value and bias, of their dtypes; None where nobody asks."""
     bias = spec.logits.bias if wants_bias else None
-    # Of the types before the barrier, after which each operand varies as all of them do.
+    # Axes from the types before the barrier, after which each operand varies as all of them do.
     axes = () if bias is None else axes_to_sum(bias, (query, key, value, spec, grad))
     query, key, value, spec, out, top, normaliser, grad = _as_given(
         (query, key, value, spec, out, top, normaliser, grad)

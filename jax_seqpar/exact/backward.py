@@ -70,7 +70,7 @@ class Head:
         grad: Array,
         place: Place = (0, 0),
     ) -> "Head":
-        """Of operands as `gradients` takes them."""
+        """Head made of the operands of `gradients`."""
         query, grad = scaled_query(spec, query), flush(grad)
         grad_rows = left_digits(grad)
         high, low = jnp.einsum("dgtv,gtv->dgt", grad_rows, right_on_grid(flush(out)))
@@ -185,7 +185,7 @@ def gradients(
 
 
 def dropout_bits(spec: Spec) -> int:
-    """What dropout adds to each anchor."""
+    """Exponent that dropout adds to each anchor: of `inverse_keep_probability`, rounded up."""
     return ceil(log2(spec.dropout.inverse_keep_probability))
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..mask import Spec
-from ..varying_axes import full_varying
+from ..varying_axes import full_varying, match_varying_axes
 from .arithmetic import flush
 from .backward import Head, block_sums, dropout_bits, rounded_gradients, shared_anchors
 from .block_logits import Options, scaled_query
@@ -42,7 +42,7 @@ def gradients_in_turns(
     rows: Rows,
     grad: Array,
 ) -> tuple[Array, Array, Array]:
-    """What `gradients_of_all_keys` gives, from this device's queries and its part of the keys."""
+    """Gradients of `gradients_of_all_keys`, from this device's queries and its part of the keys."""
     (BK, G, T, H), (S, V), turns = query.shape, value.shape[1:], options.turns
     assert turns is not None
 
@@ -82,7 +82,8 @@ def gradients_in_turns(
         dq, *of_these_keys = map_heads(one, held, anchors.query, query, out, rows, grad)
         return dq, tuple(of_these_keys)
 
-    held = key, value, anchors.key, anchors.value
+    # Anchors that all devices of an axis share vary less than the keys, and a loop has one type.
+    held = match_varying_axes((key, value, anchors.key, anchors.value))
     nothing = full(BK, 2, G, H, T), jnp.add, (full(BK, 2, S, H), full(BK, 2, S, V))
     dq, of_keys = turns.turn(add, held, spec, *nothing)
 
@@ -95,7 +96,7 @@ def gradients_in_turns(
 def _exponents(
     spec: Spec, query: Array, key: Array, value: Array, out: Array, rows: Rows, grad: Array
 ) -> Exponents:
-    """Of every KV head."""
+    """Exponents of every KV head, stacked along axis 0."""
 
     def one(_: Array, q: Array, k: Array, v: Array, o: Array, r: Array, g: Array) -> Exponents:
         of_keys = exponents_of_keys(flush(k), flush(v))

@@ -42,7 +42,7 @@ class BiasSums(NamedTuple):
 
     @classmethod
     def of_nothing(cls, shape: tuple[int, ...], queries: int, operands: Any) -> "BiasSums":
-        """To start a loop with; it varies over the mesh as the operands do.
+        """Initial carry of a loop, with the varying mesh axes of the operands.
 
         Args:
           shape: of the bias.
@@ -77,7 +77,7 @@ class BiasSums(NamedTuple):
         return BiasSums(*(jax.lax.dynamic_update_slice(x, part, start) for x, part in pairs))
 
     def below(self, exponent: Array) -> "BiasSums":
-        """The same sums below a G that is no smaller: digits far below it are lost."""
+        """The same sums below an exponent G at least as large: digits far below G are lost."""
         places = jnp.clip((exponent - self.exponent) // DIGIT_BITS, 0, 3)
         first, second, third = self.digits
         nothing = jnp.zeros_like(first)
@@ -121,7 +121,7 @@ def axes_to_sum(bias: Array, operands: Any) -> tuple[str, ...]:
 
 
 def check_summands(bias: Any, shape: tuple[int, ...], operands: Any) -> None:
-    """Raises ValueError where the gradient of a bias is no exact sum.
+    """Raises ValueError where the gradient of a bias cannot be an exact sum.
 
     Args:
       shape: B, N, T and S of this device.
@@ -149,7 +149,7 @@ def _multiple(e: Array) -> Array:
 
 
 def _digits(x: Array, exponent: Array) -> tuple[Array, Array, Array]:
-    """Of x, whose magnitude is below 2^exponent, with its sign."""
+    """Three digits of x, each with the sign of x; |x| is below 2^exponent."""
     first = x * power_of_two(DIGIT_BITS - exponent)
     second = (first - jnp.trunc(first)) * 2.0**DIGIT_BITS
     third = (second - jnp.trunc(second)) * 2.0**DIGIT_BITS

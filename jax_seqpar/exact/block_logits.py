@@ -84,21 +84,21 @@ class Problem:
 
     @property
     def kept_scale(self) -> float:
-        """`c`: what dropout multiplies the weights by that it keeps."""
+        """`c`: factor of the weights that dropout keeps."""
         return self.spec.dropout.inverse_keep_probability
 
     def full(self, *shape: int, value: float | int = 0, dtype: Any = jnp.float64) -> Array:
-        """A constant that varies over the mesh as the operands do, to start a loop with."""
+        """`jnp.full` with the varying mesh axes of the operands: an initial loop carry."""
         return full_varying(shape, value, dtype, (self.scaled_query, self.key_on_grid, self.spec))
 
 
 def scaled_query(spec: Spec, query: Array) -> Array:
-    """Exact: 24 bits times 24."""
+    """query * scale in float64, which holds the 48 bits of the product exactly."""
     return flush(query) * scale_of(spec)
 
 
 def scale_of(spec: Spec) -> float:
-    """A value of float32."""
+    """Scale of the logits, rounded to float32."""
     scale = spec.logits.scale
     assert scale is not None
     return scale
@@ -137,7 +137,7 @@ def may_attend(spec: Spec, queries: Tokens, keys: Tokens) -> Array | None:
 
 
 def _may_attend(terms: Terms) -> Array | None:
-    """`[s, t]`: a bias of -inf forbids as a mask does."""
+    """Mask `[s, t]` of one block; a bias of -inf forbids a pair as a mask does."""
     allowed = None if terms.allowed is None else _keys_down(terms.allowed)
     if terms.bias is None:
         return allowed

@@ -13,7 +13,7 @@ from .rounding import divide, multiply, square_root, total
 def global_norm(tree: Any) -> Float32[Array, ""]:
     """`R(sqrt(total of the totals of g (*) g))`.
 
-    Of each tensor a total over its last axis, then one of those; then one over the tensors.
+    Each tensor has a total over its last axis, then a total of these; then one over the tensors.
     """
     with jax.enable_x64(True):
         squares = jnp.stack([_squares(leaf) for leaf in jax.tree.leaves(tree)])

@@ -37,7 +37,7 @@ def kept_activations(
     """
     Dropout(rate, rng)  # which checks the rate
     B, _, D = shape
-    # Of one head, whose queries are the tokens and whose keys are the channels.
+    # Dropout of one head, whose queries are the tokens and whose keys are the channels.
     keys = threefry.head_keys(rng, B, 1)
     return threefry.keep(keys, rate, numbers, jnp.arange(D, dtype=jnp.int32))[:, 0]
 

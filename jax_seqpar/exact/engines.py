@@ -24,7 +24,7 @@ TERMS_OF_TWO = 1 << 17
 # Ten products of int8, of sums of two digits of 7 bits, up to 2^7: 2^14 2^17 = 2^31 is one more
 # than int32 holds.
 TERMS_OF_TEN = (1 << 17) - 1
-# As many as the square of the digits, which are up to 2^6, 2^4, 2^3 and 2^2, with more terms.
+# Most terms by the number n of digits, with n^2 products; digits are up to 2^6, 2^4, 2^3, 2^2.
 DIGITS_BY_TERMS = {4: (1 << 19) - 1, 5: (1 << 23) - 1, 7: (1 << 25) - 1, 9: MOST_TERMS}
 
 # Sums of integers, int64, each with the bits b of the 2^b that it counts for.
@@ -73,7 +73,7 @@ def int8_products(
 
 
 def count_terms(letters: str, a: Shape) -> int:
-    """How many products each sum of an einsum has, from the shape of its first operand."""
+    """Number of products in each sum of an einsum, from the shape of its first operand."""
     operands, output = letters.split("->")
     first = operands.split(",")[0]
     return math.prod(size for c, size in zip(first, a, strict=True) if c not in output)
@@ -99,7 +99,7 @@ def _times(
 def _digits(x: Int[Array, "..."], count: int) -> tuple[list[Array], int]:
     """Digits, the lowest first, and how many bits each has, from half of -2^bits to half of 2^bits.
 
-    Of integers up to 2^24, which are 25 bits.
+    Digits are of integers up to 2^24, which are 25 bits.
     """
     bits = -(-25 // count)
     half, found = 1 << (bits - 1), []

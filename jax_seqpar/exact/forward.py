@@ -35,7 +35,7 @@ from .heads import first_head, map_heads
 
 
 class Rows(NamedTuple):
-    """What the backward pass reads of each query: `[T]`.
+    """Residuals of the rows of weights for the backward pass: `[T]`.
 
     Attributes:
       top: m, float32, +inf where it is NaN.
@@ -67,7 +67,7 @@ class Values(NamedTuple):
 
     @classmethod
     def without_digits(cls, exponents: Array, tile: int) -> "Values":
-        """For the visits that ask how large a value is, and not for the value."""
+        """Values with their exponents only, for visits that read how large a value is."""
         return cls._of(exponents, jnp.zeros((exponents.shape[0], 0)), tile)
 
     @classmethod
@@ -145,9 +145,9 @@ def rounded_output(
 
 @dataclass(frozen=True)
 class ChunkOfRows:
-    """Some queries with their whole rows of weights, and the four visits to the keys.
+    """Chunk of queries with their whole rows of weights, and the four visits to the keys.
 
-    Given a part of the keys, what each visit returns is of that part: maxima and sums of integers.
+    With a part of the keys each visit returns the maxima and sums of integers of that part.
 
     Attributes:
       key_tokens: S.
@@ -226,7 +226,7 @@ class ChunkOfRows:
         return self.for_tiles(add, start)
 
     def _on_values(self, weights: Array, keys: Tokens) -> Array:
-        """`w`, `[s, t]`."""
+        """`w`, weights times the powers of their values, `[s, t]`."""
         return keys.slice(weights, 0).astype(jnp.float64) * keys.slice(self.values.powers, 0)
 
 
@@ -243,7 +243,7 @@ def with_sink(spec: Spec, largest_logit: Array) -> tuple[Array, Array]:
 
 
 def _exponent(p: Array) -> Array:
-    """E of each positive float32 that is no subnormal, int32."""
+    """Exponent E of each normal positive float32, int32."""
     return (jnp.abs(p).view(jnp.int32) >> 23) - 126
 
 
@@ -259,5 +259,5 @@ def reciprocal(total: Array, m: Array) -> Array:
 
 
 def kept_normaliser(spec: Spec, normaliser: Array) -> Array:
-    """`r c`."""
+    """`r c`: the normaliser times the factor of the weights that dropout keeps."""
     return pinned(normaliser * spec.dropout.inverse_keep_probability)

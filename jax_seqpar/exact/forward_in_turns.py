@@ -30,10 +30,10 @@ from .heads import first_head, map_heads
 def outputs_in_turns(
     options: Options, spec: Spec, kv_heads: int, query: Array, key: Array, value: Array
 ) -> tuple[Array, Rows]:
-    """What `outputs_of_all_keys` gives, from this device's queries and its part of the keys."""
+    """Results of `outputs_of_all_keys`, from this device's queries and its part of the keys."""
     T, V, queries = query.shape[2], value.shape[2], _Queries(options, spec, kv_heads, query)
     key = marked(key, value)
-    # Of a value the first three visits ask how large it is.
+    # The first three visits read only the exponents of the values, so only those are sent.
     sizes = key, finite(exponent(flush(value), -1))
     of_sizes = Values.without_digits
 
@@ -72,7 +72,7 @@ def outputs_in_turns(
 
 @dataclass(frozen=True)
 class _Queries:
-    """The queries of this device with all their heads, and what is known of their rows.
+    """The queries of this device with all their heads, and the visits of their rows to the keys.
 
     Attributes:
       query: `[B K, G, T, H]`.
@@ -92,15 +92,15 @@ class _Queries:
         meet: Any,
         *rows: Array,
     ) -> Any:
-        """What a visit finds in the keys of all devices, for each row: `[B K, G, ..., T]`.
+        """Result of a visit to the keys of all devices, for each row: `[B K, G, ..., T]`.
 
         Args:
-          visit: `(chunk of rows, what is known of them)` to arrays `[..., t]`.
-          held: keys and what is sent of the values, `[B K, S, ...]`.
-          values: from what is sent of them, and the size of a tile.
-          nothing: what is found in no key, `[..., T]`.
-          meet: puts together what is found in different keys, as in `Turns.turn`.
-          rows: what is known of the rows, `[B K, G, ..., T]`.
+          visit: `(chunk of rows, *rows of the chunk)` to arrays `[..., t]`.
+          held: keys, and the part of the values that is sent, `[B K, S, ...]`.
+          values: makes `Values` of that part and the size of a tile.
+          nothing: the result without a key, `[..., T]`.
+          meet: merges the results for different keys, as in `Turns.turn`.
+          rows: results of earlier visits, `[B K, G, ..., T]`.
         """
 
         def one_part(held: tuple[Array, Array], spec: Spec) -> tuple[Any, None]:
@@ -133,7 +133,7 @@ class _Queries:
         nothing: Any,
         rows: tuple[Array, ...],
     ) -> Any:
-        """What a visit finds in the keys of one device; arguments as of `turn`."""
+        """Result of a visit to the keys of one device; arguments as for `turn`."""
         T, S = self.query.shape[2], held[0].shape[1]
         tile = self.options.key_chunk
 

@@ -1,6 +1,6 @@
 """The anchors of the gradients: for each row an exponent above its sum, known before any sum is.
 
-They are maxima of exponents: over the keys that a query may attend to, over the queries that may
+Anchors are maxima of exponents: over the keys that a query may attend to, over the queries that may
 attend to a key.
 """
 
@@ -31,7 +31,7 @@ class Anchors(NamedTuple):
 
 
 class Exponents(NamedTuple):
-    """What the anchors are maxima of, of one KV head; int32.
+    """Exponents whose maxima are the anchors of one KV head; int32.
 
     Attributes:
       of_keys: N(v) and E(k), `[2, S]`.
@@ -50,11 +50,11 @@ class Exponents(NamedTuple):
     def of(
         cls, query: Array, of_keys: Array, out: Array, normaliser: Array, grad: Array
     ) -> "Exponents":
-        """From arrays that are flushed.
+        """Exponents of arrays whose subnormals are flushed.
 
         Args:
           query: `[G, T, H]`, scaled.
-          of_keys: what `exponents_of_keys` gives.
+          of_keys: the result of `exponents_of_keys`.
           out, grad: `[G, T, V]`.
           normaliser: r, `[G, T]`.
         """
@@ -63,7 +63,7 @@ class Exponents(NamedTuple):
         return cls(of_keys, *sizes, largest_grad)
 
     def maxima(self, blocks: Blocks) -> tuple[Array, Array]:
-        """The largest that each row and each key attends to: `[2, G, T]` and `[3, S]`."""
+        """Maxima over the keys of each row, `[2, G, T]`, and over the rows of a key, `[3, S]`."""
         # Terms that are maximised over keys, for each row, and over rows, for each key.
         of_value, of_key = self.of_keys
         of_grad_query = self.of_grad + self.of_query
@@ -76,7 +76,7 @@ class Exponents(NamedTuple):
 
         Args:
           of_rows, of_keys: `maxima` over all the keys and all the rows.
-          dropout_bits: what dropout adds to each.
+          dropout_bits: added to each anchor for dropout.
         """
         value_key, just_key = of_rows
         grad_query, out_grad_query, just_grad = of_keys
@@ -106,7 +106,7 @@ def nothing_of_keys(full: Callable[..., Array], *shape: int) -> Array:
 
 
 def _largest(blocks: Blocks, over_keys: Array, over_rows: Array) -> tuple[Array, Array]:
-    """The largest that each row and each key attends to: `[2, G, T]` and `[3, S]`.
+    """Maxima over the keys of each row, `[2, G, T]`, and over the rows of a key, `[3, S]`.
 
     Args:
       over_keys, over_rows: `[2, S]` and `[3, G, T]`.

@@ -31,13 +31,13 @@ class SharedHeads:
         return math.prod(count for _, count in self.axes)
 
     def max(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """The largest of their values, on each of them."""
+        """Maximum over the devices that share the KV head, on each of them."""
         for axis_name, count in self.axes:
             x = jax.lax.pmax(x, axis_name, axis_index_groups=_groups(axis_name, count))
         return x
 
     def sum(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """The sum of their values, on each of them."""
+        """Sum over the devices that share the KV head, on each of them."""
         for axis_name, count in self.axes:
             groups = _groups(axis_name, count)
             if groups is None:
@@ -48,7 +48,7 @@ class SharedHeads:
         return x
 
     def is_first(self) -> Bool[Array, ""]:
-        """True on one of them."""
+        """True on the first of the devices that share the KV head."""
         first = jnp.bool_(True)
         for axis_name, count in self.axes:
             first = first & (jax.lax.axis_index(axis_name) % count == 0)

@@ -23,7 +23,7 @@ def linear(
     """`einsum(letters, x, kernel)`: `y = mm(x, W)`, `dx = mm(dy, W^T)`, `dW = mmT(x, dy)`.
 
     Args:
-      letters: an einsum such as "BSD,DNH->BSNH"; what the kernel lacks are the tokens.
+      letters: an einsum such as "BSD,DNH->BSNH"; axes that the kernel lacks are the tokens.
       engine, out_sharding: as for `jax_seqpar.exact.matmul.matmul`.
     """
     return _linear(letters.replace(" ", ""), engine, out_sharding, x, kernel)
@@ -78,8 +78,8 @@ add.defvjp(lambda a, b: (add(a, b), None), lambda _, dy: (dy, dy))
 def fork(x: Float32[Array, "..."], uses: int) -> tuple[Float32[Array, "..."], ...]:
     """x, once for each of its uses, whose gradients are added from the first to the last.
 
-    Where an array is used twice JAX adds the gradients in an order of its own, which a third use
-    would show in the last bit.
+    Where an array is used more than once JAX adds the gradients in an order that it chooses, which
+    changes the last bit from three uses on.
     """
     return (x,) * uses
 

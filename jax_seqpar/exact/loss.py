@@ -76,7 +76,7 @@ def log_probabilities(
 ) -> Float32[Array, "B S"]:
     """`x_label (-) log(l)` of each token, with the x and l of `cross_entropy`: minus its loss.
 
-    What a sampler keeps of the tokens that it has drawn, with the bits that a trainer finds for
+    A sampler keeps these for the tokens that it has drawn, with the bits that a trainer finds for
     them. It has no derivative: differentiate `cross_entropy`.
 
     Args:
@@ -101,7 +101,7 @@ def _no_derivative(primals: Any, tangents: Any) -> Any:
 
 
 class _Token(NamedTuple):
-    """What a token's loss and its gradient have in common."""
+    """Intermediate results that the loss of a token and its gradient share."""
 
     shifted: Array
     weights: Array

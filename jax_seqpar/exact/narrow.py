@@ -21,7 +21,7 @@ def narrow(x: Float32[Array, "..."], dtype: Any) -> Float[Array, "..."]:
         return x
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~jnp.uint32(0xFFFF)
-    # What is left fits 16 bits: the conversion is exact.
+    # The rounded number fits 16 bits, so the conversion is exact.
     exact = jax.lax.bitcast_convert_type(rounded, jnp.float32)
     return narrowed(jnp.where(jnp.isfinite(x), exact, x), jnp.dtype(dtype))
 

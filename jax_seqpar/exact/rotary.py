@@ -37,7 +37,7 @@ def rotary(
 
 @lru_cache(maxsize=8)
 def frequencies(theta: float, channels: int) -> tuple[int, ...]:
-    """Those of the pairs of channels, in 2^-64 of a turn."""
+    """Rotary frequencies of the pairs of channels, in 2^-64 of a turn."""
     with localcontext() as context:
         context.prec = 80
         logarithm = Decimal(theta).ln()
@@ -58,7 +58,7 @@ def sines(positions: Array, frequencies: tuple[int, ...]) -> tuple[Array, Array]
     beside = angles - (quarter << quarter_bits)
     radians = beside.astype(jnp.float64) * (2 * math.pi / 2**ANGLE_BITS)
     s, c = nearest(jnp.sin(radians)), nearest(jnp.cos(radians))
-    # By quarters (s, c), (c, -s), (-s, -c), (-c, s).
+    # Sine and cosine by quarter of a turn: (s, c), (c, -s), (-s, -c), (-c, s).
     odd, back = quarter % 2 == 1, quarter % 4 >= 2
     sine = jnp.where(odd, c, s)
     cosine = jnp.where(odd, -s, c)

@@ -6,8 +6,8 @@ least 2 * 24 + 2, so that rounding twice does no harm (Figueroa 1995), and a fus
 product with a reciprocal or an error in the last bit of float64 changes nothing. Results are never
 subnormal and never -0.
 
-Call inside `with jax.enable_x64(True):`. None of these has a derivative: the layers that are made
-of them have rules of their own.
+Call inside `with jax.enable_x64(True):`. None of these operations has a derivative: the layers
+that are made of them state their derivatives.
 """
 
 import math

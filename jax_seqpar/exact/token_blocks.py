@@ -14,7 +14,7 @@ from .block_logits import for_range
 
 
 class Operand(NamedTuple):
-    """What a sum over tokens multiplies: `[..., tokens]` and `[..., tokens, 2H]`."""
+    """Operand of a sum over tokens: powers `[..., tokens]` and digits `[..., tokens, 2H]`."""
 
     power: Array  # 2^e
     digits: Array

@@ -35,7 +35,7 @@ class Arithmetic:
 
     @property
     def adds_tiles(self) -> bool:
-        """Whether gradients of weights may be rounded in each tile of tokens, and added."""
+        """Whether gradients of weights may be rounded in each tile of tokens, and then added."""
         return True
 
     def project(

@@ -185,13 +185,13 @@ class Attention(nnx.Module):
             `SlotBlocks()` computes it in place of any kernel but `Exact()`.
           fill_cache: x is a whole prompt, attended to as in training by the strategy, whose keys
             and values replace what is in the cache.
-          lengths: with one of these two, how many tokens of each row of x are no padding; None for
-            all. The output of padding is of no use.
+          lengths: with one of these two, how many tokens of each row of x are not padding; None for
+            all. The output of padding is undefined.
           record: called with "query", "key", "value" as they are attended with, and "context", what
             attention returns, each `[B, T, heads, H]`.
 
         Raises:
-          ValueError: for what does not fit.
+          ValueError: for arrays and options that do not fit.
         """
         check_tokens(x, self.features, positions, segment_ids)
         deterministic = self.deterministic if deterministic is None else deterministic
@@ -333,10 +333,10 @@ class Attention(nnx.Module):
 
 
 def _of_rows(lengths: Any, most: int) -> Array:
-    """Lengths as int32, `0 ... most`: under `jit` nobody knows that they are more."""
+    """Lengths as int32, clipped to `0 ... most`, as under `jit` they cannot be checked."""
     return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, most)
 
 
 def _widened(x: Array) -> Array:
-    """In the dtype of logits: 16 bits are rounded once, in the gradient."""
+    """Array in the dtype of logits, float32 for 16 bits: the gradient is then rounded once."""
     return x.astype(accumulated(x.dtype))

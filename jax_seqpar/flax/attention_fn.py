@@ -37,8 +37,8 @@ class SequenceParallel(_Instances):
     `MultiHeadDotProductAttention`.
 
     A function with the contract of Flax's `dot_product_attention`, of both kinds. Nothing is
-    dropped: every argument of theirs is named here, and honoured or refused. Frozen and equal by
-    value, so a module that holds it is compiled once.
+    dropped: every argument of Flax's functions is named here, and honoured or refused. Frozen and
+    equal by value, so a module that holds it is compiled once.
 
     Args:
       kernel, strategy, layout: as for `jax_seqpar.dot_product_attention`.
@@ -96,7 +96,7 @@ class SequenceParallel(_Instances):
         Args:
           query, key, value: with any number of batch axes, none included.
           bias: floating, broadcastable to `[*batch, N, T, S]`.
-          mask: broadcastable to the same; what is not 0 attends, of any dtype (linen makes floats).
+          mask: broadcastable to the same; a nonzero attends, of any dtype (linen makes floats).
           broadcast_dropout: one dropout mask for all sequences and heads.
           dropout_rng, dropout_rate, deterministic: dropout unless deterministic. The weights that
             are dropped are those of `jax_seqpar`, the same at every degree, not those of Flax.
@@ -109,7 +109,7 @@ class SequenceParallel(_Instances):
             attn_weights_value_einsum: refused.
 
         Raises:
-          ValueError: for what is refused, and for sizes that do not fit.
+          ValueError: for unsupported arguments, and for sizes that do not fit.
         """
         check_flax(
             module=module,
@@ -170,7 +170,7 @@ class SequenceParallel(_Instances):
 
 
 def _one_batch_axis(x: Array, batch: list[int]) -> Array:
-    """Broadcastable to `[*batch, N, T, S]`, made so to `[B, N, T, S]`."""
+    """Array that broadcasts to `[B, N, T, S]`, from one that broadcasts to `[*batch, N, T, S]`."""
     x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
     if len(batch) > 1 and any(n > 1 for n in x.shape[:-3]):
         x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
@@ -239,7 +239,7 @@ def check_axes(batch: Sequence[int], **arrays: Any) -> None:
 def check_query_positions(
     queries: int, keys: int, *, own_rules: bool, is_causal_at_call: bool
 ) -> None:
-    """Raises ValueError for rules about positions where nobody said where the queries are.
+    """Raises ValueError for causality or windows where the positions of queries are unknown.
 
     Args:
       own_rules: `is_causal` or a window of the SequenceParallel; they need T = S.

@@ -20,7 +20,7 @@ SharedBy = Literal["heads", "sequence"]
 
 
 class LayerCache(NamedTuple):
-    """What a layer keeps from call to call.
+    """State of an attention layer from call to call: the cache and the next positions.
 
     Attributes:
       tokens: keys and values.
@@ -88,7 +88,7 @@ def decoding_kernel(kernel: Any) -> Kernel:
     """The kernel of a decoding step: the layer's if it is exact, else that of few queries.
 
     Raises:
-      ValueError: for a function, of which nobody knows what it computes of a part.
+      ValueError: for a function, whose result for a part of the keys is unknown.
     """
     if isinstance(kernel, Exact):
         return kernel

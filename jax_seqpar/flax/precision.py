@@ -26,7 +26,7 @@ def kernel_precision(layer: str, precision: Any) -> AbstractContextManager[Any]:
 
 
 def check_precision(layer: str, precision: Any) -> Precision:
-    """The one precision of both operands; raises ValueError for what is not one."""
+    """The precision of both operands; raises ValueError unless both have the same one."""
     pair = precision if isinstance(precision, tuple | list) else (precision, precision)
     try:
         a, b = (Precision(p) for p in pair)

@@ -25,7 +25,7 @@ Initializer = Callable[..., Array]
 
 @dataclass(frozen=True)
 class ParameterOptions:
-    """How the parameters of a layer are made, lie on the mesh, and are computed with.
+    """Initialisation, sharding, dtypes and arithmetic of the parameters of a layer.
 
     Args:
       sharding: mesh axes by letter, such as `{"D": "fsdp", "N": "tensor"}`; letters it lacks stay
@@ -158,7 +158,7 @@ def gather(
 
 
 def _out_sharding(letters: str, x: Array, kernel: Array) -> NamedSharding | None:
-    """On Explicit axes, the sharding that each axis had; JAX asks for it where it has to add up."""
+    """Sharding of the result on Explicit axes, where JAX needs one for a sum; None on others."""
     operands, output = letters.replace(" ", "").split("->")
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
@@ -191,7 +191,7 @@ def check_letters(letters: str, sizes: Mapping[str, int]) -> None:
 
 
 def check_sharding_letters(sharding: Any, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError for a key that is no letter, or a letter of these in another case.
+    """Raises ValueError for a key that is not one letter, or has the case of no axis in `sizes`.
 
     Letters of other layers pass: one sharding serves a whole model.
     """

@@ -198,7 +198,7 @@ def _backward_jvp(plan: Plan, operands: Any, tangents: Any) -> Any:
 def _row_after_row(
     plan: Plan, query: Array, key: Array, value: Array, spec: Spec
 ) -> tuple[Array, Residual]:
-    """The same in operations that JAX differentiates, whole rows of some queries at a time."""
+    """Attention in operations that JAX differentiates, whole rows of some queries at a time."""
     (B, T, N, _), K = query.shape, key.shape[2]
     if 0 in (B, T, N, *value.shape[1:]):
         return dense_rows(query, key, value, spec, Tokens(0, T))

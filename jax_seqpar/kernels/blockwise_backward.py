@@ -90,7 +90,7 @@ def part_gradients(
     """The gradients by the keys that are held, which may be a part of those of the rows.
 
     Args:
-      D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
+      D: `[B, T, N]`, the sum of output times gradient, less `residual_products`.
       residual: of whole rows.
 
     Returns:
@@ -147,11 +147,11 @@ def _weighted_sums(
 def _operand_gradients(
     plan: Plan, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
-    """Of query, key, value, slopes and sinks.
+    """Gradients of query, key and value, and by name of ALiBi slopes and sinks.
 
-    Every matrix product adds up along the last axis of its left factor and the first of its right,
-    or the last of both: on a CPU others take twice the time. So dk, dv and their left factors are
-    columns here.
+    Every matrix product contracts the last axis of its left factor with the first of its right, or
+    the last axes of both: on a CPU other contractions take twice the time. So dk, dv and their left
+    factors are columns here.
     """
     query, key, value, spec = operands
     (B, T, N, H), (_, S, K, V) = query.shape, value.shape
@@ -225,7 +225,7 @@ def _operand_gradients(
 def _bias_gradient(
     plan: Plan, head_of: Callable[..., GradientHead], operands: tuple[Any, ...]
 ) -> Array:
-    """In a pass of its own, which is not compiled where nobody asks for it."""
+    """Gradient of the bias, in a separate pass that XLA drops where the gradient is not used."""
     query, *_, spec = operands
     B, T, N, _ = query.shape
     bias: Any = spec.logits.bias

@@ -1,4 +1,4 @@
-"""One query head at a time, block by block: what both passes of blockwise attention share."""
+"""Blocks of one query head, for both passes of blockwise attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Plan:
 
     Attributes:
       queries, keys: tokens of a block.
-      precision: that of matrix products where the attention is called. JAX traces the rules of
-        derivatives later, where another may be in force.
+      precision: of matrix products where the attention is called. JAX traces the rules of
+        derivatives later, where another precision may be in force.
       parts: whether the results are parts of a sum: in float32, of weights not rounded to 16 bits.
     """
 
@@ -29,7 +29,7 @@ class Plan:
     parts: bool = False
 
     def result_dtype(self, x: Array) -> Any:
-        """That of an output, or a gradient, of the operand x."""
+        """Dtype of the output that belongs to the operand x, or of the gradient of x."""
         return accumulated(x.dtype) if self.parts else x.dtype
 
 
@@ -94,14 +94,14 @@ def split(x: Array, dtype: Any) -> tuple[Array, Array | None]:
     if x.dtype == dtype:
         return x, None
     bits = jnp.finfo(dtype)
-    # Not by a conversion and back, which XLA leaves out (xla_allow_excess_precision), and with it
-    # the rounding: the rest would be 0.
+    # `reduce_precision`, as XLA elides a conversion and back (xla_allow_excess_precision): the
+    # rounding would be lost, and the rest 0.
     rounded = jax.lax.reduce_precision(x, bits.nexp, bits.nmant)
     return rounded.astype(dtype), (x - rounded).astype(dtype)
 
 
 def _at(*indices: Any) -> tuple[Array, ...]:
-    """Where a slice starts, in one dtype.
+    """Start indices of a slice, in one dtype.
 
     With 64 bits on, loops count in int64 while bounds that segments, positions or lengths set are
     int32, and JAX raises TypeError for a slice at both.

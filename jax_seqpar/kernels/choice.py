@@ -1,4 +1,4 @@
-"""Which kernel to take, and why."""
+"""Choice of a kernel for an attention on a platform, with the reason."""
 
 import inspect
 from dataclasses import dataclass, replace
@@ -54,7 +54,7 @@ def choose_kernel(
 
     Raises:
       TypeError: for a keyword that the kernels do not have.
-      ValueError: for what does not fit together.
+      ValueError: for arrays and options that do not fit together.
 
     Example:
       choice = choose_kernel(query, key, value, is_causal=True, logits=Logits(sinks=sinks))
@@ -75,7 +75,7 @@ def checked_spec(caller: str, query: Any, key: Any, value: Any, keywords: dict[s
 
     Raises:
       TypeError: for a keyword that the attention does not have.
-      ValueError: for what does not fit together.
+      ValueError: for arrays and options that do not fit together.
     """
     known = inspect.signature(AttentionFunction.__call__).parameters
     taken = [name for name in known if name not in ("self", "options", "return_residual")]
@@ -119,7 +119,7 @@ def choose(
     reason = fused.why_not(query, key, value, spec)
     if reason is None and residual:
         reason = f"{on}: return_residual is not supported by {fused.name}"
-    # Of whole rows its own error says what to write instead.
+    # Without `held_keys` the kernel's error says what to write instead.
     if reason is None and check_vma and not fused.check_vma and spec.held_keys is not None:
         reason = f"{on}: a jax.shard_map that checks types is not supported by {fused.name}"
     if reason is None:
@@ -140,6 +140,10 @@ def _has_room_for_triton() -> bool:
 
 
 def _blockwise(platform: str, mask: Mask) -> Blockwise:
-    """On a GPU a block costs its launches: large ones, unless some of each need not be computed."""
+    """Blockwise kernel with block sizes for the platform and the mask.
+
+    On a GPU every block costs its launches, so blocks are large, unless small ones let the kernel
+    skip blocks that the mask rules out.
+    """
     skips = any(x is not None for x in (mask.window, mask.segment_ids, mask.positions))
     return Blockwise(1024, 1024) if platform == "gpu" and not skips else Blockwise()

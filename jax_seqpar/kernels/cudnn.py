@@ -25,7 +25,7 @@ _WITHOUT = {
     "dropout_rate": "it would drop other weights than all the other kernels",
 }
 
-# Of an absent GPU that a program is compiled for.
+# Compute capability of an absent GPU that a program is compiled for.
 _ASSUMED: ContextVar[tuple[int, ...] | None] = ContextVar("compute capability", default=None)
 
 
@@ -86,7 +86,7 @@ def _why_not_device(head_dim: int) -> str | None:
 
 
 def compute_capability() -> tuple[int, ...] | None:
-    """Of the first NVIDIA GPU that JAX sees; None if there is none."""
+    """Compute capability of the first NVIDIA GPU that JAX sees; None if JAX sees no GPU."""
     if (assumed := _ASSUMED.get()) is not None:
         return assumed
     try:
@@ -98,9 +98,9 @@ def compute_capability() -> tuple[int, ...] | None:
 
 @contextmanager
 def assume_compute_capability(capability: tuple[int, ...]) -> Iterator[None]:
-    """As if JAX saw a GPU of this compute capability, while a program is traced for an absent one.
+    """Pretends that JAX sees a GPU of this compute capability, to trace for an absent GPU.
 
-    Which kernels there are depends on it, and it can be asked of a GPU only.
+    The choice of kernels depends on the capability, which only a present GPU can tell.
     """
     token = _ASSUMED.set(capability)
     try:
@@ -115,7 +115,7 @@ def cudnn_attention(
     value: Float[Array, "B S K H"],
     spec: Spec,
 ) -> Float[Array, "B T N H"]:
-    """Attention by cuDNN, of what `why_not` has no objection to."""
+    """Attention by cuDNN, for calls that `why_not` returns None for."""
     (B, T, _, _), S = query.shape, key.shape[1]
     if query.size == 0 or S == 0:
         return jnp.zeros_like(query)

@@ -17,8 +17,9 @@ class Dense(Kernel):
 
     Query head n reads KV head `n // (N / K)`. Logits and sums are float32 for 16-bit inputs, the
     weights are rounded to the values' dtype; all is float64 for float64 inputs. Holds the
-    `[B, N, T, S]` weights in memory. A query that may attend to no key gives 0, where
-    `jax.nn.dot_product_attention` gives the mean of the values. Every derivative of any order.
+    `[B, N, T, S]` weights in memory. A query without an allowed key gives 0, where
+    `jax.nn.dot_product_attention` gives the mean of the values. Derivatives of any order, in
+    forward and reverse mode.
     """
 
     gives_residual = True

@@ -72,12 +72,12 @@ def as_kernel(kernel: Kernel | Callable[..., Any]) -> Kernel:
     """A kernel, or a function as one.
 
     Raises:
-      ValueError: for what is neither.
+      ValueError: for anything else.
     """
     if isinstance(kernel, Kernel):
         return kernel
-    # What a kernel says of itself, such as who adds up the gradients of a KV head, is lost in a
-    # function around it.
+    # A function around a kernel loses the kernel's properties, such as who adds up the gradients of
+    # a KV head.
     inner = inspect.unwrap(getattr(kernel, "func", kernel)) if callable(kernel) else None
     is_class = isinstance(kernel, type) and issubclass(kernel, Kernel)
     if callable(kernel) and not is_class and not isinstance(inner, Kernel):

@@ -21,9 +21,9 @@ class Turn(NamedTuple):
     """One visit to the keys of all devices, as a ring makes it.
 
     Attributes:
-      sent: bytes of what travels of a key of one KV head.
-      added: bytes of what belongs to that key and travels with it, to be added to.
-      work: computed, as a part of what one device computes forward.
+      sent: bytes that travel for a key of one KV head.
+      added: bytes of the sums for that key, which travel with it.
+      work: FLOPs of the turn, as a part of those of the forward pass.
     """
 
     sent: int
@@ -57,10 +57,10 @@ class Turns(Protocol):
         """Visits the keys of every device once, in some order.
 
         Args:
-          visit: `(held, spec) -> (found, added)`, with what one device holds of its own keys and
-            the Spec that says which keys these are. `found` is what this device's queries make of
-            them, and `added` what they add to them; None where nothing is added.
-          held: what this device has to show of its keys: a tree of arrays. It travels.
+          visit: `(held, spec) -> (found, added)`, with the `held` of one device and the Spec whose
+            `held_keys` are its keys. `found` is the result of this device's queries for these
+            keys, `added` their sums for the keys; None where nothing is added.
+          held: a tree of arrays of this device's keys, which travels from device to device.
           spec: with the queries of this device.
           nothing: what the queries find in no key.
           meet: puts together what is found in different keys, in no order: `jnp.add` or
@@ -108,7 +108,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """In tables and reasons: "blockwise"."""
+        """Name of the kernel in tables and reasons, like "blockwise"."""
         return type(self).__name__.lower()
 
     @property
@@ -117,7 +117,7 @@ class Kernel:
 
     @property
     def block(self) -> int:
-        """How many consecutive tokens, counted from the first of the sequence, stay together.
+        """Number of consecutive tokens, counted from the first of the sequence, that stay together.
 
         An array that holds a part of the queries or of the keys holds whole blocks, one after
         another in any order.
@@ -148,8 +148,8 @@ class Kernel:
         """The attention to the keys of `spec.held_keys`, in float32, of a kernel that gives parts.
 
         Args:
-          spec: without sinks, which are of no part. `held_keys` may be traced: a run or a list of
-            tokens, of one kind in all rounds.
+          spec: without sinks, which the caller adds to the merged parts. `held_keys` may be traced:
+            a run or a list of tokens, of one kind in all rounds.
         """
         raise NotImplementedError
 
@@ -221,7 +221,7 @@ class Kernel:
         0 of a kernel that does not say. For `Strategy.memory`.
 
         Args:
-          query, key, value: shapes of what the kernel is given.
+          query, key, value: shapes of the kernel's operands.
           gradients: whether the backward pass follows.
         """
         return 0
@@ -232,11 +232,30 @@ class Kernel:
         key: tuple[int, ...],
         value: tuple[int, ...],
         *,
+        degree: int,
         itemsize: int,
         gradients: bool,
     ) -> int:
-        """`workspace` of `attend_part` and `part_gradients`, for a ring."""
+        """`workspace` of `attend_part` and `part_gradients`, or of turns, for a ring.
+
+        Args:
+          degree: devices of the ring.
+        """
         return self.workspace(query, key, value, itemsize=itemsize, gradients=gradients)
+
+    def sharing_traffic(
+        self, key: tuple[int, ...], value: tuple[int, ...], devices: int, of: int
+    ) -> int:
+        """Bytes that a device receives inside the kernel for the gradients of shared KV heads.
+
+        0 of a kernel whose gradients are added up outside.
+
+        Args:
+          key, value: shapes of what the kernel is given.
+          devices: that have the same KV heads, see `sharing`.
+          of: devices along the mesh axis.
+        """
+        return 0
 
     def sharing(
         self,
@@ -274,7 +293,7 @@ class Kernel:
 
 
 def check_residual(kernel: Kernel, value: Any, return_residual: Any) -> None:
-    """Raises ValueError for a residual of a kernel that gives none, or of values of no channel."""
+    """Raises ValueError for a residual of a kernel without one, or of values without channels."""
     check_flag("return_residual", return_residual)
     if return_residual and not kernel.gives_residual:
         raise ValueError(

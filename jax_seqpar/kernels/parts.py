@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 
 def merge(a: Part, b: Part) -> Part:
-    """The attention to the keys of both parts, of which each may have none for a row."""
+    """The attention to the keys of both parts; a row may have no key in either part."""
     top = jnp.maximum(_top(a), _top(b))
     top = jnp.where(top == -jnp.inf, 0, top)
     of_a, of_b = (x.residual.total * jnp.exp(_top(x) - top) for x in (a, b))
@@ -37,7 +37,7 @@ def merge(a: Part, b: Part) -> Part:
 
 
 def with_sinks(part: Part, sinks: Float[Array, "N"] | None) -> Part:
-    """The part with the sink of each head added to each row, of rows without a key, too."""
+    """The part with the sink of each head added to each row, rows without a key included."""
     if sinks is None:
         return part
     top = jnp.broadcast_to(sinks.astype(part.out.dtype)[None, None], part.residual.top.shape)
@@ -65,7 +65,7 @@ def output_products(out: Array, out_gradient: Array) -> Array:
 
 
 def residual_products(residual: Residual, gradient: Residual) -> Array:
-    """What the gradient of the residual takes from the sum of output times gradient, `[B, T, N]`.
+    """Term that the gradient of the residual subtracts from `output_products`, `[B, T, N]`.
 
     The derivative of the total by a logit is its weight times the total.
     """
@@ -73,7 +73,7 @@ def residual_products(residual: Residual, gradient: Residual) -> Array:
 
 
 def _top(part: Part) -> Array:
-    """The largest logit of each row, -inf where there is none."""
+    """The largest logit of each row, -inf where the row has no key."""
     return jnp.where(part.residual.total == 0, -jnp.inf, part.residual.top)
 
 
@@ -81,7 +81,7 @@ def _rounded(products: Array, other: Array) -> Array:
     """Products that are rounded before they are added up.
 
     XLA merges a product and a sum into one rounding, or not, by the strides of the array, and so by
-    how many heads there are. It cannot see through a sum of integers.
+    how many heads there are. XLA cannot see through a sum of integers.
 
     Args:
       other: numbers; where one is NaN the products are void.
@@ -92,7 +92,7 @@ def _rounded(products: Array, other: Array) -> Array:
 
 
 def _total(x: Array) -> Array:
-    """The sum over the last axis, kept, in an order of its own: XLA's depends on the shape."""
+    """The sum over the last axis, kept, in a fixed order: the order of XLA depends on the shape."""
     while (size := x.shape[-1]) > 1:
         half = (size + 1) // 2
         rest = [(0, 0)] * (x.ndim - 1) + [(0, size % 2)]

@@ -18,12 +18,12 @@ from ..mask.keywords import to_flat
 from ..mask.unused_segment import unused_id
 
 LANES = 128
-# Of the scalar memory of a core, 1 MiB on every TPU since v5e, three quarters for the schedule.
+# Bytes of a schedule: three quarters of a core's scalar memory, 1 MiB on every TPU since v5e.
 SCHEDULE_BYTES = 3 << 18
 ROW_BYTES = 512  # of a key and a value of 128 numbers of 16 bits
 MOST_ROW_BYTES = 8 * ROW_BYTES
 # A logit below all others and above the kernel's -2.4e38 of a pair that does not attend: as a sink
-# it weighs exp(-1e30 - max) = 0 beside any key, and 1 where there is none, whose output is then 0.
+# it weighs exp(-1e30 - max) = 0 beside any key, and 1 in a row without keys, whose output is 0.
 NO_SINK = -1e30
 _NO_QUERY, _NO_KEY = 1, 2  # segments of what lies beyond the lengths, where all others are 0
 _WITHOUT = {
@@ -82,7 +82,7 @@ class Passes(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """For each block of a row, the partners that it meets one after another."""
+    """Schedule of blocks: for each block of a row, the partners that it meets, in order."""
 
     partner: Any
     meets: Any
@@ -143,7 +143,7 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N V"]:
-    """Attention by JAX's splash kernels, of what `why_not` has no objection to."""
+    """Attention by JAX's splash kernels, for calls that `why_not` returns None for."""
     (B, T, N, H), S, V = query.shape, key.shape[1], value.shape[3]
     mask = spec.mask
     if 0 in (B, T, N, S, H, V):
@@ -215,7 +215,7 @@ def even_passes(queries: int, keys: int, row_bytes: int, factor: int = 1) -> Pas
 
 
 def schedule(mask: Mask, blocks: Blocks, queries: int, keys: int, side: int) -> Schedule | None:
-    """Which blocks of keys each block of queries meets, or the other way round; None for all.
+    """Schedule of the partners that each block of one side meets; None if all blocks meet.
 
     Args:
       side: 0 for the blocks of queries, 1 for those of keys.
@@ -300,7 +300,7 @@ def _kernel(
 
 
 def segments_of(mask: Mask, queries: AnyTokens, keys: AnyTokens) -> tuple[Array, Array] | None:
-    """Segments of queries and keys, what lies beyond the lengths in segments of its own."""
+    """Segment ids of queries and keys; tokens beyond the lengths get separate segments."""
     lengths = (mask.query_seq_lengths, mask.key_value_seq_lengths)
     ids = mask.segment_ids
     given = [x for x in (*(ids or ()), *lengths) if x is not None]

@@ -160,6 +160,7 @@ class Fused(Kernel):
         key: tuple[int, ...],
         value: tuple[int, ...],
         *,
+        degree: int,
         itemsize: int,
         gradients: bool,
     ) -> int:

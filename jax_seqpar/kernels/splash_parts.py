@@ -80,7 +80,7 @@ def part_gradients(
     """Gradients by the keys of `spec.held_keys` alone, in float32.
 
     Args:
-      D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
+      D: `[B, T, N]`, the sum of output times gradient, less `residual_products`.
       residual: of whole rows.
     """
     T, S = query.shape[1], key.shape[1]
@@ -128,7 +128,7 @@ def _gradients_of_one(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the passes of a part share.
+    """Plan shared by the forward and backward passes of a part.
 
     Attributes:
       queries, keys: the tokens of the arrays.
@@ -159,7 +159,7 @@ class _Plan:
         return cls(spec, queries, keys, passes, reach, band, scale)
 
     def operands(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        """Scaled, heads first, in whole blocks."""
+        """Operands of the kernel: the query scaled, heads first, in whole blocks."""
         # Rounded as on one device, so that the logits of all passes are the same.
         q = (query.astype(jnp.float32) * self.scale).astype(query.dtype)
         S = round_up(self.keys.size, self.passes.wide.keys)
@@ -223,9 +223,9 @@ class _Plan:
         return jnp.pad(place, (0, more), mode="edge")
 
     def schedule(self, blocks: Blocks, side: int) -> Schedule | None:
-        """Which blocks of keys each block of queries meets (0), or the other way round (1).
+        """Schedule of the partners that each block of queries (side 0) or of keys (side 1) meets.
 
-        None where all meet.
+        None where all blocks meet.
         """
         if self.reach.reach == (None, None):
             return None
@@ -234,7 +234,7 @@ class _Plan:
         find = partial((keys_of, queries_of)[side], self.reach)
 
         if isinstance(own, TokenList):
-            # Not by slices of the list, which XLA would gather in a loop.
+            # A reshape, as XLA would gather slices of the list in a loop.
             rows = jnp.pad(own.numbers, (0, -own.size % size), mode="edge").reshape(-1, size)
             low, high = jax.vmap(lambda numbers: find(TokenList(numbers), others))(rows)
         else:

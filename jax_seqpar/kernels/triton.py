@@ -31,8 +31,8 @@ class Triton(Kernel):
 
     Logits and sums are float32, weights and the gradients of logits are rounded to the dtype of the
     operands before a matrix product; the maximum and the sum of a row are kept apart, so weights
-    are right beside large logits but for the rounding of these, which the passes add up in orders
-    of their own. Products of float32 have 10 bits unless
+    are right beside large logits but for the rounding of these, which each pass adds up in another
+    order. Products of float32 have 10 bits unless
     `jax.default_matmul_precision` says otherwise. Blocks that causality, window, segments,
     positions or lengths rule out are not computed. Inside `jax.shard_map` it needs
     `check_vma=False`. Compiled for H100 and run interpreted; not yet run on a GPU.
@@ -230,6 +230,6 @@ def _no_second_derivative(plan: Plan, *static_and_operands: Any) -> Any:
     )
 
 
-# Those of the passes, which JAX asks for where it differentiates the rules of the first derivative.
+# Derivatives of both passes: JAX asks for them where it differentiates the first derivative.
 _forward.defjvp(_no_second_derivative)
 _backward.defjvp(_no_second_derivative)

@@ -33,7 +33,7 @@ from .triton_plan import Blocks, Plan
 
 
 class Rows(NamedTuple):
-    """What the gradients read of each query: the arrays, references, or numbers of a block."""
+    """Per-query inputs of the gradients: arrays, references, or the numbers of a block."""
 
     q: Any
     do: Any
@@ -94,7 +94,7 @@ def part_gradients(
 
     Args:
       dtype: of the gradients of query, key and value.
-      D: `[B, T, N]`, the sum of output times gradient, less what the residual's gradient adds.
+      D: `[B, T, N]`, the sum of output times gradient, less `residual_products`.
       residual: of whole rows.
     """
     rows = Rows(query, out_gradient, D, residual.top, 1 / residual.divisor)

@@ -1,4 +1,4 @@
-"""What the passes of the Triton kernel share: its launch, which blocks meet, a block's logits.
+"""Launch, ranges of blocks and block logits, shared by the passes of the Triton kernel.
 
 Imports Pallas, so it is imported where the kernel runs.
 """
@@ -72,7 +72,7 @@ class Grid:
     and all the query heads that read it.
 
     Attributes:
-      side: what the blocks are.
+      side: "queries" or "keys", of the blocks.
       query, key: shapes of the operands, in whole blocks.
     """
 
@@ -91,7 +91,7 @@ class Grid:
         products: int,
         interpret: bool,
     ) -> Any:
-        """The results of a kernel, which is given references to its part of everything.
+        """Results of a kernel, which gets references to its part of every array.
 
         First to the numbers of queries and of keys in the whole sequence, as `Block.load` has them,
         then to the ranges of blocks of the other side, as `for_meetings` reads them, then those of
@@ -126,7 +126,7 @@ class Grid:
     def _cost(
         self, spec: Spec, products: int, operands: list[Array], results: list[tuple[Any, Axes]]
     ) -> pl.CostEstimate:
-        """What the kernel takes at most: segments, positions and lengths may leave out more."""
+        """Upper bound of the kernel's cost; segments, positions and lengths may skip blocks."""
         (B, T, N, H), S = self.query, self.key[1]
         held = spec.held_queries is not None or spec.held_keys is not None
         pairs = B * N * (T * S if held else pairs_in_reach(spec.mask, T, S))
@@ -166,9 +166,10 @@ class Grid:
         return pl.BlockSpec(sizes, lambda *program: tuple(index(*program) for _, index in found))
 
     def _ranges(self, spec: Spec) -> Int[Array, "B blocks 4"]:
-        """For each block of each sequence, the half-open range of the blocks that it meets.
+        """Half-open range of the blocks that each block of each sequence meets.
 
-        Then, inside of it, that of the blocks of which all tokens meet all of its own.
+        The last two numbers are the range, inside the first, of blocks in which every token meets
+        every token of the block, so that no mask is evaluated.
         """
         count, B, _ = self._programs
         tokens = {"queries": self.query[1], "keys": self.key[1]}
@@ -203,7 +204,7 @@ class Grid:
 
 
 def _numbers(held: AnyTokens | None) -> Int[Array, "first_or_all"]:
-    """What `Block.load` reads of the tokens that the kernel's arrays hold."""
+    """Token numbers that `Block.load` reads: all of a TokenList, else the first."""
     if isinstance(held, TokenList):
         return held.numbers
     return jnp.asarray(0 if held is None else held.start, jnp.int32)[None]
@@ -274,7 +275,7 @@ class Pair:
         self, dots: Array
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array | None]]]:
         """The logits, and their derivative by the dot products and by the slope of each query."""
-        # Of one head, as Triton's matrix products have two axes.
+        # Terms `[t, s]` of one head, as Triton's matrix products have two axes.
         terms = jax.tree.map(
             lambda x: self._in_order(x.reshape(x.shape[2:])),
             self.spec.terms(self.queries, self.keys),
@@ -327,7 +328,7 @@ def for_meetings(spec: Spec, meets: Any, body: Callable[[Spec, Any, Any], Any], 
     """
     first, last, full_first, full_last = (meets[0, 0, i] for i in range(4))
     gap = full_last - full_first
-    # Of the mask slopes still need the positions.
+    # The Spec without a mask keeps the positions, which slopes need.
     places = Mask(query_offset=spec.mask.query_offset, positions=spec.mask.positions)
     whole = replace(spec, mask=places)
     carry = jax.lax.fori_loop(full_first, full_last, partial(body, whole), carry)

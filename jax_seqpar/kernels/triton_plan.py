@@ -125,7 +125,7 @@ def pad_operands(
     spec = replace(spec, **held)
 
     def pad_tokens(x: Array, axes: Axes) -> Array:
-        # By the last token's, which widens no range of positions or segments.
+        # Padding repeats the last token's numbers, which widens no range of positions or segments.
         return jnp.pad(x, [(0, more.get(str(axis), 0)) for axis in axes], mode="edge")
 
     query, key, value = _pad(query, more_queries), _pad(key, more_keys), _pad(value, more_keys)
@@ -135,7 +135,7 @@ def pad_operands(
 def pad_rows(
     query: Array, value: Array, D: Array, residual: Residual, out_gradient: Array
 ) -> tuple[Array, Residual, Array]:
-    """What the gradients read of each query, for padded operands."""
+    """Per-query inputs of the gradients (D, residual, gradient of the output), padded with them."""
     more = query.shape[1] - D.shape[1]
 
     def pad(x: Array, number: Any) -> Array:
@@ -154,7 +154,7 @@ def _pad(x: Array, tokens: int) -> Array:
 
 
 def _pad_held(held: AnyTokens | None, more: int) -> AnyTokens | None:
-    """Some more tokens, beyond all of those that are held."""
+    """The held tokens, and as many as `more` beyond the last of them; None stays None."""
     if isinstance(held, TokenList):
         beyond = jnp.full((more,), _end(held, 0))
         return TokenList(jnp.concatenate([held.numbers, beyond]))

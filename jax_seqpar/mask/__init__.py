@@ -1,6 +1,6 @@
-"""What an attention computes, apart from how: the mask, the logits, the dropout, in one value.
+"""Spec of an attention, in one value: the mask, the logits and the dropout.
 
-Everything is in the coordinates of the whole sequence. Nothing here knows a kernel or a mesh.
+Everything is in the coordinates of the whole sequence, independent of kernels and meshes.
 """
 
 from .attention_spec import Spec as Spec

@@ -98,7 +98,7 @@ def python_number(x: Any) -> Any:
 
 
 def is_number(x: Any) -> bool:
-    """Whether x is a Python number; True and False are not."""
+    """Whether x is a Python number (int or float, not a bool)."""
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 

@@ -16,12 +16,12 @@ from .logits import Logits
 from .mask import Mask
 from .token_numbers import AnyTokens, Tokens
 
-# Of a bias [B, N, T, S].
+# Axes of a bias [B, N, T, S].
 QUERY_AXIS, KEY_AXIS = 2, 3
 
 
 class Terms(NamedTuple):
-    """What turns the dot products of a block into logits; each broadcasts to `[B, N, t, s]`."""
+    """Logit modifiers and mask of a block of dot products; each broadcasts to `[B, N, t, s]`."""
 
     bias: Float[Array, "..."] | None
     alibi_slopes: Float[Array, "1 N 1 1"] | None
@@ -94,7 +94,7 @@ class Spec:
         return self.map(part)
 
     def terms(self, queries: Tokens, keys: Tokens) -> Terms:
-        """What `to_logits` needs for a block."""
+        """Terms of a block, the argument of `to_logits`."""
         t, s = self.in_sequence(queries, keys)
         bias, slopes = self.logits.bias, self.logits.alibi_slopes
         return Terms(

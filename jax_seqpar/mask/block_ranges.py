@@ -1,9 +1,9 @@
-"""Which keys a block of queries may meet, and which queries a block of keys: a mask's ranges.
+"""Ranges of a mask: the keys that a block of queries may attend to, and the queries of keys.
 
-Kernels leave out what is outside of a range. A range may be too wide, and never too narrow: mask
+Kernels skip the tokens outside of a range. A range may be too wide, and never too narrow: mask
 arrays are not read, and of segments and positions only the least and the greatest of a block.
 Inside of a second range, of partners that meet every token of the block, kernels evaluate no mask:
-this one may be too narrow, and never too wide.
+the second range may be too narrow, and never too wide.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def common_queries(mask: Mask, keys: AnyTokens, queries: AnyTokens) -> tuple[Arr
 
 
 def pairs_in_reach(mask: Mask, queries: int, keys: int) -> int:
-    """How many pairs of a query and a key causality and window leave; all of them by positions."""
+    """Number of pairs of a query and a key that causality and window leave; all with positions."""
     before, after = (None, None) if mask.positions is not None else mask.reach
     numbers = np.arange(queries, dtype=np.int64) + mask.query_offset
     low = np.zeros_like(numbers) if before is None else numbers - before
@@ -54,7 +54,7 @@ def _common_partners(
     """Half-open range of `partners` that meet every token of a block of queries or keys.
 
     Args:
-      side: what the block is; partners are the other.
+      side: "queries" or "keys" of the block; partners are of the other side.
     """
     low, high = partners.bounds
     conditions = []
@@ -105,7 +105,7 @@ def _partners(
     """Half-open range of `partners` that may meet some token of a block of queries or keys.
 
     Args:
-      side: what the block is; partners are the other.
+      side: "queries" or "keys" of the block; partners are of the other side.
     """
     low, high = _reachable(mask, side, block, partners)
     own, others = (mask.query_seq_lengths, mask.key_value_seq_lengths)
@@ -153,7 +153,7 @@ def _reachable(mask: Mask, side: str, block: AnyTokens, partners: AnyTokens) -> 
 def _near_positions(
     mask: Mask, side: str, block: AnyTokens, partners: AnyTokens
 ) -> Iterator[Array]:
-    """By `positions`, `[B, partners.size]`: within reach of the block's first and last one."""
+    """Partners within reach of the block's least and largest `positions`, `[B, partners.size]`."""
     if mask.positions is None:
         return
     before, after = _reach_of(mask, side)
@@ -168,7 +168,7 @@ def _near_positions(
 def _of_sides(
     pair: tuple[Array, ...], side: str, block: AnyTokens, partners: AnyTokens
 ) -> tuple[Array, Array]:
-    """Of a pair of arrays for queries and keys: the block's part of its own, the partners' part."""
+    """Slices of a pair of arrays for queries and keys: the block's tokens, the partners' tokens."""
     of_queries, of_keys = pair
     own, others = (of_queries, of_keys) if side == "queries" else (of_keys, of_queries)
     return block.slice(own, 1), partners.slice(others, 1)

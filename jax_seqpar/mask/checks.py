@@ -1,4 +1,4 @@
-"""Whether the arrays of a Spec fit the query and the key, and go together."""
+"""Validation of the arrays of a Spec against query and key, and against each other."""
 
 from typing import Any
 

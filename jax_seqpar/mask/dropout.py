@@ -40,7 +40,7 @@ class Dropout:
 
     @property
     def inverse_keep_probability(self) -> float:
-        """What the weights that stay are multiplied by."""
+        """Factor of the weights that dropout keeps."""
         return threefry.inverse_keep_probability(self.rate)
 
     def keep(self, queries: AnyTokens, keys: AnyTokens) -> Bool[Array, "B N t s"] | None:

@@ -43,7 +43,7 @@ class AttentionFunction(Protocol):
       return_residual: also return the log of the sum of exp of the logits, `[B, T, N]` in float32
         (float64 for float64 inputs), -inf for a query that may attend to no key. It merges parts of
         an attention over keys, and may be differentiated.
-      options: what one attention alone takes, such as `kernel=` of `dot_product_attention`.
+      options: of one attention alone, such as `kernel=` of `dot_product_attention`.
 
     Returns:
       The output `[B, T, N, V]`, of the query's dtype; with `return_residual` a pair.
@@ -77,7 +77,7 @@ def keyword_form(attend: Callable[..., Any]) -> AttentionFunction:
     """The `AttentionFunction` of `attend(query, key, value, spec, *, return_residual, **options)`.
 
     Parameters before the query, such as `self`, stay where they are. The docstring explains every
-    keyword: to what `attend` says of its own, what `AttentionFunction` says of the others is added.
+    keyword: those of `attend` alone as there, and the others as in `AttentionFunction`.
     """
     parameters = list(inspect.signature(attend).parameters.values())
     start = [parameter.name for parameter in parameters].index("query")
@@ -151,7 +151,7 @@ _ELSEWHERE = {
 
 
 def _instead(keywords: Mapping[str, Any], taken: Container[str]) -> str:
-    """Where to write what is not a keyword: a field of a value, or a word of other libraries.
+    """Advice for an unknown keyword: the field of a value, or the word for another library's.
 
     Args:
       taken: the arguments that the attention has.

@@ -53,7 +53,7 @@ def from_keywords(
     """The Spec that the keywords of an attention describe.
 
     Raises:
-      ValueError: for options out of range, and for what a keyword and a value both say.
+      ValueError: for options out of range, and for a field given by a keyword and by a value.
     """
     for name, value, kind in (("logits", logits, Logits), ("dropout", dropout, Dropout)):
         if value is not None and not isinstance(value, kind):

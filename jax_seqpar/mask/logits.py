@@ -1,4 +1,4 @@
-"""Logits: what turns dot products of queries and keys into logits."""
+"""Logits: modifiers that turn dot products of queries and keys into logits."""
 
 from dataclasses import dataclass
 from typing import Any

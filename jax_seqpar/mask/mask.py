@@ -27,7 +27,7 @@ OPEN = 1 << 30
 @register
 @dataclass(frozen=True, repr=False)
 class Mask:
-    """Who attends to whom: the conjunction of everything given.
+    """Attention mask: the conjunction of everything given.
 
     A query has the position `query_offset + t`, a key the position s, unless `positions` says
     otherwise: without an offset the causal diagonal starts in the top left corner, as in `jax.nn`
@@ -44,7 +44,7 @@ class Mask:
       key_value_seq_lengths: `[B]`; keys `s < length`.
       positions: `[B, S]`, or a pair `[B, T]`, `[B, S]`, in place of the positions above, below 2^30
         in size; causality, window and ALiBi go by them.
-      segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to the keys of its own
+      segment_ids: `[B, S]`, or a pair `[B, T]`, `[B, S]`; a query attends to the keys of the same
         segment.
 
     Example:
@@ -78,7 +78,7 @@ class Mask:
         self._check_options()
 
     def __and__(self, other: "Mask") -> "Mask":
-        """What both allow.
+        """Mask of the pairs that both masks allow.
 
         Raises:
           ValueError: for two segment ids, or causality and windows that go by two offsets or two
@@ -89,7 +89,7 @@ class Mask:
         check_mask_arrays(self)
         check_mask_arrays(other)
         both: dict[str, Any] = {"is_causal": self.is_causal or other.is_causal}
-        # Of a mask that says nothing of positions, the positions are no matter.
+        # The offset and positions of a mask that does not depend on them are ignored.
         placed = [mask for mask in (self, other) if mask._goes_by_positions]
         for name in ("query_offset", "positions"):
             given = [getattr(mask, name) for mask in placed]
@@ -123,13 +123,13 @@ class Mask:
 
     @property
     def _goes_by_positions(self) -> bool:
-        """Whether it is another mask at other positions, which ALiBi goes by as well."""
+        """Whether the mask depends on the positions of tokens, or sets those that ALiBi uses."""
         says_where = self.query_offset != 0 or self.positions is not None
         return says_where or self.is_causal or self.window is not None
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
-        """How far a query sees before and after its position; None without limit."""
+        """Reach of a query before and after its position; None without limit."""
         before, after = self.window or (OPEN, OPEN)
         after = 0 if self.is_causal else after
         return None if before == OPEN else before, None if after == OPEN else after
@@ -221,7 +221,7 @@ def _sides(window: Any) -> Any:
 
 
 def int32_lengths(lengths: Any) -> Any:
-    """Lengths as int32: what it does not hold is longer than any sequence, and so is its limit."""
+    """Lengths as int32; longer ones become its largest number, longer than any sequence."""
     xp: Any = np if isinstance(lengths, np.ndarray) else jnp
     limits = np.iinfo(np.int32)
     if lengths.dtype.itemsize >= 4 and lengths.dtype != np.int32:

@@ -12,7 +12,7 @@ NOTHING, SOME, ALL = "\u00b7", "\u2592", "\u2588"
 
 
 def blocks(mask: Mask, queries: int, keys: int, *, size: int = 512) -> np.ndarray:
-    """Which blocks a kernel has to compute that leaves out what the mask rules out.
+    """Blocks that a kernel has to compute if it skips the blocks that the mask rules out.
 
     Args:
       queries, keys: T and S of the whole sequence.

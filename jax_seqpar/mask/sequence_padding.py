@@ -1,4 +1,4 @@
-"""Sequences that the devices do not divide, made longer by tokens that nothing attends to."""
+"""Padding of sequences to a multiple of the devices, by tokens that nothing attends to."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,7 +44,7 @@ class Padded:
             return out
         sharding = jax.typeof(out).sharding
         if sharding.spec[1] is not None:
-            # What is left does not divide, so it cannot stay sharded by its type.
+            # The devices do not divide the remaining tokens, so these cannot stay sharded by type.
             spec = (n if axis != 1 else None for axis, n in enumerate(sharding.spec))
             out = jax.sharding.reshard(out, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
         return out[:, : self.tokens]
@@ -60,10 +60,10 @@ def pad_to_degree(
     mask: Bool[Array, "..."] | Mask | None = None,
     logits: Logits | None = None,
 ) -> Padded:
-    """Adds tokens at the end, in segments of their own, until the degree divides T and S.
+    """Adds tokens at the end, in separate segments, until the degree divides T and S.
 
-    No other token sees them, so output and gradients are those without them. Everything that has no
-    token axis stays as it is, lengths and `query_offset` included.
+    No other token sees the added tokens, so output and gradients are unchanged. Arrays without a
+    token axis stay as they are, lengths and `query_offset` included.
 
     Args:
       query, key, value: as for `dot_product_attention`.
@@ -71,7 +71,7 @@ def pad_to_degree(
       bias, mask, logits: as for `dot_product_attention`; they come back in `keywords`.
 
     Raises:
-      ValueError: for what does not fit together.
+      ValueError: for arrays that do not fit together.
 
     Example:
       padded = pad_to_degree(q, k, v, degree=8)
@@ -114,7 +114,7 @@ def _segments(
 
 
 def _pad(x: Array, axis: int, more: int, value: Any = 0) -> Array:
-    """More entries of an axis; one of size 1 that stands for all stays."""
+    """x with `more` entries along an axis; an axis of size 1 that broadcasts stays."""
     if more == 0 or (axis > 1 and x.shape[axis] == 1):
         return x
     widths = [(0, more if i == axis else 0) for i in range(x.ndim)]

@@ -44,7 +44,7 @@ def threshold(rate: float) -> int:
 
 
 def inverse_keep_probability(rate: float) -> float:
-    """What the weights that stay are multiplied by, so that their mean stays."""
+    """Factor of the weights that dropout keeps, so that the mean of all weights stays."""
     return 2.0**32 / (2**32 - threshold(rate))
 
 

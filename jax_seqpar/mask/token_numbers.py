@@ -29,7 +29,7 @@ class Tokens:
         return jnp.asarray(self.start, jnp.int32) + jnp.arange(self.size, dtype=jnp.int32)
 
     def slice(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-        """These tokens of an array of the whole sequence; an axis of size 1 broadcasts."""
+        """Slice of an array of the whole sequence at these tokens; an axis of size 1 broadcasts."""
         if x.shape[axis] == 1:
             return x
         return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis)
@@ -57,7 +57,7 @@ class Tokens:
     @classmethod
     def tree_unflatten(cls, static: Any, leaves: Any) -> "Tokens":
         start, size = static
-        # Not by the constructor: a transformation puts other things in place of the array.
+        # Made without the constructor: a transformation puts other objects in place of the array.
         tokens = object.__new__(cls)
         object.__setattr__(tokens, "start", leaves[0] if leaves else start)
         object.__setattr__(tokens, "size", size)
@@ -116,7 +116,7 @@ AnyTokens = Tokens | TokenList
 
 
 def places(some: Bool[Array, "size"]) -> tuple[Array, Array]:
-    """Half-open range from the first to the last True; empty where there is none."""
+    """Half-open range from the first to the last True; empty if all are False."""
     size = some.shape[0]
     numbers = jnp.arange(size, dtype=jnp.int32)
     return jnp.where(some, numbers, size).min(), jnp.where(some, numbers + 1, 0).max()

@@ -25,15 +25,15 @@ def digest(arrays: dict[str, Any], spec: Spec | None = None) -> str:
 
 
 def expected_digest(inputs: Arrays, spec: Spec | None = None) -> str | None:
-    """What output and gradients of exact attention hash to, or the last step of a training.
+    """Kept hash of output and gradients of exact attention, or of a training's last step.
 
-    None for inputs that nobody kept.
+    None for inputs without a kept hash.
     """
     found = json.loads(FILE.read_text()).get(digest(inputs, spec))
     return found and found["outputs"]
 
 
 def _words(spec: Spec) -> str:
-    """Causality, and the other spec that differ from their defaults."""
+    """Text of a spec: causality, and the other options that differ from their defaults."""
     others = (f" {name} {x}" for name, x in to_flat(spec).items() if name != "is_causal")
     return "".join((f"causal {spec.mask.is_causal}", *others))

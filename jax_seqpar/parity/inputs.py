@@ -49,7 +49,7 @@ class Case:
 
 
 def adversarial(inputs: Arrays) -> Arrays:
-    """The same shapes, with what breaks a kernel that is only nearly exact.
+    """Adversarial inputs of the same shapes, which break a kernel that is only nearly exact.
 
     Logits of 1e3, outliers, zeros of either sign, subnormals, one-hot and equal rows; and in the
     last KV head of the last sequence a NaN in query and value and an infinity in key.
@@ -164,7 +164,10 @@ def _known(path: Path, names: Iterable[str]) -> list[str]:
 
 
 class _UnknownNameError(Exception):
-    """Not a ValueError, which the readers raise of a broken file."""
+    """Error for a name that the command does not know.
+
+    The error is not a ValueError, as the readers raise that for a broken file.
+    """
 
 
 def _read(path: Path) -> Arrays:

@@ -17,7 +17,7 @@ MOST_OF_AN_OUTPUT = 2
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a report shows of a check that found a difference, beyond its counts.
+    """Pictures that a report shows for a check that found a difference, beside the counts.
 
     Attributes:
       about: a sentence, of a historical version where it was published; "" for others.

@@ -1,4 +1,4 @@
-"""Which checks a parity run makes, of which inputs."""
+"""Plan of a parity run: its checks, and the inputs of each."""
 
 from dataclasses import replace
 from enum import StrEnum
@@ -27,7 +27,7 @@ from .inputs import (
 
 
 class Kernels(StrEnum):
-    """Which attention runs inside the two pipelines."""
+    """Attention that runs inside the two pipelines."""
 
     EXACT = "exact"  # each framework's own, with the same bits
     SHARED = "shared"  # one framework's in both
@@ -37,7 +37,7 @@ class Kernels(StrEnum):
 def inputs_by_label(
     case: Case, files: list[Path], seed: int, kernels: Kernels
 ) -> dict[str, Arrays]:
-    """By label: the user's files, or generated multi-head, grouped and multi-query attention."""
+    """Inputs by label: the user's files, or generated multi-head, grouped and multi-query ones."""
     if files:
         return {
             label: load_inputs(path, seed)
@@ -120,7 +120,7 @@ def _even(case: Case, degree: int) -> Case:
 
 
 def understood(label: str, inputs: Arrays, spec: Spec, kernels: Kernels) -> list[str]:
-    """Lines that say how inputs are read, what is unlikely about them and what is not compared."""
+    """Lines that say how inputs are read, what looks wrong with them and what is not compared."""
     (B, T, N, H), (S, K) = inputs["query"].shape, inputs["key"].shape[1:3]
     tokens = f"{T} tokens" if T == S else f"{T} query and {S} key tokens"
     heads = f"{N} heads" if N == K else f"{N} query and {K} KV heads"

@@ -91,7 +91,7 @@ def _cells(result: Result) -> list[str]:
 
 
 def differing_cell(result: Result, column: str) -> str:
-    """How many elements of an output differ, "error", "shape", or "-" where there is no output."""
+    """Number of differing elements of an output, "error", "shape", or "-" without an output."""
     if result.error is not None:
         return "error" if column == COLUMNS[0] else "-"
     report = result.reports.get(column)

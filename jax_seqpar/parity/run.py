@@ -22,8 +22,8 @@ from .inputs import Arrays
 from .pictures import Evidence, evidence
 
 COLUMNS = ("forward", "dq", "dk", "dv")
-# Of an output's largest entry, what roundings stay below and a wrong order of tokens or heads does
-# not. Of the narrowest dtype compared, bfloat16, it is 16 units in the last place.
+# Bound relative to an output's largest entry, which roundings stay below and a wrong order of
+# tokens or heads does not: 16 units in the last place of bfloat16, the narrowest dtype compared.
 ROUNDING = 1 / 16
 
 
@@ -36,9 +36,9 @@ class Result:
       expected: "right", or for a control what it must show: "error", "reshaped" or "scrambled" of
         a wrong version, "rounded" of attention that is not exact.
       near: of attention that is not exact, whether the two sides differ by no more than ROUNDING.
-      error: what went wrong in PyTorch, in place of reports.
+      error: of PyTorch, in place of reports.
       sha256: of output and gradients, where the kernel is exact.
-      golden: what sha256 has to be, for inputs whose hash is kept.
+      golden: the required sha256, for inputs whose hash is kept.
       evidence: pictures of the differences, where the run was asked for them.
     """
 
@@ -55,7 +55,7 @@ class Result:
 
     @property
     def outcome(self) -> str:
-        """What the comparison found, in the words of the truth table."""
+        """Outcome of the comparison, in the words of the truth table."""
         if self.error is not None:
             return "error"
         leaves = [leaf for report in self.reports.values() for leaf in report.leaves]
@@ -69,7 +69,7 @@ class Result:
 
     @property
     def must_differ(self) -> bool:
-        """Whether the check is a control, which passes by being caught."""
+        """Whether the check is a control, which passes if the comparison finds a difference."""
         return self.expected != "right"
 
     @property
@@ -193,7 +193,7 @@ def _compare(
 
 
 def _near(report: BitsReport, torch_side: np.ndarray) -> bool:
-    """Whether elements differ by no more than what roundings may, and not by a NaN or infinity."""
+    """Whether differences are within `ROUNDING`, and NaNs and infinities agree."""
     x = np.abs(torch_side.astype(np.float64))
     limit = ROUNDING * x.max(initial=0, where=np.isfinite(x))
     return all(
@@ -203,7 +203,7 @@ def _near(report: BitsReport, torch_side: np.ndarray) -> bool:
 
 
 def _file_name(name: str) -> str:
-    """A file name of its own for each name, also where file systems ignore case."""
+    """A distinct file name for each name, also where file systems ignore case."""
     short = re.sub("[^a-z0-9]+", "-", name.lower())[-100:]
     if re.fullmatch("[a-z0-9]+( [a-z0-9]+)*", name) and len(name) <= 100:
         return short

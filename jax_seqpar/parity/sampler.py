@@ -33,7 +33,7 @@ PROMPTS = np.array([16, 11])
 
 @dataclass(frozen=True)
 class Sample:
-    """What a sampler has drawn.
+    """Tokens that a sampler has drawn, with their log-probabilities.
 
     Attributes:
       tokens: `[B, S]`, the prompts with what was drawn, without gaps; the rows' ends differ.
@@ -46,7 +46,7 @@ class Sample:
     found: np.ndarray
 
     def of(self, found: np.ndarray) -> np.ndarray:
-        """Those of the drawn tokens, `[B, n]`, among `[B, S]` of the tokens that follow each."""
+        """Log-probabilities of the drawn tokens, `[B, n]`, from those of all next tokens."""
         return np.take_along_axis(found, self.drawn - 1, axis=1)
 
 
@@ -66,7 +66,7 @@ class SamplerResult:
 
     @property
     def different(self) -> dict[str, int]:
-        """By trainer, the log-probabilities with other bits than the sampler's."""
+        """Number of log-probabilities by trainer whose bits are not the sampler's."""
         return {name: _different(self.sample.found, x) for name, x in self.trainers.items()}
 
     @property
@@ -120,7 +120,7 @@ def sampled(
     layout, B = MeshLayout(mesh=mesh), len(PROMPTS)
     size = int(-(-PROMPTS.max() // degree) * degree)
     rows, tokens = np.arange(B), np.zeros((B, -(-(size + new) // 8) * 8), np.int32)
-    # Of the text of the training; what follows a shorter prompt is written over.
+    # Prompts from the text of the training; tokens after a shorter prompt are written over.
     tokens[:, :size] = next(training.batches())[:B, :size]
     empty = [
         KeyValueCache.empty(B, size + new, training.kv_heads, training.head_dim, layout=layout)

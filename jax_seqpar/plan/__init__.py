@@ -1,4 +1,4 @@
-"""Planning: what a program sends, holds, computes and hides on devices that need not be there.
+"""Planning: a program's transfers, memory, FLOPs and overlap on devices that may be absent.
 
 `plan` answers for any function that can be jitted, as the command `seqpar plan` does.
 

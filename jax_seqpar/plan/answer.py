@@ -28,7 +28,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 OUT_OF_MEMORY = re.compile(
     r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(|Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm"
 )
-# Of all together, and of the single array that is too large.
+# Messages of XLA: for all arrays together, and for a single array that is too large.
 OUT_OF_HOST_MEMORY = re.compile(
     r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) host\."
     r"|\(size=(\d+)\) would exceed memory \(size=(\d+)\) :: \S+ = \S+\.host "
@@ -37,7 +37,7 @@ OUT_OF_HOST_MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned, and where.
+    """Request of a plan: the target, the machine, and how to compile.
 
     Attributes:
       compiler_options: of `jax.jit`.
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def start(self) -> Plan:
-        """The plan of which nothing is known yet."""
+        """The plan before anything is counted or compiled: its names and sizes."""
         machine = self.machine
         return Plan(
             self.target.name,
@@ -70,7 +70,7 @@ class Request:
 
 
 def answer(request: Request) -> Plan:
-    """The plan of a request; what goes wrong is its `failure`."""
+    """The plan of a request; an error becomes its `failure`."""
     plan = request.start
     machine, target = request.machine, request.target
     seconds: dict[str, float] = {}
@@ -103,7 +103,7 @@ def answer(request: Request) -> Plan:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that an answer depends on."""
+    """Versions of the packages that an answer depends on."""
     found = {}
     for package in ("jax-seqpar", "jax", "jaxlib", "libtpu"):
         try:
@@ -152,7 +152,7 @@ def _options(request: Request) -> dict[str, Any]:
 
 
 def _notes(counts: Counts, request: Request) -> tuple[str, ...]:
-    """What could not be checked, and what counts less than it should."""
+    """Notes on parts that could not be checked, and on numbers that are only bounds."""
     found = []
     if request.machine.missing is not None:
         found.append(
@@ -169,16 +169,11 @@ def _notes(counts: Counts, request: Request) -> tuple[str, ...]:
             f"{counts.whole_grids} kernels may skip blocks that are counted: FLOPs are an upper "
             f"bound"
         )
-    if counts.to_host:
-        found.append(
-            f"{counts.to_host / 1e9:.3f} GB go to the memory of each device's host and come back, "
-            f"in no line of these tables"
-        )
     return tuple(found)
 
 
 def _left_on_devices(counts: Counts, plan: Plan) -> tuple[str, ...]:
-    """What the program asks the host to keep, where the compiler does not do so."""
+    """Note if the compiler keeps arrays on the devices that the program offloads to the host."""
     if not counts.to_host or plan.memory is None or plan.memory.host:
         return ()
     where = (
@@ -198,7 +193,9 @@ def _with_transfers(
     if across:
         kinds = ", ".join(f"{n} {kind}" for kind, n in across.items())
         notes += (f"between slices the compiler sends by {kinds}",)
-    return replace(plan, collectives=rows, parts=parts(counts, received, plan.chip), notes=notes)
+    found = parts(counts, received, plan.chip)
+    moved = {"to_host": counts.to_host, "from_host": counts.from_host}
+    return replace(plan, collectives=rows, parts=found, notes=notes, **moved)
 
 
 def _memory(compiled: Any, machine: Machine) -> Memory | None:
@@ -225,7 +222,7 @@ def _memory(compiled: Any, machine: Machine) -> Memory | None:
 
 
 def _without_program(plan: Plan, error: str) -> Plan:
-    """The plan of a program that the compiler refused: too large, mostly."""
+    """The plan of a program that the compiler refused, mostly as too large."""
     if (said := re.search(OUT_OF_HOST_MEMORY, error)) is not None:
         needed, most = _bytes(said[1] or said[3]), _bytes(said[2] or said[4])
         sentence = (
@@ -247,7 +244,7 @@ def _without_program(plan: Plan, error: str) -> Plan:
 
 
 def _bytes(text: str) -> int:
-    """Of a number with a unit, as "57.00G"."""
+    """Bytes of a number with a unit, as "57.00G"."""
     number = text.rstrip("KMGT")
     return int(float(number) * UNITS[text[len(number) :]])
 

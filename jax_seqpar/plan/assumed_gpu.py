@@ -21,7 +21,7 @@ class _Versions:
 
 @contextmanager
 def assumed_gpu(topology: str) -> Iterator[None]:
-    """As if JAX saw a GPU of this topology.
+    """Pretends that JAX sees a GPU of this topology.
 
     JAX asks for cuDNN's version while it traces, and raises "cuDNN is not detected" without its
     CUDA plugin (JAX 0.10.2), though nothing is compiled yet.

@@ -71,7 +71,7 @@ def collectives_of(
 
     Args:
       across: by kind, the sends between slices that libtpu makes of a collective, as
-        `across_slices` finds them; a send is awaited by an instruction of its own.
+        `across_slices` finds them; a send is awaited by a separate instruction.
     """
     sent = list(sent)
     if compiled is not None:
@@ -93,7 +93,8 @@ def _told_apart(compiled: list[Transfer], sent: list[Sent], machine: Machine) ->
     """The same, each either written or added.
 
     Of those of which the text does not tell, as many are written as the program has more than the
-    others, if what they bring is what one of the program's brings.
+    others, if what they bring is what one of the program's brings. Of a sum of which each device
+    keeps a part libtpu makes a reduce-scatter, for tpu7x: it is listed as the sum that it is.
     """
     left: dict[object, int] = {}
     for x in sent:
@@ -107,6 +108,10 @@ def _told_apart(compiled: list[Transfer], sent: list[Sent], machine: Machine) ->
     for x in compiled:
         if x.written is None:
             one = _added(x, machine)
+            summed = ("all-reduce", one.axes, round(2 * one.received))
+            if x.kind == "reduce-scatter" and summed in brought:
+                x, one = replace(x, kind="all-reduce"), replace(one, kind="all-reduce")
+                one = replace(one, received=2 * one.received)
             mine = (one.kind, one.axes, round(one.received)) in brought
             written = mine and left.get((one.kind, one.axes), 0) > 0
             left[one.kind, one.axes] = left.get((one.kind, one.axes), 0) - written

@@ -1,4 +1,4 @@
-"""What the text of a compiled program says: collectives, bytes, kernels, what runs under transfers.
+"""Collectives, bytes, kernels and overlap with transfers, from the text of a compiled program.
 
 A program is a `jax.stages.Compiled`, or its text, by XLA for CPUs and GPUs or by libtpu. The text
 has an instruction of a loop once, however often the loop runs; so has every number here.
@@ -20,6 +20,8 @@ COLLECTIVES = (
     "ragged-all-to-all|all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
     "|collective-broadcast"
 )
+# The largest signed 64-bit number: libtpu 0.0.42.1 writes it for what a SparseCore of a tpu7x does.
+NO_ESTIMATE = 2**63 - 1
 # What a compiled program has for each call of a kernel that is not XLA's.
 KERNELS = {
     "tpu": 'custom_call_target="tpu_custom_call"',
@@ -31,11 +33,11 @@ KERNELS = {
 
 
 def collectives(program: AnyProgram) -> dict[str, int]:
-    """How many of each collective a compiled program has, as `{"all-to-all": 4}`.
+    """Numbers of collectives in a compiled program by kind, as `{"all-to-all": 4}`.
 
-    One that is started and awaited counts once. libtpu makes a reduce-scatter a fusion with an
-    all-reduce inside, and a collective-permute where the devices do not divide the array (seen in
-    the gradients of `AllGatherKV` for v5e:2x4, libtpu 0.0.42).
+    A collective that is started and awaited counts once. libtpu makes a reduce-scatter a fusion
+    with an all-reduce inside, and a collective-permute where the devices do not divide the array
+    (seen in the gradients of `AllGatherKV` for v5e:2x4, libtpu 0.0.42).
     """
     return dict(Counter(re.findall(rf"(?<![\w-])({COLLECTIVES})(?:-start)?\(", _text(program))))
 
@@ -64,7 +66,7 @@ def received_bytes(program: AnyProgram, degree: int) -> int:
 
 
 def kernel_calls(program: AnyProgram) -> int:
-    """How many calls of kernels that are not XLA's a compiled program has.
+    """Number of calls of kernels that are not XLA's in a compiled program.
 
     These are all Pallas kernels, 1 of splash attention or of `Triton` forward, 3 with gradients;
     and on a GPU those of cuDNN's attention: 1 and 2.
@@ -79,7 +81,8 @@ def layout_cycles(program: AnyProgram) -> int:
     In a program of one attention by splash that is what brings arrays into the layouts of the
     kernel and of the all-to-alls. Only libtpu writes such estimates; elsewhere it is 0.
     """
-    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', _text(program))))
+    found = re.findall(r'"estimated_cycles":"(\d+)"', _text(program))
+    return sum(n for n in map(int, found) if n != NO_ESTIMATE)
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,12 @@ class Copies:
     Attributes:
       cycles: of the copies, each loop's once.
       all_cycles: of everything that libtpu estimates: neither kernels nor transfers.
+      unknown: instructions of which it has no estimate, as copies by the SparseCores of a tpu7x.
     """
 
     cycles: int
     all_cycles: int
+    unknown: int = 0
 
     @property
     def share(self) -> float:
@@ -106,24 +111,25 @@ def layout_copies(program: AnyProgram) -> Copies | None:
     `copy_bitcast_fusion`.
     """
     estimated = r'^\s+(?:ROOT )?%?([\w.-]+) = .*"estimated_cycles":"(\d+)"'
-    found = re.findall(estimated, _text(program), re.MULTILINE)
-    if not found:
+    every = re.findall(estimated, _text(program), re.MULTILINE)
+    if not every:
         return None
+    found = [(name, int(n)) for name, n in every if int(n) != NO_ESTIMATE]
     copies = (
         r"(copy|transpose|bitcast|convert)([._-](copy|transpose|bitcast|convert|fusion))*[.\d]*"
     )
-    cycles = sum(int(n) for name, n in found if re.fullmatch(copies, name))
-    return Copies(cycles, sum(int(n) for _, n in found))
+    cycles = sum(n for name, n in found if re.fullmatch(copies, name))
+    return Copies(cycles, sum(n for _, n in found), len(every) - len(found))
 
 
 def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:
-    """Asynchronous transfers, each with what is scheduled between its start and its end.
+    """Asynchronous transfers, each with the kernels and loops scheduled between its start and end.
 
-    That is the fused kernels, and loops, as blockwise attention is one. A transfer with none is
-    waited for, unless other work is there. A synchronous one hides under nothing and is not listed;
-    XLA:GPU writes it as a start and an end, too. A kernel may be under several transfers. Ask of
-    each transfer whether something is under it: that each kernel is under some transfer is so, too,
-    where one transfer is under way all the time and the others are waited for.
+    Kernels are the fused ones; loops count, as blockwise attention is a loop. A transfer without
+    either is waited for, unless other work is there. A synchronous transfer hides under nothing
+    and is not listed; XLA:GPU writes it as a start and an end, too. A kernel may be under several
+    transfers. Ask of each transfer whether a kernel is under it: every kernel is under some
+    transfer also where one transfer is under way all the time and the others are waited for.
 
     Returns:
       the names of kernels and loops by that of the transfer's first instruction, in the order of
@@ -140,6 +146,7 @@ def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:
         )
     under_way: list[str] = []
     found: dict[str, tuple[str, ...]] = {}
+    on_other_cores = set(calls_of_transfers(text).values())
     for line in text.splitlines():
         instruction = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][a-z-]*)\(%?([\w.-]+)?", line)
         if instruction is None:
@@ -149,11 +156,34 @@ def kernels_under_transfers(program: AnyProgram) -> dict[str, tuple[str, ...]]:
             if '"is_sync":true' not in line:
                 under_way.append(name)
                 found[name] = ()
-        elif re.fullmatch(rf"({COLLECTIVES})-done", operation):
+        elif operation == "call-start" and name in on_other_cores:
+            under_way.append(name)
+            found[name] = ()
+        elif re.fullmatch(rf"({COLLECTIVES}|call)-done", operation):
             under_way = [transfer for transfer in under_way if transfer != operand]
         elif operation == "while" or any(kernel in line for kernel in KERNELS.values()):
             found |= {transfer: (*found[transfer], name) for transfer in under_way}
     return found
+
+
+def calls_of_transfers(text: str) -> dict[str, str]:
+    """Of each computation with a collective that a SparseCore runs, the name of its call.
+
+    So libtpu makes gathers, scatters and sums of a tpu7x asynchronous.
+    """
+    called = {
+        computation: name
+        for name, computation in re.findall(
+            r"%?([\w.-]+) = .*? call-start\(.*?to_apply=%?([\w.-]+)", text
+        )
+    }
+    having, computation = set(), ""
+    for line in text.splitlines() if called else ():
+        if (opened := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)) is not None:
+            computation = opened[1]
+        elif computation in called and re.search(rf"(?<![\w-])(?:{COLLECTIVES})\(", line):
+            having.add(computation)
+    return {name: called[name] for name in having}
 
 
 def _text(program: AnyProgram) -> str:

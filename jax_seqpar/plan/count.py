@@ -65,7 +65,7 @@ class Sent:
 
 @dataclass
 class Counts:
-    """Of one device.
+    """Counts of one device in a traced program.
 
     Attributes:
       flops, bytes: by named scope: of matrix products and kernels; bytes are those of their
@@ -74,7 +74,7 @@ class Counts:
       kernels: calls by name.
       open_loops: loops whose length nobody knows before they run; their body counts once.
       whole_grids: kernels of which it is not known which blocks they skip; all count.
-      to_host: bytes that are copied to the memory of the host.
+      to_host, from_host: bytes that are copied to the memory of the host, and back.
     """
 
     flops: dict[str, float] = field(default_factory=dict)
@@ -84,9 +84,10 @@ class Counts:
     open_loops: int = 0
     whole_grids: int = 0
     to_host: float = 0.0
+    from_host: float = 0.0
 
     def add(self, other: "Counts") -> None:
-        for name in ("flops", "bytes", "sent", "kernels", "open_loops", "whole_grids", "to_host"):
+        for name in self.__dataclass_fields__:
             mine, more = getattr(self, name), getattr(other, name)
             if isinstance(mine, dict):
                 for key, number in more.items():
@@ -96,14 +97,14 @@ class Counts:
 
     @property
     def work(self) -> tuple[float, float, float]:
-        """By which the branch of a condition that has most of it is found."""
+        """FLOPs, bytes received and bytes: the key by which the costliest branch is found."""
         sent = sum((x.received for x in self.sent), 0.0)
         return sum(self.flops.values(), 0.0), sent, sum(self.bytes.values(), 0.0)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the program the walk is.
+    """Place of the walk in the program.
 
     Attributes:
       mesh: size of each mesh axis.
@@ -153,9 +154,8 @@ class _Walk:
             return _collective(equation, place)
         if (kernel := kernel_of(equation, self.value)) is not None:
             return _kernel(kernel, place)
-        if name == "device_put" and jax.memory.Space.Host in params["devices"]:
-            moved = sum(nbytes(x.aval) for x in equation.invars)
-            return Counts(to_host=moved * place.times * place.share)
+        if name == "device_put":
+            return _host_copies(equation, place)
         if name in SAME:
             for inside, outside in zip(equation.invars, equation.outvars, strict=False):
                 self.learn(outside, self.value(inside))
@@ -207,9 +207,20 @@ class _Walk:
 
 def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
     """The program of a call; a custom derivative's own is not part of what runs."""
-    for name in ("call_jaxpr", "jaxpr", "fun_jaxpr"):
+    for name in ("call_jaxpr", "jaxpr", "fun_jaxpr", "call"):
         if hasattr(params.get(name), "eqns") or hasattr(params.get(name), "jaxpr"):
             yield params[name]
+
+
+def _host_copies(equation: Any, place: Place) -> Counts:
+    """What `device_put` moves between the memories of devices and their hosts."""
+    found, host = Counts(), jax.memory.Space.Host
+    for before, after in zip(equation.invars, equation.outvars, strict=True):
+        spaces = [getattr(x.aval, "memory_space", None) == host for x in (before, after)]
+        moved = nbytes(before.aval) * place.times * place.share
+        found.to_host += moved if spaces == [False, True] else 0
+        found.from_host += moved if spaces == [True, False] else 0
+    return found
 
 
 def _product(equation: Any, place: Place) -> Counts:
@@ -226,6 +237,8 @@ def _collective(equation: Any, place: Place) -> Counts:
     named = params["axis_name"] if "axis_name" in params else params["axes"]
     axes = tuple(x for x in (named if isinstance(named, tuple) else (named,)) if x in place.mesh)
     size = math.prod(place.mesh[name] for name in axes)
+    if groups := params.get("axis_index_groups"):
+        size = len(groups[0])
     if size < 2:
         return Counts()
     arrays = equation.outvars if kind == "all-gather" else equation.invars

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._checks import Shape
 from ..attention import dot_product_attention
-from ..mesh_layout import MeshLayout
+from ..mesh_layout import MeshLayout, axes_size
 from ..strategies import Strategy, Ulysses
 from ..training import map_tiles, offload_policy, offloaded, tiled_cross_entropy
 
@@ -62,7 +62,13 @@ class Decoder:
             )
 
     def build(self) -> tuple[Any, tuple[Any, ...]]:
-        """The function and the shapes of its arguments, under `jax.set_mesh`."""
+        """The function and the shapes of its arguments, under `jax.set_mesh`.
+
+        Raises:
+          ValueError: for features that its devices, or channels that rotary embedding, cannot
+            share.
+        """
+        self._check_sizes()
         weights = jax.tree.map(self._shape_of_weight, self._sizes(), is_leaf=_is_size)
         weights["layers"] = jax.tree.map(self._of_all_layers, weights["layers"])
         tokens = shaped((self.batch, self.tokens), jnp.int32, self.layout.token_spec)
@@ -70,6 +76,21 @@ class Decoder:
             return self.loss, (weights, tokens, tokens)
         state = weights, weights, weights, shaped((), jnp.float32, PartitionSpec())
         return jax.jit(self.step, donate_argnums=0), (state, tokens, tokens)
+
+    def _check_sizes(self) -> None:
+        axes, mesh = self.layout.axis_names, jax.sharding.get_abstract_mesh()
+        parts = axes_size(axes, mesh.shape)
+        if self.features % parts:
+            raise ValueError(
+                f"features D = {self.features} is not divisible by the {parts} devices of mesh "
+                f"axes {axes!r}, which share each weight. Write features = "
+                f"{-(-self.features // parts) * parts}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim H = {self.head_dim} is odd, and the rotary embedding turns pairs of "
+                f"channels. Write head_dim = {self.head_dim + 1}."
+            )
 
     def step(self, state: Any, tokens: Array, labels: Array) -> tuple[Any, Array]:
         """One step of Adam: the new state and the loss."""
@@ -138,7 +159,7 @@ class Decoder:
         return {**outside, "layers": layer}
 
     def _shape_of_weight(self, size: tuple[int, ...]) -> Any:
-        """Float32, its features over all mesh axes of batch and tokens."""
+        """Shape of a float32 weight, features sharded over all mesh axes of batch and tokens."""
         axes = self.layout.axis_names
         spec = [axes if n == self.features and axes else None for n in size]
         if spec.count(axes) > 1:  # F or V of the size of D

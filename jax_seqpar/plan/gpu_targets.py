@@ -1,4 +1,4 @@
-"""GPUs that programs are compiled for: what their compiler would ask the GPU.
+"""GPUs that programs are compiled for: the attributes that the compiler would ask of them.
 
 Of others than an H100 it is read from a JSON file, whose `target_config` is the text of XLA's
 `GpuTargetConfigProto`, as XLA's own repository has it for A100 and others in `gpu_target_config`:
@@ -60,7 +60,7 @@ def gpu_target(topology: str) -> GpuTarget:
     """The GPU of a topology, as "h100:8" or "a100.json:8".
 
     Raises:
-      ValueError: for a file that is not there, or lacks what is needed.
+      ValueError: for a file that is missing, or lacks a field.
     """
     name, _, _ = topology.rpartition(":")
     if name == "h100":

@@ -1,7 +1,7 @@
-"""What a call of a kernel that is not XLA's computes and moves: Pallas' by its grid, cuDNN's.
+"""FLOPs and bytes of calls of kernels that are not XLA's: of Pallas by the grid, and of cuDNN.
 
-A Pallas kernel's body is counted as the program around is, and runs for each block of its grid that
-it does not skip. Splash attention has the blocks that it computes in an array, known beforehand.
+A Pallas kernel's body is counted as the program around it, and runs for each block of the grid that
+the kernel does not skip. Splash attention computes the blocks of an array, known beforehand.
 """
 
 import math
@@ -19,7 +19,7 @@ CUDNN = {"dot_product_attention_fwd": 1.0, "dot_product_attention_bwd": 2.5}
 
 @dataclass(frozen=True)
 class Kernel:
-    """One call.
+    """Counts of one call of a kernel.
 
     Attributes:
       flops, bytes: of the call; bytes are those of operands and results, each once.
@@ -50,7 +50,7 @@ def kernel_of(equation: Any, value: Callable[[Any], Any]) -> Kernel | None:
 def _pallas(equation: Any, value: Callable[[Any], Any]) -> Kernel:
     params = equation.params
     name, grid = _name(params), params["grid_mapping"]
-    # A kernel that says what it takes, as loops of its own run as often as only it knows.
+    # A kernel with a cost estimate, as only the kernel knows how often its inner loops run.
     if params.get("cost_estimate") is not None and not name.startswith("splash"):
         return Kernel(name, float(params["cost_estimate"].flops), _moved(equation), whole_grid=True)
     blocks = math.prod(int(n) for n in grid.grid)
@@ -62,14 +62,14 @@ def _pallas(equation: Any, value: Callable[[Any], Any]) -> Kernel:
 
 
 def _name(params: Any) -> str:
-    """That of the call, else of the kernel's function; JAX 0.10 has both in one place."""
+    """Name of the call, else of the kernel's function; JAX 0.10 has both in one place."""
     if "name_and_src_info" in params:
         return params["name_and_src_info"].name
     return params["name"] or params["jaxpr"].debug_info.func_name
 
 
 def _computed_part(equation: Any, scalars: int, value: Callable[[Any], Any]) -> float | None:
-    """Of splash attention's grid; None where nobody knows before it runs."""
+    """Computed part of splash attention's grid, 0 to 1; None if known only when it runs."""
     if scalars <= SPLASH_BLOCKS:
         return 1.0  # without a schedule every block is computed, and masked
     meets = value(equation.invars[SPLASH_BLOCKS])
@@ -100,7 +100,7 @@ def _inner(equation: Any) -> Iterator[Any]:
 
 
 def _cudnn(equation: Any, products: float) -> Kernel:
-    """Of `[B, T, N, H]` and `[B, S, K, H]`; a causal mask leaves half of the pairs."""
+    """Call of cuDNN on `[B, T, N, H]` and `[B, S, K, H]`; a causal mask halves the pairs."""
     (B, T, N, H), (_, S, _, _) = (x.aval.shape for x in equation.invars[:2])
     params = equation.params
     pairs = T * S * (0.5 if "causal" in str(params.get("mask_type", "")).lower() else 1.0)

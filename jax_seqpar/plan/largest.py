@@ -38,11 +38,22 @@ def largest(plan_of: Callable[[int], Plan], start: int, step: int) -> tuple[int,
             )
         plan = known[guess] = plan_of(guess)
         if plan.fits is None:
-            said = plan.failure or "; ".join(plan.notes) or "the compiler states no memory"
-            raise RuntimeError(f"of {guess} tokens: {said}. Give other sizes, or a compiler.")
+            raise RuntimeError(
+                f"of {guess} tokens: {_why_unknown(plan)}. Give other sizes, the topology of a TPU "
+                f"or a GPU, or its compiler."
+            )
         fits, fails = (guess, fails) if plan.fits else (fits, guess)
         guess = _next_guess(list(known.values()), fits, fails, step)
     return fits, [known[tokens] for tokens in sorted(known)]
+
+
+def _why_unknown(plan: Plan) -> str:
+    """Why nobody can tell whether a plan fits."""
+    if plan.failure is not None:
+        return plan.failure
+    if plan.memory is not None:
+        return f"the memory of a device of {plan.topology} is not known, so nothing says what fits"
+    return next((x for x in plan.notes if x.startswith("not checked")), "nothing was compiled")
 
 
 def _next_guess(plans: list[Plan], fits: int, fails: int | None, step: int) -> int:

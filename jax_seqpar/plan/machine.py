@@ -56,7 +56,7 @@ class Machine:
 
     @property
     def missing(self) -> str | None:
-        """What has to be installed for its compiler; None if nothing."""
+        """Message that the compiler of the topology is missing; None if it is installed."""
         return missing_compiler(self.topology)
 
     @property
@@ -65,12 +65,12 @@ class Machine:
 
     @property
     def chip(self) -> Chip:
-        """What one device of it is."""
+        """Chip of one JAX device of the machine."""
         return chip_of_kind(device_kind(self.topology)).of_one_device
 
     @property
     def between(self) -> dict[str, int]:
-        """How many slices each mesh axis spans: the slices are shared out to the major axes."""
+        """Number of slices that each mesh axis spans: the major axes span the slices first."""
         left, found = self.slices, {}
         for name, size in self.mesh.items():
             found[name] = math.gcd(size, left)
@@ -140,7 +140,7 @@ def _groups(mesh: Sizes) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class AbsentDevice:
-    """What `choose_strategy` asks of a device."""
+    """Stand-in for a device of an absent machine, with the attributes `choose_strategy` reads."""
 
     id: int
     platform: str
@@ -153,7 +153,7 @@ class AbsentDevice:
 def _mesh(
     topology: str, slices: int, sizes: tuple[tuple[str, int], ...], between: tuple[int, ...]
 ) -> Mesh:
-    """One object for each: two descriptions of a topology have devices that are not equal."""
+    """Mesh of a topology, kept, as two descriptions of a topology have unequal devices."""
     found = devices(topology, slices)
     names, shape = zip(*sizes, strict=True)
     types = (AxisType.Auto,) * len(names)
@@ -164,7 +164,7 @@ def _mesh(
 
 
 def device_kind(topology: str) -> str:
-    """The `device_kind` of a topology's devices, that of no chip for "cpu".
+    """The `device_kind` of a topology's devices, "cpu" for "cpu".
 
     Raises:
       ValueError: for a chip that is not in the table.
@@ -184,7 +184,7 @@ def device_kind(topology: str) -> str:
 
 
 def devices_of_slice(topology: str) -> int:
-    """How many JAX devices a slice has.
+    """Number of JAX devices of a slice.
 
     Raises:
       ValueError: for an unknown topology, or one of other dimensions than the chip's slices.

@@ -1,4 +1,4 @@
-"""`plan`: what a function costs on a machine that need not be there."""
+"""`plan`: costs of a function on a machine that may be absent."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,21 +19,21 @@ def plan(
     compiler_options: Mapping[str, Any] | None = None,
     timeout: int | float | None = 600,
 ) -> Plan:
-    """What a function costs on a machine: memory, collectives, FLOPs, and seconds at least.
+    """Costs of a function on a machine: memory, collectives, FLOPs, and seconds at least.
 
-    It is traced and compiled under `jax.set_mesh` of a mesh of that machine, so that kernels are
-    chosen for its platform; nothing runs. Without the compiler of the platform what follows from
-    the traced program is counted, and `notes` says what was not checked.
+    The function is traced and compiled under `jax.set_mesh` of a mesh of that machine, so that
+    kernels are chosen for its platform; nothing runs. Without the compiler of the platform the
+    traced program alone is counted, and `notes` says what was not checked.
 
     Args:
-      function: anything that `jax.jit` takes, or what it gives, with its donations.
+      function: anything that `jax.jit` takes or returns, with its donations.
       shapes: pytrees of `jax.ShapeDtypeStruct`, whose `NamedSharding`s may be on any mesh with
         these axes, such as `jax.sharding.AbstractMesh((16,), ("seq",))`.
       topology: as for `jax_seqpar.plan.devices`.
       slices: of that topology, or hosts of GPUs, over which the first mesh axes go.
       mesh: size of each mesh axis; if None, of the mesh of the shapes, or all devices as "seq".
       compiler_options: of `jax.jit`, such as `jax_seqpar.compiler_options("tpu")`.
-      timeout: seconds for a process of its own, to which function and shapes are pickled; if None,
+      timeout: seconds for a separate process, to which function and shapes are pickled; if None,
         this process compiles, and an abort of the compiler ends it.
 
     Raises:

@@ -31,7 +31,7 @@ class Program:
       query, key, value: shapes of the global arrays `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`;
         that of the key if `value` is None.
       dtype: of these three.
-      mask, logits, dropout: what is asked of the attention. Of arrays in them only shape and dtype
+      mask, logits, dropout: of the attention. Of arrays in them only shape and dtype
         matter, so a `jax.ShapeDtypeStruct` will do; every device has them whole.
       kernel: the attention of one device; if None, that of `choose_kernel` for the platform of the
         topology.
@@ -92,11 +92,11 @@ class Program:
 
         Raises:
           ImportError: if that compiler is missing.
-          ValueError: for what does not fit together, as in `jax_seqpar.dot_product_attention`.
+          ValueError: for shapes and options that do not fit, as `jax_seqpar.dot_product_attention`.
         """
         platform, mesh = platform_of(self.topology), self._mesh()
         options: Any = dict(self.compiler_options or {})
-        # Of an absent GPU cuDNN's limits cannot be asked.
+        # cuDNN cannot be asked for the limits of an absent GPU, so its capability is assumed.
         assumed: Any = nullcontext()
         if platform == "gpu":
             assumed = cudnn.assume_compute_capability(gpu_target(self.topology).compute_capability)

@@ -1,4 +1,4 @@
-"""Plan: what a program costs on a machine that need not be there; as a value, and as JSON."""
+"""Plan: costs of a program on a machine that may be absent; as a value, and as JSON."""
 
 import dataclasses
 import json
@@ -34,10 +34,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What `choose_strategy` says of a plan's attention.
+    """Choice of `choose_strategy` for a plan's attention.
 
     Attributes:
-      strategy, runner_up: by their reprs; None where there is no second one.
+      strategy, runner_up: by their reprs; None without a second strategy.
       reason: in one sentence.
       seconds: of one layer, by formula.
     """
@@ -51,10 +51,10 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a function costs on a machine, per device.
+    """Costs of a function on a machine, per device.
 
     Attributes:
-      name: what was asked.
+      name: of the target.
       topology, slices, mesh: the machine, and its mesh.
       devices: how many.
       chip: of one device: its speeds and memory.
@@ -62,11 +62,12 @@ class Plan:
       memory: None unless it was compiled.
       needed: bytes that the compiler missed memory for, where it ran out of it.
       needed_of_host: the same of the memory of a device's host.
-      failure: why there is no answer, in one sentence; None if there is one.
+      failure: the reason for a missing answer, in one sentence; None with an answer.
       collectives, kernels, parts: kernels are calls by name, all loops multiplied out.
       copies: only of TPUs.
+      to_host, from_host: bytes that the program copies between a device and its host.
       choice: of the strategy, where it was asked for.
-      notes: what could not be checked, or counts less than it should.
+      notes: on parts that could not be checked, and on numbers that are only bounds.
       seconds: that tracing and compiling took, by name.
       versions: of the packages that the answer depends on.
     """
@@ -86,6 +87,8 @@ class Plan:
     kernels: dict[str, int] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
     copies: Copies | None = None
+    to_host: float = 0.0
+    from_host: float = 0.0
     choice: Chosen | None = None
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -119,9 +122,23 @@ class Plan:
         return found
 
     @property
+    def host(self) -> float | None:
+        """Seconds of copies to the host and back, which follow; None if its speed is not known."""
+        moved = self.to_host + self.from_host
+        if moved and not self.chip.host:
+            return None
+        return moved / self.chip.host if moved else 0.0
+
+    @property
+    def bound(self) -> str:
+        """What takes longest of all: as `Part.bound`, or "host"."""
+        return "host" if (self.host or 0.0) > self.step.seconds else self.step.bound
+
+    @property
     def at_least(self) -> float:
-        """Seconds of a step at full speed: computation or memory, and the exposed transfers."""
-        return max(self.step.compute, self.step.memory) + self.exposed
+        """Seconds of a step at full speed: the longest of computation, memory and copies to the
+        host and back, and the exposed transfers."""
+        return max(self.step.compute, self.step.memory, self.host or 0.0) + self.exposed
 
     def to_json(self) -> str:
         """The plan as JSON, which `from_json` reads."""
@@ -132,7 +149,7 @@ class Plan:
         """The plan that `to_json` wrote.
 
         Raises:
-          ValueError: for JSON that is no plan.
+          ValueError: for JSON that is not a plan.
         """
         try:
             found: dict[str, Any] = json.loads(text)

@@ -34,12 +34,12 @@ class Part:
 
     @property
     def bound(self) -> str:
-        """What takes longest: "compute", "memory" or "link"."""
+        """Bound of the roofline, whichever takes longest: "compute", "memory" or "link"."""
         return max(("compute", "memory", "link"), key=lambda name: getattr(self, name))
 
     @property
     def seconds(self) -> float:
-        """At least, where everything hides under what takes longest."""
+        """Least seconds, if everything else hides under the longest part."""
         return max(self.compute, self.memory, self.link)
 
 

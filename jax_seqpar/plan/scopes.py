@@ -1,4 +1,4 @@
-"""Which part of a program an instruction is of: the `jax.named_scope` that it was written in."""
+"""Scopes of a program: the `jax.named_scope` in which an instruction was written."""
 
 import re
 

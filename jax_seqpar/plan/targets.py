@@ -1,4 +1,4 @@
-"""What is planned: a function and shapes, one attention, a decoder, or a function of a file.
+"""Targets of a plan: a function and shapes, one attention, a decoder, or a function of a file.
 
 A target travels to the process of the compiler, so it is a value that can be pickled, and builds
 its function there, under the mesh.
@@ -27,7 +27,7 @@ from .decoder import Decoder, shaped
 
 @runtime_checkable
 class Target(Protocol):
-    """Something to plan."""
+    """Protocol of a function to plan, with its shapes."""
 
     @property
     def name(self) -> str: ...
@@ -79,7 +79,7 @@ class Given:
         )
 
     def __reduce__(self) -> Any:
-        """What `jax.jit` decorates travels by its name: pickle looks for the function inside."""
+        """Pickles a function that `jax.jit` decorates by name: pickle looks for the one inside."""
         module, name = (getattr(self.function, x, None) for x in ("__module__", "__name__"))
         if getattr(sys.modules.get(module or ""), name or "", None) is self.function:
             return _given_by_name, (module, name, self.shapes)
@@ -190,9 +190,9 @@ class DecoderStep:
 
 @dataclass(frozen=True)
 class FromFile:
-    """What a function of a file returns: a function to plan, and a tuple of its shapes.
+    """Target that a function of a file returns: a function to plan, and a tuple of its shapes.
 
-    It is called with the number of tokens, if it has a parameter, under the mesh: a
+    The file's function is called under the mesh, with the number of tokens if it has a parameter: a
     `NamedSharding(jax.sharding.get_abstract_mesh(), spec)` says how an argument is sharded.
     """
 

@@ -32,7 +32,7 @@ def platform_of(topology: str) -> str:
 
 
 def missing_compiler(topology: str) -> str | None:
-    """What has to be installed before anything can be compiled for a topology; None if nothing.
+    """Message that the compiler for a topology is missing; None if it is installed.
 
     Raises:
       ValueError: for an unknown topology.
@@ -90,7 +90,8 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
 def _unknown(topology: str, problem: str) -> ValueError:
     return ValueError(
         f'topology {topology!r} {problem}. Write the chips of a TPU by axis, as "v5e:2x4"; '
-        f'"h100:8" for up to 8 GPUs of one host; or "cpu:8" for simulated devices.'
+        f'"h100:8" for up to 8 GPUs of one host, with slices for more hosts; "a100.json:8" for '
+        f'other GPUs, which a file describes; or "cpu:8" for simulated devices.'
     )
 
 

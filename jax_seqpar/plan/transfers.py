@@ -1,6 +1,6 @@
 """The collectives of a compiled program, one by one: groups, bytes, asynchronous, under what.
 
-By libtpu, XLA for GPUs and XLA for CPUs, which write groups in three forms. libtpu fuses gathers
+The compilers, libtpu, XLA for GPUs and for CPUs, write groups in three forms. libtpu fuses gathers
 that it makes asynchronous into other work, and prints each several times: they count by channel.
 """
 
@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .compiled_text import COLLECTIVES, bytes_of_types, kernels_under_transfers
+from .compiled_text import (
+    COLLECTIVES,
+    bytes_of_types,
+    calls_of_transfers,
+    kernels_under_transfers,
+)
 from .scopes import part_of
 
 Groups = frozenset[frozenset[int]]
@@ -46,7 +51,7 @@ class Transfer:
 
 def transfers(text: str) -> list[Transfer]:
     """The collectives of a compiled program's text, in its order."""
-    under = kernels_under_transfers(text)
+    under, calls = kernels_under_transfers(text), calls_of_transfers(text)
     results = {
         operand: types
         for types, operand in re.findall(rf"= (.*?) (?:{COLLECTIVES})-done\(%?([\w.-]+)", text)
@@ -60,7 +65,8 @@ def transfers(text: str) -> list[Transfer]:
         name, types, kind, start = head.groups()
         fused = "chain_id=" in line
         scope = re.search(r'op_name="([^"]*)"', line)
-        scope = "" if scope is None else scope[1]
+        # Of several instructions made into one libtpu names each, first what gives the result.
+        scope = "" if scope is None else scope[1].partition(";")[0]
         transfer = Transfer(
             name,
             kind,
@@ -68,8 +74,8 @@ def transfers(text: str) -> list[Transfer]:
             bytes_of_types(results.get(name, types)),
             bool(WRITTEN.search(scope)) if scope else None,
             part_of(scope.rpartition("/")[0]),
-            fused or (start is not None and name in under),
-            under.get(name, (("a fusion",) if fused else ())),
+            fused or computation in calls or (start is not None and name in under),
+            under.get(calls.get(computation, name), (("a fusion",) if fused else ())),
             computation in loops,
         )
         channel = re.search(r"channel_id=(\d+)", line)
@@ -78,9 +84,9 @@ def transfers(text: str) -> list[Transfer]:
 
 
 def across_slices(text: str) -> dict[str, int]:
-    """What libtpu sends between slices, by the kind of collective that it was; not Ulysses' alone.
+    """Numbers of libtpu's sends between slices, of all strategies, by the kind of collective.
 
-    A collective over several slices vanishes into `send` and `recv`; what is left of it is inside.
+    A collective over several slices becomes `send` and `recv`, and a collective within a slice.
     """
     kinds = re.findall(r' send\(.*?_xla_megascale_transfer_type="?(\w+)', text)
     return {kind.lower().replace("_", "-"): kinds.count(kind) for kind in dict.fromkeys(kinds)}

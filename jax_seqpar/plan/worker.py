@@ -1,7 +1,7 @@
-"""A process of its own for each plan: with the compiler's environment, a limit, and an end.
+"""A separate process for each plan: with the compiler's environment, a limit, and an end.
 
 A compiler may abort, run out of the machine's memory or not come back; then the answer says so. The
-process reads a pickled `Request` and writes the plan as JSON, both in a folder of its own.
+process reads a pickled `Request` and writes the plan as JSON, both in a temporary folder.
 """
 
 import os
@@ -24,7 +24,7 @@ REQUEST, PLAN, LOG = "request.pickle", "plan.json", "log.txt"
 
 
 def ask(request: Request, timeout: int | float = 600) -> Plan:
-    """The plan of a request, by a process of its own; what goes wrong is its `failure`.
+    """The plan of a request, made by a separate process; an error becomes its `failure`.
 
     Args:
       timeout: seconds after which the process is stopped.
@@ -79,7 +79,7 @@ def _run(folder: str, timeout: int | float) -> int | None:
 
 
 def main(folder: str) -> None:
-    """The process: the plan of the request in a folder, or why there is none, in a sentence."""
+    """The process: writes the plan of the request in a folder, or a plan with its failure."""
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     request: Request = pickle.loads((Path(folder) / REQUEST).read_bytes())
     if request.machine.platform == "cpu":

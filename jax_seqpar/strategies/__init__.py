@@ -1,4 +1,4 @@
-"""How the devices share one attention: the communication, for use inside `jax.shard_map`."""
+"""Strategies that share one attention over devices: communication inside `jax.shard_map`."""
 
 from ..chips import Chip as Chip
 from .all_gather import AllGatherKV as AllGatherKV

@@ -80,10 +80,10 @@ class AllGatherKV(KeepsQueries):
         itemsize: int,
         kernel: Kernel = blockwise_attention,
     ) -> int:
-        """Keys and values of the others, and what is dealt anew for a kernel of whole blocks.
+        """Bytes received: keys and values of the other devices, and tokens moved into whole blocks.
 
-        Of tokens in their order, whose queries `Exact()` has dealt where a device has no whole
-        blocks, and their output dealt back; other orders are counted by `choose_strategy`.
+        For contiguous tokens. `Exact()` moves the queries where a device does not hold whole
+        blocks, and their output back; other orders are counted by `choose_strategy`.
         """
         P = check_traffic(query, key, degree)
         dealt = deals(Contiguous(), kernel.block, (query[1],), P)
@@ -103,7 +103,7 @@ class AllGatherKV(KeepsQueries):
     ) -> int:
         """All keys and values, this device's output, and its queries in the layout of the kernel.
 
-        With gradients each of these has one of its own beside it.
+        With gradients each of these arrays counts twice, for itself and its gradient.
         """
         own = query[1] // check_traffic(query, key, degree)
         query = share(query, own, query[2])

@@ -1,4 +1,4 @@
-"""What a strategy costs in one layer: bytes by link, seconds of attention, seconds of waiting."""
+"""Costs of a strategy in one layer: bytes by link, seconds of attention, seconds of waiting."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,10 +13,10 @@ from ..kernels.kernel import GRADIENT_PRODUCTS
 from ..mask import Mask
 from ..order import TokenOrder
 from .all_gather import AllGatherKV
-from .hops import hops
+from .hops import legs
 from .hybrid import Hybrid
 from .ring import Ring
-from .strategy import Degree, Shape, Strategy, bytes_of_others
+from .strategy import Degree, Shape, Strategy, bytes_of_others, share
 from .ulysses import head_plan
 from .whole_blocks import Deal, deals, numbers_dealt
 
@@ -91,14 +91,18 @@ class Layer:
         )
 
     def deals(self, degree: int, *, keys: bool) -> list[Deal]:
-        """How queries, and keys where they are dealt, too, come to lie in whole blocks."""
+        """Deals of the queries, and with `keys` of the keys, into whole blocks."""
         tokens = (self.query[1], self.key[1]) if keys else (self.query[1],)
         return deals(self.order, self.kernel.block, tokens, degree)
 
     def bytes_dealt(self, degree: int, *, keys: bool) -> int:
-        """Received by a device where its tokens are dealt in whole blocks, and dealt back."""
+        """Bytes that a device receives as its tokens are dealt in whole blocks, and dealt back."""
         numbers = numbers_dealt(self.deals(degree, keys=keys), *self.shapes)
         return numbers * self.itemsize * (2 if self.gradients else 1)
+
+    def bytes_shared(self, key: Shape, value: Shape, devices: int, of: int) -> int:
+        """Received by a device for the gradients of KV heads that others have, too."""
+        return self.kernel.sharing_traffic(key, value, devices, of) if self.gradients else 0
 
     def memory(self, strategy: Strategy, degree: Degree) -> int:
         """`Strategy.memory` of this layer."""
@@ -112,7 +116,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one layer on the device that has most.
+    """Cost of one layer on the device with the largest share.
 
     Attributes:
       inside, between: bytes received from devices of the same slice or host, and from others.
@@ -145,18 +149,22 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
     degree, near = group.degree, group.all_near
     N, work = layer.query[2], layer.work(degree)
     if isinstance(strategy, Ring):
-        return _of_ring(layer, degree, near < degree, chip, seconds_per_pair * N)
+        return _of_ring(strategy, layer, group, chip, seconds_per_pair * N)
     if isinstance(strategy, AllGatherKV):
         busiest = work.sum(1).max() * N
         # Not its `traffic`, which is of tokens in their order.
         forward = bytes_of_others(layer.key, layer.value, degree, layer.itemsize)
-        dealt = layer.bytes_dealt(degree, keys=False)
+        added = layer.bytes_dealt(degree, keys=False)
+        added += layer.bytes_shared(layer.key, layer.value, degree, degree)
     else:
         plan = head_plan(N, layer.key[2], degree, layer.kernel)
         busiest = work.sum() * plan.query_heads / degree
         sent: Any = {"degree": degree, "itemsize": layer.itemsize, "kernel": layer.kernel}
-        forward, dealt = strategy.traffic(*layer.shapes, **sent), 0
-    received = forward * (2 if layer.gradients else 1) + dealt
+        forward = strategy.traffic(*layer.shapes, **sent)
+        heads = plan.sent_kv_heads // degree
+        k, v = (share(x, x[1], heads) for x in (layer.key, layer.value))
+        added = layer.bytes_shared(k, v, plan.copies, degree)
+    received = forward * (2 if layer.gradients else 1) + added
     between = received * (degree - near) // max(degree - 1, 1)
     waiting = (received - between) / chip.inside + between / chip.between
     attention = busiest * seconds_per_pair * (1 + GRADIENT_PRODUCTS * layer.gradients)
@@ -168,10 +176,12 @@ def cost_of(strategy: Strategy, layer: Layer, group: Group, chip: Chip, efficien
 def pairs(
     mask: Mask, order: TokenOrder, queries: int, keys: int, degree: int
 ) -> Float[np.ndarray, "P P"]:
-    """How many queries of the first device times keys of the second attend, of one head.
+    """Number of attending pairs of one head, of queries of device row and keys of device column.
 
-    From `SAMPLE` queries of each device; of a mask without arrays, see `Layer.placed`.
+    Estimated from `SAMPLE` queries of each device, for a mask without arrays, see `Layer.placed`.
     """
+    if not queries or not keys:
+        return np.zeros((degree, degree))
     before, after = mask.reach
     of_keys = [np.sort(order.numbers(keys // degree, i, degree)) for i in range(degree)]
     work = np.zeros((degree, degree))
@@ -192,48 +202,61 @@ def pairs(
     return work
 
 
-_rounds = lru_cache(maxsize=256)(hops)
+_legs = lru_cache(maxsize=256)(legs)
 
 
-def _of_ring(layer: Layer, degree: int, slow: bool, chip: Chip, seconds_per_pair: float) -> Cost:
+def _of_ring(ring: Ring, layer: Layer, group: Group, chip: Chip, seconds_per_pair: float) -> Cost:
     """Each round the next keys and values travel under the attention to those that are here."""
-    (B, _, K, H), V = layer.key, layer.value[3]
+    (B, _, K, H), V, degree = layer.key, layer.value[3], group.degree
     of_queries, of_keys = layer.deals(degree, keys=True)
     T, S = (deal.sizes[1] * degree for deal in (of_queries, of_keys))
-    trips = _rounds(layer.placed, of_queries.after, T, S, degree)
+    trips = _legs(layer.placed, of_queries.after, T, S, degree, ring.bidirectional)
+    distances = {way: last for ways, _, last in trips for way in ways}
     keys = B * (S // degree) * K
     work = layer.work(degree)
+    slow = group.all_near < degree
     link = chip.between if slow else chip.inside
+    # A chip of a torus has a link from each neighbour, any other one for all that arrives.
+    torus = chip.axes > 0 and not slow
+    at_once = max if torus else sum
     devices = np.arange(degree)
     received = layer.bytes_dealt(degree, keys=True)
     attention, waiting = 0.0, received / link
     forward, backward = layer.kernel.turns(H, V, layer.itemsize)
     for turn in (*forward, *backward) if layer.gradients else forward:
         factor = seconds_per_pair * turn.work
-        attention += work.diagonal().max() * factor
-        for sign, rounds in zip((1, -1), trips, strict=True):
-            for i in range(1, int(rounds) + 1):
+        own = work.diagonal().max() * factor
+        attention += own
+        for ways, first, last in trips:
+            for i in range(first + 1, last + 1):
                 # What is added comes along, but where it only goes home.
-                sent = keys * (turn.sent + (turn.added if rounds > 1 else 0))
-                busiest = work[devices, (devices - sign * i) % degree].max() * factor
+                sent = keys * (turn.sent + (turn.added if last > 1 else 0))
+                seen = sum(work[devices, (devices - way * i) % degree] for way in ways)
+                busiest = np.max(seen) * factor
                 attention += busiest
-                waiting += max(sent / link - busiest, 0)
-                received += sent
-            if rounds:
-                received += keys * turn.added  # the way home, under a device's own attention
+                waiting += max(at_once([sent] * len(ways)) / link - busiest, 0)
+                received += sent * len(ways)
+        # The way home, under a device's own attention: on a torus from neighbour to neighbour.
+        home = [min(far, degree - far) if torus else 1 for far in distances.values()]
+        waiting += max(at_once([0, *home]) * keys * turn.added / link - own, 0)
+        received += keys * turn.added * len(home)
     links = (0, received) if slow else (received, 0)
-    return Cost(*links, layer.memory(Ring(), degree), attention, waiting)
+    return Cost(*links, layer.memory(ring, degree), attention, waiting)
 
 
 def _of_hybrid(
     strategy: Hybrid, layer: Layer, group: Group, chip: Chip, seconds_per_pair: float
 ) -> Cost:
-    """Ulysses of a group's tokens, around the other strategy of one device's heads."""
+    """Cost of a Hybrid: Ulysses within a group, around the outer strategy of one device's heads."""
     (R, U), (near_outer, near_inner) = group.sizes, group.near
     sent: Any = {"degree": (R, U), "itemsize": layer.itemsize, "kernel": layer.kernel}
     _, inner = strategy.traffic_by_axis(*layer.shapes, **sent)
     inner *= 2 if layer.gradients else 1
     _, (q, k, v) = strategy.divide(*layer.shapes, degree=(R, U), kernel=layer.kernel)
+    copies = head_plan(layer.query[2], layer.key[2], U, layer.kernel).copies
+    seen = k[1] if strategy.sees_all_keys else k[1] // R
+    own_k, own_v = (share(x, seen, x[2]) for x in (k, v))
+    inner += layer.bytes_shared(own_k, own_v, copies, U)
     between_groups = replace(layer, query=q, key=k, value=v, order=layer.order.grouped(U))
     groups = Group((R,), (near_outer,))
     efficiency = _flops_of_pair(layer) / (seconds_per_pair * chip.flops)
@@ -245,6 +268,6 @@ def _of_hybrid(
 
 
 def _flops_of_pair(layer: Layer) -> float:
-    """Forward, of one query and one key of one head in every sequence of the batch."""
+    """FLOPs forward of one query and one key of one head in every sequence of the batch."""
     B, _, _, H = layer.query
     return 2.0 * B * (H + layer.value[3])

@@ -1,4 +1,4 @@
-"""Heads that the devices do not divide: how many are added, and which are copied."""
+"""Padding and replication of heads that the devices do not divide."""
 
 from dataclasses import dataclass
 from math import lcm
@@ -34,17 +34,17 @@ class HeadPlan:
 
     @property
     def query_heads(self) -> int:
-        """With those added; every device gets an equal part."""
+        """Number of query heads with padding; every device gets an equal part."""
         return self.padded_kv_heads * self.padded_group
 
     @property
     def sent_kv_heads(self) -> int:
-        """With those added and all copies; every device gets an equal part."""
+        """Number of KV heads with padding and all replicas; every device gets an equal part."""
         return self.padded_kv_heads * self.copies
 
     @property
     def is_trivial(self) -> bool:
-        """Whether the query heads stay as they are."""
+        """Whether the query heads need no padding."""
         return self.query_heads == self.kv_heads * self.group
 
     def pad_queries(

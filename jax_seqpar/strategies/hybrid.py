@@ -120,7 +120,7 @@ class Hybrid:
         gradients: bool = False,
         kernel: Kernel = blockwise_attention,
     ) -> int:
-        """What the outer strategy holds, of one device's heads and all tokens of its group.
+        """Bytes that the outer strategy holds, for one device's heads and all tokens of its group.
 
         A ring comes back to the queries and the gradient of the output, which are exchanged arrays
         here; an all-gather has these two in the layout of the kernel in any case.

@@ -1,6 +1,6 @@
 """The two reshards of Ulysses attention, for use inside `jax.shard_map`: one all-to-all each.
 
-They move a label and nothing else. `[B, S@seq, N, H]` is a slice of the tokens with all heads,
+Reshards move a label and nothing else. `[B, S@seq, N, H]` is a slice of the tokens with all heads,
 `[B, S, N@seq, H]` all the tokens with some heads; the global array is the same before and after.
 Rank p of P holds tokens `p*S/P ... (p+1)*S/P` before and heads `p*N/P ... (p+1)*N/P` after.
 
@@ -84,7 +84,7 @@ def _exchange(x: Array, axis_name: AxisName, split_axis: int, concat_axis: int) 
 # A bitcast has no derivative, so the derivative is stated: the same exchange, of the tangent.
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _exchange_narrow(x: Array, axis_name: AxisName, split_axis: int, concat_axis: int) -> Array:
-    """As integers on a CPU. Elsewhere the detour costs passes over the memory for nothing."""
+    """All-to-all of a narrow dtype, as integers on a CPU, and elsewhere without the detour."""
 
     def as_integers(x: Array) -> Array:
         unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")

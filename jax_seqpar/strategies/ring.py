@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._checks import axis_size
+from .._checks import axis_size, check_flag
 from ..kernels import Kernel, Residual, blockwise_attention
 from ..kernels.parts import (
     Part,
@@ -45,9 +45,23 @@ class Ring(KeepsQueries):
     or attend in turns: `Exact()`, whose keys and values go round four times forward and twice for
     the gradients, and whose result has the bits of one device. Under a causal mask choose
     `MeshLayout(order=Zigzag())`, with which all devices have the same work.
+
+    Args:
+      bidirectional: whether keys and values of the neighbours on both sides arrive in each round,
+        in half as many rounds. On links that have as much for each direction a round then has twice
+        the attention to hide its transfers under. A device holds two more slices of keys and
+        values, whose gradients have half of the ring to go home.
     """
 
+    bidirectional: bool = False
+
     sees_all_tokens = sees_all_keys = False
+
+    def __post_init__(self) -> None:
+        check_flag("bidirectional", self.bidirectional)
+
+    def __repr__(self) -> str:
+        return "Ring(bidirectional=True)" if self.bidirectional else "Ring()"
 
     def __call__(
         self,
@@ -69,11 +83,11 @@ class Ring(KeepsQueries):
             )
         if 0 in (*query.shape[:3], *value.shape[1:]):
             return kernel.attend(query, key, value, spec)  # nothing, which no device has to send
-        if kernel.attends_in_turns:
-            return _in_turns(kernel, query, key, value, spec, axis_name, order), None
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore
-        sizes = query.shape[1], key.shape[1]
+        sizes = query.shape[1], key.shape[1], self.bidirectional
         plan = RingPlan(kernel, axis_name, axis_size(axis_name), order, precision, *sizes)
+        if kernel.attends_in_turns:
+            return _in_turns(plan, query, key, value, spec), None
         # Their gradients are added up over the devices, which 16 bits would round each time.
         small = {n: x for n, x in arrays_of(spec.logits) if n != "bias"}
         spec = spec.with_logits(**{n: x.astype(accumulated(x.dtype)) for n, x in small.items()})
@@ -95,6 +109,8 @@ class Ring(KeepsQueries):
         that makes rounds needless and other orders are counted by `choose_strategy`.
         """
         P = check_traffic(query, key, degree)
+        if 0 in (*query[:3], *value[1:]):
+            return 0
         dealt = deals(Contiguous(), kernel.block, (query[1], key[1]), P)
         forward, _ = kernel.turns(key[3], value[3], itemsize)
         received = key[0] * dealt[1].sizes[1] * key[2] * (P - 1)
@@ -114,45 +130,39 @@ class Ring(KeepsQueries):
     ) -> int:
         """Keys and values of three devices, and the output twice in float32: so far, and of a part.
 
-        The three are a device's own, those that are attended to and those on their way. With
-        gradients each has its gradient beside it in float32, and the gradient of the queries has
-        two arrays as the output has. Two devices have one round: none on their way, and the outputs
-        in float32 are gone when the gradients of the queries are there. A kernel that attends in
-        turns has sums of its own, which are in its `part_workspace`, of whole blocks of tokens.
+        The three are a device's own, those that are attended to and those on their way; five where
+        these two come from both sides. With gradients each has its gradient beside it in float32,
+        and the gradient of the queries has two arrays as the output has. Two devices have one
+        round: none on their way, and the outputs in float32 are gone when the gradients of the
+        queries are there. A kernel that attends in turns has sums of its own, which are in its
+        `part_workspace`, of whole blocks of tokens.
         """
         P, in_turns = check_traffic(query, key, degree), kernel.attends_in_turns
         dealt = deals(Contiguous(), kernel.block, (query[1], key[1]), P)
         T, S = (deal.sizes[1] for deal in dealt)
         q, k, v = share(query, T, query[2]), *(share(x, S, x[2]) for x in (key, value))
         out, wide = output(q, v), max(itemsize, 4)
-        held = array_bytes(*[k, v] * min(P, 3), out, itemsize=itemsize)
+        most = min(P, 5 if self.bidirectional else 3)
+        held = array_bytes(*[k, v] * most, out, itemsize=itemsize)
         sums = [] if in_turns else [out, out]
         if gradients and in_turns:
             held += array_bytes(q, k, v, itemsize=itemsize)
         elif gradients:
-            sums = [*(sums if P > 2 else ()), *[k, v] * 3, q, q]
+            sums = [*(sums if P > 2 else ()), *[k, v] * max(most, 3), q, q]
         held += array_bytes(*sums, itemsize=wide)
-        options = {"itemsize": itemsize, "gradients": gradients}
+        options: Any = {"degree": P, "itemsize": itemsize, "gradients": gradients}
         return held + kernel.part_workspace(q, k, v, **options)
 
 
-def _in_turns(
-    kernel: Kernel,
-    query: Array,
-    key: Array,
-    value: Array,
-    spec: Spec,
-    axis_name: AxisName,
-    order: TokenOrder,
-) -> Array:
+def _in_turns(plan: RingPlan, query: Array, key: Array, value: Array, spec: Spec) -> Array:
     """The attention of a kernel that asks for the turns it needs, of whole blocks of tokens."""
-    degree = axis_size(axis_name)
+    kernel, axis_name, degree = plan.kernel, plan.axis_name, plan.degree
     T, S = (x.shape[1] * degree for x in (query, key))
-    queries, keys = deals(order, kernel.block, (T, S), degree)
+    queries, keys = deals(plan.order, kernel.block, (T, S), degree)
     spec = padded(spec, query.shape[0], queries=queries, keys=keys)
     spec = replace(spec, held_queries=queries.held(axis_name))
-    sizes = queries.sizes[1], keys.sizes[1]
-    plan = RingPlan(kernel, axis_name, degree, queries.after, None, *sizes)
+    sizes = {"queries": queries.sizes[1], "keys": keys.sizes[1]}
+    plan = replace(plan, order=queries.after, **sizes)
     dealt = queries.forth(query, axis_name), *(keys.forth(x, axis_name) for x in (key, value))
     out = kernel.attend_in_turns(plan, *match_varying_axes((*dealt, spec)))
     return queries.back(out, axis_name)
@@ -218,9 +228,7 @@ def _attend_to_all(plan: RingPlan, query: Array, key: Array, value: Array, spec:
         return merge(state[0], of_these), None
 
     kv = _packed(key, value)
-    part = attend(kv, 0)
-    for direction, rounds in plan.hops(spec):
-        part, _ = plan.circulate(direction, rounds, kv, attend, meet, part)
+    part, _ = plan.circulate(plan.legs(spec), kv, attend, meet, attend(kv, 0))
     return with_sinks(part, spec.logits.sinks)
 
 

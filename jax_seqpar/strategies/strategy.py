@@ -126,7 +126,7 @@ class Strategy(Protocol):
 
 
 class KeepsQueries:
-    """What strategies share whose devices keep their queries, and receive the others' keys."""
+    """Base of strategies whose devices keep their queries and receive the other devices' keys."""
 
     def heads_axes(self, tokens: MeshAxes) -> tuple[str, ...]:
         return ()

@@ -34,10 +34,10 @@ class Ulysses:
     (`jax_seqpar.strategies.heads`); with fewer KV heads than devices each is sent to several.
 
     Args:
-      head_chunks: works on so many slices of the heads, each with reshards of its own. It divides
-        the query heads of a device. With a kernel that computes head by head no bit depends on it,
-        but in sums over slices: dk and dv where it does not divide the KV heads of a device, and
-        the gradient of an array that heads share.
+      head_chunks: number of slices of the heads, each with separate reshards. It divides the query
+        heads of a device. With a kernel that computes head by head no bit depends on it, but in
+        sums over slices: dk and dv where it does not divide the KV heads of a device, and the
+        gradient of an array that heads share.
       overlap: all slices side by side, so that a compiler may hide the transfer of one under the
         attention of another (see `jax_seqpar.compiler_options`). If False one after another, and
         recomputed for the gradient: gathered query, key and value of one slice are in memory.
@@ -142,8 +142,8 @@ class Ulysses:
     ) -> int:
         """All tokens of a device's heads of query, key, value and output.
 
-        With gradients each of these has one of its own beside it. Chunks that follow one another
-        hold one chunk of all that, and the output of the earlier ones.
+        With gradients each of these arrays counts twice, for itself and its gradient. Chunks that
+        follow one another hold one chunk of these, and the output of the earlier chunks.
         """
         P, (_, S, K, _) = check_traffic(query, key, degree), key
         plan = head_plan(query[2], K, P, kernel)
@@ -205,7 +205,7 @@ def _slice(x: Array, axis: int, start: Any, size: int) -> Array:
 
 
 def _chunk_of_each(x: Array, degree: int, chunk: Any, size: int) -> Array:
-    """Of the heads `[B, S, P n, H]` that go to P devices, a slice of those for each."""
+    """Slice of the heads for each device, from heads `[B, S, P n, H]` that go to P devices."""
     B, S, heads, H = x.shape
     by_device = x.reshape(B, S, degree, heads // degree, H)
     return _slice(by_device, 3, chunk * size, size).reshape(B, S, degree * size, H)
@@ -216,7 +216,7 @@ def _side_by_side(function: Callable[[Any], Any], count: int) -> Any:
 
 
 def _one_by_one(function: Callable[[Any], Any], count: int) -> Any:
-    """In a loop that keeps nothing for the derivative."""
+    """Maps a function in a loop that keeps no residuals for the derivative."""
     return jax.lax.map(jax.checkpoint(function, prevent_cse=False), jnp.arange(count))
 
 

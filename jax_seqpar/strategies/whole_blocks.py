@@ -41,7 +41,7 @@ class WholeBlocks(TokenOrder):
 
 
 class Move(NamedTuple):
-    """Some tokens of every device, which go so many places on; arrays `[P, most]`, by the sender.
+    """Tokens of every device that go `distance` places on; arrays `[P, most]`, by the sender.
 
     Attributes:
       source: their places in the array that is sent.
@@ -71,9 +71,9 @@ class Deal:
 
     @classmethod
     def in_blocks(cls, order: TokenOrder, block: int, tokens: int, degree: int) -> "Deal":
-        """From an order to whole blocks, as many for each device."""
+        """Deal from an order to whole blocks, the same number on each device."""
         size = tokens // degree
-        if block == 1:
+        if block <= 1:  # 0 of an empty sequence
             return cls(tokens, degree, order, order, (size, size))
         multiple = order.multiple(degree) * block
         padded = -(-tokens // multiple) * multiple
@@ -95,7 +95,7 @@ class Deal:
         return _moved(self, axis_name, x)
 
     def back(self, x: Array, axis_name: AxisName) -> Array:
-        """What `forth` undoes."""
+        """Array in the order before `forth`, from the order of whole blocks."""
         return _moved(self.reversed, axis_name, x)
 
     @property
@@ -105,7 +105,7 @@ class Deal:
 
     @property
     def moves(self) -> list[Move]:
-        """What every device sends, itself included; nothing where all tokens are in their place."""
+        """Moves of every device, to itself included; empty if all tokens are in their place."""
         if self.sizes[0] == self.sizes[1] and self.before == self.after:
             return []
         (sender, source), (receiver, target) = self._places(0), self._places(1)
@@ -125,7 +125,7 @@ class Deal:
         return sum(move.source.shape[1] for move in self.moves if move.distance)
 
     def _places(self, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each token, the device that holds it, before or after, and its place there."""
+        """Device and place on the device of each token, before (side 0) or after (side 1)."""
         order, size = (self.before, self.after)[side], self.sizes[side]
         numbers = np.concatenate([order.numbers(size, i, self.degree) for i in range(self.degree)])
         places, is_token = np.empty(self.tokens, np.int64), numbers < self.tokens
@@ -134,7 +134,7 @@ class Deal:
 
 
 def deals(order: TokenOrder, block: int, tokens: tuple[int, ...], degree: int) -> list[Deal]:
-    """How arrays with so many tokens come to lie in whole blocks.
+    """Deals of arrays with these numbers of tokens into whole blocks.
 
     Args:
       block: `Kernel.block`; a shorter sequence is one block.
@@ -196,7 +196,7 @@ def _moved_fwd(deal: Deal, axis_name: AxisName, x: Array) -> tuple[Array, None]:
 
 
 def _moved_bwd(deal: Deal, axis_name: AxisName, _: None, gradient: Array) -> tuple[Array]:
-    """No token is in two places, so the gradient goes back as it is, without a sum."""
+    """Gradient of the move, which goes back without a sum, as no token is in two places."""
     return (_moved(deal.reversed, axis_name, gradient),)
 
 

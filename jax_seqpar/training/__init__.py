@@ -1,14 +1,14 @@
-"""What training on sharded tokens needs besides attention: batches, losses, tiles.
+"""Batches, losses and tiles for training on sharded tokens.
 
 One convention for loss and gradient: the loss is the sum over all labels that count, divided by
 their number, both of the whole mesh. It is one number, and its gradient is the gradient: the same
 at every degree, with nothing left to multiply or divide by a number of devices. A mean of the
 devices' means is another number as soon as labels are masked unevenly, and NaN where a device has
-none.
+no label.
 
-With global arrays under `jax.jit` that is what `jax.grad` gives. Inside a `jax.shard_map` of your
-own, name the mesh axes in `cross_entropy(axis_name=...)` and leave `check_vma=True`: then JAX adds
-up the gradients of what all devices have, once.
+With global arrays under `jax.jit`, `jax.grad` gives this gradient. Inside your `jax.shard_map`,
+name the mesh axes in `cross_entropy(axis_name=...)` and leave `check_vma=True`: then JAX adds up
+the gradients of replicated arrays over the devices, once.
 """
 
 from .batch import Batch as Batch

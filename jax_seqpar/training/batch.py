@@ -1,4 +1,4 @@
-"""How the tokens of a batch lie on a mesh, and all that follows from it."""
+"""Batches of tokens sharded over a mesh, with labels, positions and segments."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +30,13 @@ class Batch:
 
     Attributes:
       tokens: int32 `[B, S2]`.
-      labels: `[B, S2]`, the token that each is to predict, `IGNORE` where there is none: at the end
-        of a document, in padding, and where the caller said so.
+      labels: `[B, S2]`, the token that each is to predict; `IGNORE` at the end of a document, in
+        padding, and where the caller said so.
       positions: `[B, S2]`, counted from 0 in each document.
       segment_ids: `[B, S2]`, of the documents, padding 0; None where a row is one document without
         padding.
-      normaliser: `[]`, how many labels count, in the whole batch: those that are not `IGNORE`, so
-        with another `ignore_index` of the loss count them yourself.
+      normaliser: `[]`, the number of labels of the whole batch that are not `IGNORE`; with another
+        `ignore_index` of the loss count the labels yourself.
       size: B and S before padding.
     """
 
@@ -60,7 +60,7 @@ class TokenLayout:
     Warns where another order of the devices would keep a sequence within slices or hosts.
 
     Raises:
-      ValueError: for a layout without a mesh of devices, or that names what the mesh does not have.
+      ValueError: for a layout without a mesh of devices, or with axes that the mesh lacks.
 
     Example:
       place = TokenLayout(MeshLayout(batch="data", tokens="seq", mesh=mesh))
@@ -91,7 +91,7 @@ class TokenLayout:
 
     @property
     def sharding(self) -> NamedSharding:
-        """Of `[B, S]`."""
+        """NamedSharding of tokens `[B, S]`."""
         return NamedSharding(self.mesh, self.layout.token_spec)
 
     def shard(
@@ -113,12 +113,12 @@ class TokenLayout:
           lengths: of each row, the rest is padding; instead of segment_ids.
           labels: the tokens themselves, or `IGNORE` for those that nobody has to predict (a
             prompt); not shifted: they are here. All tokens if None.
-          targets: instead of labels, what each token is to predict, shifted already or something
-            else entirely; in padding they do not count.
+          targets: instead of labels, the token that each is to predict, shifted or otherwise made
+            by the caller; in padding they do not count.
 
         Raises:
-          ValueError: for what does not fit together, labels that are shifted already, and a batch
-            that the mesh does not divide.
+          ValueError: for arrays that do not fit together, labels that are shifted already, and a
+            batch that the mesh does not divide.
         """
         tokens = as_numbers("tokens", tokens)
         check_batch(tokens, axes_size(self.layout.batch, self.mesh.shape), self.layout)
@@ -159,7 +159,7 @@ class TokenLayout:
         return np.asarray(x)[:, place[: batch.size[1]]]
 
     def device_positions(self, tokens: int) -> Int[Array, "s"]:
-        """Inside `jax.shard_map`: where in the sequence this device's tokens are.
+        """Positions of this device's tokens in the sequence, inside `jax.shard_map`.
 
         Args:
           tokens: of the device, S / P.
@@ -204,7 +204,7 @@ def _targets(tokens: np.ndarray, segments: np.ndarray, labels: Any, targets: Any
 
 
 def _positions(segments: np.ndarray) -> np.ndarray:
-    """Counted from 0 in each run of one number."""
+    """Positions counted from 0 in each run of one segment id."""
     index = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
     starts = np.ones(segments.shape, bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]

@@ -22,7 +22,7 @@ def digest_arrays(tree: Any) -> dict[str, str]:
         processes every process calls with the same global arrays.
 
     Raises:
-      ValueError: for a leaf that is no array of numbers.
+      ValueError: for a leaf that is not an array of numbers.
 
     Returns:
       by path, like "['layers'][0]['kernel']": dtype, shape and 16 hexadecimal digits, like
@@ -66,7 +66,7 @@ def _numbers(path: Any, x: Any) -> np.ndarray:
 def _narrow(x: Any) -> Any:
     """Numbers of 64 bits as pairs of 32, which JAX takes whether it has 64 bits switched on or not.
 
-    As `_words` has them, so an array has one digest in NumPy and in JAX.
+    Words are as in `_words`, so an array has one digest in NumPy and in JAX.
     """
     if isinstance(x, jax.Array) or x.dtype.itemsize < 8:
         return x

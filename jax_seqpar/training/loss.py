@@ -34,7 +34,7 @@ def cross_entropy(
 
     Args:
       logits: global arrays, sharded in any way, or those of a device, with axis_name.
-      labels: already shifted: what each token is to predict.
+      labels: already shifted: the token that each is to predict.
       normaliser: labels that count; those given here if None. With gradient accumulation give
         that of all the steps together, with axis_name that of the whole mesh.
       z_loss: z, which keeps `lse` near 0 (PaLM, https://arxiv.org/abs/2204.02311).
@@ -115,7 +115,7 @@ def tiled_cross_entropy(
 
 
 def _int32(labels: Array, ignore_index: int) -> Array:
-    """-100 and V may be no number of a narrow dtype; of a wide one none comes to count."""
+    """Labels as int32, which holds -100 and V; wider labels out of range become an invalid one."""
     largest = jnp.iinfo(jnp.int32).max
     beyond = largest - (ignore_index == largest)  # neither a token nor ignored
     if jnp.iinfo(labels.dtype).max > largest:
@@ -128,7 +128,7 @@ def _token_losses(
     logits: Array, labels: Array, z_loss: float, label_smoothing: float, ignore_index: int
 ) -> Float[Array, "..."]:
     counts = labels != ignore_index
-    # What does not count may be anything, NaN included, and has no gradient.
+    # Logits of labels that do not count may be anything, NaN included, and get no gradient.
     z = jnp.where(counts[..., None], logits.astype(jnp.float32), 0)
     lse = jax.nn.logsumexp(z, axis=-1)
     V = logits.shape[-1]

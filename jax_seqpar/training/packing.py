@@ -13,7 +13,7 @@ def pack_documents(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Puts documents one after another into rows.
 
-    A document that does not fit is continued in the next row, as one of its own there.
+    A document that does not fit is continued in the next row, as a separate document there.
 
     Args:
       documents: of token ids; empty ones are left out.

@@ -36,7 +36,7 @@ def map_tiles(
       layout: as for `dot_product_attention`.
 
     Returns:
-      what fn returns, of all the tokens.
+      the results of fn, of all the tokens.
 
     Raises:
       ValueError: for arrays of different tokens, or that the mesh does not divide.

@@ -40,13 +40,13 @@ def program(
 
 
 def most_bytes(program: Program) -> int:
-    """Of temporaries on a device: everything gathered once.
+    """Bound on the bytes of temporaries on a device: everything gathered once.
 
     Query, key, value and output, with their gradients if there are any, have all the tokens and
     a device's part of the heads. The kernels leave the log of the sum of exp of each head and
     read positions, in float32; a TPU's over the 128 lanes of a register. Blockwise attention
-    has besides, of one head, transposes of eight arrays and three blocks of logits; Triton leaves
-    the output in float32 besides, and five numbers of each row.
+    also has, of one head, transposes of eight arrays and three blocks of logits; Triton also
+    leaves the output in float32, and five numbers of each row.
     """
     devices, tokens = DEVICES[program.topology], program.query[1]
     heads, kv_heads = program.query[2] // devices, program.key[2] // devices
@@ -62,8 +62,10 @@ def most_bytes(program: Program) -> int:
 
 
 def compiled(*programs: Program) -> list[dict[str, Any]]:
-    """For each: "text", the optimised program, and bytes on a device: "temporaries", and "held",
-    those that it holds at most besides its arguments."""
+    """Compiled programs: "text", optimised, and bytes on a device: "temporaries" and "held".
+
+    "held" is the peak without the arguments.
+    """
     done = subprocess.run(
         [sys.executable, __file__],
         input=pickle.dumps(programs),

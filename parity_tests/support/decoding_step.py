@@ -1,4 +1,4 @@
-"""A step of decoding, by name for a process of its own that compiles it."""
+"""A step of decoding, importable by a separate process that compiles it."""
 
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ def step(cache: KeyValueCache, query: Any, key: Any, value: Any, positions: Any)
 def shapes(
     tokens: int, devices: int, *, batch: int = 1, heads: int = 32, kv_heads: int = 8, dim: int = 128
 ) -> tuple[Any, ...]:
-    """Of the operands of `step`, a cache of so many tokens along the devices."""
+    """Shapes of the operands of `step`, with a cache of `tokens` tokens along the devices."""
     layout = MeshLayout()
     mesh = jax.sharding.AbstractMesh((devices,), ("seq",))
 

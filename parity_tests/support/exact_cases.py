@@ -92,7 +92,7 @@ class Cross:
         return f"{self.N}/{self.K} heads"
 
     def inputs(self) -> Arrays:
-        """Channels of very different size, which share the grid of their token."""
+        """Inputs with channels of very different size, which share the grid of their token."""
         B, T, S, N, K, H, V = astuple(self)[:-1]
         rng = np.random.default_rng(N)
         shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V))
@@ -104,7 +104,7 @@ class Cross:
         return (0.7 ** np.arange(self.N)).astype(jnp.dtype(self.dtype))
 
     def sinks(self) -> np.ndarray:
-        """One far below the logits, so that it counts for nothing, and one far above."""
+        """Sinks: one far below the logits, so that it counts for nothing, and one far above."""
         sinks = _random(self.N).standard_normal(self.N)
         sinks[:2] = -np.inf, 9
         return sinks.astype(jnp.dtype(self.dtype))
@@ -141,7 +141,7 @@ def _lengths(*lengths: int) -> np.ndarray:
 
 
 def _positions(batch: int, queries: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
-    """In no order, as in a layout that balances causal work; other ones in each sequence."""
+    """Positions in random order, as of a layout that balances causal work, drawn per sequence."""
     rng = _random(batch, queries, keys)
 
     def of(first: int, count: int) -> np.ndarray:
@@ -233,7 +233,7 @@ def jax_exact(
 
 @cache
 def _with_gradients(kernel: Exact, static: tuple[tuple[str, Any], ...]) -> Any:
-    """One function for one set of options, so that it is compiled once."""
+    """Output and gradients of one set of options, one function for all calls, compiled once."""
 
     def run(query, key, value, grad, arrays):
         bias = {name: arrays[name] for name in ("bias",) if name in arrays}

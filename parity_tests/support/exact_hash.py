@@ -31,7 +31,7 @@ def inputs() -> list[np.ndarray]:
 
 
 def sha256(arrays: list) -> str:
-    """Of the bits of arrays, one after the other."""
+    """SHA-256 of the bits of arrays, one after the other."""
     digest = hashlib.sha256()
     for x in arrays:
         digest.update(np.ascontiguousarray(x).tobytes())
@@ -39,7 +39,7 @@ def sha256(arrays: list) -> str:
 
 
 def main() -> None:
-    """One line for one device, one for four."""
+    """Prints the hash for one device, and the hash for four, a line each."""
     jax.config.update("jax_num_cpu_devices", 4)
     mesh = jax.make_mesh((4,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
 

@@ -179,7 +179,7 @@ def gelu_backward(x: Array, dy: Array) -> Array:
 
 
 def total(x: Array, axis: int) -> Array:
-    """Of float32 along an axis, which goes."""
+    """Sum of float32 along an axis, which the result lacks."""
     return out(sum32(read(x), axis))
 
 
@@ -264,7 +264,7 @@ def layer_norm_backward(
 
 @cache
 def pi() -> Fraction:
-    """By Machin: 16 atan(1/5) - 4 atan(1/239), in units of 2^-400."""
+    """Pi by Machin's formula, 16 atan(1/5) - 4 atan(1/239), in units of 2^-400."""
 
     def arctangent(n: int) -> int:
         sum_, term, k = 0, 2**400 // n, 0

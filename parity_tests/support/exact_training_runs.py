@@ -116,7 +116,7 @@ def on_ranks(rank: int, steps: int) -> dict[str, Any]:
 
 
 def in_one_process(rank: int, steps: int) -> dict[str, np.ndarray]:
-    """For a process of its own, with its own number of threads."""
+    """Exact run in a separate process, which has a different number of threads."""
     return exact_run(steps)
 
 

@@ -1,4 +1,4 @@
-"""The training example, in which this process is killed or stopped in the middle of something.
+"""The training example, whose process is killed or stopped at its start, in a step or a save.
 
 `python failing_process.py PHASE SIGNAL OPTIONS...`: the signal comes before it meets the others
 ("start-up"), when it has met them and asks for the devices ("devices"), before the third step
@@ -36,7 +36,7 @@ def before(function: Callable[..., Any], when: Callable[..., bool]) -> Callable[
 
 
 def fail_in_save() -> None:
-    """The failure comes with the event by which Orbax tells how long a save took."""
+    """Fails in a save, at the event by which Orbax tells how long the save took."""
     saves = itertools.count()
 
     def on_event(event: str, duration_secs: float, **_: str | int) -> None:

@@ -1,4 +1,4 @@
-"""What a model asks of attention, as levels of factors: every pair of levels meets in some case."""
+"""Features of attention, as levels of factors: every pair of levels meets in some case."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,7 +45,7 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of an attention; T and S are times the largest degree of the tests."""
+    """Sizes of an attention; T and S are multiples of the largest degree of the tests."""
 
     B: int
     T: int
@@ -135,7 +135,7 @@ def is_possible(levels: list[Any]) -> bool:
     not_dealt = (order == "zigzag" and degree is not None and sizes is not None) and any(
         tokens % (2 * degree) for tokens in (sizes.T, sizes.S)
     )
-    # Of so few keys these leave no query any.
+    # With so few keys these levels leave every query without a key.
     nothing_left = (case.get("sizes"), case.get("place"), case.get("segments")) == (
         "cross attention, more queries",
         "causal, positions",
@@ -157,7 +157,7 @@ def sizes_of(case: dict[str, Any]) -> Sizes:
 
 
 def name_of(case: dict[str, Any]) -> str:
-    """What a case asks for, to name its test by."""
+    """Name of a case's test: the levels that differ from the defaults."""
     return ", ".join(f"{n} {x}" for n, x in case.items() if x not in (None, False, 0.0))
 
 
@@ -373,12 +373,12 @@ def as_torch(given: dict[str, Any]) -> dict[str, Any]:
 def assert_as_near(
     got: Any, alone: Any, truth: Any, copies: int, *, rows: int = 1, parts: bool = False
 ) -> None:
-    """As near to float64 as the same kernel on one device: at most twice its largest error.
+    """Asserts errors against float64 of at most twice those of the same kernel on one device.
 
-    That error is bounded, too, or what a kernel misreads on any number of devices would be right:
-    by 16 units in the last place of the largest entry, in the coarser dtype of inputs and result;
-    for the gradients of bias, slopes and sinks, which may cancel to 0, of the largest entry of dq
-    where that is larger.
+    The error on one device is bounded, too, or a kernel that is wrong on one device would pass: by
+    16 units in the last place of the largest entry, in the coarser dtype of inputs and result; for
+    the gradients of bias, slopes and sinks, which may cancel to 0, of the largest entry of dq where
+    that is larger.
     The largest errors of the table of pairs are 6.3 such units (JAX 0.10.2 on a CPU).
 
     Args:

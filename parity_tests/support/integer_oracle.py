@@ -252,7 +252,7 @@ def gradient_sum(d: np.ndarray, x: np.ndarray, anchor: np.ndarray, block: int) -
 
 
 def exp_bounds(x: Fraction) -> tuple[Fraction, Fraction]:
-    """Below and above e^x, for x <= 0: one over the series of e^-x, in units of 2^-160.
+    """Bounds below and above e^x, for x <= 0: one over the series of e^-x, in units of 2^-160.
 
     The lower terms are rounded down and the upper ones up. After the last, n >= -2x, each term is
     at most half of the one before: together they are at most the last.
@@ -280,7 +280,7 @@ def exp(x: Fraction) -> Fraction:
 
 
 def tanh(u: Fraction, t: Fraction) -> Fraction:
-    """Of a float32 u, with t = exp(-2 |u|)."""
+    """Hyperbolic tangent of a float32 u, with t = exp(-2 |u|)."""
     small = abs(u) < Fraction(1, 2)
     size = small_tanh(abs(u)) if small else round64(round64(1 - t) / round64(1 + t))
     return round32(-size if u < 0 else size)
@@ -351,7 +351,7 @@ def attends(
     is_causal: bool,
     local_window_size: int | tuple[int, int] | None,
 ) -> np.ndarray:
-    """Who may attend by its place: `[B, 1, T, S]`."""
+    """Mask `[B, 1, T, S]` of causality and window, by places."""
     ahead = key_places - query_places
     allowed = np.ones(ahead.shape, bool)
     if is_causal:
@@ -370,7 +370,7 @@ def partners(
     query_seq_lengths: np.ndarray | None,
     key_value_seq_lengths: np.ndarray | None,
 ) -> np.ndarray:
-    """Who may attend by its segment and its number: `[B, T, S]`."""
+    """Mask `[B, T, S]` of segments and lengths."""
     allowed = np.ones((*query.shape[:2], key.shape[1]), bool)
     for b in range(len(allowed)):
         if segment_ids is not None:
@@ -693,7 +693,7 @@ def gather(
     grad: np.ndarray | None,
     scale: Fraction,
 ) -> Rows:
-    """Read one KV head, the rows in the order `[N / K, T]`.
+    """Operands of one KV head as fractions, the rows in the order `[N / K, T]`.
 
     Args:
       query: `[T, N / K, H]`.

@@ -20,6 +20,6 @@ def save_and_die_at(folder: Path, last: int, step: Step) -> None:
 
 
 def train_and_die(training: Training, folder: Path, last: int) -> None:
-    """A training of JAX on one device, in a process of its own."""
+    """A training of JAX on one device, in a separate process."""
     jax.config.update("jax_disable_most_optimizations", True)
     train_in_jax(training, 1, 1, on_step=lambda step: save_and_die_at(folder, last, step))

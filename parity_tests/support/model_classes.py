@@ -1,4 +1,4 @@
-"""Attention classes of `transformers`: what their eager attention is given, and what it gives.
+"""Attention classes of `transformers`: operands and outputs of their eager attention.
 
 Each model is built small, with random weights, and called on a padded batch; its own eager
 attention, with the mask and the options that the model hands to it, is given random queries, keys
@@ -246,7 +246,7 @@ def called(case: ModelClass) -> Call:
 
 @contextmanager
 def recording(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
-    """Within it, the eager attention of a model gets random operands, and each call is recorded."""
+    """Context in which a model's eager attention gets random operands, and records each call."""
     module = importlib.import_module(type(model).__module__)
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
@@ -259,7 +259,7 @@ def recording(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
 
 
 def described(case: ModelClass) -> dict[str, Any]:
-    """What the class does, as keywords; arrays with a gradient left out."""
+    """Keywords of the class's attention; arrays with a gradient are left out."""
     keywords = {n: x for n, x in case.ours.items() if x is not True or n == "is_causal"}
     tokens = attention_mask(case)
     if case.padding == LENGTHS:

@@ -1,6 +1,6 @@
-"""What makes exact attention look at all tokens: one exponent for them, in place of one for each.
+"""Mutation that breaks causality of bits: one exponent for all tokens, not one for each.
 
-So it is where a sum scales its channels. Both frameworks' bits are then no longer causal.
+A sum that scales its channels has such an exponent. Both frameworks' bits are then not causal.
 """
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from torch_ref.exact import arithmetic as exact_arithmetic
 
 
 def digits_of_one_exponent(x):
-    """In place of `arithmetic.token_digits`."""
+    """Digits on one exponent, in place of `arithmetic.token_digits`."""
     e = arithmetic.exponent(x, (-2, -1))
     integers = jnp.rint(x * arithmetic.power_of_two(32 - e))
     high = jnp.rint(integers * 2.0**-16)
@@ -21,7 +21,7 @@ def digits_of_one_exponent(x):
 
 
 def token_of_one_exponent(x):
-    """In place of `exact_arithmetic.token`."""
+    """Digits on one exponent, in place of `exact_arithmetic.token`."""
     e = exact_arithmetic.exponent(x.flatten(-2), dim=-1)
     integers = torch.round(x * exact_arithmetic.power(32 - e))
     high = torch.round(integers * 2.0**-16)

@@ -1,4 +1,4 @@
-"""What every test asks, each against something independent: right element, right value, right
+"""Questions of every test, each against something independent: right element, right value, right
 gradient, right communication. (Right bits compares with PyTorch ranks, right refusal is a table.)
 
 Each raises AssertionError. The mutations ask the same questions of broken code.
@@ -140,7 +140,7 @@ def right_values(case: Case, where: MeshCase, kind: AxisType = AxisType.Auto) ->
 
 @cache
 def references(case: Case) -> list[tuple[np.ndarray, float]]:
-    """For output, dq, dk and dv: the oracle, and the error of the same kernel on one device."""
+    """Oracle and error of the same kernel on one device, for output, dq, dk and dv."""
     inputs = case.inputs()
     alone = partial(jax_seqpar.blockwise_attention, is_causal=case.is_causal)
     single = output_and_gradients(alone, QUICK)(**inputs)
@@ -217,7 +217,7 @@ def bytes_by_formula(case: Case, where: MeshCase, tensor_parallel: int) -> int:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The names of the programs that XLA compiles meanwhile."""
+    """Names of the programs that XLA compiles inside the context."""
     names: list[str] = []
     logger = logging.getLogger("jax")
 

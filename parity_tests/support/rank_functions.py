@@ -1,4 +1,4 @@
-"""What the tests' ranks run, importable by a fresh process, and the inputs that both sides make."""
+"""Functions that the tests' ranks run, importable by a fresh process, and inputs of both sides."""
 
 import os
 import subprocess
@@ -173,7 +173,7 @@ def normal(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def swap(x: Tensor, layout: str) -> Tensor:
-    """From batch-first to a layout, or back; a view."""
+    """View of x from batch-first in a layout, or back."""
     return x.transpose(0, 1) if layout == "sbhd" else x
 
 
@@ -192,7 +192,7 @@ def axis_indices(op: str, layout: str) -> tuple[int, int, int]:
 
 
 def all_ulysses(rank: int, degree: int) -> dict[str, Any]:
-    """Everything of `test_torch_ulysses` that needs ranks, in one launch."""
+    """Results of `test_torch_ulysses` that need ranks, in one launch."""
     return {
         "all_to_all": all_to_all(rank, degree),
         "strides": strides(rank, degree),
@@ -269,7 +269,7 @@ def adjoint(rank: int, degree: int) -> dict[Any, tuple[float, float]]:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Sizes by degree: of N heads in all, K of them KV heads."""
+    """Sizes of an attention of N query heads and K KV heads, by degree."""
 
     batch: int
     heads_per_rank: int
@@ -399,7 +399,7 @@ def passed_on(rank: int) -> tuple[Tensor, tuple[Any, ...]]:
 
 
 def refusals(degree: int) -> dict[str, str]:
-    """By what does not fit, the error of a call with it."""
+    """Errors of calls with arguments that do not fit, by the argument."""
     N = 2 * degree
     q = torch.ones(2, 3, N, 5)
     attend = DistributedAttention(lambda q, k, v: q)

@@ -59,7 +59,7 @@ def integers(shape: tuple[int, ...], high: int, seed: int) -> Tensor:
 
 
 def documents(S: int) -> Tensor:
-    """One over all the ranks beside some of odd lengths, whose numbers come back."""
+    """Documents: one over all the ranks, and some of odd lengths, whose numbers come back."""
     lengths = (1, 5, S // 2 - 3, S - S // 2 - 3)
     several = torch.tensor([4, 2, 4, 1]).repeat_interleave(torch.tensor(lengths))
     return torch.stack((torch.full((S,), 7), several))
@@ -167,7 +167,7 @@ GROUPS = {1: (2,), 2: (1, 3), 3: (0, 2, 3), 4: None}
 
 
 def all_rings(rank: int) -> dict[int, dict[str, Any]]:
-    """Everything of `test_torch_ring` that needs ranks, in one launch, by the size of the group.
+    """Results of `test_torch_ring` that need ranks, in one launch, by the size of the group.
 
     Four ranks have groups of all sizes, for most of the time of a launch is the start of a rank.
     """
@@ -236,7 +236,7 @@ def bfloat16_inputs() -> list[Tensor]:
 
 
 def bfloat16(group: Any) -> dict[str, Any]:
-    """Of the ring, with the dtypes that it sent, and of one that rounds its parts."""
+    """Outputs of the ring, the dtypes that it sent, and outputs of a ring that rounds its parts."""
     inputs, options, sent = bfloat16_inputs(), {"is_causal": True}, []
     with recorded(sent):
         right = on_this_rank(inputs, options, "zigzag", group)
@@ -256,7 +256,7 @@ def mutants(group: Any) -> dict[str, Results]:
 
 
 def refusals(group: Any) -> dict[str, str]:
-    """By what does not fit, the error of a call with it; nothing may be sent."""
+    """Errors of calls with arguments that do not fit, by the argument; nothing may be sent."""
 
     def x(tokens: int = LOCAL, heads: int = N, channels: int = H) -> Tensor:
         return torch.ones(B, tokens, heads, channels)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jax_seqpar import Blockwise, Ring, Zigzag
 from jax_seqpar.kernels.parts import Part
-from jax_seqpar.strategies import ring
+from jax_seqpar.strategies import hops, ring
 
 
 def _sinks_in_every_part(patch: Any) -> None:
@@ -63,6 +63,29 @@ def _parts_in_16_bits(patch: Any) -> None:
     patch.setattr(ring, "merge", merge)
 
 
+def _other_rounds(change: Any) -> Any:
+    """Rounds before and after by `change` of those that the mask needs."""
+
+    def plant(patch: Any) -> None:
+        right = hops.hops
+        patch.setattr(hops, "hops", lambda *args: change(*right(*args)))
+
+    return plant
+
+
+def _home_the_wrong_way(patch: Any) -> None:
+    right = ring.RingPlan.send_home
+    patch.setattr(
+        ring.RingPlan, "send_home", lambda self, x, far, direction: right(self, x, far, -direction)
+    )
+
+
+# Of four devices, of which the second on either side is the same, with keys both ways at once.
+WRONG_BOTH_WAYS = {
+    "a device from both sides": _other_rounds(lambda before, after: (before, after + 1)),
+    "without the last round": _other_rounds(lambda before, after: (before - 1, after)),
+    "gradients sent home the wrong way": _home_the_wrong_way,
+}
 WRONG = {
     "sinks in every part": _sinks_in_every_part,
     "residual of the last part": _residual_of_the_last_part,
@@ -78,9 +101,7 @@ class _OtherRing(Ring):
     derivatives after the call. Its values are right."""
 
     @staticmethod
-    def circulate(
-        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, meet: Any, part: Any
-    ) -> Any: ...
+    def circulate(plan: Any, legs: Any, kv: Any, visit: Any, meet: Any, part: Any) -> Any: ...
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         right = ring.RingPlan.circulate
@@ -95,9 +116,9 @@ class WaitingRing(_OtherRing):
     """A ring that sends keys on when it has attended to them: all transfers are exposed."""
 
     @staticmethod
-    def circulate(
-        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, meet: Any, part: Any
-    ) -> Any:
+    def circulate(plan: Any, legs: Any, kv: Any, visit: Any, meet: Any, part: Any) -> Any:
+        (((direction,), _, rounds),) = legs
+
         def one_round(i: Any, state: Any) -> Any:
             here, carry = jax.lax.optimization_barrier(state)
             here = plan.send(here, direction)
@@ -110,9 +131,9 @@ class LateRing(_OtherRing):
     """A ring whose transfers may end when parts have been merged, as the compiler likes."""
 
     @staticmethod
-    def circulate(
-        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, meet: Any, part: Any
-    ) -> Any:
+    def circulate(plan: Any, legs: Any, kv: Any, visit: Any, meet: Any, part: Any) -> Any:
+        (((direction,), _, rounds),) = legs
+
         def one_round(i: Any, state: Any) -> Any:
             here, carry = state
             following = plan.send(here, direction)
@@ -127,9 +148,9 @@ class UnrolledRing(_OtherRing):
     """A ring without a loop, of which XLA starts all transfers before the first attention."""
 
     @staticmethod
-    def circulate(
-        plan: Any, direction: int, rounds: int, kv: Any, visit: Any, meet: Any, part: Any
-    ) -> Any:
+    def circulate(plan: Any, legs: Any, kv: Any, visit: Any, meet: Any, part: Any) -> Any:
+        (((direction,), _, rounds),) = legs
+
         carry = part, None
         for distance in range(1, rounds + 1):
             kv = plan.send(kv, direction)

@@ -33,7 +33,7 @@ def sinks_at_every_hop(sinks: Tensor) -> Any:
 
 @contextlib.contextmanager
 def residual_of_the_last_hop() -> Iterator[None]:
-    """The output is right; `top` and `total`, which the gradients divide by, are of one part."""
+    """Residual `top` and `total` of one part, which gradients divide by; the output is right."""
     parts = []
 
     def merge(a: Sums, b: Sums, right: Any = ring.merge) -> Sums:
@@ -49,7 +49,7 @@ def residual_of_the_last_hop() -> Iterator[None]:
 
 
 def one_shift_short(degree: int) -> Any:
-    """The gradients of keys and values are not passed on after the last hop."""
+    """Gradients of keys and values that are not passed on after the last hop."""
     shifts = [0]
 
     def pass_on(group: Any, *tensors: Tensor, right: Any = ring.pass_on) -> Any:
@@ -72,13 +72,13 @@ def wrong_second_half() -> Any:
 
 
 def local_numbers() -> Any:
-    """Tokens are counted from 0 on every rank."""
+    """Token numbers counted from 0 on every rank."""
     return replaced("token_numbers", lambda order, size, *rest: token_numbers(order, size, 0, 1))
 
 
 @contextlib.contextmanager
 def one_residual() -> Iterator[None]:
-    """`top + log(total)` is kept, in place of the two."""
+    """One residual, `top + log(total)`, in place of the two numbers."""
 
     def finish(sums: Sums, right: Any = ring.finish) -> Any:
         out, top, total = right(sums)
@@ -89,7 +89,7 @@ def one_residual() -> Iterator[None]:
 
 
 def rounded_parts() -> Any:
-    """Every part is rounded to bfloat16, as by a kernel that returns its inputs' dtype."""
+    """Parts rounded to bfloat16, as by a kernel that returns its inputs' dtype."""
 
     def merge(a: Sums, b: Sums, right: Any = ring.merge) -> Sums:
         part = (b.weighted / b.total.clamp(min=1e-9)).bfloat16().to(b.total.dtype)

@@ -23,7 +23,7 @@ Slices = tuple[Tensor, Tensor]
 
 
 def flush(x: Tensor) -> Tensor:
-    """In float64; a zero is +0."""
+    """x in float64, with subnormals of float32 and -0 as +0."""
     x = x.double()
     return torch.where(x.abs() < 2.0**-126, 0.0, x)
 
@@ -33,12 +33,12 @@ def round32(x: Tensor) -> Tensor:
 
 
 def out(x: Tensor) -> Tensor:
-    """In float32."""
+    """x rounded to float32, with subnormals and -0 as +0."""
     return narrow(flush(x), torch.float32)
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to a dtype, any NaN as the one NaN that `out` allows."""
+    """x rounded to a dtype, every NaN as the one NaN that `out` allows."""
     x = x.to(dtype)
     return x.masked_fill(x.isnan(), math.nan).masked_fill(x == 0, 0.0)
 
@@ -176,7 +176,7 @@ def _slices(R: Tensor, anchor: Tensor) -> Slices:
 
 
 def value(slices: Slices, anchor: Tensor) -> Tensor:
-    """The number that slices stand for, rounded once."""
+    """The value of slices, rounded once."""
     n1, n2 = slices
     return (n1 + n2 * 2.0**-39) * power(anchor - 31)
 

@@ -75,8 +75,8 @@ def exact_attention(
       logits_soft_cap: logits become `cap * tanh(logits / cap)` before the bias is added.
       alibi_slopes: `[N]`; the slope times the distance of their positions, at most 2^29, is taken
         from the logits, after the bias (ALiBi, Press et al. 2021). They get no gradient.
-      sinks: `[N]`, one more logit for every query of a head, which has no value (as in GPT-OSS); of
-        -inf there is none. They get no gradient.
+      sinks: `[N]`, one more logit for every query of a head, which has no value (as in GPT-OSS);
+        -inf has no effect. They get no gradient.
       dropout_rate: the share of the weights that is dropped, after the softmax.
       dropout_rng: `(2,)`, the words of a threefry key, or keys of heads; see `dropout.head_keys`.
       shared_by: a process group whose ranks hold the same KV heads, each with query heads of its
@@ -182,7 +182,7 @@ def _bias_gradient(ds: Tensor, bias: Tensor, query: Tensor) -> Tensor:
 
 
 def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Nothing to attend with or to: all is 0, and a maximum over nothing has no value."""
+    """Whether an operand is empty: the output is 0, as a maximum over nothing has no value."""
     return 0 in (*query.shape, *key.shape, *value.shape)
 
 
@@ -229,7 +229,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cap: float | None) -> None
 
 
 def _check_dtype(name: str, x: Tensor) -> None:
-    """What is added to the logits is of a dtype that float32 holds."""
+    """Raises ValueError unless x, added to the logits, has a dtype that float32 holds."""
     if x.dtype not in DTYPES:
         raise ValueError(
             f"{name} must be float32, bfloat16 or float16, got {x.dtype}. Write {name}.float()."
@@ -258,7 +258,7 @@ def _check_bias(bias: Tensor | None, shape: tuple[int, ...], shared_by: Any) -> 
 
 
 def _check_constant(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
-    """What is added to the logits of each head, without a gradient."""
+    """Raises ValueError unless x, added to the logits of each head, fits and needs no gradient."""
     if x is None:
         return
     _check_dtype(name, x)

@@ -48,7 +48,10 @@ class Options(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What else a logit is made of, broadcastable to `[B, N, T, S]`; the last axis of rng is 2."""
+    """Operands of the logits beside query and key, broadcastable to `[B, N, T, S]`.
+
+    The last axis of rng is 2.
+    """
 
     bias: Tensor | None
     allowed: Tensor | None
@@ -77,7 +80,7 @@ class Rows(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What one KV head takes part in: k `[S, H]`, v `[S, V]`, the positions p of its keys `[S]`.
+    """One KV head with its query heads: k `[S, H]`, v `[S, V]`, the positions p of the keys `[S]`.
 
     T is the number of queries of each query head.
     """
@@ -92,7 +95,7 @@ class Head(NamedTuple):
 class Weights(NamedTuple):
     """The softmax of a head before its division: p, slope and kept `[R, S]`, the others `[R, 1]`.
 
-    kept is where no dropout is; None if there is none.
+    kept is True for the weights that dropout keeps; None without dropout.
     """
 
     p: Tensor
@@ -140,7 +143,7 @@ def backward(
             of_bias.append(before_slope)
     for n in (*of_keys, *of_values):
         if shared_by is not None:
-            # Of integers, so exact in any order.
+            # A sum of integers, so exact in any order.
             dist.all_reduce(n, group=shared_by)
     dk, dv = (out(value((n1, n2), a)) for (n1, n2), a in ((of_keys, A.k), (of_values, A.v)))
     return torch.cat(dq), dk, dv, torch.cat(of_bias) if wants_bias else None
@@ -155,7 +158,7 @@ def _blocks_of_queries(head: Head) -> Iterator[slice]:
 
 
 def _part(head: Head, rows: slice) -> Head:
-    """Some rows of the head, with all the keys."""
+    """Head with a slice of its rows, and all its keys."""
     return head._replace(rows=Rows._make(x if x is None else x[rows] for x in head.rows))
 
 
@@ -188,7 +191,7 @@ def _anchors(head: Head, q: Tensor, do: Tensor, o: Tensor, options: Options) -> 
 
 
 def _largest(x: Tensor, allowed: Tensor, dim: int) -> Tensor:
-    """The largest x of what is attended to or attends, along an axis; -inf where nothing does."""
+    """The largest x of allowed pairs along an axis; -inf where no pair is allowed."""
     return torch.where(allowed, x, -math.inf).amax(dim, keepdim=True)
 
 
@@ -216,7 +219,7 @@ def _weights_of_sums(
 
 
 def _weights(head: Head, options: Options) -> Weights:
-    """The part of forward and backward that is the same, from z to r."""
+    """Weights of forward and backward alike, from the logits z to the normaliser r."""
     rows, cap = head.rows, options.cap
     # A value with NaN or infinity makes the rows that may attend to it NaN, as a key does.
     k = torch.where(exponent(head.v, dim=-1) == math.inf, math.nan, head.k)
@@ -233,7 +236,7 @@ def _weights(head: Head, options: Options) -> Weights:
 
     m = z.amax(dim=-1, keepdim=True)
     has_key = m != -math.inf
-    # Of a NaN and a number the maximum is NaN.
+    # torch.maximum of a NaN and a number is NaN.
     m = m if rows.sink is None else torch.maximum(m, rows.sink)
     m = torch.where(has_key, m, 0.0)
     p = _exp_below(m, z)

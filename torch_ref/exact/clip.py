@@ -10,8 +10,8 @@ from .sums import total
 def global_norm(gradients: dict[str, Tensor]) -> Tensor:
     """The root of the sum of squares of all tensors, a float32 scalar.
 
-    Of a tensor: the `total` of `g (*) g` along the last axis, then the `total` of those; then the
-    `total` over tensors, and `R(sqrt)`.
+    Each tensor has the `total` of `g (*) g` along the last axis, then the `total` of these; then
+    the `total` over tensors, and `R(sqrt)`.
     """
     squares = [multiply(g, g) for g in gradients.values()]
     of_tensors = [total(total(x, -1).flatten(), 0) for x in squares]

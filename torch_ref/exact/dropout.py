@@ -33,7 +33,7 @@ def dropout(
       first_sequence, first_token: the global numbers of those that come first in x.
 
     Returns:
-      Of the shape and dtype of x. Differentiable once.
+      The result has the shape and dtype of x. Differentiable once.
     """
     b, s, d = (torch.arange(n, device=x.device) for n in x.shape)
     key = rng.to(x.device).long()

@@ -65,7 +65,7 @@ def cross_entropy(
     """
     _check_options(label_smoothing, z_loss)
     n = count_labels(labels, ignore_index=ignore_index, group=group) if count is None else count
-    # Of no label: a mean of 0, and not 0 / 0.
+    # Without a label the mean is 0, and not 0 / 0.
     e, k, c = map(nearest32, (label_smoothing, 1 - label_smoothing, z_loss))
     numbers = _Numbers(e, k, c, max(n, 1))
     return _CrossEntropy.apply(logits, labels, numbers, ignore_index, group)  # pyright: ignore[reportReturnType]

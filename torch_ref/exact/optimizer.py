@@ -97,5 +97,5 @@ def sgd(
 
 
 def moved(w: Tensor, u: Tensor, lr: float, wd: float) -> Tensor:
-    """`w (+) R(-lr R(u + wd w))`: the change is a number of its own, as optimizers return it."""
+    """`w (+) R(-lr R(u + wd w))`: the change is rounded separately, as optimizers return it."""
     return add(w, R(-lr * flush(R(flush(u) + wd * flush(w)))))

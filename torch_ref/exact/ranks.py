@@ -1,4 +1,4 @@
-"""Which rank holds which tokens of a training step: data parallel times sequence parallel."""
+"""Ranks of a training step and the tokens that each holds: data times sequence parallel."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,4 +1,4 @@
-"""Where a tensor is used twice, and where two are added: the additions that autograd would make.
+"""Residual connections: a tensor used twice, and two added, without the additions of autograd.
 
 Autograd adds the gradients of a tensor that is used twice by a plain addition of float32, which
 keeps subnormals and -0; `fork` adds them by the addition of exact training.

@@ -52,7 +52,7 @@ def square_root(x: Tensor) -> Tensor:
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a layer returns: a float32 tensor as it is, or its nearest bfloat16, half to even.
+    """Output of a layer: a float32 tensor as it is, or its nearest bfloat16, half to even.
 
     Raises:
       ValueError: another dtype.
@@ -68,5 +68,5 @@ def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _wide(x: Number) -> Tensor:
-    """In float64, with subnormals and -0 as +0."""
+    """x in float64, with subnormals and -0 as +0; a Python number is rounded to float32 first."""
     return flush(x) if isinstance(x, Tensor) else torch.tensor(nearest32(x), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Tensors whose axes are arranged by the pattern of a line, and why they cannot be."""
+"""Tensors rearranged by the einops pattern of a line, with the reason where that fails."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from .mapping import (
 
 
 def arranged(x: Any, entry: Entry, source: Side, sizes: Mapping[str, int]) -> tuple[Any, list[str]]:
-    """The tensor with its axes as the other side has them, or why it cannot be."""
+    """The tensor with its axes as the other side has them, and the problem if they do not fit."""
     pattern = entry.line.pattern
     if pattern is None:
         return x, []
@@ -35,7 +35,7 @@ def arranged(x: Any, entry: Entry, source: Side, sizes: Mapping[str, int]) -> tu
 
 
 def misfits(tensor: Any, x: Any, entry: Entry, leaf: Any) -> list[str]:
-    """How an arranged tensor differs from the leaf it is to replace."""
+    """Differences of shape and dtype between an arranged tensor and the leaf it is to replace."""
     pattern, problems = entry.line.pattern, []
     if (got := tuple(x.shape)) != (wanted := tuple(leaf.shape)):
         by = f'by "{pattern}"' if pattern else "without a pattern"

@@ -47,7 +47,7 @@ def from_torch(
 ) -> Any:
     """A tree of JAX arrays with the bits and dtypes of a PyTorch model's parameters.
 
-    The arrays have memory of their own, on JAX's default device unless `like` has shardings.
+    The arrays are copies, on JAX's default device unless `like` has shardings.
 
     Args:
       state_dict: tensors by name; or the path of safetensors, see `load_safetensors`.
@@ -67,7 +67,7 @@ def from_torch(
         `like`, tied tensors that differ: all of them in one message. Then, in one message, shapes
         and dtypes that differ from those of `like`, and patterns that do not fit. Or a 64-bit
         dtype while JAX's x64 mode is off.
-      TypeError: for what is no dense tensor, no line of a mapping, or has a dtype that JAX does
+      TypeError: for anything but dense tensors and lines of a mapping, or a dtype that JAX does
         not have.
 
     Example:
@@ -110,8 +110,8 @@ def to_torch_state(
 ) -> dict[str, Any]:
     """A PyTorch `state_dict` with the bits and dtypes of a tree of arrays: `from_torch` backwards.
 
-    Every tensor has memory of its own. Tied names are written too, as `load_state_dict` expects
-    them; ignored ones are not.
+    Every tensor is a copy. Tied names are written too, as `load_state_dict` expects them; ignored
+    names are not.
 
     Args:
       params: a tree of JAX arrays, as `from_torch` or `nnx.state(model, nnx.Param)` gives.
@@ -124,7 +124,7 @@ def to_torch_state(
     Raises:
       ValueError: paths without a line or with several, names written twice or missing: all of
         them in one message. Then, in one message, patterns that do not fit. Or a tracer.
-      TypeError: for what is no array, or has a dtype that PyTorch does not have.
+      TypeError: for anything but an array, or for a dtype that PyTorch does not have.
 
     Example:
       model.load_state_dict(to_torch_state(params, mapping, sizes={"N": 8}))
@@ -142,7 +142,7 @@ def to_torch_state(
         x = _tensor(leaves[entry.flax], entry.flax)
         x, problem = arranged(x, entry, "flax", sizes or {})
         problems += problem
-        # Memory of its own: PyTorch may write in place, and JAX must not see it.
+        # A copy: PyTorch may write in place, and JAX must not see it.
         state[entry.torch] = x.clone(memory_format=torch.contiguous_format)
     refuse("The arrays do not fit the mapping", problems)
     state |= {name: state[to].clone() for name, to in ties.tied.items()}
@@ -155,7 +155,7 @@ def _converted(
     sizes: Mapping[str, int],
     leaves: dict[str, Any],
 ) -> dict[str, jax.Array]:
-    """By path, arrays on JAX's default device, of the shapes and dtypes of the leaves."""
+    """Arrays by path, on JAX's default device, with the shapes and dtypes of the leaves."""
     ready, problems = {}, []
     for entry in entries:
         tensor = tensors[entry.torch].detach()
@@ -167,10 +167,10 @@ def _converted(
     refuse("The tensors do not fit the tree", problems)
     arrays = {}
     for entry, x in ready.items():
-        # By name, as that is what a refusal of to_jax tells.
+        # By name: an error of to_jax names the key.
         shared = to_jax({entry.torch: x})[entry.torch]
-        # A copy: an optimizer of PyTorch writes in place, and JAX must not see it. Of a NumPy
-        # array, as that is on no device, so the copy may join others that are spread over a mesh.
+        # A copy: an optimizer of PyTorch writes in place, and JAX must not see it. It is made of
+        # a NumPy array, which commits it to no device, so it may join arrays spread over a mesh.
         arrays[entry.flax] = jnp.array(np.asarray(shared), copy=True)
     return arrays
 
@@ -184,7 +184,7 @@ def _tensor(x: Any, path: str) -> Any:
 
 
 def _checked(mapping: Sequence[AnyLine], sizes: Mapping[str, int]) -> list[Line]:
-    """The lines, of each part where a line is fused, if the sizes fit them."""
+    """The lines, with a line for each part of a fused one; raises ValueError unless sizes fit."""
     if not isinstance(mapping, Sequence) or not all(isinstance(x, AnyLine) for x in mapping):
         raise TypeError(
             f"mapping must be a sequence of Map, Fused, Tied and Ignored, got {mapping!r}. "
@@ -232,7 +232,7 @@ def _missing(names: Sequence[str]) -> list[str]:
 def _against(
     leaves: dict[str, Any], entries: Sequence[Entry], mapping: Sequence[Line]
 ) -> list[str]:
-    """What a tree has and the entries do not write, and the other way round."""
+    """Problems: paths of a tree that no entry writes, and entries whose path the tree lacks."""
     problems = []
     if missing := absent_from(leaves.keys(), entries, mapping):
         problems.append(
@@ -250,7 +250,7 @@ def _against(
 def _untied(
     tensors: Mapping[str, Any], tied: dict[str, str], entries: Sequence[Entry]
 ) -> list[str]:
-    """The tied names whose numbers would be lost."""
+    """Problems: tied names whose numbers would be lost."""
     problems, carried = [], {entry.torch for entry in entries}
     if alone := [f"{name} (to {to})" for name, to in tied.items() if to not in carried]:
         problems.append(

@@ -87,7 +87,7 @@ def _part_sizes(line: Fused, sizes: Mapping[str, int]) -> list[int]:
 
 
 def _whole(line: Fused, name: str, sizes: Mapping[str, int]) -> tuple[Entry, Side, dict[str, int]]:
-    """How a fused tensor becomes one whose axis of parts stands alone."""
+    """Entry, side and sizes that rearrange a fused tensor to have the parts as a separate axis."""
     pattern = f"{line.pattern.split('->')[0].strip()} -> {' '.join(line.axes)}"
     entry = Entry(name, name, Map(name, name, pattern), ())
     return entry, "torch", dict(sizes) | {"parts": sum(_part_sizes(line, sizes))}

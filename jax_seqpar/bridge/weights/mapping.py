@@ -1,4 +1,4 @@
-"""Which name of a PyTorch `state_dict` is which path of a Flax tree, as data: names, no arrays."""
+"""Mapping of names of a PyTorch `state_dict` to paths of a Flax tree, as data without arrays."""
 
 import re
 from collections import defaultdict
@@ -73,7 +73,7 @@ class Tied:
 
 @dataclass(frozen=True)
 class Ignored:
-    """One line of a mapping: a name that is no parameter, such as a buffer of rotary angles.
+    """One line of a mapping: a name that is not a parameter, such as a buffer of rotary angles.
 
     Attributes:
       torch: the name in the `state_dict`. It may be absent, and is not written on the way back.
@@ -144,7 +144,7 @@ class Fused:
 
     @property
     def axes(self) -> list[str]:
-        """Of the tensor, one by one, without parentheses."""
+        """Names of the tensor's axes, one by one, without parentheses."""
         return re.findall(r"\w+", self.pattern.split("->")[0])
 
     @property
@@ -178,7 +178,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Routes:
-    """What becomes of names: `tied` holds the name that each tied name is tied to."""
+    """Resolved names: their entries; in `tied` each tied name's target; and the problems."""
 
     entries: list[Entry]
     tied: dict[str, str]
@@ -245,7 +245,7 @@ def absent(entries: Sequence[Entry], mapping: Sequence[Line], side: Side) -> lis
 def absent_from(
     paths: Collection[str], entries: Sequence[Entry], mapping: Sequence[Line]
 ) -> list[str]:
-    """Of the paths of a tree, those that no entry writes, each with the name to write it from."""
+    """Paths of a tree that no entry writes, each with the name to write it from."""
     written = {entry.flax for entry in entries}
     wanted = {entry.flax: entry.torch for entry in route(paths, mapping, "flax").entries}
     return [
@@ -330,7 +330,7 @@ def _placeholders(template: str) -> frozenset[str]:
 @cache
 def _regex(template: str) -> re.Pattern[str]:
     pattern, seen = "", set()
-    # What was captured, the names, stands at the odd places.
+    # re.split puts the captured names at the odd places.
     for place, part in enumerate(re.split(PLACEHOLDER, template)):
         if place % 2 == 0:
             pattern += re.escape(part)

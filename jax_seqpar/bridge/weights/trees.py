@@ -23,7 +23,7 @@ def leaves_by_path(tree: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
-    # The box of a Param of nnx, or a Partitioned of linen, is no step that a mapping writes.
+    # A mapping does not write the box of a Param of nnx, or of a Partitioned of linen.
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator=".")
@@ -57,7 +57,7 @@ def _numbered(node: Any) -> Any:
 
 
 def placed(x: jax.Array, path: str, leaf: Any) -> jax.Array:
-    """The array where a leaf of another tree is, if that is settled."""
+    """The array with the sharding of a leaf of another tree, if that leaf is committed to one."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or not getattr(leaf, "committed", True):
         return x

@@ -1,7 +1,7 @@
-"""Whether a backend's arithmetic is what exact attention relies on.
+"""Self-test of the arithmetic that exact attention relies on, for one backend.
 
-Who is asked is a set of operations: those of `jax_seqpar.exact` on the backend at hand, or another
-implementation's (`jax_seqpar.parity.torch_self_test` asks PyTorch).
+The self-test runs a set of operations: those of `jax_seqpar.exact` on the backend at hand, or
+another implementation's (`jax_seqpar.parity.torch_self_test` runs PyTorch's).
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .training_questions import ANGLE_BITS
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a backend answered. `trusted`: exact attention has the specified bits on it."""
+    """A backend's answers. `trusted`: exact attention has the specified bits on the backend."""
 
     backend: str
     checks: tuple[Check, ...]
@@ -40,13 +40,13 @@ class Certificate:
 
 
 def certify(backend: str | None = None) -> Certificate:
-    """Asks a JAX backend, compiled, whatever exact attention relies on. Takes seconds.
+    """Self-test of a JAX backend, compiled, for the arithmetic of exact attention. Takes seconds.
 
     Args:
       backend: "cpu", "gpu", "tpu"; None for the default one.
 
     Raises:
-      RuntimeError: of JAX, if there is no such backend.
+      RuntimeError: of JAX, for a backend that is not there.
     """
     device = jax.devices(backend)[0]
     with jax.default_device(device):

@@ -12,7 +12,7 @@ class Check:
     """The answers to one question.
 
     Attributes:
-      name: what was asked.
+      name: of the question.
       wrong: how many of the answers differ in any bit.
       total: of how many.
     """

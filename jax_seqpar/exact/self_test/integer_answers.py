@@ -77,9 +77,9 @@ def product(a: np.ndarray, b: np.ndarray, bits: int) -> np.ndarray:
 
 
 def sine_and_cosine(angle: int, bits: int) -> tuple[float, float]:
-    """Of `angle` 2^-bits turns, below one: their series in integers of 128 bits after the point.
+    """Sine and cosine of `angle` 2^-bits turns, below one, by series in 128-bit fixed point.
 
-    Of the results 96 bits are right: pi is rounded, and every term is.
+    The results are right to 96 bits: pi is rounded, and every term is.
     """
     x = (2 * PI * angle) >> bits
     sums, term = [0, 0], 1 << POINT

@@ -1,4 +1,4 @@
-"""What exact attention relies on, as questions to an implementation of its operations.
+"""Questions about the arithmetic of exact attention, for an implementation of its operations.
 
 The questions are data: inputs, and answers found without the backend by Python integers and NumPy.
 """
@@ -57,7 +57,7 @@ def _exp_hard_cases(ask: Operations) -> Check:
 
 
 def _exp_sample(ask: Operations) -> Check:
-    """NumPy's exp of float64 has an error below the 1.27 units that matter."""
+    """Sample of exp; NumPy's exp of float64 has an error below the 1.27 units that matter."""
     bits = np.linspace(0xB2800000, 0xC2A00000, 1 << 20).astype(np.uint32)  # -2^-26 to -80
     x = bits.view(np.float32)
     return compare(
@@ -72,7 +72,7 @@ def _exp_ends(ask: Operations) -> Check:
 
 
 def _dots(ask: Operations) -> Check:
-    """Rows along one another, whose sums reach what Cauchy and Schwarz allow; and others."""
+    """Dot products of parallel rows, whose sums reach the Cauchy-Schwarz bound, and of others."""
     got, expected = [], []
     for channels in (2, 64, 512):
         a, b = (integers((16, channels), 36, seed) for seed in (1, 2))
@@ -153,7 +153,7 @@ def _flushes(ask: Operations) -> Check:
 
 
 def _roundings(ask: Operations) -> Check:
-    """To float32: ties, both ends of the range, and what is only just no subnormal."""
+    """Rounding to float32: ties, both ends of the range, and the least normal numbers."""
     one = 1 + np.array([1, 3, 1 + 2.0**-20, 3 - 2.0**-20]) * 2.0**-24
     x = np.concatenate([one, one * 2.0**-126, one * 2.0**127])
     odd = np.array([0.0, 2.0**-126 - 2.0**-170, 2.0**-149, 2.0**128 - 2.0**103, np.inf])
@@ -164,7 +164,7 @@ def _roundings(ask: Operations) -> Check:
 
 
 def _widenings(ask: Operations) -> Check:
-    """A compiler may take two conversions, to and fro, for none."""
+    """Conversions to float32 and back, which a compiler may elide."""
     x = integers((1 << 12,), 50, 10).astype(np.float64)
     return compare(
         "round32: widened again", ask.widened(x), x.astype(np.float32).astype(np.float64)
@@ -179,7 +179,7 @@ def _outputs(ask: Operations) -> Check:
 
 
 def _narrowings(ask: Operations) -> Check:
-    """To 16 bits by way of float32: ties, ends, subnormals and NaNs.
+    """Rounding to 16 bits by way of float32: ties, ends, subnormals and NaNs.
 
     The second number is above a tie of bfloat16, and a tie once it is a float32; the fifth is the
     same for float16.
@@ -222,7 +222,7 @@ def _soft_caps(ask: Operations) -> Check:
 
 
 def soft_cap_logits() -> np.ndarray:
-    """From two caps down to 2^-14 of one, of both signs."""
+    """Logits of both signs, from two caps down to 2^-14 of a cap."""
     n = integers((256,), 23, 13).astype(np.float64)
     return n * SOFT_CAP * 2.0 ** (-22.0 - np.arange(256) % 16)
 

@@ -1,4 +1,4 @@
-"""What exact training relies on beside attention, as questions with answers by integers."""
+"""Questions about the arithmetic of exact training beside attention, with answers by integers."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ LOG_HARD_CASES = {
     0x464D5B2B: 0x4117BCF1,
     0x3FD364D7: 0x3F006EF3,
 }
-# Of all mantissas, 1.41 units of float64 from a boundary.
+# The hardest of all mantissas, 1.41 units of float64 from a boundary.
 ROOT_HARD_CASE = 0x403A18E3, 0x3F16209E
 # float32 bits of x, of Phi(x) and of phi(x): of the first six Phi comes nearest to a boundary,
 # 0.03, 0.03, 1.37, 2.58, 3.99 and 4.37 units of float64 from it; of the others phi does, 1.12, 2.98
@@ -48,7 +48,7 @@ def _roundings(ask: Operations) -> Check:
 
 
 def _chains(ask: Operations) -> Check:
-    """A compiler may add a product without the rounding between, or with one rounding of both."""
+    """Chains of products and sums, whose rounding between the two a compiler may leave out."""
     a, b, c = (integers((1 << 12,), 24, seed).astype(np.float32) for seed in (21, 22, 23))
     c *= np.float32(2.0**22)
     return compare("R: between a product and a sum", ask.chained(a, b, c), a * b + c)
@@ -60,7 +60,7 @@ def _logarithms(ask: Operations) -> Check:
 
 
 def _log_sample(ask: Operations) -> Check:
-    """NumPy's log of float64 is right for all but the first of the hardest cases."""
+    """Sample of log; NumPy's log of float64 is right for all but the first of the hardest cases."""
     bits = np.linspace(0x3F800000, 0x4A000000, 1 << 20).astype(np.uint32)  # 1 to 2^21
     x = bits[~np.isin(bits, list(LOG_HARD_CASES))].view(np.float32)
     x = x[: (1 << 20) - len(LOG_HARD_CASES)]  # one number of answers for every sample
@@ -69,7 +69,7 @@ def _log_sample(ask: Operations) -> Check:
 
 
 def _reciprocal_roots(ask: Operations) -> Check:
-    """NumPy's root and quotient are the nearest float64, which errs by less than 1.41 units."""
+    """Reciprocal roots; NumPy's root and quotient are the nearest float64, within 1.41 units."""
     hard, expected = _of_bits(dict([ROOT_HARD_CASE]))
     bits = np.linspace(0x00800000, 0x7F7FFFFF, 1 << 20).astype(np.uint32)
     x = bits.view(np.float32)
@@ -114,20 +114,20 @@ def _integer_sums(ask: Operations) -> Check:
 
 
 def _products(ask: Operations) -> Check:
-    """As many terms as the fewest products have room for."""
+    """Matrix products of the most terms that the fewest products of an engine have room for."""
     return _compare_products("mm: the bit budget at its edge", ask, TERMS_OF_TEN)
 
 
 def _long_products(ask: Operations) -> Check:
-    """More terms, for which an engine takes more products, or several sums."""
+    """Matrix products of more terms, for which an engine takes more products, or several sums."""
     return _compare_products("mm: more terms than that", ask, TERMS_OF_TWO + 3)
 
 
 def _compare_products(name: str, ask: Operations, terms: int) -> Check:
     """Answers for the largest numbers, for numbers of many sizes, and for cancelling ones.
 
-    Of the second row of a and the first of b one unit is left of a sum that grows to 64 bits, so
-    that a rounding on the way is seen. An answer is wrong where it is wrong by any engine.
+    The product of the second row of a and the first column of b is one unit, left of a sum that
+    grows to 64 bits, so that a rounding on the way shows. An answer is wrong if any engine's is.
     """
     a, b = (integers((4, terms), 24, seed) for seed in (26, 27))
     half = terms // 2

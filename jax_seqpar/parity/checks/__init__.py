@@ -1,4 +1,4 @@
-"""What the parity run compares: each check is one computation, done by JAX and by PyTorch ranks.
+"""Checks of the parity run: each is one computation, done by JAX and by PyTorch ranks.
 
 `run_jax` gives global arrays, `run_torch` what one rank holds, `joined` puts the ranks' parts
 together, `truth` is the answer where it is known without computing: a reshard leaves the global

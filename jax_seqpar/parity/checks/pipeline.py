@@ -71,7 +71,7 @@ class PipelineCheck:
 
     @property
     def expected(self) -> str:
-        """What the comparison must find: "right", or what the truth table says of the version."""
+        """Outcome that the comparison must have: "right", or by the truth table of the version."""
         if self.kernel == "plain":
             return "rounded"
         if self.version is None:
@@ -123,7 +123,7 @@ class PipelineCheck:
         return {name: torch_to_numpy(swap(x)) for name, x in results.items() if x is not None}
 
     def _torch_kernel(self, rank: int) -> Callable[..., Any]:
-        """Batch-first, on whole sequences."""
+        """Kernel of PyTorch for a rank, batch-first, on whole sequences."""
         from torch_ref.ulysses import heads_of_ranks
 
         if self.kernel == "identity":
@@ -183,7 +183,7 @@ def history_checks(degree: int, inputs: Arrays) -> list[PipelineCheck]:
 def _jax_program(
     kernel: Kernel, spec: Spec, strategy: Strategy, layout: MeshLayout
 ) -> Callable[..., Outputs]:
-    """Compiled once for inputs of the same sizes; PyTorch's kernel runs outside `jax.jit`."""
+    """JAX program, compiled once for inputs of the same sizes; PyTorch's kernel is not jitted."""
     if kernel == "sdpa":
         assert isinstance(layout.mesh, Mesh)
         attend = partial(staged_attention, attention=partial(_sdpa, spec), mesh=layout.mesh)
@@ -205,7 +205,7 @@ def _identity(query: Any, key: Any, value: Any) -> Any:
 
 
 def sdpa_lacks(spec: Spec, arrays: dict[str, Any]) -> list[str]:
-    """Names of what is asked for beyond causality and scale, all that PyTorch's kernel is given."""
+    """Names of the options beyond causality and scale, which PyTorch's kernel is not given."""
     asked = [name for name in to_flat(spec) if name not in ("is_causal", "scale")]
     return asked + list(arrays)
 

@@ -19,7 +19,7 @@ class TrainingResult:
     """The runs of one training by name, of which all have to be equal.
 
     Attributes:
-      runs: the first is what the others are compared with.
+      runs: the others are compared with the first.
       golden: SHA-256 of the last step on every machine; None for a training of which none is kept.
     """
 
@@ -28,17 +28,17 @@ class TrainingResult:
 
     @property
     def steps(self) -> list[tuple[Step, ...]]:
-        """Step by step, those of all runs."""
+        """Steps of all runs, step by step."""
         return list(zip(*self.runs.values(), strict=True))
 
     @property
     def sha256(self) -> str:
-        """Of the last step of the first run."""
+        """SHA-256 of the last step of the first run."""
         return next(iter(self.runs.values()))[-1].sha256
 
     @property
     def differences(self) -> dict[str, str | None]:
-        """By name of a run: where it first differs from the first one, None if nowhere."""
+        """First difference of every later run from the first run, by name; None without one."""
         (_, first), *others = self.runs.items()
         return {name: first_difference(first, run) for name, run in others}
 

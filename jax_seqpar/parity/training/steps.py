@@ -48,7 +48,7 @@ def named(*trees: Arrays) -> Arrays:
 
 
 def first_difference(a: Sequence[Step], b: Sequence[Step]) -> str | None:
-    """The first step, tensor and element whose bits differ, in words; None if there is none.
+    """The first step, tensor and element whose bits differ, in words; None if all bits agree.
 
     Raises:
       ValueError: for runs of other steps or of other tensors.
@@ -75,5 +75,5 @@ def first_difference(a: Sequence[Step], b: Sequence[Step]) -> str | None:
 
 
 def all_equal(steps: Iterable[Step]) -> bool:
-    """Whether steps of several runs have the same bits."""
+    """Whether a step has the same bits in every run."""
     return len({step.sha256 for step in steps}) == 1

@@ -1,4 +1,4 @@
-"""What is trained: the sizes of a decoder, its first weights, the text, and the optimizer."""
+"""Training task: the sizes of a decoder, its first weights, the text, and the optimizer."""
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -15,7 +15,7 @@ WEIGHT_BITS = 22
 
 @dataclass(frozen=True)
 class Training:
-    """A training. Every loss, weight and moment of it is a function of these numbers.
+    """A training. Its every loss, weight and moment is a function of these numbers.
 
     Attributes:
       vocabulary, features, hidden, layers, heads, kv_heads, head_dim, theta, epsilon: of a decoder
@@ -82,14 +82,14 @@ class Training:
             yield rows.astype(np.int32)
 
     def inputs(self) -> Arrays:
-        """All that the bits of the last step depend on, for a hash of it."""
+        """Inputs that the bits of the last step depend on, for a hash."""
         numbers = np.array(astuple(self), np.float64)
         text = np.stack([*self.batches()])
         return {**self.start().arrays, "tokens": text, "numbers": numbers}
 
 
 def labels_of(tokens: np.ndarray) -> np.ndarray:
-    """What each token is to predict: the next one, and nothing after the last."""
+    """Label of each token: the next token, and -100, which does not count, for the last."""
     labels = np.full_like(tokens, -100)
     labels[:, :-1] = tokens[:, 1:]
     return labels

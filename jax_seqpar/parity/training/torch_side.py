@@ -26,7 +26,7 @@ OnStep = Callable[[Step], Any]
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many ranks train, and what happens on them; anything here can be pickled.
+    """Numbers of ranks that train, and hooks that they call; every field can be pickled.
 
     Attributes:
       data, sequence: their product is the number of ranks.
