@@ -75,7 +75,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """Sizes, texts and optimizer of a training.
 
     Attributes:
       config: the sizes of the encoder, of whose layers the last may be left out.
@@ -90,7 +90,7 @@ class Task:
     weight_decay: float = 0.01
 
     def batches(self) -> Iterator[Batch]:
-        """As many of each class in every batch."""
+        """Docstrings, as many of each class in every batch."""
         tokenizer = AutoTokenizer.from_pretrained(model_folder(), local_files_only=True)
         texts = [_docstrings(thing, names) for thing, names in CLASSES.values()]
         options = {"padding": "max_length", "truncation": True, "max_length": self.tokens}

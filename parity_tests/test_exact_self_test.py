@@ -441,7 +441,7 @@ def root_of(dtype: type, units: float) -> Callable[[Operation], Operation]:
 
 
 def normal_of(dtype: type) -> Callable[[Operation], Operation]:
-    """By an error function of a dtype."""
+    """Phi and phi by an error function of a dtype."""
 
     def both(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         z = x.astype(dtype)

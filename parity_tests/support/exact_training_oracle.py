@@ -155,7 +155,7 @@ def pdf32(x: Fraction) -> Fraction:
 
 
 def density(x: decimal.Decimal) -> decimal.Decimal:
-    """That of the normal distribution, in the precision of the context."""
+    """Density of the normal distribution, in the precision of the context."""
     circle = decimal.Decimal(2 * pi().numerator) / pi().denominator
     return (-x * x / 2).exp() / circle.sqrt()
 

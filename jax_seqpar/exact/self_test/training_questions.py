@@ -89,7 +89,7 @@ def _normal_sample(ask: Operations) -> Check:
 
 
 def normal_sample() -> np.ndarray:
-    """Of both signs, from 2^-27 to 13.4, where Phi and phi are 0."""
+    """Numbers of both signs, from 2^-27 to 13.4, where Phi and phi are 0."""
     x = np.linspace(0x32000000, 0x41560000, 1 << 19).astype(np.uint32).view(np.float32)
     return np.concatenate([x, -x])
 
