@@ -58,6 +58,12 @@ def operations(labels: np.ndarray) -> dict[str, Operation]:
             [(B, S, N, H)],
         ),
         "SwiGLU": (activation.swiglu, ordinary.swiglu, [(B, S, F), (B, S, F)]),
+        "LayerNorm": (
+            lambda x, w, b: norm.layer_norm(x, w, b, 1e-5),
+            ordinary.layer_norm,
+            [(B, S, D), (D,), (D,)],
+        ),
+        "GELU": (activation.gelu, ordinary.gelu, [(B, S, F)]),
         "attention": (attend, ordinary.attention, [(B, S, N, H), (B, S, K, H), (B, S, K, H)]),
         "cross entropy": (
             lambda z: loss.cross_entropy(z, jnp.asarray(labels)),

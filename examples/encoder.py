@@ -1,9 +1,11 @@
 """A BERT encoder of Flax's own layers, which goes sequence-parallel by one argument.
 
     Encoder(config, attention_fn=SequenceParallel(), rngs=rngs)
+    Encoder(config, SequenceParallel(kernel=Exact()), arithmetic=ExactArithmetic(), rngs=rngs)
 
 Embeddings, post-norm blocks of attention and MLP, GELU, padding. No layer here knows that tokens
-are sharded: on a mesh whose axes are Auto the compiler keeps all else where the tokens are.
+are sharded: on a mesh whose axes are Auto the compiler keeps all else where the tokens are. The
+second line has the same bits on every mesh.
 """
 
 from collections.abc import Callable
@@ -11,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jax_seqpar.bridge import Ignored, Map
+from jax_seqpar.flax import Arithmetic
 
 Record = Callable[[str, Array], None]
 
@@ -67,7 +69,14 @@ MAPPING = (
 class Layer(nnx.Module):
     """One layer: attention and MLP, each added to what came before, and normed after."""
 
-    def __init__(self, config: Config, attention_fn: Callable[..., Array], rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: Config,
+        attention_fn: Callable[..., Array],
+        arithmetic: Arithmetic,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.arithmetic = arithmetic
         self.attention = nnx.MultiHeadAttention(
             config.heads, config.features, attention_fn=attention_fn, decode=False, rngs=rngs
         )
@@ -79,13 +88,16 @@ class Layer(nnx.Module):
     def __call__(self, x: Array, mask: Array, record: Record | None) -> Array:
         note: Record = record or (lambda name, x: None)
         attention = _recording(self.attention, record) if record else self.attention
-        mixed = attention(x, mask=mask)
+        do = self.arithmetic
+        x, of_attention = do.fork(x, 2)
+        mixed = do.self_attention(attention, of_attention, mask=mask)
         note("attention", mixed)
-        x = self.attention_norm(x + mixed)
+        x = do.layer_norm(self.attention_norm, do.add(x, mixed))
         note("attention_norm", x)
-        fed = self.down(jax.nn.gelu(self.up(x), approximate=False))
+        x, of_mlp = do.fork(x, 2)
+        fed = do.dense(self.down, do.gelu(do.dense(self.up, of_mlp)))
         note("mlp", fed)
-        x = self.mlp_norm(x + fed)
+        x = do.layer_norm(self.mlp_norm, do.add(x, fed))
         note("output", x)
         return x
 
@@ -98,6 +110,7 @@ class Encoder(nnx.Module):
         config: Config,
         attention_fn: Callable[..., Array] = nnx.dot_product_attention,
         *,
+        arithmetic: Arithmetic = Arithmetic(),
         rngs: nnx.Rngs,
     ) -> None:
         embed = partial(nnx.Embed, features=config.features, rngs=rngs)
@@ -105,7 +118,10 @@ class Encoder(nnx.Module):
         self.positions = embed(config.positions)
         self.types = embed(config.types)
         self.norm = _norm(config, rngs)
-        self.layers = nnx.List(Layer(config, attention_fn, rngs) for _ in range(config.layers))
+        self.layers = nnx.List(
+            Layer(config, attention_fn, arithmetic, rngs) for _ in range(config.layers)
+        )
+        self.arithmetic = arithmetic
 
     def __call__(
         self, tokens: Array, mask: Array, types: Array | None = None, record: Record | None = None
@@ -119,12 +135,20 @@ class Encoder(nnx.Module):
         """
         places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         types = jnp.zeros_like(tokens) if types is None else types
-        x = self.norm(self.words(tokens) + self.types(types) + self.positions(places))
+        do = self.arithmetic
+        x = do.add(do.look_up(self.words, tokens), do.look_up(self.types, types))
+        # The same positions for every sequence: added as a bias is.
+        x = do.layer_norm(self.norm, do.add_bias(x, do.look_up(self.positions, places)))
+        if record:
+            record("embedding", x)
+        return self.through_layers(x, mask[:, None, None, :], record)
+
+    def through_layers(self, x: Array, mask: Array, record: Record | None) -> Array:
+        """The hidden states after all layers."""
         note: Record = record or (lambda name, x: None)
-        note("embedding", x)
         for i, layer in enumerate(self.layers):
             of_layer = record and (lambda name, x, i=i: note(f"layers.{i}/{name}", x))
-            x = layer(x, mask[:, None, None, :], of_layer)
+            x = layer(x, mask, of_layer)
         return x
 
 

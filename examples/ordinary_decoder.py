@@ -41,6 +41,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
+def gelu(x: Tensor) -> Tensor:
+    """`x Phi(x)`."""
+    return functional.gelu(x)
+
+
+def layer_norm(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm over the last axis."""
+    return functional.layer_norm(x, x.shape[-1:], scale, bias, 1e-5)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention of `[B, S, N, H]`, and `[B, S, K, H]` of KV heads."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

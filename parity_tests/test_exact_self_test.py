@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from scipy import special
 
 from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from jax_seqpar.exact import certify
@@ -41,6 +42,7 @@ SOFT_CAP, DROPOUT = "soft cap and its slope", "dropout"
 ATTENTION = "attention and its gradients"
 TIES, CHAIN = "R: ties and ends", "R: between a product and a sum"
 LOG, LOG_SAMPLE = "log: the hardest cases", "log: a million others"
+NORMAL, NORMAL_SAMPLE = "Phi and phi: the hardest cases", "Phi and phi: a million others"
 ROOT, SINES = "rsqrt: the hardest case and a million", "sin and cos: tables of angles"
 SUMS, MM = "sums of int64", "mm: the bit budget at its edge"
 LONG_MM = "mm: more terms than that"
@@ -438,6 +440,22 @@ def root_of(dtype: type, units: float) -> Callable[[Operation], Operation]:
     )
 
 
+def normal_of(dtype: type) -> Callable[[Operation], Operation]:
+    """Phi and phi by an error function of a dtype."""
+
+    def both(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        z = x.astype(dtype)
+        density = np.exp(-z * z / 2) / dtype((2 * np.pi) ** 0.5)
+        with np.errstate(under="ignore"):
+            narrow = [
+                y.astype(np.float32) for y in (special.erfc(-z * dtype(0.5**0.5)) / 2, density)
+            ]
+        first, second = (np.where(y < np.float32(2.0**-126), np.float32(0), y) for y in narrow)
+        return first, second
+
+    return in_place_of(both)
+
+
 def sines_of(dtype: type, late: int = 0) -> Callable[[Operation], Operation]:
     """Sines and cosines by the angle in radians, over a whole turn."""
 
@@ -673,6 +691,8 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
     ),
     "rsqrt three units of 2^-53 off": ("reciprocal_root", root_of(np.float64, 3), {ROOT}),
     "rsqrt of float32": ("reciprocal_root", root_of(np.float32, 0), {ROOT}),
+    "Phi of float64": ("normal", normal_of(np.float64), {NORMAL}),
+    "Phi of float32": ("normal", normal_of(np.float32), {NORMAL, NORMAL_SAMPLE}),
     "sines of float32": ("sines", sines_of(np.float32), {SINES}),
     "sines of a whole turn": ("sines", sines_of(np.float64), {SINES}),
     "sines one angle late": ("sines", sines_of(np.float64, 1), {SINES}),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scipy import special
 
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import (
@@ -20,6 +21,7 @@ from jax_seqpar.exact import (
     linear,
     loss,
     norm,
+    normal,
     rotary,
     rounding,
     tiled_loss,
@@ -39,6 +41,7 @@ from torch_ref.exact import loss as torch_loss
 from torch_ref.exact import norm as torch_norm
 from torch_ref.exact import rotary as torch_rotary
 
+TAU = 2 * np.pi
 B, S, D, F, V = 2, 64, 32, 48, 16
 
 
@@ -126,6 +129,8 @@ OPTIONS: Any = {"label_smoothing": 0.1, "z_loss": 1e-3}
 RNG = (7, 2**32 - 5)
 TABLES = torch_rotary.rotary_tables(torch.from_numpy(POSITIONS), 16, 10_000.0)
 
+BIASED = [wild(28, B, S, D), wild(29, D), wild(30, S, D)]
+
 # A function of JAX, the same one of PyTorch, their operands, and the shape of the output.
 LAYERS: dict[str, tuple[Any, Any, list[np.ndarray], tuple[int, ...]]] = {
     "linear": (
@@ -140,6 +145,20 @@ LAYERS: dict[str, tuple[Any, Any, list[np.ndarray], tuple[int, ...]]] = {
         [wild(8, B, S, D), wild(9, D)],
         (B, S, D),
     ),
+    "layer norm": (
+        lambda x, scale, bias: norm.layer_norm(x, scale, bias, 1e-5),
+        lambda x, scale, bias: torch_norm.layer_norm(x, scale, bias, 1e-5),
+        [wild(24, B, S, D).clip(-2, 2), wild(25, D), wild(26, D)],
+        (B, S, D),
+    ),
+    "gelu": (
+        activation.gelu,
+        torch_activation.gelu,
+        [8 * wild(27, 10**5).clip(-2, 2)],
+        (10**5,),
+    ),
+    "bias of features": (linear.add_bias, torch_linear.add_bias, BIASED[:2], (B, S, D)),
+    "bias of tokens": (linear.add_bias, torch_linear.add_bias, BIASED[::2], (B, S, D)),
     "swiglu": (
         activation.swiglu,
         torch_activation.swiglu,
@@ -213,8 +232,52 @@ def second_head(rng: Any, batch: int, heads: int) -> Any:
     return head_keys(rng, batch, heads + 1)[:, 1:]
 
 
+def tanh_cdf(x: Any) -> Any:
+    x = x.astype(jnp.float64)
+    inner = (2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)
+    return rounding.nearest(0.5 * (1 + jnp.tanh(inner)))
+
+
+def root_of_epsilon(x: Any, epsilon: float) -> Any:
+    """Epsilon outside of the root."""
+    r = rounding.nearest(
+        1 / (jnp.sqrt(rounding.flush(norm._mean(rounding.multiply(x, x)))) + epsilon)
+    )
+    return rounding.multiply(x, r), r
+
+
+def gaussian_of_float32(a: Any) -> Any:
+    return rounding.flush(rounding.nearest(jnp.exp(-0.5 * a * a)))
+
+
+def mean_of_all_but_one(x: Any) -> Any:
+    return rounding.divide(rounding.total(x, -1), jnp.float32(x.shape[-1] - 1))
+
+
 def not_balanced(letters, *operands):
     return tuple((x, exponents(x)) for x in operands)
+
+
+def test_gradients_are_those_of_float64():
+    """GELU: within four roundings of its terms. LayerNorm: within 1.5 times float32's errors."""
+    rng = np.random.default_rng(31)
+    x, dy = rng.standard_normal((2, 1000, D)).astype(np.float32)
+    dy[:, 0] *= 100
+    _, dx = of_jax(activation.gelu, [x], dy)
+    cdf, xpdf = special.ndtr(x.astype(float)), x * np.exp(-(x.astype(float) ** 2) / 2) / TAU**0.5
+    bound = 2.0**-24 * 4 * np.abs(dy) * (cdf + np.abs(xpdf))
+    assert (np.abs(dx - dy * (cdf + xpdf)) <= bound).all()
+
+    arrays = [x, *rng.standard_normal((2, D)).astype(np.float32)]
+    plain = partial(torch.nn.functional.layer_norm, eps=1e-5)
+    found = of_jax(LAYERS["layer norm"][0], arrays, dy)
+    truth, theirs = (
+        of_torch(lambda x, *w: plain(x, (D,), *w), [a.astype(t) for a in arrays], dy.astype(t))
+        for t in (np.float64, np.float32)
+    )
+    for ours, other, right in zip(found, theirs, truth, strict=True):
+        error, allowed = (np.abs(np.asarray(y, np.float64) - right.numpy()) for y in (ours, other))
+        assert error.max() <= 1.5 * allowed.max()
 
 
 MUTATIONS = {
@@ -223,6 +286,11 @@ MUTATIONS = {
     "operands of 22 bits": ("linear", matmul_module, "OPERAND_BITS", 22),
     "a mean without its rounding": ("loss", loss, "divide", lambda a, b: a / b + a * 0 + 1e-7),
     "a slope without 1 +": ("swiglu", activation, "add", lambda a, b: a - b),
+    "a mean of D - 1": ("layer norm", norm, "_mean", mean_of_all_but_one),
+    "epsilon outside of the root": ("layer norm", norm, "_normal", root_of_epsilon),
+    "a bias summed on 20 bits": ("bias of features", rounding, "TOTAL_BITS", 20),
+    "GELU by tanh": ("gelu", activation, "normal_cdf", tanh_cdf),
+    "a density of float32": ("gelu", normal, "_gaussian", gaussian_of_float32),
     "angles of 23 bits": ("rotary", rotary, "ANGLE_BITS", 23),
     "rows summed on 31 bits": ("embedding", embedding, "TOTAL_BITS", 31),
     "a mean of logits in float32": ("loss", loss, "total", float32_total),
@@ -289,7 +357,19 @@ def test_gradients_of_several_uses_are_added_in_order():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
-@pytest.mark.parametrize("name", ["linear", "norm", "embedding", "loss", "tiled loss", "dropout"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "norm",
+        "layer norm",
+        "bias of features",
+        "embedding",
+        "loss",
+        "tiled loss",
+        "dropout",
+    ],
+)
 def test_layers_have_the_same_bits_on_a_mesh(name, kind):
     """Layers on a mesh of four token and two batch devices have the bits of one device."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), (kind,) * 2)

@@ -5,21 +5,30 @@ import signal
 from dataclasses import replace
 from functools import partial
 
+import encoder
+import encoder_classifier
+import finetune_encoder
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from finetune_llama import loss_by_transformers, small_llama, start_of, state_of, training_of
+from flax import nnx
 from killed_training import save_and_die_at, train_and_die
 from planted_training_bugs import BUGS, planted
 from training_in_flax import train_in_flax
-from transformers import LlamaConfig
+from transformers import BertConfig, BertModel, LlamaConfig
 
 from jax_seqpar.bridge import RankError
+from jax_seqpar.flax import ExactArithmetic
 from jax_seqpar.parity.training.jax_side import train_in_jax
 from jax_seqpar.parity.training.recipe import Recipe
 from jax_seqpar.parity.training.step_files import load_step, newest_step, save_step
 from jax_seqpar.parity.training.steps import Step, first_difference
 from jax_seqpar.parity.training.task import Training
 from jax_seqpar.parity.training.torch_side import Ranks, train_on_ranks
+from torch_ref.exact import encoder as torch_encoder
+from torch_ref.exact import exact_attention
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
@@ -133,6 +142,56 @@ def test_a_llama_of_transformers_is_fine_tuned():
         float(steps[-1].loss), rel=1e-6
     )
     assert steps[-1].loss < steps[0].loss - 0.1
+
+
+def test_an_encoder_of_transformers_is_fine_tuned(monkeypatch):
+    """Real text with padding; an attention to the padding is seen."""
+    config = encoder.Config(positions=32, features=32, hidden=64, layers=2, heads=4)
+    task = encoder_classifier.Task(config, steps=2, tokens=16)
+    torch.manual_seed(0)
+    bert = BertModel(
+        BertConfig(
+            hidden_size=config.features,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.hidden,
+            max_position_embeddings=config.positions,
+            layer_norm_eps=config.epsilon,
+            initializer_range=0.2,
+        )
+    ).eval()
+    assert any(not batch.mask.all() for batch in task.batches())
+    start = finetune_encoder.start_of(bert, task)
+    steps = finetune_encoder.train_in_torch(task, start)
+    assert first_difference(steps, finetune_encoder.train_in_flax(task, (2, 4), start)) is None
+
+    batches = [*task.batches()]
+    before, after = (
+        finetune_encoder.loss_by_transformers(bert, step, task, batches[0])
+        for step in (start, steps[-1])
+    )
+    assert before == pytest.approx(float(steps[0].loss), rel=1e-6)
+    assert after < before
+
+    def without_mask(*operands, mask):
+        return exact_attention(*operands)
+
+    monkeypatch.setattr(torch_encoder, "exact_attention", without_mask)
+    planted_steps = finetune_encoder.train_in_torch(replace(task, steps=1), start)
+    assert planted_steps[0].loss_bits != steps[0].loss_bits
+
+
+def test_layers_that_exact_arithmetic_lacks_are_refused():
+    exact, rngs, x = ExactArithmetic(), nnx.Rngs(0), jnp.ones((1, 4, 8))
+    options = {"num_heads": 2, "in_features": 8, "decode": False, "rngs": rngs}
+    for layer, message in (
+        (nnx.MultiHeadAttention(**options), r"Write attention_fn=SequenceParallel\(kernel=Exact"),
+        (nnx.MultiHeadAttention(**options, dropout_rate=0.1), "neither dropout_rate = 0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exact.self_attention(layer, x, mask=jnp.ones((1, 1, 4, 4), bool))
+    with pytest.raises(ValueError, match=r"Write nnx\.LayerNorm"):
+        exact.layer_norm(nnx.LayerNorm(8, use_bias=False, rngs=rngs), x)
 
 
 @pytest.mark.slow  # one program more

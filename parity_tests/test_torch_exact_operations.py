@@ -9,13 +9,13 @@ import torch
 from exact_training_inputs import numbers, rows, tails
 
 from jax_seqpar.compare import compare_bits
-from torch_ref.exact import arithmetic, clip, elementary, matmul, optimizer, rounding, sums
-from torch_ref.exact.activation import swiglu
+from torch_ref.exact import arithmetic, clip, elementary, matmul, normal, optimizer, rounding, sums
+from torch_ref.exact.activation import gelu, swiglu
 from torch_ref.exact.dropout import dropout, fold
 from torch_ref.exact.embedding import embedding
-from torch_ref.exact.linear import linears
+from torch_ref.exact.linear import add_bias, linears
 from torch_ref.exact.loss import count_labels, cross_entropy
-from torch_ref.exact.norm import rms_norm
+from torch_ref.exact.norm import layer_norm, rms_norm
 from torch_ref.exact.residual import fork, residual
 from torch_ref.exact.rotary import cos_and_sin, frequencies, rotary, rotary_tables
 
@@ -120,6 +120,29 @@ def test_exponentials():
     assert_bits([arithmetic.exp(torch.from_numpy(x).double()).float()], [oracle.exp(x)])
 
 
+HARD_NORMALS = {  # of Phi, and of phi
+    0x33A06C99: (0x3F000001, 0x3ECC422A),
+    0xB3206C99: (0x3EFFFFFF, 0x3ECC422A),
+    0xBE7CD341: (0x3ECE138E, 0x3EC6206B),
+    0xBB7FD5FA: (0x3EFF33E0, 0x3ECC41C4),
+    0x3E48A98A: (0x3F13E2C5, 0x3EC85FC4),
+}
+
+
+def test_the_normal_distribution():
+    rng = np.random.default_rng(8)
+    hard = np.array([*HARD_NORMALS], np.uint32).view(np.float32)
+    x = np.concatenate(
+        (hard, rng.uniform(-13.5, 6, 700), rng.standard_normal(300), [0, -0.0, 1e-40])
+    )
+    x = np.concatenate((x, 2 ** rng.uniform(-30, 0, 300))).astype(np.float32)
+    given = torch.from_numpy(x)
+    got = [normal.normal_cdf(given), normal.normal_pdf(given)]
+    assert_bits(got, [oracle.normal_cdf(x), oracle.normal_pdf(x)])
+    found = zip(*(y[:5].view(torch.int32).tolist() for y in got), strict=True)
+    assert [*found] == [*HARD_NORMALS.values()]
+
+
 def test_bfloat16_is_the_nearest():
     x = numbers(10_000, 8)
     x[:3000] = (x.view(np.uint32) & 0xFFFF0000 | 0x8000).view(np.float32)[:3000]
@@ -216,6 +239,14 @@ def test_rms_norm():
         assert_bits(got, [expected, *oracle.rms_norm_backward(x, gamma, 1e-6, dy)])
 
 
+def test_layer_norm():
+    for x in (numbers((40, 24), 40), rows((40, 24), 41)):
+        (gamma, beta), dy = numbers((2, 24), 42, wide=False), rows((40, 24), 43)
+        got = run(lambda x, g, b: layer_norm(x, g, b, 1e-12), (x, gamma, beta), (dy,))
+        expected = oracle.layer_norm(x, gamma, beta, 1e-12)
+        assert_bits(got, [expected, *oracle.layer_norm_backward(x, gamma, 1e-12, dy)])
+
+
 @pytest.mark.parametrize(("channels", "theta"), ((32, 10_000), (64, 500_000), (2, 10_000)))
 def test_frequencies_of_the_rotary_embedding(channels, theta):
     assert frequencies(channels, theta) == oracle.frequencies(channels, theta)
@@ -247,6 +278,20 @@ def test_swiglu():
         got = run(swiglu, (gate, up), (dh,))
         expected = oracle.swiglu(gate, up), *oracle.swiglu_backward(gate, up, dh)
         assert_bits(got, expected)
+
+
+def test_gelu():
+    x, dy = numbers(400, 70, wide=False) * np.float32(3), numbers(400, 71)
+    x[:40] = numbers(40, 72)
+    assert_bits(run(gelu, (x,), (dy,)), (oracle.gelu(x), oracle.gelu_backward(x, dy)))
+
+
+def test_biases():
+    y, dy = numbers((4, 30, 7), 73), numbers((4, 30, 7), 74)
+    for shape in ((7,), (30, 7)):
+        bias = numbers(shape, 75)
+        total = oracle.total(dy.reshape(-1, *shape), 0)
+        assert_bits(run(add_bias, (y, bias), (dy,)), (oracle.add(y, bias), dy, total))
 
 
 def test_embedding():
@@ -323,6 +368,9 @@ TABLES = rotary_tables(torch.arange(20), 6, 10_000)
 NARROW = {
     "linear": (lambda x, w: linears(x, w), 1),
     "norm": (lambda x, w: rms_norm(x, w[0], 1e-6), 1),
+    "layer norm": (lambda x, w: layer_norm(x, w[0], w[1], 1e-6), 1),
+    "bias": (lambda x, w: add_bias(x, w[0]), 1),
+    "gelu": (lambda x, w: gelu(x), 1),
     "rotary": (lambda x, w: rotary(x, *TABLES), 1),
     "swiglu": (lambda x, y, w: swiglu(x, y), 2),
     "residual": (lambda x, y, w: residual(x, y), 2),

@@ -1,4 +1,4 @@
-"""SwiGLU with one rounding in each operation."""
+"""SwiGLU and GELU with one rounding in each operation."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from .elementary import exp
+from .normal import normal_cdf, normal_pdf
 from .rounding import add, divide, flush, multiply, nearest
 
 
@@ -44,3 +45,28 @@ def _backward(saved: Any, dh: Array) -> tuple[Array, Array]:
 
 
 swiglu.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def gelu(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """`x (*) Phi(x)`, the GELU that is not an approximation by tanh.
+
+    Phi is the float32 nearest to the normal distribution function, and phi that of its density:
+    `dx = dy (*) R(Phi(x) + x phi(x))`.
+    """
+    with jax.enable_x64(True):
+        return multiply(x, normal_cdf(x))
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
+    with jax.enable_x64(True):
+        # The product is exact in float64: one rounding in the sum.
+        slope = nearest(flush(normal_cdf(x)) + flush(x) * flush(normal_pdf(x)))
+        return (multiply(dy, slope),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)

@@ -96,12 +96,17 @@ fork.defvjp(lambda x, uses: (fork(x, uses), None), _add_in_order)
 
 
 @jax.custom_vjp
-def add_bias(
-    y: Float32[Array, "*tokens F"], bias: Float32[Array, "*features"]
-) -> Float32[Array, "*tokens F"]:
-    """`y (+) bias` for each token; the gradient of the bias is the total over the tokens."""
+def add_bias(y: Float32[Array, "..."], bias: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """`y (+) bias`, of a bias that broadcasts to y, as `[F]` does to `[B, S, F]`.
+
+    Its gradient is the total over the axes that it lacks or has of size 1.
+    """
     with jax.enable_x64(True):
-        return rounding.add(y, bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape))
+        return rounding.add(y, bias.reshape(_padded_shape(y, bias)))
+
+
+def _padded_shape(y: Array, bias: Array) -> tuple[int, ...]:
+    return (1,) * (y.ndim - bias.ndim) + bias.shape
 
 
 def _bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
@@ -110,8 +115,10 @@ def _bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
 
 def _bias_backward(bias: Array, dy: Array) -> tuple[Array, Array]:
     with jax.enable_x64(True):
-        tokens = tuple(range(dy.ndim - bias.ndim))
-        return dy, rounding.total(dy, tokens).reshape(bias.shape)
+        shape = _padded_shape(dy, bias)
+        summed = tuple(axis for axis, size in enumerate(shape) if size == 1)
+        dbias = rounding.total(dy, summed) if summed else dy
+        return dy, dbias.reshape(bias.shape)
 
 
 add_bias.defvjp(_bias_forward, _bias_backward)

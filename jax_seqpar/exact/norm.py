@@ -1,4 +1,4 @@
-"""RMSNorm with one rounding in each operation."""
+"""RMSNorm and LayerNorm with one rounding in each operation."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from .rounding import add, divide, flush, multiply, nearest, total
+from .rounding import add, divide, flush, multiply, nearest, subtract, total
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -25,8 +25,7 @@ def rms_norm(
 
 def _normal(x: Array, epsilon: float) -> tuple[Array, Array]:
     """n and r."""
-    squares = divide(total(multiply(x, x), -1), jnp.float32(x.shape[-1]))
-    r = reciprocal_root(add(squares, jnp.float32(epsilon)))
+    r = reciprocal_root(add(_mean(multiply(x, x)), jnp.float32(epsilon)))
     return multiply(x, r), r
 
 
@@ -51,13 +50,61 @@ def _backward(epsilon: float, saved: Any, dy: Array) -> tuple[Array, Array]:
         tokens = tuple(range(x.ndim - 1))
         dscale = total(multiply(dy, normal), tokens).reshape(scale.shape)
         dnormal = multiply(dy, _beside_tokens(scale, x))
-        c = divide(total(multiply(dnormal, normal), -1), jnp.float32(x.shape[-1]))
+        c = _mean(multiply(dnormal, normal))
         # Both products are exact in float64: one rounding in the subtraction.
         dx = multiply(nearest(flush(dnormal) - flush(normal) * flush(c)), r)
     return dx, dscale
 
 
 rms_norm.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float32[Array, "*tokens D"],
+    scale: Float32[Array, " D"],
+    bias: Float32[Array, " D"],
+    epsilon: float,
+) -> Float32[Array, "*tokens D"]:
+    """`(x - mean(x)) rsqrt(var(x) + epsilon) scale + bias`, over the last axis.
+
+    `d = x (-) (total(x) (/) D)`, `u = (total(d (*) d) (/) D) (+) epsilon`, `r = rsqrt(u)`,
+    `n = d (*) r`, `y = R(n scale + bias)`.
+    """
+    with jax.enable_x64(True):
+        normal, _ = _centred_normal(x, epsilon)
+        scale, bias = _beside_tokens(scale, x), _beside_tokens(bias, x)
+        return nearest(flush(normal) * flush(scale) + flush(bias))
+
+
+def _centred_normal(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """n and r of `layer_norm`."""
+    return _normal(subtract(x, _mean(x)), epsilon)
+
+
+def _layer_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Any]:
+    return layer_norm(x, scale, bias, epsilon), (x, scale)
+
+
+def _layer_backward(epsilon: float, saved: Any, dy: Array) -> tuple[Array, Array, Array]:
+    x, scale = saved
+    with jax.enable_x64(True):
+        normal, r = _centred_normal(x, epsilon)
+        tokens = tuple(range(x.ndim - 1))
+        dscale = total(multiply(dy, normal), tokens).reshape(scale.shape)
+        dbias = total(dy, tokens).reshape(scale.shape)
+        dnormal = multiply(dy, _beside_tokens(scale, x))
+        centred, c = subtract(dnormal, _mean(dnormal)), _mean(multiply(dnormal, normal))
+        dx = multiply(nearest(flush(centred) - flush(normal) * flush(c)), r)
+    return dx, dscale, dbias
+
+
+layer_norm.defvjp(_layer_forward, _layer_backward)
+
+
+def _mean(x: Array) -> Array:
+    """`total(x) (/) D` over the last axis, which stays."""
+    return divide(total(x, -1), jnp.float32(x.shape[-1]))
 
 
 def _beside_tokens(scale: Array, x: Array) -> Array:

@@ -9,9 +9,9 @@ if find_spec("flax") is None:
     )
 
 from .arithmetic import Arithmetic as Arithmetic
-from .arithmetic import ExactArithmetic as ExactArithmetic
 from .attention import Attention as Attention
 from .attention_fn import SequenceParallel as SequenceParallel
+from .exact_arithmetic import ExactArithmetic as ExactArithmetic
 from .projection import ParameterOptions as ParameterOptions
 from .projection import Projection as Projection
 from .projection import gather as gather

@@ -1,8 +1,6 @@
-"""The arithmetic of a model's layers: as XLA computes, or with bits that no mesh can change."""
+"""The arithmetic of a model's layers: operations as XLA computes them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import jax
@@ -10,14 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
-from ..exact import activation, embedding, linear, loss
 from ..exact import dropout as exact_dropout
-from ..exact import norm as exact_norm
-from ..exact import rotary as exact_rotary
-from ..exact import tiled_loss as exact_tiled_loss
-from ..exact.attention import Exact
-from ..exact.engines import Engine
-from ..exact.narrow import narrow, widen
 from ..kernels import Kernel
 from ..mask import threefry
 from ..mesh_layout import MeshLayout
@@ -33,6 +24,8 @@ class Arithmetic:
     """The operations of layers as XLA computes them: sums in an order of its own.
 
     A layer calls its operations and nothing else, so that another arithmetic needs no other layer.
+    Some operations are of arrays; `norm`, `layer_norm`, `dense`, `look_up` and `self_attention` are
+    those of Flax's own layers, with the parameters that these hold.
     """
 
     @property
@@ -60,7 +53,7 @@ class Arithmetic:
         return jnp.einsum(letters, x, kernel, precision=precision, out_sharding=out_sharding)
 
     def add_bias(self, y: Array, bias: Array) -> Array:
-        """y with a bias, whose axes are the last ones."""
+        """y with a bias, which broadcasts to it."""
         return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
     def fork(self, x: Array, uses: int) -> tuple[Array, ...]:
@@ -86,6 +79,22 @@ class Arithmetic:
         """RMSNorm over the features."""
         return layer(x)
 
+    def layer_norm(self, layer: nnx.LayerNorm, x: Array) -> Array:
+        """LayerNorm over the features."""
+        return layer(x)
+
+    def dense(self, layer: nnx.Linear | nnx.LinearGeneral, x: Array) -> Array:
+        """A linear layer of the last axes, with its bias."""
+        return layer(x)
+
+    def look_up(self, layer: nnx.Embed, tokens: Integer[Array, "..."]) -> Array:
+        """The rows of the tokens."""
+        return layer(tokens)
+
+    def self_attention(self, layer: nnx.MultiHeadAttention, x: Array, *, mask: Array) -> Array:
+        """Attention of x `[B, S, D]` to itself; the mask broadcasts to `[B, N, S, S]`."""
+        return layer(x, mask=mask)
+
     def head_norm(self, x: Array, scale: Array, epsilon: float) -> Array:
         """RMSNorm over the channels of each head."""
         return rms_norm(x, scale, epsilon)
@@ -97,6 +106,10 @@ class Arithmetic:
     def swiglu(self, gate: Array, up: Array) -> Array:
         """`silu(gate) up`."""
         return jax.nn.silu(gate) * up
+
+    def gelu(self, x: Array) -> Array:
+        """`x Phi(x)`, Phi the normal distribution function."""
+        return jax.nn.gelu(x, approximate=False)
 
     def embed(
         self,
@@ -161,153 +174,3 @@ class Arithmetic:
         """`[B, S]`, of each label among the logits `[B, S, V]` of its token."""
         is_label = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
         return jnp.where(is_label, jax.nn.log_softmax(logits), 0).sum(-1)
-
-
-def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of float32, for operands of float32 or bfloat16; the result is as the first."""
-
-    @wraps(function)
-    def around(x: Array, *operands: Any) -> Any:
-        check_is_narrow(x)
-        out = function(widen(x), *operands)
-        return jax.tree.map(lambda y: narrow(y, x.dtype), out)
-
-    return around
-
-
-@dataclass(frozen=True)
-class ExactArithmetic(Arithmetic):
-    """Operations whose sums are sums of integers: one function, whatever the mesh or the framework.
-
-    Loss, gradients and, with the optimizers of `jax_seqpar.exact.optimizer`, weights are equal in
-    every bit on any mesh, and to those of `torch_ref.exact`; `jax_seqpar/exact/SPEC.md` defines
-    them. Parameters are float32, what goes from layer to layer is float32 or bfloat16. Rotary
-    embeddings are those of a theta alone. Tiles change no bit: those of a loss divide S.
-
-    Args:
-      engine: of the products, one of `jax_seqpar.exact.engines`, that of the platform if None; no
-        bit depends on it.
-    """
-
-    engine: Engine | None = None
-
-    @property
-    def kernel(self) -> Kernel | None:
-        return Exact()
-
-    @property
-    def adds_tiles(self) -> bool:
-        return False
-
-    def project(
-        self,
-        letters: str,
-        x: Array,
-        kernel: Array,
-        *,
-        dtype: Any,
-        precision: jax.lax.PrecisionLike = None,
-        out_sharding: Any = None,
-    ) -> Array:
-        check_is_narrow(x)
-        check_weights(kernel, precision)
-        options: Any = {"engine": self.engine, "out_sharding": out_sharding}
-        return narrow(linear.linear(letters, widen(x), kernel, **options), dtype)
-
-    def add_bias(self, y: Array, bias: Array) -> Array:
-        return _in_float32(linear.add_bias)(y, bias)
-
-    def fork(self, x: Array, uses: int) -> tuple[Array, ...]:
-        return _in_float32(linear.fork)(x, uses)
-
-    def add(self, a: Array, b: Array) -> Array:
-        return _in_float32(linear.add)(a, widen(b))
-
-    def dropout(self, x: Array, rate: float, rng: Array, *, layout: MeshLayout) -> Array:
-        numbers = token_numbers(x, layout)
-        return _in_float32(exact_dropout.dropout)(x, rate, rng, numbers)
-
-    def norm(self, layer: nnx.RMSNorm, x: Array) -> Array:
-        assert layer.scale is not None
-        return self.head_norm(x, layer.scale[...], layer.epsilon)
-
-    def head_norm(self, x: Array, scale: Array, epsilon: float) -> Array:
-        return _in_float32(exact_norm.rms_norm)(x, scale, epsilon)
-
-    def rotate(self, rotary: Rotary, x: Array, positions: Any) -> Array:
-        if rotary != Rotary(rotary.theta):
-            raise ValueError(
-                f"exact arithmetic turns all channels, in halves, by a theta alone, got "
-                f"{rotary!r}. Write Rotary(theta={rotary.theta})."
-            )
-        return _in_float32(exact_rotary.rotary)(x, positions, rotary.theta)
-
-    def swiglu(self, gate: Array, up: Array) -> Array:
-        return _in_float32(activation.swiglu)(gate, widen(up))
-
-    def embed(
-        self,
-        table: Float[Array, "V D"],
-        tokens: Integer[Array, "B S"],
-        *,
-        layout: MeshLayout,
-        dtype: Any,
-    ) -> Float[Array, "B S D"]:
-        return narrow(embedding.embed(table, tokens), dtype)
-
-    def unembed(self, hidden: Array, table: Float[Array, "V D"]) -> Float[Array, "B S V"]:
-        return linear.linear("BSD,VD->BSV", widen(hidden), table, engine=self.engine)
-
-    def cross_entropy(
-        self,
-        logits: Array,
-        labels: Array,
-        normaliser: Any,
-        *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-    ) -> Array:
-        options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-        return loss.cross_entropy(logits, labels, normaliser=normaliser, **options)
-
-    def tiled_cross_entropy(
-        self,
-        hidden: Array,
-        table: Float[Array, "V D"],
-        labels: Array,
-        normaliser: Any,
-        *,
-        tiles: int,
-        layout: MeshLayout,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-    ) -> Array:
-        options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-        options |= {"tiles": tiles, "normaliser": normaliser, "engine": self.engine}
-        return exact_tiled_loss.tiled_cross_entropy(widen(hidden), table, labels, **options)
-
-    def log_probabilities(self, logits: Array, labels: Array) -> Array:
-        return loss.log_probabilities(logits, labels)
-
-
-def check_is_narrow(x: Array) -> None:
-    """Raises ValueError unless x is float32 or bfloat16."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            f"exact arithmetic takes float32 and bfloat16 between layers, got {x.dtype}. Write "
-            f"dtype=jnp.float32."
-        )
-
-
-def check_weights(kernel: Array, precision: Any) -> None:
-    """Raises ValueError for weights that are not float32, and for a precision of products."""
-    if kernel.dtype != jnp.float32:
-        raise ValueError(
-            f"exact arithmetic takes weights of float32, got {kernel.dtype}. Write "
-            f"ParameterOptions(param_dtype=jnp.float32)."
-        )
-    if precision is not None:
-        raise ValueError(
-            f"precision={precision!r} rounds the products of float32, and exact arithmetic has one "
-            f"rounding of its own. Leave it out of the ParameterOptions."
-        )

@@ -45,7 +45,7 @@ def _operations() -> Operations:
     torch = require_torch()
     from torch_ref import dropout
     from torch_ref.exact import arithmetic as exact
-    from torch_ref.exact import elementary, exact_attention, matmul, rotary, rounding
+    from torch_ref.exact import elementary, exact_attention, matmul, normal, rotary, rounding
 
     def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arrays: torch_to_numpy(function(*map(numpy_to_torch, arrays)))
@@ -68,6 +68,10 @@ def _operations() -> Operations:
 
     def plain_product(a: Any, b: Any) -> Any:
         return torch._int_mm(a, b) if a.dtype == torch.int8 else a @ b
+
+    def normal_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        functions = (normal.normal_cdf, normal.normal_pdf)
+        return tuple(on_arrays(f)(x) for f in functions)  # pyright: ignore[reportReturnType]
 
     def sines(angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cos, sin = rotary.cos_and_sin(numpy_to_torch(angles))
@@ -94,6 +98,7 @@ def _operations() -> Operations:
         chained=on_arrays(lambda a, b, c: rounding.add(rounding.multiply(a, b), c)),
         log=on_arrays(elementary.log),
         reciprocal_root=on_arrays(elementary.rsqrt),
+        normal=normal_of,
         sines=sines,
         sums=on_arrays(lambda x: x.sum(1)),
         products=lambda a, b: (product(a, b),),

@@ -128,6 +128,56 @@ def exp32(x: Fraction) -> Fraction:
         return R(Fraction((decimal.Decimal(x.numerator) / x.denominator).exp()))
 
 
+@elementwise
+@cache
+def cdf32(x: Fraction) -> Fraction:
+    """The normal distribution function: 1/2 and the density times `x + x^3 / 3 + x^5 / 15 + ...`.
+
+    For x = -13 the two cancel to 2^-126; 120 digits leave enough.
+    """
+    if abs(x) > 14:
+        return Fraction(x > 0)
+    with decimal.localcontext(prec=120):
+        number = decimal.Decimal(x.numerator) / x.denominator
+        term, sum_, n = number, decimal.Decimal(0), 1
+        while abs(term) > decimal.Decimal("1e-110"):
+            sum_ += term
+            n += 2
+            term = term * number * number / n
+        return R(Fraction(1, 2) + Fraction(sum_ * density(number)))
+
+
+@elementwise
+@cache
+def pdf32(x: Fraction) -> Fraction:
+    with decimal.localcontext(prec=DIGITS):
+        return R(Fraction(density(decimal.Decimal(x.numerator) / x.denominator)))
+
+
+def density(x: decimal.Decimal) -> decimal.Decimal:
+    """Density of the normal distribution, in the precision of the context."""
+    circle = decimal.Decimal(2 * pi().numerator) / pi().denominator
+    return (-x * x / 2).exp() / circle.sqrt()
+
+
+def normal_cdf(x: Array) -> Array:
+    return out(cdf32(read(x)))
+
+
+def normal_pdf(x: Array) -> Array:
+    return out(pdf32(read(x)))
+
+
+def gelu(x: Array) -> Array:
+    x = read(x)
+    return out(R(x * cdf32(x)))
+
+
+def gelu_backward(x: Array, dy: Array) -> Array:
+    x = read(x)
+    return out(R(read(dy) * R(round64(cdf32(x) + x * pdf32(x)))))
+
+
 def total(x: Array, axis: int) -> Array:
     """Sum of float32 along an axis, which the result lacks."""
     return out(sum32(read(x), axis))
@@ -188,6 +238,28 @@ def rms_norm_backward(x: Array, gamma: Array, eps: float, dy: Array) -> tuple[Ar
     dn = R(dy * read(gamma))
     c = R(sum32(R(dn * n), 1)[:, None] / n.shape[1])
     return out(R(R(round64(dn - n * c)) * r)), out(dgamma)
+
+
+def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> Array:
+    n, _ = norm_parts(centred(read(x)), eps)
+    return out(R(round64(n * read(gamma) + read(beta))))
+
+
+def centred(x: Array) -> Array:
+    """Rows of fractions, less their means."""
+    return R(x - R(sum32(x, 1)[:, None] / x.shape[1]))
+
+
+def layer_norm_backward(
+    x: Array, gamma: Array, eps: float, dy: Array
+) -> tuple[Array, Array, Array]:
+    """dx `[T, D]`, dgamma and dbeta `[D]`."""
+    n, r = norm_parts(centred(read(x)), eps)
+    dy = read(dy)
+    dgamma, dbeta = sum32(R(dy * n), 0), sum32(dy, 0)
+    dn = R(dy * read(gamma))
+    c = R(sum32(R(dn * n), 1)[:, None] / n.shape[1])
+    return out(R(R(round64(centred(dn) - n * c)) * r)), out(dgamma), out(dbeta)
 
 
 @cache

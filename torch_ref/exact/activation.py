@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202), GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arithmetic import exp, flush
+from .normal import normal_cdf, normal_pdf
 from .rounding import R, add, divide, multiply, narrow
 
 
@@ -26,6 +27,20 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]
 
 
+def gelu(x: Tensor) -> Tensor:
+    """`x (*) Phi(x)`, Phi the normal distribution function and not an approximation by tanh.
+
+    Backward: `dx = dy (*) R(Phi(x) + x phi(x))`, phi the density.
+
+    Args:
+      x: float32 or bfloat16.
+
+    Returns:
+      Of the shape and dtype of x. Differentiable once.
+    """
+    return _GELU.apply(x)  # pyright: ignore[reportReturnType]
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -42,6 +57,20 @@ class _SwiGLU(torch.autograd.Function):
         slope = multiply(sig, R(1 + flush(gate) * flush(rest)))
         dg = multiply(multiply(dh, up), slope)
         return narrow(dg, gate.dtype), narrow(du, up.dtype)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return narrow(multiply(x, normal_cdf(x)), x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        slope = R(flush(normal_cdf(x)) + flush(x) * flush(normal_pdf(x)))
+        return narrow(multiply(dy, slope), x.dtype)
 
 
 def _logistic(gate: Tensor) -> tuple[Tensor, Tensor]:

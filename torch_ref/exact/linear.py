@@ -1,4 +1,4 @@
-"""Linear layers: `y = mm(x, W)`, without a bias."""
+"""Linear layers, `y = mm(x, W)`, and biases."""
 
 from functools import reduce
 from typing import Any
@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from .arithmetic import flush
 from .matmul import mm, mmT
 from .rounding import add, narrow
+from .sums import total
 
 
 def linear(
@@ -40,6 +41,20 @@ def linears(
     return _Linears.apply(group, dtype or x.dtype, x, *weights)  # pyright: ignore[reportReturnType]
 
 
+def add_bias(y: Tensor, bias: Tensor, group: Any = None) -> Tensor:
+    """`y (+) bias` of every token. Backward: `dbias` is the total over the tokens of all ranks.
+
+    Args:
+      y: `[*tokens, *features]`, float32 or bfloat16.
+      bias: `[*features]`, float32.
+      group: the ranks that hold the other tokens.
+
+    Returns:
+      Of the shape and dtype of y. Differentiable once.
+    """
+    return _Bias.apply(group, y, bias)  # pyright: ignore[reportReturnType]
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -60,6 +75,19 @@ class _Linears(torch.autograd.Function):
         dx = reduce(add, [narrow(product, x.dtype).float() for product in products])
         dx = narrow(dx, x.dtype).view(x.shape)
         return None, None, dx, *(mmT(_rows(x), dy, ctx.group) for dy in dys)
+
+
+class _Bias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Any, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.group, ctx.axes = group, bias.ndim
+        return narrow(add(y, bias), y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokens = dy.ndim - ctx.axes
+        return None, dy, total(dy.flatten(0, tokens - 1), 0, ctx.group)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) and LayerNorm (Ba et al. 2016,
+arXiv:1607.06450)."""
 
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .arithmetic import flush
 from .elementary import rsqrt
-from .rounding import R, add, divide, multiply, narrow
+from .rounding import R, add, divide, multiply, narrow, subtract
 from .sums import total
 
 
@@ -30,6 +31,26 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float, *, group: Any = None) -> Tens
     return _RMSNorm.apply(x, gamma, eps, group)  # pyright: ignore[reportReturnType]
 
 
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, group: Any = None) -> Tensor:
+    """`R(n gamma + beta)` with `d = x (-) m`, `n = d (*) r`, where `m = total(x) (/) D` and
+    `r = rsqrt((total(d (*) d) (/) D) (+) eps)`.
+
+    Backward: `dgamma = total_t(dy (*) n)` and `dbeta = total_t(dy)`, over the tokens of all ranks;
+    `dn = dy (*) gamma`, `e = dn (-) (total_i(dn) (/) D)`, `c = total_i(dn (*) n) (/) D`,
+    `dx = R(e - n c) (*) r`.
+
+    Args:
+      x: `[..., D]`, float32 or bfloat16.
+      gamma, beta: `[D]`, float32.
+      eps: as the nearest float32.
+      group: the ranks that hold the other tokens.
+
+    Returns:
+      Of the shape and dtype of x. Differentiable once.
+    """
+    return _LayerNorm.apply(x, gamma, beta, eps, group)  # pyright: ignore[reportReturnType]
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, eps: float, group: Any) -> Tensor:
@@ -49,3 +70,30 @@ class _RMSNorm(torch.autograd.Function):
         c = divide(total(multiply(dn, n), -1)[..., None], n.shape[-1])
         dx = multiply(R(flush(dn) - flush(n) * flush(c)), r)
         return narrow(dx, ctx.dtype), dgamma, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, group: Any) -> Tensor:
+        d = subtract(x, _mean(x))
+        r = rsqrt(add(_mean(multiply(d, d)), eps))
+        n = multiply(d, r)
+        ctx.dtype, ctx.group = x.dtype, group
+        ctx.save_for_backward(n, r, gamma)
+        return narrow(R(flush(n) * flush(gamma) + flush(beta)), x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        n, r, gamma = ctx.saved_tensors
+        dgamma = total(multiply(dy, n).flatten(0, -2), 0, ctx.group)
+        dbeta = total(dy.flatten(0, -2), 0, ctx.group)
+        dn = multiply(dy, gamma)
+        e = subtract(dn, _mean(dn))
+        dx = multiply(R(flush(e) - flush(n) * flush(_mean(multiply(dn, n)))), r)
+        return narrow(dx, ctx.dtype), dgamma, dbeta, None, None
+
+
+def _mean(x: Tensor) -> Tensor:
+    """`total(x) (/) D` over the last axis, which stays."""
+    return divide(total(x, -1)[..., None], x.shape[-1])

@@ -13,6 +13,10 @@ from .arithmetic import flush, nearest32
 from .rotary import cos_and_sin
 from .rounding import R, add, divide, multiply, square_root
 
+# Numbers that are updated at a time: 2^15 stay in the caches from one operation to the next. Of 4
+# million, AdamW took 0.45 s in such chunks and 1.03 s at once, on one core.
+CHUNK = 2**15
+
 
 class AdamWNumbers(NamedTuple):
     """The float32 numbers of a step: `c1 = 1 - b1`, `k1 = 1 / (1 - b1^t)`, the same for 2."""
@@ -65,6 +69,15 @@ def adamw(
     `m = R(b1 m + c1 g)`, `v = R(b2 v + c2 q)` with `q = g (*) g`,
     `u = (m (*) k1) (/) (R(sqrt(v (*) k2)) (+) eps)` and `w (+) R(-lr R(u + wd w))`.
     """
+    chunks = zip(*(x.flatten().split(CHUNK) for x in (w, m, v, g)), strict=True)
+    parts = [_adamw(a, b, c, d, numbers) for a, b, c, d in chunks]
+    w_, m_, v_ = (torch.cat(part).view(w.shape) for part in zip(*parts, strict=True))
+    return w_, m_, v_
+
+
+def _adamw(
+    w: Tensor, m: Tensor, v: Tensor, g: Tensor, numbers: AdamWNumbers
+) -> tuple[Tensor, Tensor, Tensor]:
     lr, b1, c1, k1, b2, c2, k2, eps, wd = numbers
     m = R(b1 * flush(m) + c1 * flush(g))
     v = R(b2 * flush(v) + c2 * flush(multiply(g, g)))

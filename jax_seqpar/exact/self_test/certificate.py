@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...mask import threefry
-from .. import arithmetic, elementary, engines, matmul, norm, rotary, rounding
+from .. import arithmetic, elementary, engines, matmul, norm, normal, rotary, rounding
 from ..attention import exact_attention
 from .check import Check
 from .operations import Operations
@@ -117,6 +117,7 @@ def _jax_operations() -> Operations:
         chained=wide(lambda a, b, c: rounding.add(rounding.multiply(a, b), c)),
         log=wide(elementary.log),
         reciprocal_root=wide(norm.reciprocal_root),
+        normal=wide(lambda x: (normal.normal_cdf(x), normal.normal_pdf(x))),
         sines=wide(sines),
         sums=wide(lambda x: x.sum(axis=1)),
         products=wide(products),

@@ -27,6 +27,7 @@ class Operations:
       rounded: R of a training, of float64 to float32.
       chained: `(a (*) b) (+) c` of float32.
       log, reciprocal_root: of float32, as in `elementary` and `norm`.
+      normal: of float32, to the distribution function and the density of `normal`.
       sines: `[N]` angles below 2^24, int64, to sine and cosine of so many 2^-24 turns.
       sums: `[M, K]` int64 to `[M]`.
       products: `[M, K] x [K, N]` of float32, as `matmul.matmul`, by each engine there is.
@@ -50,6 +51,7 @@ class Operations:
     chained: Callable[..., np.ndarray]
     log: Callable[..., np.ndarray]
     reciprocal_root: Callable[..., np.ndarray]
+    normal: Callable[..., tuple[np.ndarray, np.ndarray]]
     sines: Callable[..., tuple[np.ndarray, np.ndarray]]
     sums: Callable[..., np.ndarray]
     products: Callable[..., tuple[np.ndarray, ...]]

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..engines import TERMS_OF_TEN, TERMS_OF_TWO
 from ..matmul import OPERAND_BITS
-from .check import Check, compare
+from .check import Check, compare, compare_hash
 from .integer_answers import integers, product, python_integers, sine_and_cosine
 from .operations import Operations
 
@@ -18,6 +18,22 @@ LOG_HARD_CASES = {
 }
 # The hardest of all mantissas, 1.41 units of float64 from a boundary.
 ROOT_HARD_CASE = 0x403A18E3, 0x3F16209E
+# float32 bits of x, of Phi(x) and of phi(x): of the first six Phi comes nearest to a boundary,
+# 0.03, 0.03, 1.37, 2.58, 3.99 and 4.37 units of float64 from it; of the others phi does, 1.12, 2.98
+# and 3.78.
+NORMAL_HARD_CASES = {
+    0x33A06C99: (0x3F000001, 0x3ECC422A),
+    0xB3206C99: (0x3EFFFFFF, 0x3ECC422A),
+    0xBE7CD341: (0x3ECE138E, 0x3EC6206B),
+    0xBB7FD5FA: (0x3EFF33E0, 0x3ECC41C4),
+    0xBC48F2C9: (0x3EFD7EAE, 0x3ECC3E3B),
+    0x3B762C8B: (0x3F006235, 0x3ECC41CB),
+    0x3E48A98A: (0x3F13E2C5, 0x3EC85FC4),
+    0x3FE7ABD7: (0x3F770033, 0x3D9ED138),
+    0x40B3FD0E: (0x3F800000, 0x33673EEB),
+}
+# SHA-256 of Phi and then phi of `normal_sample`, found with the 64 bits of x87's long double.
+NORMAL_HASH = "45319aaa1c8813604b57b70a7740af678e02f30bf940e920f9f1f21d1469aa7b"
 ANGLE_BITS = 24
 
 
@@ -60,6 +76,22 @@ def _reciprocal_roots(ask: Operations) -> Check:
     others = (1 / np.sqrt(x.astype(np.float64))).astype(np.float32)
     got = ask.reciprocal_root(np.concatenate([hard, x]))
     return compare("rsqrt: the hardest case and a million", got, np.concatenate([expected, others]))
+
+
+def _normal_hard_cases(ask: Operations) -> Check:
+    x = np.array([*NORMAL_HARD_CASES], np.uint32).view(np.float32)
+    expected = np.array([*NORMAL_HARD_CASES.values()], np.uint32).T.view(np.float32)
+    return compare("Phi and phi: the hardest cases", np.stack(ask.normal(x)), expected)
+
+
+def _normal_sample(ask: Operations) -> Check:
+    return compare_hash("Phi and phi: a million others", ask.normal(normal_sample()), NORMAL_HASH)
+
+
+def normal_sample() -> np.ndarray:
+    """Numbers of both signs, from 2^-27 to 13.4, where Phi and phi are 0."""
+    x = np.linspace(0x32000000, 0x41560000, 1 << 19).astype(np.uint32).view(np.float32)
+    return np.concatenate([x, -x])
 
 
 def _sines(ask: Operations) -> Check:
@@ -118,6 +150,8 @@ TRAINING_QUESTIONS = (
     _logarithms,
     _log_sample,
     _reciprocal_roots,
+    _normal_hard_cases,
+    _normal_sample,
     _sines,
     _integer_sums,
     _products,
