@@ -141,14 +141,14 @@ class Encoder(nnx.Module):
         x = do.layer_norm(self.norm, do.add_bias(x, do.look_up(self.positions, places)))
         if record:
             record("embedding", x)
-        return self.through_layers(x, mask[:, None, None, :], record)
+        return self.through_layers(x, mask, record)
 
     def through_layers(self, x: Array, mask: Array, record: Record | None) -> Array:
         """The hidden states after all layers."""
         note: Record = record or (lambda name, x: None)
         for i, layer in enumerate(self.layers):
             of_layer = record and (lambda name, x, i=i: note(f"layers.{i}/{name}", x))
-            x = layer(x, mask, of_layer)
+            x = layer(x, mask[:, None, None, :], of_layer)
         return x
 
 

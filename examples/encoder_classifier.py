@@ -125,7 +125,7 @@ class Classifier(Encoder):
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
 
         def run(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, state)(x, mask, record), None
+            return nnx.merge(graph, state)(x, mask[:, None, None, :], record), None
 
         return jax.lax.scan(run, x, stacked)[0]
 
