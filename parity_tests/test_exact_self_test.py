@@ -762,7 +762,7 @@ def test_jax_is_trusted():
     assert found.trusted, str(found)
     assert str(found).endswith(": trusted, its bits are those of the specification.")
     assert f"JAX {jax.__version__} on cpu" in found.backend
-    assert len(found.checks) == 27
+    assert len(found.checks) == 29
     assert all(check.total > 0 for check in found.checks)
 
 
