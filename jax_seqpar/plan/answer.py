@@ -99,7 +99,9 @@ def answer(request: Request) -> Plan:
     text = compiled.as_text() or ""
     _dump(request.dump, "compiled.txt", lambda: text)
     plan = replace(plan, memory=_memory(compiled, machine), copies=layout_copies(text))
-    return _with_transfers(plan, counts, text, machine, plan.notes + _left_on_devices(counts, plan))
+    if left := _left_on_devices(counts, plan):
+        counts = replace(counts, to_host=0.0, from_host=0.0)
+    return _with_transfers(plan, counts, text, machine, plan.notes + left)
 
 
 def versions() -> dict[str, str]:
@@ -136,7 +138,9 @@ def _placed(shapes: Any, machine: Machine) -> Any:
     def placed(x: Any) -> Any:
         if not isinstance(getattr(x, "sharding", None), NamedSharding):
             return x
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+        given = x.sharding
+        sharding = NamedSharding(mesh, given.spec, memory_kind=given.memory_kind)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(placed, shapes)
 
@@ -203,6 +207,8 @@ def _memory(compiled: Any, machine: Machine) -> Memory | None:
     if found is None:
         return None
     peak, host = found.peak_memory_in_bytes, found.host_temp_size_in_bytes
+    host += found.host_argument_size_in_bytes + found.host_output_size_in_bytes
+    host -= found.host_alias_size_in_bytes
     if host:
         # XLA states the larger of the peaks in both memories: 27.5 GiB of a program of 3.5 GiB of
         # arguments and results with 24 GiB on the host, compiled for chips of 15.75 GiB. The device

@@ -123,8 +123,11 @@ class Plan:
 
     @property
     def host(self) -> float | None:
-        """Seconds of copies to the host and back, which follow; None if its speed is not known."""
-        moved = self.to_host + self.from_host
+        """Seconds of copies to the host and back, at once; None if its speed is not known.
+
+        They are those of the longer direction, as a link has its speed in each (`Chip.host`).
+        """
+        moved = max(self.to_host, self.from_host)
         if moved and not self.chip.host:
             return None
         return moved / self.chip.host if moved else 0.0
@@ -136,9 +139,10 @@ class Plan:
 
     @property
     def at_least(self) -> float:
-        """Seconds of a step at full speed: the longest of computation, memory and copies to the
-        host and back, and the exposed transfers."""
-        return max(self.step.compute, self.step.memory, self.host or 0.0) + self.exposed
+        """Seconds of a step at full speed: the longer of computation and memory, and the exposed
+        transfers; or copies to the host, which may run beside all of these, where they are longer.
+        """
+        return max(max(self.step.compute, self.step.memory) + self.exposed, self.host or 0.0)
 
     def to_json(self) -> str:
         """The plan as JSON, which `from_json` reads."""
