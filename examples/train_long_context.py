@@ -292,12 +292,7 @@ def main(
             f"{len(jax.devices())}."
         )
     run = Run(
-        degree,
-        data,
-        tokens,
-        batch,
-        steps,
-        learning_rate,
+        *(degree, data, tokens, batch, steps, learning_rate),
         attention=attention,
         strategy=strategy,
         order=order,

@@ -71,7 +71,7 @@ def _right(case):
         inputs = with_junk(inputs, some)
     plan = plan_heads(sizes.N, sizes.K, degree, may_copy=kernel != "exact")
     heads, kv_heads = (n // degree for n in (plan.query_heads, plan.padded_kv_heads * plan.copies))
-    chunks = case["chunks"]
+    chunks = case["at once"]
     if heads % chunks or (kv_heads % chunks and (kernel == "exact" or chunks % kv_heads)):
         chunks = 1
     kind = AxisType.Auto if degree // 2 % 2 == 0 else AxisType.Explicit
@@ -79,7 +79,7 @@ def _right(case):
     if strategy == Ulysses():
         strategy = Ulysses(chunks)
     elif strategy == Ring():
-        strategy = Ring(bidirectional=case["chunks"] == 2)
+        strategy = Ring(bidirectional=case["at once"] == 2)
     layout = MeshLayout(order=order, batch="data" if batch is not None and batch > 1 else None)
     shape, axes = (degree,), ("seq",)
     if isinstance(strategy, Hybrid):

@@ -283,9 +283,17 @@ def test_documents_decide_at_run_time(strategy, around):
         assert tuple(map(int, rounds)) == expected
 
 
-@pytest.mark.parametrize("check_vma", (True, False))
-@pytest.mark.parametrize("other", (np.arange(32) // 8, BORDERS), ids=("8 tokens", "borders"))
-def test_shards_of_the_batch_make_the_same_rounds(other, check_vma):
+@pytest.mark.parametrize(
+    ("strategy", "other", "check_vma"),
+    (
+        (Ring(), np.arange(32) // 8, True),
+        (Ring(), BORDERS, False),
+        (Ring(bidirectional=True), np.arange(32) // 8, False),
+        (Ring(bidirectional=True), BORDERS, True),
+    ),
+    ids=("8 tokens", "borders, unchecked", "both ways, 8 tokens, unchecked", "both ways, borders"),
+)
+def test_shards_of_the_batch_make_the_same_rounds(strategy, other, check_vma):
     """Shards of the batch make the same rounds, though one has a document across all devices.
 
     No transfer waits for ever, and no device is heard from both sides.
@@ -293,7 +301,6 @@ def test_shards_of_the_batch_make_the_same_rounds(other, check_vma):
     where = MeshCase((2, 4), ("data", "seq"), MeshLayout(batch="data", check_vma=check_vma))
     q, k, v, _ = (jnp.asarray(x) for x in operands(SIZES))
     mask = Mask(segment_ids=jnp.asarray(np.stack([np.zeros(32), other]), jnp.int32))
-    strategy = Ring(bidirectional=check_vma == (other is BORDERS))
     attend = partial(dot_product_attention, strategy=strategy, layout=where.on(), mask=mask)
 
     def loss(attend, q):

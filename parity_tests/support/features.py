@@ -80,7 +80,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "strategy": tuple(STRATEGIES),
     "order": tuple(ORDERS),
     "sizes": tuple(SIZES),
-    "chunks": (1, 2),
+    # Chunks of heads under Ulysses, directions of a ring.
+    "at once": (1, 2),
     "place": ("from 0", "causal", "causal, offset", "causal, positions", "two positions"),
     "window": (None, 0, 3, (5, 0), (2, 9)),
     "segments": (None, "one", "a pair"),
@@ -106,7 +107,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 TRITON_FACTORS = FACTORS | {
     "kernel": ("triton",),
     "degree": (1,),
-    "chunks": (1,),
+    "at once": (1,),
     "mask": (None,),
     "bias": (None,),
     "dtype": ("float32", "bfloat16", "float16"),
