@@ -226,10 +226,18 @@ def test_nothing_to_attend_to(kernel, tokens):
     """A ring sends nothing then, and nobody anything where there is nothing at all."""
     q, k = (shape(1, n, 8, 64, dtype=jnp.float32) for n in tokens)
     sent: Any = {"itemsize": 4, "kernel": kernel}
-    for strategy, degree in ((Ulysses(), 8), (AllGatherKV(), 8), (Ring(), 8), (Hybrid(), (2, 4))):
+    # Of a token's heads in float32: query and output, or key and value.
+    each = sum(tokens) * 2 * 8 * 64 * 4
+    for strategy, degree, expected in (
+        (Ulysses(), 8, each // 8 * 7 // 8),
+        # Exact attention has these queries, less than a block, all on one device.
+        (AllGatherKV(), 8, each * 7 // 8 if tokens[1] or kernel == Exact() else 0),
+        (Ring(), 8, 0),
+        (Hybrid(), (2, 4), each // 8 * 3 // 4),
+    ):
         traffic = strategy.traffic(q.shape, k.shape, k.shape, degree=degree, **sent)
         assert strategy.memory(q.shape, k.shape, k.shape, degree=degree, **sent) >= 0
-        assert traffic == 0 or (tokens != (0, 0) and strategy != Ring())
+        assert traffic == expected
     found = choose_strategy(q, k, k, layout=on(8), kernel=kernel, chip=V5E)
     assert all(x.cost.attention == 0 for x in found.candidates if x.cost)
 
@@ -350,6 +358,16 @@ def test_a_window_of_4096_in_a_million_tokens():
         "Ring()", "Ulysses(head_chunks=1,", "AllGatherKV()"
     ]  # fmt: skip
     assert lines[-1].startswith("v5e: Ring() takes")
+
+
+@pytest.mark.parametrize(("degree", "both"), ((1, False), (2, False), (3, True), (8, True)))
+def test_a_ring_both_ways_has_two_neighbours(degree, both):
+    """Of fewer than three devices it is the ring of one way, so it is no candidate."""
+    q = shape(1, 240, 8, 128)
+    options: Any = {"layout": on(degree), "chip": CHIPS["TPU v5 lite"], "kernel": Blockwise()}
+    found = {x.strategy for x in choose_strategy(q, q, q, **options).candidates}
+    assert (Ring(bidirectional=True) in found) == both
+    assert Ring() in found
 
 
 def test_a_ring_both_ways_where_transfers_take_longer_than_attention():

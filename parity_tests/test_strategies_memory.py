@@ -29,18 +29,21 @@ from jax_seqpar.plan import Program, missing_compiler
 TOPOLOGY = "v5p:2x2x2"
 MISSING = missing_compiler(TOPOLOGY)
 RINGS, GATHERS = Hybrid(Ring()), Hybrid(AllGatherKV())
+BOTH_WAYS = Ring(bidirectional=True)
 
 # Compiled over formula: the least and the most, forward and with gradients.
 ON_CPU = {
     Ulysses(): (0.7, 1.3),
     AllGatherKV(): (0.55, 1.4),
     Ring(): (0.7, 1.2),
+    BOTH_WAYS: (0.7, 1.5),
     RINGS: (0.75, 1.4),
     GATHERS: (0.65, 1.4),
 }
 # How far a compiled program is from the formula. A ring's peak is at the merge of two parts or in
 # one of them, by the number of heads; in a hybrid few KV heads are read in place, without copies.
-ON_TPU = {Ulysses(): 0.05, AllGatherKV(): 0.05, Ring(): 0.1, RINGS: 0.22, GATHERS: 0.18}
+ON_TPU = {Ulysses(): 0.05, AllGatherKV(): 0.05, Ring(): 0.1, BOTH_WAYS: 0.1}
+ON_TPU |= {RINGS: 0.22, GATHERS: 0.18}
 
 
 def program(
@@ -116,6 +119,9 @@ def test_memory_on_simulated_devices(strategy, seed):
         slow(Ring(), 4, (8, 1), False),
         slow(Ring(), 4, (8, 1), True),
         slow(Ring(), 8, (4, 4), True),
+        (BOTH_WAYS, 8, (4, 4), False),
+        slow(BOTH_WAYS, 8, (4, 4), True),
+        slow(BOTH_WAYS, 8, (8, 2), True),
         slow(GATHERS, (2, 4), (16, 8), True),
         slow(RINGS, (4, 2), (8, 4), False),
     ),
@@ -159,8 +165,8 @@ def test_the_memory_of_a_ring_does_not_grow_with_the_ring(gradients):
     (
         (AllGatherKV(), Blockwise()),
         slow(Ulysses(), Fused("tpu")),
-        slow(Ring(), Fused("tpu")),
-        *(slow(strategy, Blockwise()) for strategy in (Ring(), RINGS, GATHERS)),
+        *(slow(strategy, Fused("tpu")) for strategy in (Ring(), BOTH_WAYS)),
+        *(slow(strategy, Blockwise()) for strategy in (Ring(), BOTH_WAYS, RINGS, GATHERS)),
     ),
     ids=str,
 )

@@ -42,6 +42,7 @@ def workspace_in_turns(
     degree: int,
     itemsize: int,
     gradients: bool,
+    directions: int = 1,
 ) -> int:
     """The same of one device of a ring: sums of all heads, and the operands of one.
 
@@ -50,23 +51,29 @@ def workspace_in_turns(
     of dk and dv: those here, on their way and those that came home. The operands and their digits
     are of one query head forward, and of all those of a KV head backward. Two devices have one
     round, which is no loop: an array of the output less and two of dk and dv, and with gradients
-    two of dq beside either the sums of the output or the operands.
+    two of dq beside either the sums of the output or the operands. Keys from both directions have a
+    part each, with its own arrays; most are there when these meet, and no operands are. Forward
+    that is of seven devices and more, of which more than one round is in a loop.
 
     Args:
       query, key, value: shapes of what one device has.
       degree: devices of the ring.
+      directions: from which keys come in one round.
     """
     (B, T, N, H), (_, S, K, V) = query, value
     sums, slices = 8 * 4 * B * T * N * V, 8 * 2 * B * S * K * (H + V)
     operands = 8 * 12 * (N // max(K, 1)) * T * (H + V)
     if gradients and degree <= 2:
         return max(3 * sums, operands) + 2 * 8 * 2 * B * T * N * H + 3 * slices
+    if gradients and directions > 1:
+        return 10 * sums + 7 * slices
     if gradients:
         return 4 * sums + 5 * slices + operands
     scaled = itemsize * B * T * N * H
     if degree <= 2:
         return 3 * sums + scaled + _weights(T, S, rows)
-    return 4 * sums + scaled + 8 * T * (20 * H + 2 * V)
+    one_way = 4 * sums + 8 * T * (20 * H + 2 * V)
+    return scaled + (max(8 * sums, one_way) if directions > 1 and degree > 6 else one_way)
 
 
 def sharing_traffic(key: Shape, value: Shape, devices: int, of: int) -> int:

@@ -235,11 +235,13 @@ class Kernel:
         degree: int,
         itemsize: int,
         gradients: bool,
+        directions: int = 1,
     ) -> int:
         """`workspace` of `attend_part` and `part_gradients`, or of turns, for a ring.
 
         Args:
           degree: devices of the ring.
+          directions: from which keys come in one round; their parts are one after the other.
         """
         return self.workspace(query, key, value, itemsize=itemsize, gradients=gradients)
 

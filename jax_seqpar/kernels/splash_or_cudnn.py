@@ -163,6 +163,7 @@ class Fused(Kernel):
         degree: int,
         itemsize: int,
         gradients: bool,
+        directions: int = 1,
     ) -> int:
         """Splash has its operands heads first, and again in float32 those that `splash_parts`
         widens; positions and the log of the sums are in all 128 lanes of a register.

@@ -93,9 +93,9 @@ def choose_strategy(
     others (`Strategy.traffic`), those that it holds at most (`Strategy.memory`; compiled programs
     confirm both), the work of the slowest device, and the transfers under which no attention runs:
     all of Ulysses' and of an all-gather, those of a ring that take longer than the attention of a
-    round. Within a slice of TPUs a bidirectional ring is a candidate, too. Seconds are for the
-    ranking: they come from data sheets. Compile the best two with `jax_seqpar.plan` before a long
-    run.
+    round. Within a slice of TPUs a bidirectional ring is a candidate, too, from three devices on.
+    Seconds are for the ranking: they come from data sheets. Compile the best two with
+    `jax_seqpar.plan` before a long run.
 
     Masks that are arrays and documents are counted as if they allowed everything: a ring finds at
     run time how many rounds documents need.
@@ -223,8 +223,8 @@ def choose(call: Call, gradients: bool = True, chip: Chip | None = None) -> Stra
     able: list[Candidate] = []
     unable: list[Candidate] = []
     strategies = [*call.strategies]
-    if chip.axes and group.all_near == group.degree:
-        strategies.append(Ring(bidirectional=True))  # a link from each neighbour
+    if chip.axes and group.all_near == group.degree > 2:
+        strategies.append(Ring(bidirectional=True))  # a link from each of two neighbours
     for strategy in strategies:
         kernel, why_not = call.kernel_of(strategy)
         if why_not is not None:

@@ -132,25 +132,29 @@ class Ring(KeepsQueries):
 
         The three are a device's own, those that are attended to and those on their way; five where
         these two come from both sides. With gradients each has its gradient beside it in float32,
-        and the gradient of the queries has two arrays as the output has. Two devices have one
-        round: none on their way, and the outputs in float32 are gone when the gradients of the
-        queries are there. A kernel that attends in turns has sums of its own, which are in its
-        `part_workspace`, of whole blocks of tokens.
+        and the gradient of the queries has two arrays as the output has. Keys from both sides have
+        a part each, of the output or of all gradients. Two devices have one round: none on their
+        way, and the outputs in float32 are gone when the gradients of the queries are there. A
+        kernel that attends in turns has sums of its own, which are in its `part_workspace`, of
+        whole blocks of tokens.
         """
         P, in_turns = check_traffic(query, key, degree), kernel.attends_in_turns
         dealt = deals(Contiguous(), kernel.block, (query[1], key[1]), P)
         T, S = (deal.sizes[1] for deal in dealt)
         q, k, v = share(query, T, query[2]), *(share(x, S, x[2]) for x in (key, value))
         out, wide = output(q, v), max(itemsize, 4)
+        directions = 2 if self.bidirectional and P > 4 else 1
         most = min(P, 5 if self.bidirectional else 3)
         held = array_bytes(*[k, v] * most, out, itemsize=itemsize)
-        sums = [] if in_turns else [out, out]
+        sums = [] if in_turns else [out] * (1 + directions)
         if gradients and in_turns:
             held += array_bytes(q, k, v, itemsize=itemsize)
         elif gradients:
-            sums = [*(sums if P > 2 else ()), *[k, v] * max(most, 3), q, q]
+            of_parts = [q, k, v] * directions
+            sums = [*([out, out] if P > 2 else ()), *[k, v] * (max(most, 3) - 1), q, *of_parts]
         held += array_bytes(*sums, itemsize=wide)
         options: Any = {"degree": P, "itemsize": itemsize, "gradients": gradients}
+        options["directions"] = directions
         return held + kernel.part_workspace(q, k, v, **options)
 
 
