@@ -119,7 +119,7 @@ def test_memory_on_simulated_devices(strategy, seed):
         slow(Ring(), 4, (8, 1), False),
         slow(Ring(), 4, (8, 1), True),
         slow(Ring(), 8, (4, 4), True),
-        (BOTH_WAYS, 8, (4, 4), False),
+        slow(BOTH_WAYS, 8, (4, 4), False),
         slow(BOTH_WAYS, 8, (4, 4), True),
         slow(BOTH_WAYS, 8, (8, 2), True),
         slow(GATHERS, (2, 4), (16, 8), True),
@@ -137,6 +137,13 @@ def test_memory_of_exact_attention(strategy, degree, heads, gradients):
     held = on_cpu(asked)
     assert abs(held / formula(asked, degree, 4, Exact()) - 1) < 0.1
     assert held > 1.9 * formula(asked, degree, 4, Blockwise())
+
+
+def test_both_directions_of_a_ring_have_sums():
+    """Without those of the second one the program took 1.43 times the formula."""
+    options: Any = {"channels": 64, "dtype": "float32", "gradients": True, "kernel": Blockwise()}
+    asked = program(BOTH_WAYS, "cpu:8", 1 << 17, 8, 8, **options)
+    assert 1 < on_cpu(asked) / formula(asked, 8, 4, Blockwise()) < 1.33
 
 
 @pytest.mark.parametrize("gradients", (False, slow(True)), ids=("forward", "gradients"))
@@ -165,7 +172,7 @@ def test_the_memory_of_a_ring_does_not_grow_with_the_ring(gradients):
     (
         (AllGatherKV(), Blockwise()),
         slow(Ulysses(), Fused("tpu")),
-        *(slow(strategy, Fused("tpu")) for strategy in (Ring(), BOTH_WAYS)),
+        slow(Ring(), Fused("tpu")),
         *(slow(strategy, Blockwise()) for strategy in (Ring(), BOTH_WAYS, RINGS, GATHERS)),
     ),
     ids=str,
