@@ -97,7 +97,7 @@ def test_what_a_train_step_offloads():
 
 @pytest.mark.parametrize("kind", ("pinned_host", None), ids=str)
 def test_an_argument_that_lies_on_the_host(kind):
-    """Its bytes come to the device, from the memory that its sharding names."""
+    """An argument comes to the device from the memory that its sharding names."""
     sharding = NamedSharding(V5E.without_devices, PartitionSpec("seq"), memory_kind=kind)
     x = jax.ShapeDtypeStruct((TOKENS, 64), jnp.float32, sharding=sharding)
     plan = counted(Given(lambda x: jnp.sin(jax.device_put(x, jax.memory.Space.Device)), (x,)))

@@ -362,7 +362,7 @@ def test_a_window_of_4096_in_a_million_tokens():
 
 @pytest.mark.parametrize(("degree", "both"), ((1, False), (2, False), (3, True), (8, True)))
 def test_a_ring_both_ways_has_two_neighbours(degree, both):
-    """Of fewer than three devices it is the ring of one way, so it is no candidate."""
+    """A ring of both ways is that of one way on fewer than three devices, and no candidate."""
     q = shape(1, 240, 8, 128)
     options: Any = {"layout": on(degree), "chip": CHIPS["TPU v5 lite"], "kernel": Blockwise()}
     found = {x.strategy for x in choose_strategy(q, q, q, **options).candidates}
