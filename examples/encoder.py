@@ -10,7 +10,7 @@ second line has the same bits on every mesh.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax.numpy as jnp
@@ -163,6 +163,8 @@ def _recording(attention: nnx.MultiHeadAttention, record: Record) -> nnx.MultiHe
     """A copy of the layer that records what goes into and comes out of its `attention_fn`."""
     attend = attention.attention_fn
 
+    # `wraps` shows arithmetic which function it is, also inside of this one.
+    @wraps(attend, updated=())
     def recorded(query: Array, key: Array, value: Array, **options: Any) -> Array:
         out = attend(query, key, value, **options)
         for name, x in {"query": query, "key": key, "value": value, "context": out}.items():

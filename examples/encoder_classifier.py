@@ -120,12 +120,15 @@ class Classifier(Encoder):
         self.head = nnx.Linear(config.features, len(CLASSES), rngs=nnx.Rngs(0))
 
     def through_layers(self, x: jax.Array, mask: jax.Array, record: Record | None) -> jax.Array:
-        """A scan, so that one layer is compiled for all."""
+        """A scan, so that one layer is compiled for all; a loop where tensors are recorded, which
+        cannot leave a scan."""
+        if record:
+            return super().through_layers(x, mask, record)
         graph, states = nnx.graphdef(self.layers[0]), [nnx.state(layer) for layer in self.layers]
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
 
         def run(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, state)(x, mask[:, None, None, :], record), None
+            return nnx.merge(graph, state)(x, mask[:, None, None, :], None), None
 
         return jax.lax.scan(run, x, stacked)[0]
 

@@ -93,7 +93,12 @@ OPTAX_ADAMW = Optimizer(partial(_adamw, False), "count", "mu", "nu")
 
 
 def train_in_flax(
-    task: Task, mesh: tuple[int, int], start: Step, *, exact: bool = True, on_step: OnStep = bool
+    task: Task,
+    mesh: tuple[int, int],
+    start: Step,
+    *,
+    exact: bool = True,
+    on_step: OnStep | None = None,
 ) -> list[Step]:
     """The steps on a mesh `data x seq`, in exact arithmetic or as XLA and optax compute float32."""
     optimizer = EXACT_ADAMW if exact else OPTAX_ADAMW
@@ -112,11 +117,12 @@ def train_in_flax(
             moments = (optax.tree.get(state, n) for n in (optimizer.mean, optimizer.square))
             step = Step(number, np.float32(loss), named(*map(model.save, (params, *moments))))
             steps.append(_kept(step, task))
-            on_step()
+            if on_step:
+                on_step()
     return steps
 
 
-def train_in_torch(task: Task, start: Step, *, on_step: OnStep = bool) -> list[Step]:
+def train_in_torch(task: Task, start: Step, *, on_step: OnStep | None = None) -> list[Step]:
     """The steps of PyTorch in one process."""
     sizes = torch_encoder.Encoder(task.config.layers, task.config.heads, task.config.epsilon)
     weights, m, v = (
@@ -138,7 +144,8 @@ def train_in_torch(task: Task, start: Step, *, on_step: OnStep = bool) -> list[S
             weights[name], m[name], v[name] = moved
         arrays = ({name: torch_to_numpy(x) for name, x in tree.items()} for tree in (weights, m, v))
         steps.append(_kept(Step(number, np.float32(loss.item()), named(*arrays)), task))
-        on_step()
+        if on_step:
+            on_step()
     return steps
 
 
@@ -153,9 +160,14 @@ def _kept(step: Step, task: Task) -> Step:
 def loss_by_transformers(model: Any, step: Step, task: Task, batch: Batch) -> float:
     """The loss of `transformers` in float64, with the weights after a step."""
     state = {name: x.double() for name, x in state_of(step, task).items()}
-    model.double().load_state_dict(
-        {n: x for n, x in state.items() if "head" not in n}, strict=False
-    )
+    of_encoder = {n: x for n, x in state.items() if n not in ("head", "head_bias")}
+    missing, unexpected = model.double().load_state_dict(of_encoder, strict=False)
+    # Training has no part for the pooler: its output is not looked at.
+    if unexpected or set(missing) - {"pooler.dense.weight", "pooler.dense.bias"}:
+        raise ValueError(
+            f"the encoder of transformers lacks {missing} and does not know {unexpected}. Write "
+            f"NAMES and MAPPING for all of its weights but the pooler's."
+        )
     ids, mask, labels = (torch.from_numpy(x).long() for x in batch)
     with torch.no_grad():
         first = model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]

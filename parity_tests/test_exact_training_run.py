@@ -8,19 +8,16 @@ from functools import partial
 import encoder
 import encoder_classifier
 import finetune_encoder
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from finetune_llama import loss_by_transformers, small_llama, start_of, state_of, training_of
-from flax import nnx
 from killed_training import save_and_die_at, train_and_die
 from planted_training_bugs import BUGS, planted
 from training_in_flax import train_in_flax
 from transformers import BertConfig, BertModel, LlamaConfig
 
 from jax_seqpar.bridge import RankError
-from jax_seqpar.flax import ExactArithmetic
 from jax_seqpar.parity.training.jax_side import train_in_jax
 from jax_seqpar.parity.training.recipe import Recipe
 from jax_seqpar.parity.training.step_files import load_step, newest_step, save_step
@@ -173,25 +170,20 @@ def test_an_encoder_of_transformers_is_fine_tuned(monkeypatch):
     assert before == pytest.approx(float(steps[0].loss), rel=1e-6)
     assert after < before
 
+    def other_names(step, task, given=finetune_encoder.state_of):
+        return {f"bert.{name}": x for name, x in given(step, task).items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_encoder, "state_of", other_names)
+        with pytest.raises(ValueError, match="all of its weights but the pooler's"):
+            finetune_encoder.loss_by_transformers(bert, start, task, batches[0])
+
     def without_mask(*operands, mask):
         return exact_attention(*operands)
 
     monkeypatch.setattr(torch_encoder, "exact_attention", without_mask)
     planted_steps = finetune_encoder.train_in_torch(replace(task, steps=1), start)
     assert planted_steps[0].loss_bits != steps[0].loss_bits
-
-
-def test_layers_that_exact_arithmetic_lacks_are_refused():
-    exact, rngs, x = ExactArithmetic(), nnx.Rngs(0), jnp.ones((1, 4, 8))
-    options = {"num_heads": 2, "in_features": 8, "decode": False, "rngs": rngs}
-    for layer, message in (
-        (nnx.MultiHeadAttention(**options), r"Write attention_fn=SequenceParallel\(kernel=Exact"),
-        (nnx.MultiHeadAttention(**options, dropout_rate=0.1), "neither dropout_rate = 0.1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            exact.self_attention(layer, x, mask=jnp.ones((1, 1, 4, 4), bool))
-    with pytest.raises(ValueError, match=r"Write nnx\.LayerNorm"):
-        exact.layer_norm(nnx.LayerNorm(8, use_bias=False, rngs=rngs), x)
 
 
 @pytest.mark.slow  # one program more

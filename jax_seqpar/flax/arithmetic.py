@@ -88,7 +88,11 @@ class Arithmetic:
         return layer(x)
 
     def look_up(self, layer: nnx.Embed, tokens: Integer[Array, "..."]) -> Array:
-        """The rows of the tokens."""
+        """The rows of the tokens; NaN for one past the vocabulary.
+
+        A negative token counts from the end of the table, as in `jnp.take`; in exact arithmetic it
+        is NaN, too.
+        """
         return layer(tokens)
 
     def self_attention(self, layer: nnx.MultiHeadAttention, x: Array, *, mask: Array) -> Array:

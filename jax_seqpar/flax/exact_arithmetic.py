@@ -6,7 +6,6 @@ from functools import wraps
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
@@ -21,7 +20,15 @@ from ..exact.narrow import narrow, widen
 from ..kernels import Kernel
 from ..mesh_layout import MeshLayout
 from .arithmetic import Arithmetic
-from .attention_fn import SequenceParallel
+from .exact_checks import (
+    check_attends_exactly,
+    check_dense,
+    check_dtype,
+    check_is_narrow,
+    check_norm,
+    check_parameter,
+    check_precision,
+)
 from .rotary import Rotary
 from .token_numbers import token_numbers
 
@@ -46,8 +53,9 @@ class ExactArithmetic(Arithmetic):
 
     Loss, gradients and, with the optimizers of `jax_seqpar.exact.optimizer`, weights are equal in
     every bit on any mesh, and to those of `torch_ref.exact`; `jax_seqpar/exact/SPEC.md` defines
-    them. Parameters are float32, what goes from layer to layer is float32 or bfloat16. Rotary
-    embeddings are those of a theta alone. Tiles change no bit: those of a loss divide S.
+    them. Parameters are float32, what goes from layer to layer is float32 or bfloat16, of which a
+    layer without a dtype returns that of x. Rotary embeddings are those of a theta alone. Tiles
+    change no bit: those of a loss divide S.
 
     Args:
       engine: of the products, one of `jax_seqpar.exact.engines`, that of the platform if None; no
@@ -75,11 +83,13 @@ class ExactArithmetic(Arithmetic):
         out_sharding: Any = None,
     ) -> Array:
         check_is_narrow(x)
-        check_weights(kernel, precision)
+        check_parameter("kernel", kernel)
+        check_precision(precision)
         options: Any = {"engine": self.engine, "out_sharding": out_sharding}
         return narrow(linear.linear(letters, widen(x), kernel, **options), dtype)
 
     def add_bias(self, y: Array, bias: Array) -> Array:
+        check_parameter("bias", bias)
         return _in_float32(linear.add_bias)(y, bias)
 
     def fork(self, x: Array, uses: int) -> tuple[Array, ...]:
@@ -93,19 +103,19 @@ class ExactArithmetic(Arithmetic):
         return _in_float32(exact_dropout.dropout)(x, rate, rng, numbers)
 
     def norm(self, layer: nnx.RMSNorm, x: Array) -> Array:
+        check_norm(layer, x)
         assert layer.scale is not None
         return self.head_norm(x, layer.scale[...], layer.epsilon)
 
     def layer_norm(self, layer: nnx.LayerNorm, x: Array) -> Array:
-        if layer.scale is None or layer.bias is None:
-            raise ValueError(
-                f"exact LayerNorm has a scale and a bias, got use_scale = {layer.use_scale} and "
-                f"use_bias = {layer.use_bias}. Write nnx.LayerNorm(use_scale=True, use_bias=True)."
-            )
+        check_norm(layer, x)
+        assert layer.scale is not None
+        assert layer.bias is not None
         parameters = layer.scale[...], layer.bias[...]
         return _in_float32(exact_norm.layer_norm)(x, *parameters, layer.epsilon)
 
     def dense(self, layer: nnx.Linear | nnx.LinearGeneral, x: Array) -> Array:
+        check_dense(layer, x)
         kernel, outputs = layer.kernel[...], layer.out_features
         # The first axes of a kernel are the last ones of x.
         out_axes = 1 if isinstance(outputs, int) else len(outputs)
@@ -117,15 +127,19 @@ class ExactArithmetic(Arithmetic):
         return y if layer.bias is None else self.add_bias(y, layer.bias[...])
 
     def look_up(self, layer: nnx.Embed, tokens: Integer[Array, "..."]) -> Array:
-        return narrow(embedding.embed(layer.embedding[...], tokens), layer.dtype or jnp.float32)
+        table = layer.embedding[...]
+        check_parameter("embedding", table)
+        return narrow(embedding.embed(table, tokens), layer.dtype)
 
     def self_attention(self, layer: nnx.MultiHeadAttention, x: Array, *, mask: Array) -> Array:
         check_attends_exactly(layer)
+        check_dtype(layer, x)
         uses = zip((layer.query, layer.key, layer.value), self.fork(x, 3), strict=True)
         query, key, value = (self.dense(projection, y) for projection, y in uses)
         return self.dense(layer.out, layer.attention_fn(query, key, value, mask=mask))
 
     def head_norm(self, x: Array, scale: Array, epsilon: float) -> Array:
+        check_parameter("scale", scale)
         return _in_float32(exact_norm.rms_norm)(x, scale, epsilon)
 
     def rotate(self, rotary: Rotary, x: Array, positions: Any) -> Array:
@@ -150,9 +164,11 @@ class ExactArithmetic(Arithmetic):
         layout: MeshLayout,
         dtype: Any,
     ) -> Float[Array, "B S D"]:
+        check_parameter("embedding", table)
         return narrow(embedding.embed(table, tokens), dtype)
 
     def unembed(self, hidden: Array, table: Float[Array, "V D"]) -> Float[Array, "B S V"]:
+        check_parameter("embedding", table)
         return linear.linear("BSD,VD->BSV", widen(hidden), table, engine=self.engine)
 
     def cross_entropy(
@@ -179,50 +195,10 @@ class ExactArithmetic(Arithmetic):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> Array:
+        check_parameter("embedding", table)
         options: Any = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         options |= {"tiles": tiles, "normaliser": normaliser, "engine": self.engine}
         return exact_tiled_loss.tiled_cross_entropy(widen(hidden), table, labels, **options)
 
     def log_probabilities(self, logits: Array, labels: Array) -> Array:
         return loss.log_probabilities(logits, labels)
-
-
-def check_is_narrow(x: Array) -> None:
-    """Raises ValueError unless x is float32 or bfloat16."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            f"exact arithmetic takes float32 and bfloat16 between layers, got {x.dtype}. Write "
-            f"dtype=jnp.float32."
-        )
-
-
-def check_weights(kernel: Array, precision: Any) -> None:
-    """Raises ValueError for weights that are not float32, and for a precision of products."""
-    if kernel.dtype != jnp.float32:
-        raise ValueError(
-            f"exact arithmetic takes weights of float32, got {kernel.dtype}. Write "
-            f"ParameterOptions(param_dtype=jnp.float32)."
-        )
-    if precision is not None:
-        raise ValueError(
-            f"precision={precision!r} rounds the products of float32, and exact arithmetic has one "
-            f"rounding of its own. Leave it out of the ParameterOptions."
-        )
-
-
-def check_attends_exactly(layer: nnx.MultiHeadAttention) -> None:
-    """Raises ValueError for options that exact arithmetic lacks, and for an attention function that
-    is known to add in an order of its own."""
-    if layer.normalize_qk or layer.dropout_rate or layer.decode:
-        raise ValueError(
-            f"exact self-attention has neither dropout_rate = {layer.dropout_rate}, normalize_qk = "
-            f"{layer.normalize_qk} nor decode = {layer.decode}. Leave them out, or write "
-            f"jax_seqpar.flax.Attention."
-        )
-    attend = layer.attention_fn
-    is_ours = isinstance(attend, SequenceParallel)
-    if attend is nnx.dot_product_attention or (is_ours and not isinstance(attend.kernel, Exact)):
-        raise ValueError(
-            f"attention_fn = {attend} adds in an order of its own, which exact arithmetic cannot "
-            f"have. Write attention_fn=SequenceParallel(kernel=Exact())."
-        )
