@@ -39,6 +39,7 @@ from torch_ref.exact import embedding as torch_embedding
 from torch_ref.exact import linear as torch_linear
 from torch_ref.exact import loss as torch_loss
 from torch_ref.exact import norm as torch_norm
+from torch_ref.exact import normal as torch_normal
 from torch_ref.exact import rotary as torch_rotary
 
 TAU = 2 * np.pi
@@ -154,8 +155,8 @@ LAYERS: dict[str, tuple[Any, Any, list[np.ndarray], tuple[int, ...]]] = {
     "gelu": (
         activation.gelu,
         torch_activation.gelu,
-        [8 * wild(27, 10**5).clip(-2, 2)],
-        (10**5,),
+        [8 * wild(27, B, S, 800).clip(-2, 2)],
+        (B, S, 800),
     ),
     "bias of features": (linear.add_bias, torch_linear.add_bias, BIASED[:2], (B, S, D)),
     "bias of tokens": (linear.add_bias, torch_linear.add_bias, BIASED[::2], (B, S, D)),
@@ -363,7 +364,9 @@ def test_gradients_of_several_uses_are_added_in_order():
         "linear",
         "norm",
         "layer norm",
+        "gelu",
         "bias of features",
+        "bias of tokens",
         "embedding",
         "loss",
         "tiled loss",
@@ -390,3 +393,40 @@ def test_layers_have_the_same_bits_on_a_mesh(name, kind):
     with jax.set_mesh(mesh):
         spread = of_jax(functions.get(name, ours), placed, cotangent)
     assert compare_bits(jax.device_get(alone), jax.device_get(spread)).equal
+
+
+def test_a_bias_broadcasts_to_y_and_y_not_to_it():
+    y = wild(32, 1, 4)
+    for shape in ((3, 4), (3,), (1, 1, 4)):
+        for add, array in ((linear.add_bias, jnp.asarray), (torch_linear.add_bias, torch.tensor)):
+            with pytest.raises(ValueError, match=rf"bias \({shape[0]},.* y \(1, 4\)\. Write"):
+                add(array(y), array(np.ones(shape, np.float32)))
+
+
+ROW, ROWS = wild(33, D).clip(-2, 2), [wild(34, D), wild(35, D)]
+OF_ONE_TOKEN: dict[str, tuple[str, list[np.ndarray]]] = {
+    "layer norm": ("layer norm", [ROW, *ROWS]),
+    "norm": ("norm", [ROW, ROWS[0]]),
+    "bias of every number": ("bias of features", [ROW, ROWS[0]]),
+    "bias of sequences": ("bias of features", [BIASED[0], wild(36, B, 1, D)]),
+    "bias of one number": ("bias of features", [BIASED[0], wild(37, 1, 1)]),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_TOKEN)
+def test_other_shapes_have_the_bits_of_pytorch(name):
+    layer, arrays = OF_ONE_TOKEN[name]
+    ours, theirs, *_ = LAYERS[layer]
+    cotangent = wild(38, *arrays[0].shape)
+    assert compare_bits(of_jax(ours, arrays, cotangent), of_torch(theirs, arrays, cotangent)).equal
+
+
+def test_the_ends_of_the_normal_distribution():
+    """Of infinity Phi is 1 and GELU infinite; of -infinity 0, and GELU NaN. Phi of NaN is NaN."""
+    x, nan = np.array([np.inf, -np.inf, np.nan, 3e38, -3e38], np.float32), np.nan
+    cdf, gelu = [1, 0, nan, 1, 0], [np.inf, nan, nan, 3e38, 0]
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(normal.normal_cdf(jnp.asarray(x)), np.float32(cdf))
+    np.testing.assert_array_equal(torch_normal.normal_cdf(torch.tensor(x)), np.float32(cdf))
+    np.testing.assert_array_equal(activation.gelu(jnp.asarray(x)), np.float32(gelu))
+    np.testing.assert_array_equal(torch_activation.gelu(torch.tensor(x)), np.float32(gelu))

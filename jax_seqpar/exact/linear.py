@@ -95,12 +95,25 @@ def _add_in_order(uses: int, _: None, gradients: tuple[Array, ...]) -> tuple[Arr
 fork.defvjp(lambda x, uses: (fork(x, uses), None), _add_in_order)
 
 
-@jax.custom_vjp
 def add_bias(y: Float32[Array, "..."], bias: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """`y (+) bias`, of a bias that broadcasts to y, as `[F]` does to `[B, S, F]`.
 
     Its gradient is the total over the axes that it lacks or has of size 1.
+
+    Raises:
+      ValueError: a bias that does not broadcast to y.
     """
+    sizes = zip(y.shape[::-1], bias.shape[::-1], strict=False)
+    if bias.ndim > y.ndim or any(n not in (1, size) for size, n in sizes):
+        raise ValueError(
+            f"a bias broadcasts to y, got the bias {bias.shape} and y {y.shape}. Write a bias of "
+            f"the last axes of y, such as {y.shape[-1:]}."
+        )
+    return _add_bias(y, bias)
+
+
+@jax.custom_vjp
+def _add_bias(y: Array, bias: Array) -> Array:
     with jax.enable_x64(True):
         return rounding.add(y, bias.reshape(_padded_shape(y, bias)))
 
@@ -110,15 +123,18 @@ def _padded_shape(y: Array, bias: Array) -> tuple[int, ...]:
 
 
 def _bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
-    return add_bias(y, bias), bias
+    return _add_bias(y, bias), bias
 
 
 def _bias_backward(bias: Array, dy: Array) -> tuple[Array, Array]:
     with jax.enable_x64(True):
         shape = _padded_shape(dy, bias)
         summed = tuple(axis for axis, size in enumerate(shape) if size == 1)
-        dbias = rounding.total(dy, summed) if summed else dy
-        return dy, dbias.reshape(bias.shape)
+        dbias = rounding.total(dy, summed) if summed else rounding.nearest(rounding.flush(dy))
+        dbias = dbias.reshape(bias.shape)
+    sharding = explicit_sharding(bias)
+    # Of the axes that the bias shares with y, dy has the sharding, which need not be the bias's.
+    return dy, dbias if sharding is None else jax.sharding.reshard(dbias, sharding)
 
 
-add_bias.defvjp(_bias_forward, _bias_backward)
+_add_bias.defvjp(_bias_forward, _bias_backward)

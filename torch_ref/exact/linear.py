@@ -42,16 +42,26 @@ def linears(
 
 
 def add_bias(y: Tensor, bias: Tensor, group: Any = None) -> Tensor:
-    """`y (+) bias` of every token. Backward: `dbias` is the total over the tokens of all ranks.
+    """`y (+) bias`. Backward: `dbias` is the total over the axes that the bias lacks or has of size
+    1, and over the ranks.
 
     Args:
       y: `[*tokens, *features]`, float32 or bfloat16.
-      bias: `[*features]`, float32.
-      group: the ranks that hold the other tokens.
+      bias: `[*features]`, or another shape that broadcasts to that of y, float32.
+      group: the ranks that hold the other tokens, and the same bias.
 
     Returns:
       Of the shape and dtype of y. Differentiable once.
+
+    Raises:
+      ValueError: a bias that does not broadcast to y.
     """
+    sizes = zip(y.shape[::-1], bias.shape[::-1], strict=False)
+    if bias.ndim > y.ndim or any(n not in (1, size) for size, n in sizes):
+        raise ValueError(
+            f"a bias broadcasts to y, got the bias {tuple(bias.shape)} and y {tuple(y.shape)}. "
+            f"Write a bias of the last axes of y, such as {tuple(y.shape[-1:])}."
+        )
     return _Bias.apply(group, y, bias)  # pyright: ignore[reportReturnType]
 
 
@@ -80,16 +90,18 @@ class _Linears(torch.autograd.Function):
 class _Bias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Any, y: Tensor, bias: Tensor) -> Tensor:
-        ctx.group, ctx.axes = group, bias.ndim
+        ctx.group, ctx.shape = group, bias.shape
         return narrow(add(y, bias), y.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        tokens = dy.ndim - ctx.axes
-        return None, dy, total(dy.flatten(0, tokens - 1), 0, ctx.group)
+        # One axis more, so that there is always one to sum over.
+        shape = (1,) * (dy.ndim + 1 - len(ctx.shape)) + ctx.shape
+        summed = tuple(axis for axis, size in enumerate(shape) if size == 1)
+        return None, dy, total(dy[None], summed, ctx.group).view(ctx.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
     """The tokens of all leading axes, in float64."""
-    return flush(x).flatten(0, -2)
+    return flush(x).reshape(-1, x.shape[-1])

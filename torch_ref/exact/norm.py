@@ -65,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         n, r, gamma = ctx.saved_tensors
-        dgamma = total(multiply(dy, n).flatten(0, -2), 0, ctx.group)
+        dgamma = _over_tokens(multiply(dy, n), ctx.group)
         dn = multiply(dy, gamma)
         c = divide(total(multiply(dn, n), -1)[..., None], n.shape[-1])
         dx = multiply(R(flush(dn) - flush(n) * flush(c)), r)
@@ -86,8 +86,8 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         n, r, gamma = ctx.saved_tensors
-        dgamma = total(multiply(dy, n).flatten(0, -2), 0, ctx.group)
-        dbeta = total(dy.flatten(0, -2), 0, ctx.group)
+        dgamma = _over_tokens(multiply(dy, n), ctx.group)
+        dbeta = _over_tokens(dy, ctx.group)
         dn = multiply(dy, gamma)
         e = subtract(dn, _mean(dn))
         dx = multiply(R(flush(e) - flush(n) * flush(_mean(multiply(dn, n)))), r)
@@ -97,3 +97,8 @@ class _LayerNorm(torch.autograd.Function):
 def _mean(x: Tensor) -> Tensor:
     """`total(x) (/) D` over the last axis, which stays."""
     return divide(total(x, -1)[..., None], x.shape[-1])
+
+
+def _over_tokens(x: Tensor, group: Any) -> Tensor:
+    """The total over all axes but the last, of which there may be none, and over the ranks."""
+    return total(x.reshape(-1, x.shape[-1]), 0, group)

@@ -36,13 +36,13 @@ def add_up(n: Tensor, group: Any) -> Tensor:
     return n
 
 
-def total(x: Tensor, dim: int, group: Any = None) -> Tensor:
-    """The sum along an axis, `T = rint(x 2^(32 - E))` and `R(RN64(sum T) 2^(E - 32))`.
+def total(x: Tensor, dim: int | tuple[int, ...], group: Any = None) -> Tensor:
+    """The sum along one axis or more, `T = rint(x 2^(32 - E))` and `R(RN64(sum T) 2^(E - 32))`.
 
     Args:
-      x: float32; E is the exponent of its largest magnitude along the axis.
-      dim: the axis, which goes.
-      group: the ranks that hold the rest of the axis.
+      x: float32; E is the exponent of its largest magnitude along the axes.
+      dim: the axes, which go.
+      group: the ranks that hold the rest of the axes.
 
     Returns:
       float32. Fewer than 2^31 terms of 2^32 fit int64.
