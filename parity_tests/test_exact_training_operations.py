@@ -398,9 +398,10 @@ def test_layers_have_the_same_bits_on_a_mesh(name, kind):
 def test_a_bias_broadcasts_to_y_and_y_not_to_it():
     y = wild(32, 1, 4)
     for shape in ((3, 4), (3,), (1, 1, 4)):
-        for add, array in ((linear.add_bias, jnp.asarray), (torch_linear.add_bias, torch.tensor)):
+        frameworks: Any = (linear, jnp.asarray), (torch_linear, torch.tensor)
+        for of, array in frameworks:
             with pytest.raises(ValueError, match=rf"bias \({shape[0]},.* y \(1, 4\)\. Write"):
-                add(array(y), array(np.ones(shape, np.float32)))
+                of.add_bias(array(y), array(np.ones(shape, np.float32)))
 
 
 ROW, ROWS = wild(33, D).clip(-2, 2), [wild(34, D), wild(35, D)]
@@ -424,9 +425,9 @@ def test_other_shapes_have_the_bits_of_pytorch(name):
 def test_the_ends_of_the_normal_distribution():
     """Of infinity Phi is 1 and GELU infinite; of -infinity 0, and GELU NaN. Phi of NaN is NaN."""
     x, nan = np.array([np.inf, -np.inf, np.nan, 3e38, -3e38], np.float32), np.nan
-    cdf, gelu = [1, 0, nan, 1, 0], [np.inf, nan, nan, 3e38, 0]
+    cdf, gelu = (np.array(y, np.float32) for y in ([1, 0, nan, 1, 0], [np.inf, nan, nan, 3e38, 0]))
     with jax.enable_x64(True):
-        np.testing.assert_array_equal(normal.normal_cdf(jnp.asarray(x)), np.float32(cdf))
-    np.testing.assert_array_equal(torch_normal.normal_cdf(torch.tensor(x)), np.float32(cdf))
-    np.testing.assert_array_equal(activation.gelu(jnp.asarray(x)), np.float32(gelu))
-    np.testing.assert_array_equal(torch_activation.gelu(torch.tensor(x)), np.float32(gelu))
+        np.testing.assert_array_equal(normal.normal_cdf(jnp.asarray(x)), cdf)
+    np.testing.assert_array_equal(torch_normal.normal_cdf(torch.tensor(x)), cdf)
+    np.testing.assert_array_equal(activation.gelu(jnp.asarray(x)), gelu)
+    np.testing.assert_array_equal(torch_activation.gelu(torch.tensor(x)), gelu)

@@ -116,7 +116,8 @@ def test_a_classifier_records_arrays():
     recorded = {}
     model(jnp.arange(8)[None], jnp.ones((1, 8), bool), record=recorded.__setitem__)
     assert {"embedding", "layers.0/query", "layers.1/output"} <= recorded.keys()
-    assert not any(isinstance(x, jax.core.Tracer) for x in recorded.values())
+    # The numbers of a tracer cannot be had.
+    assert all(np.isfinite(np.asarray(x)).all() for x in recorded.values())
 
 
 def test_a_number_that_is_no_token():
