@@ -129,6 +129,7 @@ def test_every_few_hundredth_float32(long_double):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_every_float32(long_double, capsys):
     with capsys.disabled():
         counts, near = total_of(1, long_double)
