@@ -59,7 +59,7 @@ Ask = Callable[[np.ndarray], np.ndarray]
 
 @pytest.fixture(scope="module")
 def long_double(tmp_path_factory) -> Ask:
-    """Of float32 `[N]` to Phi, phi and their distances, `[4, N]`."""
+    """Function of float32 `[N]`, to Phi, phi and how near each is to a middle, `[4, N]`."""
     compiler = shutil.which("cc")
     if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs a C compiler, and x87's long double of 64 bits")
@@ -154,7 +154,7 @@ def test_the_hash_of_the_certificate(long_double):
 
 
 def test_the_coefficients_are_those_of_the_polynomial():
-    """Through the values at Chebyshev nodes, in 120 bits."""
+    """Polynomial through the values at Chebyshev nodes, in 120 bits."""
     with mpmath.workprec(120):
         number, last = len(normal.COEFFICIENTS), mpmath.mpf(13.3)
 

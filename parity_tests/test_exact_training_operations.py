@@ -423,7 +423,7 @@ def test_other_shapes_have_the_bits_of_pytorch(name):
 
 
 def test_the_ends_of_the_normal_distribution():
-    """Of infinity Phi is 1 and GELU infinite; of -infinity 0, and GELU NaN. Phi of NaN is NaN."""
+    """Phi of infinity is 1, and GELU infinite; Phi of -infinity is 0, and GELU NaN."""
     x, nan = np.array([np.inf, -np.inf, np.nan, 3e38, -3e38], np.float32), np.nan
     cdf, gelu = (np.array(y, np.float32) for y in ([1, 0, nan, 1, 0], [np.inf, nan, nan, 3e38, 0]))
     with jax.enable_x64(True):

@@ -110,7 +110,7 @@ def test_axes_may_be_counted_from_the_first():
 
 
 def test_a_classifier_records_arrays():
-    """Its layers are a loop then: a scan would leave tracers of its own."""
+    """Layers that record are a loop: a scan would leave tracers of its own."""
     config = encoder.Config(8, 8, 2, features=4, hidden=8, layers=2, heads=2)
     model = encoder_classifier.Classifier(config, nnx.dot_product_attention, Arithmetic())
     recorded = {}

@@ -1,4 +1,4 @@
-"""What exact arithmetic asks of Flax's layers: what it lacks is refused, and never left out."""
+"""Checks of Flax's layers in exact arithmetic: what it lacks is refused, and never left out."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
