@@ -127,7 +127,18 @@ def test_every_case_attends_to_something():
         assert allowed is None or allowed.any(), name_of(case)
 
 
-@pytest.mark.parametrize("case", cases(), ids=name_of)
+def _is_slow(case):
+    """Whether a case takes half a minute to compile and test_strategies_exact_ring has its like."""
+    return case["kernel"] == "exact" and "ring" in case["strategy"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name_of(case), marks=[pytest.mark.slow] * _is_slow(case))
+        for case in cases()
+    ],
+)
 def test_every_pair(case):
     right(case)
 
