@@ -238,7 +238,7 @@ COLLECTS = (
     "run_ranks(rank_functions.hang_in_rank_1, 2)\n"
 )
 COMMAND = ["-m", "jax_seqpar", "parity", "--degree=2", "--tokens=16"]
-STOPPED = "degree 2: 17 checks\nInterrupted: the PyTorch ranks .*\n"
+STOPPED = "degree 2: 18 checks\nInterrupted: the PyTorch ranks .*\n"
 # The program, the file whose presence says how far it is, the signal, whether its whole process
 # group gets it as from a terminal, its exit status and all of its standard error.
 ENDS = {

@@ -98,8 +98,9 @@ def plan(
         PipelineCheck(degree, last, own(last), spec, "sbhd", label=label),
     ]
     if kernels == Kernels.EXACT:
+        others = ["all-gather", "ring"] * (degree > 1)
         # A hybrid has two groups of devices at least, of two each.
-        others = ["all-gather"] * (degree > 1) + ["hybrid"] * (degree >= 4 and degree % 2 == 0)
+        others += ["hybrid"] * (degree >= 4 and degree % 2 == 0)
         checks += [
             PipelineCheck(degree, last, "exact", spec, label=label, strategy=x) for x in others
         ]

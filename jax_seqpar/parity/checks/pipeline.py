@@ -18,7 +18,7 @@ from ...mask import Mask, Spec
 from ...mask.array_fields import Axes
 from ...mask.keywords import from_flat, to_flat
 from ...mesh_layout import MeshLayout
-from ...strategies import AllGatherKV, Hybrid, Strategy, Ulysses
+from ...strategies import AllGatherKV, Hybrid, Ring, Strategy, Ulysses
 from ..inputs import NAMES, Arrays, case_of, keywords
 from .sharded_arrays import TOKENS, Outputs, join, local_part
 
@@ -29,6 +29,7 @@ Layout = Literal["bshd", "sbhd"]
 STRATEGIES: dict[str, Strategy] = {
     "Ulysses": Ulysses(),
     "all-gather": AllGatherKV(),
+    "ring": Ring(),
     "hybrid": Hybrid(AllGatherKV()),
 }
 CAUSAL = Spec(Mask(is_causal=True))
