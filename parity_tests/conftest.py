@@ -59,7 +59,7 @@ def monkeypatch(monkeypatch):
 
 @pytest.fixture
 def unchecked_shapes():
-    """Switches the shape checks off, so that a refusal is seen as a user sees it."""
+    """Switches the shape checks off, so that an error of the library reaches the test as a user."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -151,7 +151,7 @@ def _keys_down(x: Array) -> Array:
 
 
 def for_range(low: Any, high: Any, step: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """`fori_loop`; a loop of one step, known when it is traced, is no loop and compiles faster."""
+    """`fori_loop`, unrolled if its one step is known at trace time, which compiles faster."""
     if isinstance(low, int) and isinstance(high, int) and high - low == 1:
         return step(low, carry)
     # int32 whether 64 bits are on or not, as the numbers of tokens are.

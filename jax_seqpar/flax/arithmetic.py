@@ -21,7 +21,7 @@ from .token_numbers import token_numbers
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The operations of layers as XLA computes them: sums in an order of its own.
+    """The operations of layers as XLA computes them: sums in an order that XLA chooses.
 
     A layer calls its operations and nothing else, so that another arithmetic needs no other layer.
     Some operations are of arrays; `norm`, `layer_norm`, `dense`, `look_up` and `self_attention` are

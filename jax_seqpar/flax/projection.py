@@ -191,7 +191,7 @@ def check_letters(letters: str, sizes: Mapping[str, int]) -> None:
 
 
 def check_sharding_letters(sharding: Any, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError for a key that is not one letter, or has the case of no axis in `sizes`.
+    """Raises ValueError for a key that is not a single letter, or of another case than its axis.
 
     Letters of other layers pass: one sharding serves a whole model.
     """

@@ -266,7 +266,7 @@ def _gradients(plan: RingPlan, saved: Any, gradients: Any) -> Any:
 
 
 def _part_spec(plan: RingPlan, spec: Spec, queries: int) -> Spec:
-    """The Spec of the parts: of this device's queries, and without sinks, which are of no part."""
+    """Spec of the parts: this device's queries, and no sinks, which are added after the merge."""
     logits = replace(spec.logits, sinks=None)
     return replace(spec, logits=logits, held_queries=plan.tokens(queries, 0))
 
