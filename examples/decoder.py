@@ -74,10 +74,9 @@ class Placement:
       sharding: of the parameters, mesh axes by letter; None leaves them whole.
       tiles: of the tokens of a device in MLP and loss, to save memory; their kernels are whole. In
         exact arithmetic of the loss alone: the MLP's gradients are sums over all tokens.
-      remat: computes each block again for the gradient, instead of keeping its activations.
-      offload: with remat, keeps the inputs of the blocks in the memory of the host. On TPUs it
-        saves no memory, as the blocks are no loop (`jax_seqpar.training.offloaded`): take
-        `jax_seqpar.plan.Decoder`, which is one, as the pattern.
+      remat: computes each block again for the gradient, instead of keeping its activations. The
+        blocks are then one loop over their stacked weights, which compiles in the time of one.
+      offload: with remat, keeps the inputs of the blocks in the memory of the host.
       dtype: of the computation; parameters are float32.
       arithmetic: of all layers; `ExactArithmetic()` has the same bits on every mesh.
     """
@@ -234,24 +233,45 @@ class Decoder(nnx.Module):
             layout = replace(layout, tokens=None)
 
         x = arithmetic.embed(table, tokens, layout=layout, dtype=self.place.dtype)
-        note: Record = record or (lambda name, x: None)
+        note: Record = record or _no_record
         note("embedding", x)
-        # Recorded tensors would leave the recomputed part, so nothing is recomputed then.
-        again = self.place.remat and record is None and not attention.get("decode")
-        offload = again and self.place.offload
-        policy = offload_policy if offload else None
-        for i, block in enumerate(self.blocks):
+        # What is recorded or cached would leave the loop, so nothing is computed again then.
+        leaves = record or attention.get("decode") or attention.get("fill_cache")
+        if self.place.remat and not leaves:
+            x = self._computed_again(x, dropout_rng, attention)
+        else:
+            for i, block in enumerate(self.blocks):
 
-            def run(block: Block, x: Array, i: int = i) -> Array:
-                key = None if dropout_rng is None else jax.random.fold_in(dropout_rng, i)
-                x = offloaded(x, layout=layout) if offload else x
-                return block(x, lambda name, y: note(f"layers.{i}/{name}", y), key, **attention)
+                def note_of_layer(name: str, y: Array, i: int = i) -> None:
+                    note(f"layers.{i}/{name}", y)
 
-            x = (nnx.remat(run, policy=policy) if again else run)(block, x)
-            note(f"layers.{i}/output", x)
+                x = block(x, note_of_layer, _key_of_layer(dropout_rng, i), **attention)
+                note(f"layers.{i}/output", x)
         x = arithmetic.norm(self.norm, x)
         note("norm", x)
         return x
+
+    def _computed_again(
+        self, x: Array, dropout_rng: Array | None, attention: dict[str, Any]
+    ) -> Array:
+        """The blocks as one loop over their stacked weights, each computed again for its gradient.
+
+        Only in a loop does a compiler for TPUs copy the inputs of the blocks to the host one by
+        one (`jax_seqpar.training.offloaded`).
+        """
+        offload, layout = self.place.offload, self.place.layout
+        graph = nnx.graphdef(self.blocks[0])
+        weights = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *map(nnx.state, self.blocks))
+
+        def layer(x: Array, numbered: tuple[Array, nnx.State]) -> tuple[Array, None]:
+            i, weights = numbered
+            x = offloaded(x, layout=layout) if offload else x
+            block = nnx.merge(graph, weights)
+            return block(x, _no_record, _key_of_layer(dropout_rng, i), **attention), None
+
+        policy = offload_policy if offload else None
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=len(self.blocks) == 1)
+        return jax.lax.scan(layer, x, (jnp.arange(len(self.blocks)), weights))[0]
 
     def loss(self, batch: Batch, **attention: Any) -> Array:
         """The mean cross entropy of a batch; arguments as for `hidden`."""
@@ -275,6 +295,14 @@ class Decoder(nnx.Module):
             return gathered(self.embedding), gathered(self.unembedding)
         embedding, unembedding = self.place.arithmetic.fork(gathered(self.embedding), 2)
         return embedding, unembedding
+
+
+def _no_record(name: str, x: Array) -> None:
+    """Records nothing."""
+
+
+def _key_of_layer(dropout_rng: Array | None, i: int | Array) -> Array | None:
+    return None if dropout_rng is None else jax.random.fold_in(dropout_rng, i)
 
 
 def _norm(config: Config, place: Placement, rngs: nnx.Rngs) -> nnx.RMSNorm:

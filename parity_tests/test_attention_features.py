@@ -53,6 +53,8 @@ from jax_seqpar.mask import AttentionFunction
 from jax_seqpar.strategies.heads import plan_heads
 from torch_ref.masks import attends
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 
 def right(case):
     """Values, and the bits of one device wherever a whole head is computed by itself.

@@ -23,6 +23,8 @@ from jax_seqpar.compare import compare_bits
 from jax_seqpar.strategies import ulysses
 from jax_seqpar.strategies.reshard import heads_to_sequence, sequence_to_heads
 
+pytestmark = pytest.mark.usefixtures("less_optimised")
+
 CASE = Case(batch=2, tokens=24, heads=16, kv_heads=8, head_dim=5)
 FEW_KV_HEADS = Case(batch=2, tokens=24, heads=16, kv_heads=2, head_dim=5)
 FULL_MULTI_HEAD = Case(batch=2, tokens=24, heads=16, kv_heads=16, head_dim=5, is_causal=False)

@@ -29,7 +29,9 @@ def headline(plan: Plan) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
     tokens = "" if plan.tokens is None else f", {tokens_as_text(plan.tokens)} tokens"
     slices = "" if plan.slices == 1 else f"{plan.slices} x "
-    return f"{plan.name}{tokens} on {slices}{plan.topology}: {plan.devices} devices, {axes}"
+    strategy = "" if plan.strategy is None else f", {plan.strategy}"
+    machine = f"{slices}{plan.topology}: {plan.devices} devices, {axes}"
+    return f"{plan.name}{tokens} on {machine}{strategy}"
 
 
 def verdict(plan: Plan) -> str:

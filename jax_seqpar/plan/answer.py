@@ -80,6 +80,7 @@ def answer(request: Request) -> Plan:
             choice = target.choice(_layout(target).on(machine.links))
             chosen = _chosen(choice)
             target = target.with_strategy(choice.strategy) if request.automatic else target
+            plan = replace(plan, strategy=repr(target.strategy))
         with _timed(seconds, "tracing"), _assumed(machine):
             function, shapes = target.build()
             jitted = function if hasattr(function, "trace") else jax.jit(function)

@@ -59,6 +59,7 @@ class Plan:
       devices: how many.
       chip: of one device: its speeds and memory.
       tokens: of a sequence, where the question has them.
+      strategy: of the target's attention, by its repr, where the planner knows it.
       memory: None unless it was compiled.
       needed: bytes that the compiler missed memory for, where it ran out of it.
       needed_of_host: the same of the memory of a device's host.
@@ -79,6 +80,7 @@ class Plan:
     devices: int
     chip: Chip
     tokens: int | None = None
+    strategy: str | None = None
     memory: Memory | None = None
     needed: int | None = None
     needed_of_host: int | None = None
