@@ -261,7 +261,9 @@ class Decoder(nnx.Module):
         """
         offload, layout = self.place.offload, self.place.layout
         graph = nnx.graphdef(self.blocks[0])
-        weights = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *map(nnx.state, self.blocks))
+        weights = jax.tree.map(
+            lambda *of_layers: jnp.stack(of_layers), *map(nnx.state, self.blocks)
+        )
 
         def layer(x: Array, numbered: tuple[Array, nnx.State]) -> tuple[Array, None]:
             i, weights = numbered

@@ -37,13 +37,9 @@ STRATEGIES: dict[str, Strategy] = {
     "hybrid-ring": Hybrid(Ring()),
     "hybrid-all-gather": Hybrid(AllGatherKV()),
 }
-# Options of one kind of target, which the others would ignore.
-OF_A_DECODER = ("layers", "features", "hidden", "vocabulary", "tiles")
-OF_AN_ATTENTION = ("batch", "heads", "kv_heads", "head_dim", "dtype", "strategy", "train")
 
 
 def plan(
-    context: typer.Context,
     what: Annotated[str, typer.Argument(help="layer, decoder, or FILE.py:function.")],
     topology: Annotated[
         str, typer.Option(help='"v5e:4x4", v4 to tpu7x; "h100:8"; "a100.json:8"; "cpu:8".')
@@ -99,7 +95,6 @@ def plan(
     """
     given = locals()
     try:
-        _check_options(context, what)
         plans, against = _Question(**given).plans()
         _show(stdout(), plans, against, strategy == "auto")
         _write(json_file, plans, single=against is None)
@@ -110,24 +105,6 @@ def plan(
     for one in plans:
         if one.failure is not None and (against is None or one.fits is None):
             _stop(one.failure)
-
-
-def _check_options(context: typer.Context, what: str) -> None:
-    """Raises ValueError for an option that the target would ignore."""
-    ignored, reason = (), ""
-    if what == "layer":
-        ignored, reason = OF_A_DECODER, "a layer has none. Write seqpar plan decoder"
-    elif ":" in what:
-        ignored = OF_AN_ATTENTION + OF_A_DECODER
-        reason = f"the function {what} has its own. Write it in that file"
-    for name in ignored:
-        if getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT":
-            given, targets = (
-                context.params[name],
-                "decoder" if what == "layer" else "layer, decoder",
-            )
-            option = f"--{name.replace('_', '-')}{'' if given is True else f' {given}'}"
-            raise ValueError(f"{option} is an option of {targets}, and {reason}, or leave it out.")
 
 
 def _show(console: Console, plans: list[Plan], against: str | None, automatic: bool) -> None:

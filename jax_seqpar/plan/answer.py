@@ -79,8 +79,8 @@ def answer(request: Request) -> Plan:
         if isinstance(target, HasStrategy) and _layout(target).tokens is not None:
             choice = target.choice(_layout(target).on(machine.links))
             chosen = _chosen(choice)
-            target = target.with_strategy(choice.strategy) if request.automatic else target
-            plan = replace(plan, strategy=repr(target.strategy))
+            strategy = choice.strategy if request.automatic else target.strategy
+            target, plan = target.with_strategy(strategy), replace(plan, strategy=repr(strategy))
         with _timed(seconds, "tracing"), _assumed(machine):
             function, shapes = target.build()
             jitted = function if hasattr(function, "trace") else jax.jit(function)

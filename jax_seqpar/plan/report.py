@@ -59,7 +59,6 @@ class Plan:
       devices: how many.
       chip: of one device: its speeds and memory.
       tokens: of a sequence, where the question has them.
-      strategy: of the target's attention, by its repr, where the planner knows it.
       memory: None unless it was compiled.
       needed: bytes that the compiler missed memory for, where it ran out of it.
       needed_of_host: the same of the memory of a device's host.
@@ -67,6 +66,7 @@ class Plan:
       collectives, kernels, parts: kernels are calls by name, all loops multiplied out.
       copies: only of TPUs.
       to_host, from_host: bytes that the program copies between a device and its host.
+      strategy: of the target's attention, by its repr, where the planner knows it.
       choice: of the strategy, where it was asked for.
       notes: on parts that could not be checked, and on numbers that are only bounds.
       seconds: that tracing and compiling took, by name.
@@ -80,7 +80,6 @@ class Plan:
     devices: int
     chip: Chip
     tokens: int | None = None
-    strategy: str | None = None
     memory: Memory | None = None
     needed: int | None = None
     needed_of_host: int | None = None
@@ -91,6 +90,7 @@ class Plan:
     copies: Copies | None = None
     to_host: float = 0.0
     from_host: float = 0.0
+    strategy: str | None = None
     choice: Chosen | None = None
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
