@@ -35,8 +35,8 @@ def offloaded(
 
     The layers have to be a loop, `jax.lax.scan`: of layers that follow one another libtpu 0.0.42.1
     makes all copies after the last one, and reads them all before the first gradient, so that no
-    memory is saved (four layers of `examples/decoder.py` with 512 features and 128K tokens on
-    v5e:2x2: 0.41 GiB of temporaries without it, 1.26 with it).
+    memory is saved. As a loop, 16 layers of `examples/decoder.py` with 512 features and 128K tokens
+    on v5e:2x2 have 1.41 GiB of temporaries without it and 0.54 with it.
 
     On CPUs the memory of a device is that of the host, and XLA drops the copies: this warns.
 
