@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from typer.testing import CliRunner
 
-from jax_seqpar import MeshLayout, dot_product_attention
+from jax_seqpar import MeshLayout, Ulysses, dot_product_attention
 from jax_seqpar.cli import app
 from jax_seqpar.plan import Decoder, Plan, plan
 from jax_seqpar.plan.machine import Machine
@@ -58,6 +58,8 @@ def test_a_decoder_for_simulated_devices(tmp_path):
     assert "stablehlo" in (tmp_path / "lowered.mlir").read_text()
     for word in ("12", "all-to-all", "layer/attention", "step", "choose_strategy", "GiB"):
         assert word in result.output
+    assert made.strategy == repr(Ulysses())
+    assert result.output.splitlines()[0].endswith(f"seq 4, {made.strategy}")
 
 
 def test_in_80_columns_nothing_is_cut(tmp_path):
