@@ -300,7 +300,7 @@ def shaped_on(machine: Machine, shape: Any) -> Any:
         (lambda: Machine("v5e:2x2x2", 1, {"seq": 8}), r"3 dimensions, .* have 2. Write v5e:2x4"),
         (lambda: Machine("v9:2x2", 1, {"seq": 4}), r"'v9' that the table .* lacks. Write v4"),
         (lambda: Machine("v5e:2x4", 1, {"seq": 4}), r"does not have the 8 devices .* is 8"),
-        (lambda: Machine("nobody.json:8", 1, {"seq": 8}), r"not the description of a GPU"),
+        (lambda: Machine("nobody.json:8", 1, {"seq": 8}), r"no file 'nobody.json'. Write a JSON"),
         (
             lambda: Decoder(64, train=False, offload=True),
             r"train = False there are none. Write train=True",

@@ -67,11 +67,21 @@ def gpu_target(topology: str) -> GpuTarget:
         return H100
     try:
         found = json.loads(Path(name).read_text())
-        major, minor = found["compute_capability"]
-        return GpuTarget(found["name"], (int(major), int(minor)), found["target_config"])
+        major, minor = (int(n) for n in found["compute_capability"])
+        texts = {key: found[key] for key in ("name", "target_config")}
+    except FileNotFoundError:
+        raise _undescribed(topology, f"there is no file {name!r}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"topology {topology!r}: {name} is not the description of a GPU "
-            f"({type(error).__name__}: {error}). Write a JSON object with the keys name, "
-            f"compute_capability and target_config."
-        ) from None
+        reason = f"{name} does not describe a GPU ({type(error).__name__}: {error})"
+        raise _undescribed(topology, reason) from None
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise _undescribed(topology, f"{key} is {value!r} in {name}, not a string")
+    return GpuTarget(texts["name"], (major, minor), texts["target_config"])
+
+
+def _undescribed(topology: str, reason: str) -> ValueError:
+    return ValueError(
+        f"topology {topology!r}: {reason}. Write a JSON object with the keys name, "
+        f"compute_capability and target_config to that file."
+    )
