@@ -38,9 +38,10 @@ def largest(plan_of: Callable[[int], Plan], start: int, step: int) -> tuple[int,
             )
         plan = known[guess] = plan_of(guess)
         if plan.fits is None:
+            why = _why_unknown(plan).rstrip(".")
             raise RuntimeError(
-                f"of {guess} tokens: {_why_unknown(plan)}. Give other sizes, the topology of a TPU "
-                f"or a GPU, or its compiler."
+                f"of {guess} tokens: {why}. Give other sizes, the topology of a TPU or a GPU, or "
+                f"its compiler."
             )
         fits, fails = (guess, fails) if plan.fits else (fits, guess)
         guess = _next_guess(list(known.values()), fits, fails, step)

@@ -12,12 +12,14 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from .answer import Request, answer, first_line
 from .report import Plan
+from .targets import FromFile, Target
 from .topology import compiler_environment
 
 REQUEST, PLAN, LOG = "request.pickle", "plan.json", "log.txt"
@@ -89,11 +91,25 @@ def main(folder: str) -> None:
     try:
         plan = answer(request)
     except Exception as error:
-        said = first_line(str(error)) if str(error) else type(error).__name__
-        plan = replace(request.start, failure=said)
+        plan = replace(request.start, failure=_said(error, request.target))
     written = Path(folder) / f"{PLAN}.part"
     written.write_text(plan.to_json())
     written.rename(Path(folder) / PLAN)
+
+
+def _said(error: Exception, target: Target) -> str:
+    """Message of an error in one line, with its class and its place in the target's file.
+
+    A ValueError says in words what is wrong; "'x'", the whole message of a KeyError, does not.
+    """
+    said = first_line(str(error)) if str(error) else ""
+    if not said or not isinstance(error, ValueError):
+        said = f"{type(error).__name__}: {said}".removesuffix(": ")
+    if isinstance(target, FromFile):
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [x.lineno for x in frames if x.filename == target.file]
+        said += f" ({Path(target.file).name}, line {lines[-1]})" if lines else ""
+    return said
 
 
 def _end_with_parent(parent: int) -> None:
