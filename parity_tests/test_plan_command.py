@@ -3,6 +3,7 @@
 `test_plan_machines.py` asks libtpu.
 """
 
+import inspect
 import json
 import re
 import signal
@@ -20,7 +21,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from typer.testing import CliRunner
 
 from jax_seqpar import MeshLayout, Ulysses, dot_product_attention
-from jax_seqpar.cli import app
+from jax_seqpar.cli import app, plan_command
+from jax_seqpar.cli.plan_options import TARGETS
 from jax_seqpar.plan import Decoder, Plan, plan
 from jax_seqpar.plan.machine import Machine
 
@@ -124,18 +126,87 @@ REFUSED = {
     ),
     "a length by counting": (
         ("--topology", "v5e:2x4", "--largest", "--no-compile"),
-        "--largest asks the compiler of v5e:2x4 what fits, and --no-compile forbids it. Leave one",
+        "--largest and --no-compile contradict each other: the compiler says what fits. Write only",
     ),
     "a size": (("--topology", "v5e:2x4", "--tokens", "12T"), "is no size. Write"),
     "a mesh": (("--topology", "v5e:2x4", "--mesh", "seq=4"), "does not have the 8 devices"),
     "two questions": (
         ("--topology", "v5e:2x4", "--largest", "--sweep", "tokens"),
-        "--largest and --sweep tokens are two questions. Leave one out",
+        "--largest and --sweep tokens are two questions. Write only one of them",
     ),
-    "a step of nothing": (("--topology", "v5e:2x4", "--step", "1K"), "--step 1K is of --largest"),
+    "a step of nothing": (
+        ("--topology", "v5e:2x4", "--step", "1K"),
+        "--step 1K needs --largest. Write --largest, too, or leave --step out",
+    ),
+    "points of nothing": (
+        ("--topology", "v5e:2x4", "--sweep", "degree", "--points", "3"),
+        "--points 3 needs --sweep tokens. Write --sweep tokens, too, or leave --points out",
+    ),
+    "a mesh for every degree": (
+        ("--topology", "v5e:2x4", "--sweep", "degree", "--mesh", "seq=8"),
+        "--mesh seq=8 and --sweep degree both set the mesh. Write only one of them",
+    ),
+    "a folder for several programs": (
+        ("--topology", "cpu:8", "--sweep", "tokens", "--dump", "x"),
+        "--dump x and --sweep tokens would write several programs to the same files. Write only",
+    ),
+    "a folder for none": (
+        ("--topology", "cpu:8", "--no-compile", "--dump", "x"),
+        "--dump x and --no-compile contradict each other: the compiler's program is written. Write",
+    ),
+    "options of no compiler": (
+        ("--topology", "v5e:2x4", "--no-compile", "--overlap"),
+        "--overlap and --no-compile contradict each other: the first is for the compiler. Write",
+    ),
+    "options that CPUs lack": (
+        ("--topology", "cpu:8", "--overlap"),
+        "--overlap would change nothing of cpu:8, whose compiler has no such options. Write the",
+    ),
+    "a strategy without its axis": (
+        ("--topology", "cpu:8", "--mesh", "data=8", "--strategy", "ring"),
+        "--strategy ring would change nothing: no axis of the mesh {'data': 8} shares the tokens",
+    ),
+    "an axis twice": (
+        ("--topology", "cpu:4", "--mesh", "data=4,data=4"),
+        "'data=4,data=4' names an axis twice. Write each once, as data=2,seq=8",
+    ),
+    "tokens that do not divide": (
+        ("--topology", "cpu:8", "--tokens", "100"),
+        "--tokens 100 is not divisible by the 8 devices that share it in the mesh {'seq': 8}. "
+        "Write --tokens 104",
+    ),
+    "tokens of one degree": (
+        ("--topology", "cpu:8", "--tokens", "4", "--sweep", "degree", "--batch", "8"),
+        "--tokens 4 is not divisible by the 8 devices that share it",
+    ),
+    "a batch that does not divide": (
+        ("--topology", "cpu:8", "--mesh", "data=2,seq=4", "--batch", "3"),
+        "--batch 3 is not divisible by the 2 devices that share it in the mesh {'data': 2, 'seq': "
+        "4}. Write --batch 4",
+    ),
+    "a step that does not divide": (
+        ("--topology", "v5e:2x4", "--largest", "--step", "1001"),
+        "--step 1001 is not divisible by the 8 devices that share it",
+    ),
+    "a GPU without a file": (
+        ("--topology", "nowhere.json:8"),
+        "there is no file 'nowhere.json'. Write a JSON object with the keys name",
+    ),
+    "a folder for a file": (
+        ("--topology", "v5e:2x4", "--json", "."),
+        "--json . is a folder. Write the name of a file",
+    ),
+    "a file for a folder": (
+        ("--topology", "cpu:8", "--dump", f"{__file__}/x"),
+        "is a file, not a folder. Write the name of a folder",
+    ),
+    "a format of charts": (
+        ("--topology", "v5e:2x4", "--sweep", "tokens", "--png", "x.abc"),
+        "--png x.abc: Matplotlib does not write .abc. Write a name that ends in .png",
+    ),
     "a file in no folder": (
         ("--topology", "v5e:2x4", "--json", "nowhere/a.json"),
-        "--json nowhere/a.json: there is no folder 'nowhere'. Write a file",
+        "--json nowhere/a.json: there is no folder nowhere. Make it, or write another",
     ),
     "a hybrid of one axis": (
         ("--topology", "v5e:2x4", "--strategy", "hybrid-ring"),
@@ -143,19 +214,79 @@ REFUSED = {
     ),
     "other GPUs": (("--topology", "h200:8"), '"a100.json:8" for other GPUs, which a file'),
     "a strategy": (("--topology", "v5e:2x4", "--strategy", "x"), "--strategy 'x' is unknown"),
-    "a sweep": (("--topology", "v5e:2x4", "--sweep", "x"), "Write tokens or degree"),
-    "a chart of one": (("--topology", "v5e:2x4", "--png", "x.png"), "Add --sweep tokens"),
+    "a sweep": (("--topology", "v5e:2x4", "--sweep", "x"), "Write tokens, degree"),
+    "a chart of one": (("--topology", "v5e:2x4", "--png", "x.png"), "Write --sweep tokens, too"),
     "a time": (("--topology", "v5e:2x4", "--timeout", "0"), "Write --timeout 600"),
     "slices": (("--topology", "v5e:2x4", "--slices", "0"), "slices must be a positive integer"),
 }
 
 
+OPTIONS = {
+    "--batch": "2",
+    "--heads": "8",
+    "--kv-heads": "4",
+    "--head-dim": "8",
+    "--dtype": "f32",
+    "--strategy": "ring",
+    "--train": None,
+    "--no-train": None,
+    "--layers": "1",
+    "--features": "32",
+    "--hidden": "48",
+    "--vocabulary": "64",
+    "--tiles": "2",
+    "--offload": None,
+    "--no-offload": None,
+}
+OF_AN_ATTENTION = tuple(OPTIONS)[:8]
+
+
+OF_A_FILE = "examples/plan_decoder.py:train_step"
+
+
 @pytest.mark.parametrize(
-    "options", (("layer", "--train"), ("decoder",), ("examples/plan_decoder.py:train_step",))
+    ("target", "option"),
+    [(OF_A_FILE, x) for x in OPTIONS] + [("layer", x) for x in OPTIONS if x not in OF_AN_ATTENTION],
 )
-def test_an_offload_without_layers_inputs(options):
-    result = seqpar(*options, "--topology", "v5e:2x4", "--offload")
-    refused(result, f"and {options[0]} has none. Write decoder --train --offload")
+def test_an_option_of_another_target(target, option):
+    """Options are refused by targets that would ignore them, at their default values, too."""
+    written = [option] if OPTIONS[option] is None else [option, OPTIONS[option]]
+    result = seqpar(target, "--topology", "cpu:8", *written)
+    refused(result, f"{' '.join(written)} would change nothing of {target}, ")
+    instead = "layer or decoder" if option in OF_AN_ATTENTION else "decoder"
+    assert f"Leave it out, or write {instead} in place of {target}." in result.output
+
+
+def test_several_options_of_another_target():
+    result = seqpar("layer", "--topology", "cpu:8", "--heads", "8", "--layers", "3", "--tiles", "4")
+    refused(result, "--layers 3, --tiles 4 would change nothing of layer, which has no such part")
+    assert "Leave them out, or write decoder in place of layer." in result.output
+
+
+def test_every_option_belongs_to_a_target():
+    """Parameters of the command are options of all targets, or in the table of those of some."""
+    parameters = set(inspect.signature(plan_command.plan).parameters)
+    machine = {"what", "topology", "slices", "mesh", "tokens", "timeout", "compiled", "overlap"}
+    asked = {"find_largest", "step", "sweep", "points", "json_file", "png", "dump"}
+    assert parameters == machine | asked | set(TARGETS["decoder"])
+    given = {x.lstrip("-").replace("-", "_") for x in OPTIONS if not x.startswith("--no-")}
+    assert given == set(TARGETS["decoder"])
+
+
+def test_an_offload_without_gradients():
+    result = seqpar("decoder", "--topology", "v5e:2x4", "--offload")
+    refused(result, "--offload needs --train. Write --train, too, or leave --offload out")
+
+
+def test_an_unknown_target():
+    refused(seqpar("x", "--topology", "cpu:8"), "'x' is no target. Write layer, decoder or FILE.py")
+
+
+@pytest.mark.parametrize("option", ("--heads", "--kv-heads", "--head-dim", "--tiles", "--points"))
+def test_a_number_that_is_not_positive(option):
+    result = seqpar("decoder", "--topology", "cpu:8", option, "0")
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.output
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
@@ -179,6 +310,11 @@ def refused(result: Any, message: str) -> None:
         ("exits", "ended with exit status 3"),
         ("raises", "tokens 7 are odd"),
         ("wrong", "returns int where a function"),
+        ("half", "returns a function and int where a function and the shapes"),
+        ("key", "KeyError: 'x' (mine.py, line 14)"),
+        ("traced", "NameError: name 'y' is not defined (mine.py, line 16)"),
+        ("silent", "AssertionError (mine.py, line 18)"),
+        ("alone", "mine.py:alone has no parameter for a number of tokens, got 7. Write def alone("),
     ),
 )
 def test_what_goes_wrong_in_the_process(function, message, tmp_path):
@@ -194,6 +330,15 @@ def raises(tokens):
     raise ValueError(f"tokens {tokens} are odd.\\nmore")
 def wrong(tokens):
     return tokens
+def half(tokens):
+    return half, 3
+def key(tokens): return {}["x"]
+def traced(tokens):
+    return lambda: y, ()
+def silent(tokens):
+    assert tokens == 8
+def alone():
+    return lambda: 1.0, ()
 """)
     result = seqpar(f"{file}:{function}", "--topology", "cpu:8", "--tokens", "7")
     refused(result, message)
@@ -218,9 +363,46 @@ def test_sizes_that_a_decoder_cannot_have(options, message):
         Decoder(64, **{"features": 32, "head_dim": 8} | named).build()
 
 
-def test_tokens_that_do_not_divide():
-    result = seqpar("layer", "--topology", "cpu:8", "--tokens", "100")
-    refused(result, "query tokens T = 100 is not divisible by the 8 devices")
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    (
+        ("none.txt", "", "none.txt' is not a file of Python. Write FILE.py:function"),
+        ("syntax.py", "def f(:", "SyntaxError: invalid syntax (syntax.py, line 1)"),
+        ("imports.py", "import nowhere", "No module named 'nowhere' (imports.py, line 1)"),
+        ("other.py", "", "has no function 'f'. Write the name of one of its functions"),
+        ("sized.py", "f = lambda tokens: 1", "takes a number of tokens, got None. Give --tokens"),
+    ),
+)
+def test_a_file_that_cannot_be_read(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    refused(seqpar(f"{tmp_path / name}:f", "--topology", "cpu:2"), message)
+
+
+def test_a_function_of_a_file_without_tokens(tmp_path):
+    """A plan names no tokens unless the call does; a parameter with a default needs none."""
+    file = tmp_path / "mine.py"
+    file.write_text("def one(scale=2.0): return lambda: scale, ()")
+    result = seqpar(f"{file}:one", "--topology", "cpu:2", "--json", str(tmp_path / "plan.json"))
+    assert result.exit_code == 0, result.output
+    assert Plan.from_json((tmp_path / "plan.json").read_text()).tokens is None
+    assert "mine.py:one on cpu:2" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    (
+        ('{"name": ', "JSONDecodeError"),
+        ("[1]", "TypeError"),
+        ("{}", "KeyError: 'compute_capability'"),
+        ('{"name": 5, "compute_capability": [8, 0], "target_config": ""}', "name is 5 in "),
+        ('{"name": "A", "compute_capability": [8, 0], "target_config": 1}', "target_config is 1 "),
+        ('{"name": "A", "compute_capability": [8, 0], "target_config": ""}', "a chip 'A' that the"),
+    ),
+)
+def test_the_broken_description_of_a_gpu(text, message, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    refused(seqpar("layer", "--topology", f"{file}:8"), message)
 
 
 def test_nothing_is_left_running_after_its_time(tmp_path):
@@ -234,7 +416,7 @@ def waits(tokens):
     time.sleep(600)
 """)
     began = time.monotonic()
-    result = seqpar(f"{file}:waits", "--topology", "cpu:8", "--timeout", "15")
+    result = seqpar(f"{file}:waits", "--topology", "cpu:8", "--tokens", "8", "--timeout", "15")
     refused(result, "was not compiled in 15 s: give it a longer timeout")
     assert time.monotonic() - began < 60
     for pid in map(int, pids.read_text().split()):
@@ -250,7 +432,8 @@ def waits(tokens):
     open({str(pids)!r}, "w").write(str(os.getpid()))
     time.sleep(600)
 """)
-    command = [sys.executable, "-m", "jax_seqpar", "plan", f"{file}:waits", "--topology", "cpu:8"]
+    command = [sys.executable, "-m", "jax_seqpar", "plan", f"{file}:waits"]
+    command += ["--topology", "cpu:8", "--tokens", "8"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: pids.exists() and pids.read_text() != "")
         process.send_signal(signal.SIGKILL)
@@ -290,6 +473,8 @@ def test_without_the_compiler_it_counts(topology, install, monkeypatch, tmp_path
     assert sum(x.count for x in made.collectives) == 8
     result = seqpar("layer", "--topology", topology, "--largest")
     refused(result, "of 131072 tokens: not checked: memory")
+    result = seqpar("layer", "--topology", topology, "--dump", str(tmp_path))
+    refused(result, f"--dump {tmp_path} has no program to write, as the compiler for")
 
 
 def exported(platform: str) -> Any:

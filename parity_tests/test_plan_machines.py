@@ -148,7 +148,7 @@ def test_the_mesh_is_that_of_make_mesh():
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        (("--topology", "v5e:3x3"), "topology 'v5e:3x3' is unknown to libtpu"),
+        (("--topology", "v5e:3x3", "--tokens", "9K"), "topology 'v5e:3x3' is unknown to libtpu"),
         (("--topology", "v5e:2x4", "--tokens", "1M", "--mesh", "data=8,seq=1", "--batch", "64"),
          "out of memory: a device needs"),
     ),

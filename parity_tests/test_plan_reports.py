@@ -8,8 +8,7 @@ import pytest
 
 from jax_seqpar.chips import CHIPS, Chip
 from jax_seqpar.cli.plan_chart import chart
-from jax_seqpar.cli.plan_command import layout_of
-from jax_seqpar.cli.plan_sizes import mesh_of, size_of, tokens_as_text
+from jax_seqpar.cli.plan_sizes import layout_of, mesh_of, size_of, tokens_as_text
 from jax_seqpar.cli.plan_table import memory_table, sweep_table, verdict
 from jax_seqpar.plan import Plan
 from jax_seqpar.plan.answer import OUT_OF_MEMORY, _without_program

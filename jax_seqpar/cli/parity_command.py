@@ -28,6 +28,7 @@ from ..parity.report import parity_table, summary
 from ..parity.run import Result, run_parity
 from .console import say, stdout
 from .interrupt import stop, stop_soon
+from .places import check_files, check_folder
 from .versions import versions
 
 # Options that a training and a sampler have, too; their sizes are their own.
@@ -121,7 +122,8 @@ def parity(
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"--input has its own sizes and dtype. Leave out {options}.")
         _refuse_timeout(timeout)
-        _refuse_places({"--json": json_file, "--report": report}, save_failing)
+        check_files({"--json": json_file, "--report": report})
+        check_folder("--save-failing", save_failing)
         spec = from_flat(
             {
                 "scale": scale,
@@ -228,23 +230,6 @@ def _explain(console: Console, result: Result) -> None:
             say(console, f"{name}: {report}")
 
 
-def _refuse_places(files: dict[str, Path | None], save_failing: Path | None) -> None:
-    """Raises ValueError for a file or folder that could not be written after the run."""
-    for option, file in files.items():
-        if file is not None and file.is_dir():
-            raise ValueError(f"{option} {file} is a folder. Write the name of a file.")
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(
-                f"{option} {file}: there is no folder {file.parent}. Make it, or name another."
-            )
-    for place in (save_failing, *save_failing.parents) if save_failing is not None else ():
-        if place.exists() and not place.is_dir():
-            raise ValueError(
-                f"--save-failing {save_failing}: {place} is a file, not a folder. Write the name "
-                f"of a folder."
-            )
-
-
 def _refuse_others(asked: dict[str, Any]) -> None:
     """Raises ValueError for an option that would change nothing of a training or a sampler."""
     if asked["training"] and asked["decode"]:
@@ -270,7 +255,7 @@ def _other(
     try:
         _refuse_others(asked)
         _refuse_timeout(timeout)
-        _refuse_places({"--json": json_file}, None)
+        check_files({"--json": json_file})
         _begin_json(json_file, about)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None

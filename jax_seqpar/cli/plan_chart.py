@@ -21,6 +21,21 @@ def require_matplotlib() -> Any:
     return Figure
 
 
+def check_format(file: Path) -> None:
+    """Raises unless Matplotlib is installed and writes files of this name's ending.
+
+    Raises:
+      ImportError: without Matplotlib.
+      ValueError: for an ending of another format.
+    """
+    known = require_matplotlib()().canvas.get_supported_filetypes()
+    if file.suffix.lower().removeprefix(".") not in {"", *known}:
+        raise ValueError(
+            f"--png {file}: Matplotlib does not write {file.suffix}. Write a name that ends in "
+            f".png or .svg."
+        )
+
+
 def chart(plans: list[Plan], against: str, file: Path) -> None:
     """Writes the chart, as the ending of the file's name says."""
     figure = require_matplotlib()(figsize=(9, 4), layout="constrained")

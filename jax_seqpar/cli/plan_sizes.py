@@ -1,6 +1,9 @@
-"""Sizes as people write them: 128K tokens, 1M."""
+"""Sizes as people write them: 128K tokens, 1M; a mesh, as data=2,seq=8."""
 
 import re
+from dataclasses import replace
+
+from ..mesh_layout import MeshLayout
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -34,4 +37,15 @@ def mesh_of(text: str) -> dict[str, int]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(re.fullmatch(r"\w+", name) and size.isdigit() for name, _, size in pairs):
         raise ValueError(f"{text!r} is no mesh. Write its axes and their sizes as data=2,seq=8.")
-    return {name: int(size) for name, _, size in pairs}
+    sizes = {name: int(size) for name, _, size in pairs}
+    if len(sizes) < len(pairs):
+        raise ValueError(f"{text!r} names an axis twice. Write each once, as data=2,seq=8.")
+    return sizes
+
+
+def layout_of(mesh: dict[str, int]) -> MeshLayout:
+    """The layout of axes by their names: data is the batch, tensor the heads, others the tokens."""
+    rest = tuple(name for name in mesh if name not in ("data", "tensor"))
+    layout = MeshLayout(tokens=rest[0] if len(rest) == 1 else rest or None)
+    layout = replace(layout, batch="data" if "data" in mesh else None)
+    return replace(layout, heads="tensor" if "tensor" in mesh else None)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ class DecoderStep:
 class FromFile:
     """Target that a function of a file returns: a function to plan, and a tuple of its shapes.
 
-    The file's function is called under the mesh, with the number of tokens if it has a parameter: a
+    The file's function is called under the mesh, with the number of tokens unless that is None: a
     `NamedSharding(jax.sharding.get_abstract_mesh(), spec)` says how an argument is sharded.
     """
 
@@ -209,16 +209,26 @@ class FromFile:
 
     def build(self) -> tuple[Any, tuple[Any, ...]]:
         make = self._function()
-        takes_tokens = bool(inspect.signature(make).parameters)
-        if takes_tokens and self.tokens is None:
-            raise ValueError(f"{self.name} takes a number of tokens, got None. Give --tokens 128K.")
-        found = make(self.tokens) if takes_tokens else make()
-        if not isinstance(found, tuple) or len(found) != 2 or not callable(found[0]):
+        parameters = inspect.signature(make).parameters.values()
+        if self.tokens is not None and not parameters:
             raise ValueError(
-                f"{self.name} returns {type(found).__name__} where a function and the shapes of "
-                f"its arguments are needed. Return (function, (shape, shape))."
+                f"{self.name} has no parameter for a number of tokens, got {self.tokens}. Write "
+                f"def {self.function}(tokens), or leave out --tokens, --largest and --sweep tokens."
             )
+        if self.tokens is None and any(x.default is x.empty for x in parameters):
+            raise ValueError(f"{self.name} takes a number of tokens, got None. Give --tokens 128K.")
+        found = make() if self.tokens is None else make(self.tokens)
+        if not isinstance(found, tuple) or len(found) != 2 or not callable(found[0]):
+            self._refuse_return(type(found).__name__)
+        if not isinstance(found[1], tuple | list):
+            self._refuse_return(f"a function and {type(found[1]).__name__}")
         return found[0], tuple(found[1])
+
+    def _refuse_return(self, returned: str) -> NoReturn:
+        raise ValueError(
+            f"{self.name} returns {returned} where a function and the shapes of "
+            f"its arguments are needed. Return (function, (shape, shape))."
+        )
 
     def _function(self) -> Any:
         path = Path(self.file)
@@ -226,6 +236,8 @@ class FromFile:
             raise ValueError(f"there is no file {self.file!r}. Write FILE.py:function.")
         sys.path.insert(0, str(path.parent.resolve()))
         spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None:
+            raise ValueError(f"{self.file!r} is not a file of Python. Write FILE.py:function.")
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
         spec.loader.exec_module(module)
