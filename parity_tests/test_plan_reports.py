@@ -192,14 +192,30 @@ def test_a_plan_fits_by_its_peak():
     assert plan_of(1, peak=1001).fits is False
     assert replace(plan_of(1, peak=1), memory=None).fits is None
     assert replace(plan_of(1, peak=1), memory=None, needed=2000).fits is False
-    assert "fits: peak 0.00 of 0.00 GiB on each device (95 %)" in verdict(plan_of(1, peak=950))
+
+
+@pytest.mark.parametrize(
+    ("bytes_over", "said"),
+    (
+        (-(2 << 30), "fits: peak 29.25 of 31.25 GiB on each device (94 %)"),
+        (0, "fits: peak 31.25 of 31.25 GiB on each device (100 %)"),
+        (3 << 20, "does not fit: peak 31.253 of 31.250 GiB on each device (100.01 %)"),
+        (1, "does not fit: peak 31.250000001 of 31.250000000 GiB on each device (100.000000003 %)"),
+    ),
+)
+def test_a_peak_beside_its_limit_differs(bytes_over, said):
+    """A peak that is over the limit by little has the digits that show it."""
+    limit = 125 << 28
+    plan = replace(plan_of(1, peak=limit + bytes_over), chip=replace(CHIP, memory=float(limit)))
+    assert verdict(plan) == said
 
 
 def test_the_memory_of_the_host_is_apart():
-    plan = replace(plan_of(1, peak=950), memory=Memory(950, 1, 1, 1, 0, host=3 << 30))
+    plan = replace(plan_of(1, peak=950), memory=Memory(2 << 30, 1, 1, 1, 0, host=3 << 30))
+    plan = replace(plan, chip=replace(CHIP, memory=float(4 << 30)))
     assert plan.fits is True
     assert verdict(plan) == (
-        "fits: peak at most 0.00 of 0.00 GiB on each device (95 %), if its host has 3.00 GiB for it"
+        "fits: peak at most 2.00 of 4.00 GiB on each device (50 %), if its host has 3.00 GiB for it"
     )
     rows = [list(memory_table(x).columns[0].cells) for x in (plan, plan_of(1, peak=950))]
     assert rows[0] == [*rows[1], "in its host"]
@@ -306,6 +322,21 @@ def test_the_words_of_a_compiler_without_memory(said, needed):
     match = OUT_OF_MEMORY.search(said)
     assert match is not None
     assert (match[1] or match[2]) == needed
+
+
+@pytest.mark.parametrize(
+    ("used", "sentence"),
+    (
+        ("33.25G of 31.25G hbm. Exceeded hbm capacity by 2.00G.", "33.25 GiB of the 31.25 GiB"),
+        ("31.25G of 31.25G hbm. Exceeded hbm capacity by 3.1M.", "31.253 GiB of the 31.250 GiB"),
+        ("31.25G of 31.25G hbm.", "more than the 31.25 GiB"),
+    ),
+)
+def test_a_compiler_that_misses_little_memory(used, sentence):
+    plan = replace(plan_of(1, peak=1), chip=replace(CHIP, memory=float(125 << 28)))
+    found = _without_program(plan, f"RESOURCE_EXHAUSTED: Ran out of memory. Used {used}")
+    assert found.failure == f"out of memory: a device needs {sentence} of a c"
+    assert found.fits is False
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..plan.collective_rows import Collective
+from ..plan.gibibytes import apart, gib, gib_apart
 from ..plan.report import Plan
 from ..plan.roofline import Part, together
 from .console import say
@@ -41,16 +42,14 @@ def verdict(plan: Plan) -> str:
     if plan.memory is None:
         return "memory: not checked"
     if plan.fits is None:
-        return f"peak {_gib(plan.memory.peak)} GiB on each device, whose memory is not known"
+        return f"peak {gib(plan.memory.peak)} GiB on each device, whose memory is not known"
     word = "fits" if plan.fits else "does not fit"
     bound, host = "", ""
     if plan.memory.host:
-        bound, host = "at most ", f", if its host has {_gib(plan.memory.host)} GiB for it"
-    peak, most = _gib(plan.memory.peak), _gib(plan.chip.memory)
-    return (
-        f"{word}: peak {bound}{peak} of {most} GiB on each device "
-        f"({100 * plan.memory.peak / plan.chip.memory:.0f} %){host}"
-    )
+        bound, host = "at most ", f", if its host has {gib(plan.memory.host)} GiB for it"
+    peak, most = gib_apart(plan.memory.peak, plan.chip.memory)
+    percent, _ = apart(100 * plan.memory.peak / plan.chip.memory, 100, 0)
+    return f"{word}: peak {bound}{peak} of {most} GiB on each device ({percent} %){host}"
 
 
 def memory_table(plan: Plan) -> Table:
@@ -59,9 +58,9 @@ def memory_table(plan: Plan) -> Table:
     assert memory is not None
     table = _table("memory of a device", "GiB")
     for name in ("peak", "arguments", "temporaries", "results", "donated"):
-        table.add_row(name, _gib(getattr(memory, name)))
+        table.add_row(name, gib(getattr(memory, name)))
     if memory.host:
-        table.add_row("in its host", _gib(memory.host))
+        table.add_row("in its host", gib(memory.host))
     return table
 
 
@@ -129,7 +128,7 @@ def sweep_table(plans: list[Plan], against: str) -> Table:
         peak = plan.memory.peak if plan.memory else plan.needed
         fits = {True: "yes", False: "no", None: "?"}[plan.fits]
         time = f"{1e3 * plan.at_least:,.1f}" if plan.parts else ""
-        memory = "" if peak is None else _gib(peak)
+        memory = "" if peak is None else gib(peak)
         table.add_row(point, fits, memory, time, f"{plan.flops / 1e12:,.1f}", plan.bound)
     return table
 
@@ -174,7 +173,3 @@ def _table(name: str, *numbers: str) -> Table:
 
 def _style(plan: Plan) -> str | None:
     return {True: "green", False: "red", None: None}[plan.fits]
-
-
-def _gib(n: int | float) -> str:
-    return f"{n / 2**30:.2f}"

@@ -17,6 +17,7 @@ from .assumed_gpu import assumed_gpu
 from .collective_rows import collectives_of
 from .compiled_text import layout_copies
 from .count import Counts, count
+from .gibibytes import gib_apart
 from .machine import Machine
 from .report import Chosen, Memory, Plan
 from .roofline import parts
@@ -24,9 +25,11 @@ from .targets import HasStrategy, Target
 from .transfers import across_slices, transfers
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-# libtpu's two sentences, of temporaries alone and of all.
+# libtpu's two sentences, of temporaries alone and of all. The excess of the second is the finer
+# number: "Used 31.25G of 31.25G hbm. Exceeded hbm capacity by 3.1M."
 OUT_OF_MEMORY = re.compile(
-    r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(|Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm"
+    r"\(([\d.]+[KMGT]?)\) exceeds available HBM \("
+    r"|Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm(?:\. Exceeded hbm capacity by ([\d.]+[KMGT]?))?"
 )
 # Messages of XLA: for all arrays together, and for a single array that is too large.
 OUT_OF_HOST_MEMORY = re.compile(
@@ -165,15 +168,14 @@ def _notes(counts: Counts, request: Request) -> tuple[str, ...]:
             f"{request.machine.missing}"
         )
     if counts.open_loops:
+        loops = "1 loop has" if counts.open_loops == 1 else f"{counts.open_loops} loops have"
         found.append(
-            f"{counts.open_loops} loops have a length that is known when they run: what is in "
-            f"them counts once, so FLOPs, bytes and collectives are a lower bound"
+            f"{loops} a length that is known only at run time, so the body counts once: FLOPs, "
+            f"bytes and collectives are a lower bound"
         )
     if counts.whole_grids:
-        found.append(
-            f"{counts.whole_grids} kernels may skip blocks that are counted: FLOPs are an upper "
-            f"bound"
-        )
+        kernels = "1 kernel" if counts.whole_grids == 1 else f"{counts.whole_grids} kernels"
+        found.append(f"{kernels} may skip blocks that are counted: FLOPs are an upper bound")
     return tuple(found)
 
 
@@ -232,22 +234,26 @@ def _without_program(plan: Plan, error: str) -> Plan:
     """The plan of a program that the compiler refused, mostly as too large."""
     if (said := re.search(OUT_OF_HOST_MEMORY, error)) is not None:
         needed, most = _bytes(said[1] or said[3]), _bytes(said[2] or said[4])
-        sentence = (
-            f"out of the host's memory: a device needs {needed / 2**30:.2f} GiB of the "
-            f"{most / 2**30:.2f} GiB that the compiler grants it"
-        )
+        sentence = f"out of the host's memory: a device needs {_excess(needed, most)}"
+        sentence += " that the compiler grants it"
         return replace(plan, needed_of_host=needed, failure=sentence)
     said = re.search(OUT_OF_MEMORY, error)
     if "RESOURCE_EXHAUSTED" not in error:
         return replace(plan, failure=f"the compiler refused the program: {first_line(error)}")
     if said is None:
         return replace(plan, failure=f"out of memory: {first_line(error)}")
-    needed = _bytes(said[1] or said[2])
-    sentence = (
-        f"out of memory: a device needs {needed / 2**30:.2f} GiB of the "
-        f"{plan.chip.memory / 2**30:.2f} GiB of a {plan.chip.name}"
-    )
+    needed, most = _bytes(said[1] or said[2]), plan.chip.memory
+    if said[3] and most:
+        needed = int(most) + _bytes(said[3])
+    sentence = f"out of memory: a device needs {_excess(needed, most)} of a {plan.chip.name}"
     return replace(plan, needed=needed, failure=sentence)
+
+
+def _excess(needed: int, most: int | float) -> str:
+    """A device's need and the limit that it is above, with digits that show the difference."""
+    found, limit = gib_apart(needed, most)
+    # The compiler rounds to two digits, too.
+    return f"{found} GiB of the {limit} GiB" if needed > most else f"more than the {limit} GiB"
 
 
 def _bytes(text: str) -> int:
