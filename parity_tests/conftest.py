@@ -68,35 +68,31 @@ def unchecked_shapes():
 
 @pytest.fixture(scope="module")
 def less_optimised():
-    """Programs compile in half the time, those of ranks and other processes, too.
+    """Programs compile in a sixth of the time, those of ranks and other processes, too.
 
-    For files that ask for values to a tolerance, or for bits that no compiler may change.
+    For files that ask for values to a tolerance, or for bits that no compiler may change. A
+    windowed causal attention with gradients over four devices compiles in 2.0 s as users have it,
+    in 0.9 s with few optimisations, and in 0.3 s without XLA's fusion emitters as well. JAX has no
+    setting of that for all programs, so its compile options are changed on their way.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def least_optimised(less_optimised):
-    """Programs of this process compile in a sixth of the time, without XLA's fusion emitters.
-
-    A windowed causal attention with gradients over four devices takes 0.3 s without them and 0.9
-    s with, neither optimised, and 2.0 s as users have it. JAX has no setting for all programs.
-    """
+    jax.devices()  # XLA reads its flags now, so that those below are for other processes alone.
     options_of_jax = compiler.get_compile_options
 
     def without_emitters(*args, **kwargs):
         options = options_of_jax(*args, **kwargs)
-        emitters = ("xla_cpu_use_fusion_emitters", False)
-        options.env_option_overrides = [*options.env_option_overrides, emitters]
+        if jax.config.read("jax_disable_most_optimizations"):
+            emitters = ("xla_cpu_use_fusion_emitters", False)
+            options.env_option_overrides = [*options.env_option_overrides, emitters]
         return options
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", without_emitters)
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        flags = os.environ.get("XLA_FLAGS", "")
+        patch.setenv("XLA_FLAGS", f"{flags} --xla_cpu_use_fusion_emitters=false".strip())
+        jax.config.update("jax_disable_most_optimizations", True)
         yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from jax_seqpar import (
 )
 from jax_seqpar.compare import compare_bits
 
-pytestmark = pytest.mark.usefixtures("least_optimised")
+pytestmark = pytest.mark.usefixtures("less_optimised")
 
 EPS = np.finfo(np.float32).eps
 rng = np.random.default_rng(11)

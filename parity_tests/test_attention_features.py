@@ -53,7 +53,7 @@ from jax_seqpar.mask import AttentionFunction
 from jax_seqpar.strategies.heads import plan_heads
 from torch_ref.masks import attends
 
-pytestmark = pytest.mark.usefixtures("least_optimised")
+pytestmark = pytest.mark.usefixtures("less_optimised")
 
 
 def right(case):

@@ -23,7 +23,7 @@ from jax_seqpar.compare import compare_bits
 from jax_seqpar.strategies import ulysses
 from jax_seqpar.strategies.reshard import heads_to_sequence, sequence_to_heads
 
-pytestmark = pytest.mark.usefixtures("least_optimised")
+pytestmark = pytest.mark.usefixtures("less_optimised")
 
 CASE = Case(batch=2, tokens=24, heads=16, kv_heads=8, head_dim=5)
 FEW_KV_HEADS = Case(batch=2, tokens=24, heads=16, kv_heads=2, head_dim=5)

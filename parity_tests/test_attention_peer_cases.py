@@ -23,7 +23,7 @@ from questions import QUICK, error, right_values
 from jax_seqpar import Blockwise, MeshLayout, blockwise_attention, dot_product_attention
 from jax_seqpar.parity.inputs import Case
 
-pytestmark = pytest.mark.usefixtures("least_optimised")
+pytestmark = pytest.mark.usefixtures("less_optimised")
 
 
 @dataclass(frozen=True)

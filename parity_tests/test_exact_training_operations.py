@@ -42,7 +42,7 @@ from torch_ref.exact import norm as torch_norm
 from torch_ref.exact import normal as torch_normal
 from torch_ref.exact import rotary as torch_rotary
 
-pytestmark = pytest.mark.usefixtures("least_optimised")
+pytestmark = pytest.mark.usefixtures("less_optimised")
 
 TAU = 2 * np.pi
 B, S, D, F, V = 2, 64, 32, 48, 16

@@ -25,7 +25,7 @@ from jax_seqpar.mask import Mask, Tokens, block_ranges
 from jax_seqpar.plan import temporaries
 from torch_ref.dense import dense_attention as torch_dense_attention
 
-pytestmark = pytest.mark.usefixtures("least_optimised")
+pytestmark = pytest.mark.usefixtures("less_optimised")
 
 SIZES = Sizes(2, 13, 17, 4, 2, 5, 3)
 EPS = np.finfo(np.float32).eps

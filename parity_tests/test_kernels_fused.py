@@ -30,7 +30,7 @@ from jax_seqpar.mask import Mask
 from jax_seqpar.mask.keywords import FLAT_NAMES
 from torch_ref.masks import attends
 
-pytestmark = pytest.mark.usefixtures("least_optimised")
+pytestmark = pytest.mark.usefixtures("less_optimised")
 
 interpreted = Fused(interpret=True)
 

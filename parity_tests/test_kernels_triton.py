@@ -49,7 +49,7 @@ from jax_seqpar.mask import Spec, TokenList, Tokens
 from jax_seqpar.mask.threefry import keep
 from torch_ref.masks import attends
 
-pytestmark = pytest.mark.usefixtures("least_optimised")
+pytestmark = pytest.mark.usefixtures("less_optimised")
 
 # Of the sizes of the table some are whole blocks and some are not.
 interpreted = Triton(query_chunk=16, key_chunk=16, interpret=True)

@@ -98,9 +98,11 @@ EVERYTHING = CASE.all_at_once(by_positions=False)
 SAME_LENGTH = replace(CASE, T=32)
 PLACES: dict[str, Any] = {
     # Every feature at once, in every order and at every degree; blocks that no order deals whole.
-    "2, everything": (Where((2,), Zigzag(), block=5), CASE, EVERYTHING),
+    "2, everything": slow(Where((2,), Zigzag(), block=5), CASE, EVERYTHING),
     "4, everything": (Where((4,), Striped(), block=3), CASE, EVERYTHING),
-    "8, everything, both ways": (Where((8,), Contiguous(), BOTH_WAYS, block=7), CASE, EVERYTHING),
+    "8, everything, both ways": slow(
+        Where((8,), Contiguous(), BOTH_WAYS, block=7), CASE, EVERYTHING
+    ),
     "8, everything, by positions": slow(Where((8,), Zigzag(), block=4), CASE, {}),
     # Blocks that are whole where they are, and rounds that are left out.
     "3, a window": (
@@ -121,7 +123,7 @@ PLACES: dict[str, Any] = {
         CAUSAL,
     ),
     # One KV head on both devices of each group, whose anchors vary over the ring alone.
-    "4 x 2, a hybrid": (
+    "4 x 2, a hybrid": slow(
         Where((4, 2), Contiguous(), Hybrid(Ring(), Ulysses()), block=8, **GROUPS),
         replace(SAME_LENGTH, B=1, N=2, K=1),
         CAUSAL,
@@ -129,7 +131,7 @@ PLACES: dict[str, Any] = {
     "2, blocks of 256": slow(Where((2,), Zigzag()), Cross(B=1, T=600, S=600, N=2, K=1), CAUSAL),
     # All the keys, and a part of the queries.
     "4, all-gather": (Where((4,), Striped(), AllGatherKV(), block=3), CASE, EVERYTHING),
-    "8, all-gather": (Where((8,), Zigzag(), AllGatherKV(), block=7), CASE, EVERYTHING),
+    "8, all-gather": slow(Where((8,), Zigzag(), AllGatherKV(), block=7), CASE, EVERYTHING),
     "2 x 4, a hybrid of all-gathers": (
         Where((2, 4), Zigzag(), Hybrid(AllGatherKV(), Ulysses()), block=4, **GROUPS),
         SAME_LENGTH,

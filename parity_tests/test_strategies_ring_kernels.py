@@ -41,7 +41,7 @@ from jax_seqpar.mask import Spec, Tokens
 from jax_seqpar.strategies.choice import Call
 from torch_ref.masks import attends
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("least_optimised")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("less_optimised")]
 
 TRITON, SPLASH = Triton(16, 16, interpret=True), Fused(interpret=True)
 KERNELS: dict[str, Any] = {"triton": TRITON, "splash": SPLASH}
