@@ -7,9 +7,9 @@
 """
 
 import itertools
-import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,12 @@ THIRD = 2
 
 
 def fail() -> None:
-    os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+    """Kills or stops the process, before this thread goes on.
+
+    By `os.kill` another thread may be the one that takes SIGSTOP, and until it is scheduled this
+    one goes on: on a busy machine as far as the end of the save.
+    """
+    signal.pthread_kill(threading.get_ident(), signal.Signals[sys.argv[2]])
 
 
 def before(function: Callable[..., Any], when: Callable[..., bool]) -> Callable[..., Any]:
