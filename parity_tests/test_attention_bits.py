@@ -8,7 +8,7 @@ from jax_seqpar.mask import Mask, Spec
 from jax_seqpar.parity.checks import Check, PipelineCheck, history_checks, reshard_checks
 from jax_seqpar.parity.run import run_parity
 
-pytestmark = pytest.mark.usefixtures("less_optimised")
+pytestmark = pytest.mark.usefixtures("few_optimisations")
 
 LAYOUTS = ("bshd", "sbhd")
 # By the truth table, for batch 3. Batch-first, v1 and v2 fail with an error, on one rank too.

@@ -16,7 +16,7 @@ from jax_seqpar.compare import compare_bits
 from jax_seqpar.compare.numpy_conversion import numpy_to_torch, torch_to_numpy
 from jax_seqpar.parity.inputs import Case
 
-pytestmark = pytest.mark.usefixtures("less_optimised")
+pytestmark = pytest.mark.usefixtures("few_optimisations")
 
 HEADS = 2
 CASES = {

@@ -45,7 +45,7 @@ from jax_seqpar.parity.report import parity_table, summary
 from torch_ref import wrong_versions
 from torch_ref.dense import dense_attention as torch_dense_attention
 
-pytestmark = pytest.mark.usefixtures("less_optimised")
+pytestmark = pytest.mark.usefixtures("few_optimisations")
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
