@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from jax_seqpar import Exact
 from jax_seqpar.bridge import Map, from_torch, to_torch_state
 from jax_seqpar.compare.numpy_conversion import numpy_to_torch, torch_to_numpy
+from jax_seqpar.exact.sharding import explicit_sharding
 from jax_seqpar.flax import Arithmetic, ExactArithmetic, SequenceParallel
 from jax_seqpar.parity.training.jax_decoder import Model
 from jax_seqpar.parity.training.jax_side import LAYOUT
@@ -126,6 +127,10 @@ class Classifier(Encoder):
             return super().through_layers(x, mask, record)
         graph, states = nnx.graphdef(self.layers[0]), [nnx.state(layer) for layer in self.layers]
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
+
+        if explicit_sharding(x) is not None:
+            # Attention returns tokens on their devices, and a scan what it is given.
+            x = jax.sharding.reshard(x, PartitionSpec(LAYOUT.batch, LAYOUT.tokens))
 
         def run(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
             return nnx.merge(graph, state)(x, mask[:, None, None, :], None), None

@@ -14,11 +14,11 @@ arithmetic; beside it the same in ordinary float32, whose losses part. Afterward
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
@@ -38,7 +38,7 @@ from jax_seqpar.compare.numpy_conversion import numpy_to_torch, torch_to_numpy
 from jax_seqpar.exact.optimizer import adamw
 from jax_seqpar.exact.self_test.integer_answers import integers
 from jax_seqpar.flax import Arithmetic, ExactArithmetic
-from jax_seqpar.parity.training.jax_side import Optimizer, loaded, mesh_of, step_of
+from jax_seqpar.parity.training.jax_side import Optimizer, mesh_of, steps_after
 from jax_seqpar.parity.training.run import MESHES, TrainingResult
 from jax_seqpar.parity.training.steps import KINDS, Step, first_difference, named
 from jax_seqpar.parity.training.table import training_summary, training_table
@@ -104,18 +104,10 @@ def train_in_flax(
     optimizer = EXACT_ADAMW if exact else OPTAX_ADAMW
     on_mesh, steps = mesh_of(*mesh), []
     tokens = NamedSharding(on_mesh, PartitionSpec("data", "seq"))
-    tx: Any = optimizer.make(task)  # pyright: ignore[reportArgumentType]
-    # optax takes powers of a Python float by an int32, which strict promotion forbids.
-    with jax.set_mesh(on_mesh), jax.numpy_dtype_promotion("standard"):
+    with jax.set_mesh(on_mesh):
+        batches = (jax.device_put(batch, tokens) for batch in task.batches())
         model = flax_model(task, ExactArithmetic() if exact else Arithmetic())
-        params, state = loaded(model, tx, optimizer, start)
-        make_step = jax.jit(step_of(model, tx), donate_argnums=(0, 1))
-        for number, batch in enumerate(task.batches(), 1):
-            loss, params, state = make_step(
-                params, state, jax.device_put(batch, tokens), jnp.int32(number)
-            )
-            moments = (optax.tree.get(state, n) for n in (optimizer.mean, optimizer.square))
-            step = Step(number, np.float32(loss), named(*map(model.save, (params, *moments))))
+        for step in steps_after(start, batches, model, optimizer, task):
             steps.append(_kept(step, task))
             if on_step:
                 on_step()
@@ -184,17 +176,24 @@ def main(
     task = Task(Config(layers=layers), steps)
     model = pretrained(task)
     start = start_of(model, task)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    # Small operands wait long for a second thread of PyTorch's where another process is busy.
+    torch.set_num_threads(1)
+    with (
+        Progress(console=Console(stderr=True), transient=True) as progress,
+        ThreadPoolExecutor(1) as beside,
+    ):
         bar = progress.add_task("", total=(2 * len(MESHES) + 1) * steps)
         on_step = partial(progress.advance, bar)
+        # PyTorch trains while JAX compiles.
+        of_torch = beside.submit(train_in_torch, task, start, on_step=on_step)
         runs = {
             name: train_in_flax(task, mesh, start, on_step=on_step) for name, mesh in MESHES.items()
         }
-        runs["PyTorch 1"] = train_in_torch(task, start, on_step=on_step)
         ordinary = {
             f"float32, {name}": train_in_flax(task, mesh, start, exact=False, on_step=on_step)
             for name, mesh in MESHES.items()
         }
+        runs["PyTorch 1"] = of_torch.result()
     result, console = TrainingResult(runs), Console()
     console.print(training_table(result, beside=ordinary))
     for line in training_summary(result):

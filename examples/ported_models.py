@@ -120,26 +120,6 @@ def llama(
         head_dim=12,
         tied=tied,
     )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.features,
-            intermediate_size=config.hidden,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": config.theta},
-            initializer_range=0.1,
-            tie_word_embeddings=tied,
-        )
-    )
-    # Norms start as 1 everywhere, which would hide that they are forgotten or swapped.
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(weight, 0.5, 1.5)
     numbers = np.random.default_rng(0).integers(0, config.vocabulary, (2, tokens), np.int32)
     following = np.pad(numbers[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
 
@@ -153,7 +133,7 @@ def llama(
 
     place = decoder.Placement(layout=layout, **placement)
     return Port(
-        torch_model=model,
+        torch_model=_torch_llama(config),
         torch_loss=torch_loss,
         flax_model=lambda: decoder.Decoder(config, place, rngs=nnx.Rngs(0)),
         flax_loss=flax_loss,
@@ -164,6 +144,31 @@ def llama(
         attends={"is_causal": True},
         layout=layout,
     )
+
+
+def _torch_llama(config: decoder.Config) -> LlamaForCausalLM:
+    """The decoder of `transformers` with random weights."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocabulary,
+            hidden_size=config.features,
+            intermediate_size=config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": config.theta},
+            initializer_range=0.1,
+            tie_word_embeddings=config.tied,
+        )
+    )
+    # Norms start as 1 everywhere, which would hide that they are forgotten or swapped.
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return model
 
 
 def pretrained_encoder(

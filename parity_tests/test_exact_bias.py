@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import MESHES, ONE_AXIS, slow
 from exact_cases import CROSS, jax_exact, torch_exact
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from jax_seqpar import (
     AllGatherKV,
@@ -362,6 +362,25 @@ def test_where_nothing_is_to_attend():
     ours = jax_exact(inputs, bias=bias.astype(np.float32))
     check_equal(ours, torch_exact(inputs, bias=bias.astype(np.float32)))
     assert not ours["dbias"].any()
+
+
+def test_a_bias_alone_is_sharded():
+    """A bias on Explicit axes with whole operands: in the public function, not in the kernel."""
+    inputs = replace(CROSS, T=16, S=16, K=N).inputs()
+    bias = bias_of(1, N, 16, 16)
+    expected = torch_exact(inputs, bias=bias)["dbias"]
+    attend = partial(dot_product_attention, kernel=Exact(), strategy=AllGatherKV())
+    grad_spec, bias_spec = PartitionSpec(None, "seq"), PartitionSpec(None, None, "seq")
+    with jax.set_mesh(ONE_AXIS[8].mesh(AxisType.Explicit)):
+        placed = jax.device_put(bias, bias_spec)
+        given = {n: jax.device_put(x, PartitionSpec()) for n, x in inputs.items()}
+        given["grad"] = jax.device_put(inputs["grad"], grad_spec)
+        (ours,) = device_gradients(attend, given, [placed])
+        check_equal(ours, expected)
+        with pytest.raises(
+            ValueError, match=r"bias float32\[.*@seq,16\] is sharded.*Write jax_seq"
+        ):
+            device_gradients(Exact(), given, [placed])
 
 
 class Unchecked(Exact):

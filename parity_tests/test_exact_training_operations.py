@@ -15,6 +15,7 @@ from scipy import special
 from jax_seqpar.compare import compare_bits
 from jax_seqpar.exact import (
     activation,
+    clip,
     dropout,
     elementary,
     embedding,
@@ -44,7 +45,7 @@ from torch_ref.exact import rotary as torch_rotary
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
 
-TAU = 2 * np.pi
+TAU, INF, NAN = 2 * np.pi, float("inf"), float("nan")
 B, S, D, F, V = 2, 64, 32, 48, 16
 
 
@@ -317,13 +318,34 @@ def test_mutations_are_caught(mutation, monkeypatch):
     ("tiles", "options", "message"),
     [
         (3, {}, "tiles = 3 must divide the tokens S"),
-        (4, {"z_loss": -1.0}, "z_loss at least 0, got 0.0 and -1.0. Write 0 for none"),
+        (4, {"z_loss": -1.0}, "z_loss must be from 0 to 2.126, got -1.0. Write 0 for none"),
+        (4, {"z_loss": INF}, "z_loss must be from 0 to 2.126, got inf. Write 0 for none"),
+        (4, {"z_loss": 2.0**127}, "z_loss must be from 0"),
+        (4, {"z_loss": NAN}, "z_loss must be from 0"),
+        (4, {"label_smoothing": NAN}, "label_smoothing must be from 0 to 1, got nan. Write 0"),
     ],
 )
 def test_a_loss_that_is_none_is_refused(tiles, options, message):
     hidden, table = (jnp.asarray(x) for x in LAYERS["tiled loss"][2])
     with pytest.raises(ValueError, match=message):
         tiled_loss.tiled_cross_entropy(hidden, table, jnp.asarray(LABELS), tiles=tiles, **options)
+
+
+ONES = jnp.ones(4)
+OUT_OF_RANGE = {
+    "epsilon": (lambda x: norm.rms_norm(ONES, ONES, x), (NAN, INF, -1.0, 1e39)),
+    "epsilon of LayerNorm": (lambda x: norm.layer_norm(ONES, ONES, ONES, x), (NAN, INF, -1.0)),
+    "theta": (lambda x: rotary.frequencies(x, 4), (NAN, INF, 0.0)),
+    "limit": (clip.clip_by_global_norm, (NAN, -1.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_number_out_of_range_is_refused(name):
+    call, numbers = OUT_OF_RANGE[name]
+    for number in numbers:
+        with pytest.raises(ValueError, match=rf"{name.split()[0]} must be .*Write"):
+            call(number)
 
 
 def test_tiles_of_int8_products_have_the_same_bits():
@@ -395,6 +417,36 @@ def test_layers_have_the_same_bits_on_a_mesh(name, kind):
     with jax.set_mesh(mesh):
         spread = of_jax(functions.get(name, ours), placed, cotangent)
     assert compare_bits(jax.device_get(alone), jax.device_get(spread)).equal
+
+
+WHOLE, FEATURES = PartitionSpec(), PartitionSpec(None, None, "seq")
+
+
+@pytest.mark.parametrize(
+    ("function", "arrays", "specs"),
+    [
+        (linear.add, [BIASED[0], wild(39, B, S, D)], (WHOLE, PartitionSpec("data", "seq"))),
+        (linear.add, [BIASED[0], wild(39, B, S, D)], (PartitionSpec("data"), FEATURES)),
+        (linear.add_bias, BIASED[:2], (WHOLE, PartitionSpec("seq"))),
+        (linear.add_bias, BIASED[::2], (FEATURES, PartitionSpec("data"))),
+    ],
+)
+def test_gradients_of_a_sum_have_the_shardings_of_its_terms(function, arrays, specs):
+    """Terms with other Explicit shardings than the sum's, which has those of both."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), (AxisType.Explicit,) * 2)
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
+    ]
+
+    @jax.jit
+    def run(*arrays: Any) -> Any:
+        out, pull = jax.vjp(function, *arrays)
+        return out, *pull(out)
+
+    with jax.set_mesh(mesh):
+        spread = run(*placed)
+    assert compare_bits(jax.device_get(run(*arrays)), jax.device_get(spread)).equal
+    assert list(map(jax.typeof, spread[1:])) == list(map(jax.typeof, placed))
 
 
 def test_a_bias_broadcasts_to_y_and_y_not_to_it():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from jax_seqpar import Exact, MeshLayout
 from jax_seqpar.flax import Arithmetic, ExactArithmetic, SequenceParallel
@@ -118,6 +119,18 @@ def test_a_classifier_records_arrays():
     assert {"embedding", "layers.0/query", "layers.1/output"} <= recorded.keys()
     # The numbers of a tracer cannot be had.
     assert all(np.isfinite(np.asarray(x)).all() for x in recorded.values())
+
+
+def test_a_classifier_places_tokens_on_explicit_axes():
+    """Tokens that no axis shards, on a mesh of Explicit axes, on which a scan needs one type."""
+    config = encoder.Config(8, 8, 2, features=8, hidden=8, layers=2, heads=4)
+    tokens = jnp.arange(8, dtype=jnp.int32)[None].repeat(2, 0)
+    batch = encoder_classifier.Batch(tokens, tokens < 6, tokens % 4)
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "seq"), (AxisType.Explicit,) * 2)):
+        graph, state = nnx.split(encoder_classifier.classifier(config, EXACT))
+        loss = jax.value_and_grad(lambda state: nnx.merge(graph, state).loss(batch))
+        _, gradients = jax.eval_shape(loss, state)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, state)
 
 
 def test_a_number_that_is_no_token():

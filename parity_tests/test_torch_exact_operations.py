@@ -9,7 +9,17 @@ import torch
 from exact_training_inputs import numbers, rows, tails
 
 from jax_seqpar.compare import compare_bits
-from torch_ref.exact import arithmetic, clip, elementary, matmul, normal, optimizer, rounding, sums
+from torch_ref.exact import (
+    arithmetic,
+    clip,
+    elementary,
+    exact_attention,
+    matmul,
+    normal,
+    optimizer,
+    rounding,
+    sums,
+)
 from torch_ref.exact.activation import gelu, swiglu
 from torch_ref.exact.dropout import dropout, fold
 from torch_ref.exact.embedding import embedding
@@ -20,6 +30,8 @@ from torch_ref.exact.residual import fork, residual
 from torch_ref.exact.rotary import cos_and_sin, frequencies, rotary, rotary_tables
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+INF, NAN = float("inf"), float("nan")
 
 
 def tensors(*arrays):
@@ -324,10 +336,36 @@ def test_a_term_of_a_loss_that_is_none_is_no_nan():
         assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("options", ({"label_smoothing": 1.1}, {"z_loss": -1.0}))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"label_smoothing": 1.1},
+        {"label_smoothing": NAN},
+        *({"z_loss": number} for number in (-1.0, INF, NAN, 2.0**127)),
+    ),
+    ids=str,
+)
 def test_a_loss_out_of_range_is_an_error(options):
-    with pytest.raises(ValueError, match=r"from 0 to 1 and z_loss at least 0.*Give 0 for none"):
+    with pytest.raises(ValueError, match=r"from 0 to 1 and z_loss from 0 to.*Give 0 for none"):
         cross_entropy(torch.ones(3, 4), torch.zeros(3).long(), **options)
+
+
+ONES, ROW = torch.ones(1, 2, 1, 4), torch.ones(4)
+OUT_OF_RANGE = {
+    "eps": (lambda x: rms_norm(ONES, ROW, x), (NAN, INF, -1.0, 1e39)),
+    "eps of LayerNorm": (lambda x: layer_norm(ONES, ROW, ROW, x), (NAN, INF, -1.0)),
+    "theta": (lambda x: frequencies(4, x), (NAN, INF, -1.0, 0.0)),
+    "largest": (lambda x: clip.clip({"w": ROW}, x), (NAN, -1.0, 0.0)),
+    "scale": (lambda x: exact_attention(ONES, ONES, ONES, scale=x), (NAN, INF, -INF, 1e39)),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_number_out_of_range_is_an_error(name):
+    call, numbers = OUT_OF_RANGE[name]
+    for number in numbers:
+        with pytest.raises(ValueError, match=rf"{name.split()[0]} must be .*(Write|Give)"):
+            call(number)
 
 
 def test_the_mean_of_no_label_is_0():

@@ -395,7 +395,16 @@ def test_gradients_of_tiles_add_up_in_float32(tiled):
         ),
         (
             lambda: cross_entropy(jnp.ones((2, V)), jnp.ones(2, jnp.int32), label_smoothing=2.0),
-            "label_smoothing from 0 to 1",
+            "label_smoothing must be from 0 to 1",
+        ),
+        *(
+            (
+                lambda z_loss=z_loss: cross_entropy(
+                    jnp.ones((2, V)), jnp.ones(2, jnp.int32), z_loss=z_loss
+                ),
+                "z_loss must be from 0 to",
+            )
+            for z_loss in (-1.0, float("inf"), float("nan"))
         ),
         (
             lambda: tiled_cross_entropy(

@@ -21,7 +21,7 @@ from .backward import gradients_of_all_keys
 from .backward_in_turns import gradients_in_turns
 from .bias_gradient import BiasSums, axes_to_sum, check_summands
 from .block_logits import Options
-from .checks import check
+from .checks import check, check_of_one_device
 from .forward import Rows, outputs_of_all_keys
 from .forward_in_turns import outputs_in_turns
 from .heads import grouped, heads_first, tokens_first
@@ -139,6 +139,7 @@ class Exact(Kernel):
         self, turns: Turns | None, query: Array, key: Array, value: Array, spec: Spec
     ) -> Array:
         added = dict(arrays_of(spec.logits))
+        check_of_one_device({"query": query, "key": key, "value": value, **added})
         sharing = 1 if self.shared_heads is None else self.shared_heads.devices
         check(query, key, value.shape[3], added, sharing, 1 if turns is None else turns.degree)
         bias = added.pop("bias", None)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float32
 
 from .rounding import divide, multiply, square_root, total
@@ -30,8 +31,16 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """`g (*) (C (/) norm)` where the norm is above C.
 
     Args:
-      limit: C, rounded to float32.
+      limit: C, rounded to float32; infinity never scales.
+
+    Raises:
+      ValueError: for a limit that is not positive.
     """
+    if not isinstance(limit, Tracer) and not limit > 0:
+        raise ValueError(
+            f"limit must be positive, got {limit!r}: gradients would change their sign, or never "
+            f"be clipped. Write 1.0."
+        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         norm, bound = global_norm(updates), jnp.float32(limit)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float32
 from . import rounding
 from .engines import Engine
 from .matmul import balanced_matmul, matmul
-from .sharding import explicit_sharding
+from .sharding import PrimalSharding, explicit_sharding
 
 
 def linear(
@@ -71,7 +71,15 @@ def add(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, ".
         return rounding.add(a, b)
 
 
-add.defvjp(lambda a, b: (add(a, b), None), lambda _, dy: (dy, dy))
+def _add_forward(a: Array, b: Array) -> tuple[Array, tuple[PrimalSharding, PrimalSharding]]:
+    return add(a, b), (PrimalSharding.of(a), PrimalSharding.of(b))
+
+
+def _add_backward(primals: tuple[PrimalSharding, ...], dy: Array) -> tuple[Array, ...]:
+    return tuple(primal.give(dy) for primal in primals)
+
+
+add.defvjp(_add_forward, _add_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -122,19 +130,19 @@ def _padded_shape(y: Array, bias: Array) -> tuple[int, ...]:
     return (1,) * (y.ndim - bias.ndim) + bias.shape
 
 
-def _bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
-    return _add_bias(y, bias), bias
+def _bias_forward(y: Array, bias: Array) -> tuple[Array, tuple[Array, PrimalSharding]]:
+    return _add_bias(y, bias), (bias, PrimalSharding.of(y))
 
 
-def _bias_backward(bias: Array, dy: Array) -> tuple[Array, Array]:
+def _bias_backward(saved: tuple[Array, PrimalSharding], dy: Array) -> tuple[Array, Array]:
+    bias, of_y = saved
     with jax.enable_x64(True):
         shape = _padded_shape(dy, bias)
         summed = tuple(axis for axis, size in enumerate(shape) if size == 1)
         dbias = rounding.total(dy, summed) if summed else rounding.nearest(rounding.flush(dy))
         dbias = dbias.reshape(bias.shape)
-    sharding = explicit_sharding(bias)
-    # Of the axes that the bias shares with y, dy has the sharding, which need not be the bias's.
-    return dy, dbias if sharding is None else jax.sharding.reshard(dbias, sharding)
+    # dy has the shardings of y and of the bias together, where only one of them has an axis.
+    return of_y.give(dy), PrimalSharding.of(bias).give(dbias)
 
 
 _add_bias.defvjp(_bias_forward, _bias_backward)

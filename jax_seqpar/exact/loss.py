@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Integer
 
+from .._checks import check_loss_options
 from .arithmetic import flush
 from .elementary import exp, log
 from .rounding import add, divide, multiply, nearest, subtract, total
@@ -38,7 +39,7 @@ def cross_entropy(
       labels: already shifted; one outside of the vocabulary gives NaN.
       normaliser: N; the labels that count if None.
       label_smoothing: e, from 0 to 1; it and 1 - e are rounded to float32.
-      z_loss: c, at least 0, rounded to float32.
+      z_loss: c, from 0 to 2^126, rounded to float32.
       ignore_index: the label that does not count.
 
     Raises:
@@ -58,11 +59,7 @@ class LossOptions:
     ignore_index: int = IGNORE
 
     def __post_init__(self) -> None:
-        if not (0 <= self.label_smoothing <= 1 and self.z_loss >= 0):
-            raise ValueError(
-                f"label_smoothing must be from 0 to 1 and z_loss at least 0, got "
-                f"{self.label_smoothing} and {self.z_loss}. Write 0 for none."
-            )
+        check_loss_options(self.label_smoothing, self.z_loss)
 
 
 def count_labels(labels: Integer[Array, "B S"], normaliser: Any, ignore_index: int) -> Array:

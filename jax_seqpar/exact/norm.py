@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from .._checks import check_finite
 from .rounding import add, divide, flush, multiply, nearest, subtract, total
 
 
@@ -17,7 +18,7 @@ def rms_norm(
     """`x rsqrt(mean(x^2) + epsilon) scale`, over the last axis.
 
     `s = total(x (*) x)`, `u = (s (/) D) (+) epsilon`, `r = rsqrt(u)`, `n = x (*) r`,
-    `y = n (*) scale`.
+    `y = n (*) scale`. Raises ValueError for an epsilon below 0, or infinite in float32.
     """
     with jax.enable_x64(True):
         return multiply(_normal(x, epsilon)[0], _beside_tokens(scale, x))
@@ -25,6 +26,7 @@ def rms_norm(
 
 def _normal(x: Array, epsilon: float) -> tuple[Array, Array]:
     """n and r."""
+    check_finite("epsilon", epsilon, 1e-6)
     r = reciprocal_root(add(_mean(multiply(x, x)), jnp.float32(epsilon)))
     return multiply(x, r), r
 
@@ -69,7 +71,7 @@ def layer_norm(
     """`(x - mean(x)) rsqrt(var(x) + epsilon) scale + bias`, over the last axis.
 
     `d = x (-) (total(x) (/) D)`, `u = (total(d (*) d) (/) D) (+) epsilon`, `r = rsqrt(u)`,
-    `n = d (*) r`, `y = R(n scale + bias)`.
+    `n = d (*) r`, `y = R(n scale + bias)`. Raises ValueError as `rms_norm`.
     """
     with jax.enable_x64(True):
         normal, _ = _centred_normal(x, epsilon)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Integer
 
+from .._checks import check_finite
 from .rounding import flush, nearest, no_negative_zero
 
 TURN_BITS = 64  # of a frequency, in parts of a turn a token
@@ -29,6 +30,10 @@ def rotary(
 
     Args:
       positions: at least 0.
+      theta: at least 1.
+
+    Raises:
+      ValueError: for another theta.
     """
     with jax.enable_x64(True):
         sine, cosine = sines(positions, frequencies(theta, x.shape[-1]))
@@ -38,6 +43,7 @@ def rotary(
 @lru_cache(maxsize=8)
 def frequencies(theta: float, channels: int) -> tuple[int, ...]:
     """Rotary frequencies of the pairs of channels, in 2^-64 of a turn."""
+    check_finite("theta", theta, 10_000.0, least=1.0)
     with localcontext() as context:
         context.prec = 80
         logarithm = Decimal(theta).ln()

@@ -1,10 +1,11 @@
 """The sharding that a gradient takes from its primal, where types have one."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array
 
 
@@ -15,6 +16,22 @@ def explicit_sharding(x: Array) -> Any:
     """
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class PrimalSharding:
+    """The sharding of a primal among the residuals of a `jax.custom_vjp`; None as above."""
+
+    sharding: Any
+
+    @classmethod
+    def of(cls, x: Array) -> "PrimalSharding":
+        return cls(explicit_sharding(x))
+
+    def give(self, gradient: Array) -> Array:
+        """The gradient with the sharding of the primal, which its type has to have."""
+        return gradient if self.sharding is None else reshard(gradient, self.sharding)
 
 
 def rows_sharding(table: Array, tokens: Array) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Integer
 
-from .._checks import check_is_array
+from .._checks import check_is_array, check_loss_options
 from ..mask.logits import check_soft_cap
 from ..mesh_layout import MeshAxes, MeshLayout, names
 from ..varying_axes import varying_axes
@@ -175,11 +175,7 @@ def check_loss(logits: Any, labels: Any, z_loss: float, label_smoothing: float) 
             f"logits must be [*tokens, V] of labels [*tokens], got {logits.shape} and "
             f"{labels.shape}. Shift labels, do not cut logits: TokenLayout.shard does."
         )
-    if z_loss < 0 or not 0 <= label_smoothing <= 1:
-        raise ValueError(
-            f"z_loss must be at least 0 and label_smoothing from 0 to 1, got {z_loss} and "
-            f"{label_smoothing}. Write 0 for none."
-        )
+    check_loss_options(label_smoothing, z_loss)
 
 
 def check_varies(losses: Any, axes: tuple[str, ...]) -> None:

@@ -49,6 +49,7 @@ choose: Any = np.frompyfunc(lambda condition, a, b: a if condition else b, 3, 1)
 
 
 def constant(x: float) -> Fraction:
+    """The float32 nearest to x, as a fraction."""
     return Fraction(float(np.float32(x)))
 
 
@@ -64,38 +65,47 @@ def bfloat16(x: Array) -> Array:
 
 @elementwise
 def round_bfloat16(x: Fraction) -> Fraction:
+    """The nearest number of 8 bits."""
     return round_to(x, 8)
 
 
 def add(a: Array, b: Array) -> Array:
+    """`a (+) b`."""
     return out(R(read(a) + read(b)))
 
 
 def subtract(a: Array, b: Array) -> Array:
+    """`a (-) b`."""
     return out(R(read(a) - read(b)))
 
 
 def multiply(a: Array, b: Array) -> Array:
+    """`a (*) b`."""
     return out(R(read(a) * read(b)))
 
 
 def divide(a: Array, b: Array) -> Array:
+    """`a (/) b`."""
     return out(R(read(a) / read(b)))
 
 
 def square_root(x: Array) -> Array:
+    """The nearest float32 of the square root."""
     return out(root32(read(x)))
 
 
 def rsqrt(x: Array) -> Array:
+    """The nearest float32 of `x^(-1/2)`."""
     return out(root32(1 / read(x)))
 
 
 def log(x: Array) -> Array:
+    """The nearest float32 of the natural logarithm."""
     return out(log32(read(x)))
 
 
 def exp(x: Array) -> Array:
+    """The nearest float32 of `e^x` for x up to 0; 0 below -80."""
     return out(exp32(read(x)))
 
 
@@ -114,6 +124,7 @@ def root32(x: Fraction) -> Fraction:
 @elementwise
 @cache
 def log32(x: Fraction) -> Fraction:
+    """`log` of one fraction."""
     with decimal.localcontext(prec=DIGITS):
         return R(Fraction((decimal.Decimal(x.numerator) / x.denominator).ln()))
 
@@ -121,6 +132,7 @@ def log32(x: Fraction) -> Fraction:
 @elementwise
 @cache
 def exp32(x: Fraction) -> Fraction:
+    """`exp` of one fraction."""
     assert x <= 0
     if x < -80:
         return Fraction(0)
@@ -150,6 +162,7 @@ def cdf32(x: Fraction) -> Fraction:
 @elementwise
 @cache
 def pdf32(x: Fraction) -> Fraction:
+    """The nearest float32 of the normal density."""
     with decimal.localcontext(prec=DIGITS):
         return R(Fraction(density(decimal.Decimal(x.numerator) / x.denominator)))
 
@@ -161,19 +174,23 @@ def density(x: decimal.Decimal) -> decimal.Decimal:
 
 
 def normal_cdf(x: Array) -> Array:
+    """The normal distribution function of float32."""
     return out(cdf32(read(x)))
 
 
 def normal_pdf(x: Array) -> Array:
+    """The normal density of float32."""
     return out(pdf32(read(x)))
 
 
 def gelu(x: Array) -> Array:
+    """`R(x Phi(x))`."""
     x = read(x)
     return out(R(x * cdf32(x)))
 
 
 def gelu_backward(x: Array, dy: Array) -> Array:
+    """The gradient of x."""
     x = read(x)
     return out(R(read(dy) * R(round64(cdf32(x) + x * pdf32(x)))))
 
@@ -196,6 +213,7 @@ def mm(a: Array, b: Array) -> Array:
 
 
 def product32(a: Array, b: Array) -> Array:
+    """`mm` of fractions."""
     ea, eb = exponents(a, 1), exponents(b, 0)
     S = integers(a, BITS - ea) @ integers(b, BITS - eb)
     return R(round64(S) * normal_power(ea + eb - 2 * BITS))
@@ -226,6 +244,7 @@ def norm_parts(x: Array, eps: float) -> tuple[Array, Array]:
 
 
 def rms_norm(x: Array, gamma: Array, eps: float) -> Array:
+    """RMSNorm of `[T, D]`."""
     n, _ = norm_parts(read(x), eps)
     return out(R(n * read(gamma)))
 
@@ -241,6 +260,7 @@ def rms_norm_backward(x: Array, gamma: Array, eps: float, dy: Array) -> tuple[Ar
 
 
 def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> Array:
+    """LayerNorm of `[T, D]`."""
     n, _ = norm_parts(centred(read(x)), eps)
     return out(R(round64(n * read(gamma) + read(beta))))
 
@@ -348,6 +368,7 @@ def logistic(g: Array) -> tuple[Array, Array]:
 
 
 def swiglu(gate: Array, up: Array) -> Array:
+    """`(gate (*) sig) (*) up`, sig the logistic function of gate."""
     g = read(gate)
     sig, _ = logistic(g)
     return out(R(R(g * sig) * read(up)))
@@ -426,6 +447,7 @@ def adamw(w: Array, m: Array, v: Array, g: Array, numbers: dict[str, float]) -> 
 
 
 def moved(w: Array, u: Array, lr: Fraction, wd: Fraction) -> Array:
+    """The weights after an update u."""
     return R(round64(w + R(round64(-lr * R(round64(u + wd * w))))))
 
 

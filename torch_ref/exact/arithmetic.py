@@ -47,6 +47,14 @@ def nearest32(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
+def check_finite(name: str, x: float, usual: float, least: float = 0.0) -> None:
+    """Raises ValueError unless a number is finite in float32, and at least `least`."""
+    if not (least <= x and math.isfinite(nearest32(x))):
+        raise ValueError(
+            f"{name} must be finite in float32 and at least {least}, got {x!r}. Write {usual}."
+        )
+
+
 def exponent(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """`E` along one axis or more, which stay, with size 1; infinity stands for "not a number".
 

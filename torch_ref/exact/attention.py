@@ -90,10 +90,14 @@ def exact_attention(
     Raises:
       ValueError: dtypes or shapes that do not fit, slopes or sinks that want a gradient, a bias
         that wants one of more than 2^27 logits or on several ranks, or 2^21 keys, or as many rows
-        of one KV head: queries, times the query heads that read it on every rank. Also as
-        `masks.attends` and `dropout.given_keys`.
+        of one KV head: queries, times the query heads that read it on every rank; a scale that is
+        not finite. Also as `masks.attends` and `dropout.given_keys`.
     """
     _check(query, key, value, logits_soft_cap)
+    if scale is not None and not math.isfinite(nearest32(scale)):
+        raise ValueError(
+            f"scale must be finite in float32, got {scale!r}. Write None for 1 / sqrt(H)."
+        )
     (B, T, N, H), S = query.shape, key.shape[1]
     _check_bias(bias, (B, N, T, S), shared_by)
     for name, x in {"alibi_slopes": alibi_slopes, "sinks": sinks}.items():

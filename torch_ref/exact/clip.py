@@ -23,11 +23,17 @@ def clip(gradients: dict[str, Tensor], largest: float) -> tuple[dict[str, Tensor
 
     Args:
       gradients: float32 tensors by name.
-      largest: C, as the nearest float32.
+      largest: C, as the nearest float32; infinity never scales.
 
     Raises:
-      ValueError: a norm that is not finite; a step with it is not taken, on any rank.
+      ValueError: a C that is not positive; a norm that is not finite, whose step is not taken, on
+        any rank.
     """
+    if not largest > 0:
+        raise ValueError(
+            f"largest must be positive, got {largest!r}: gradients would change their sign, or "
+            f"never be clipped. Give 1.0."
+        )
     norm = global_norm(gradients)
     if not norm.isfinite():
         raise ValueError(

@@ -50,7 +50,7 @@ def cross_entropy(
       logits: `[..., V]`, float32 or bfloat16; V at most 2^21.
       labels: integers, `[...]`.
       label_smoothing: e, from 0 to 1; it and 1 - e as the nearest float32.
-      z_loss: c, as the nearest float32, at least 0.
+      z_loss: c, as the nearest float32, from 0 to 2^126.
       ignore_index: a label that does not count.
       count: N, the labels that count, `count_labels` of the same arguments if None. Where
         gradients of several batches are accumulated, the number of labels in all of them.
@@ -140,8 +140,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _check_options(label_smoothing: float, z_loss: float) -> None:
-    if not (0 <= label_smoothing <= 1 and z_loss >= 0):
+    # Twice the z-loss is a float32, too.
+    if not (0 <= label_smoothing <= 1 and 0 <= z_loss <= 2.0**126):
         raise ValueError(
-            f"label_smoothing must be from 0 to 1 and z_loss at least 0, got {label_smoothing} and "
-            f"{z_loss}. Give 0 for none."
+            f"label_smoothing must be from 0 to 1 and z_loss from 0 to 2^126, got "
+            f"{label_smoothing} and {z_loss}. Give 0 for none."
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arithmetic import flush
+from .arithmetic import check_finite, flush
 from .elementary import rsqrt
 from .rounding import R, add, divide, multiply, narrow, subtract
 from .sums import total
@@ -27,7 +27,11 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float, *, group: Any = None) -> Tens
 
     Returns:
       Of the shape and dtype of x. Differentiable once.
+
+    Raises:
+      ValueError: an eps below 0, or infinite in float32.
     """
+    check_finite("eps", eps, 1e-6)
     return _RMSNorm.apply(x, gamma, eps, group)  # pyright: ignore[reportReturnType]
 
 
@@ -47,7 +51,11 @@ def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, group: Any
 
     Returns:
       Of the shape and dtype of x. Differentiable once.
+
+    Raises:
+      ValueError: an eps below 0, or infinite in float32.
     """
+    check_finite("eps", eps, 1e-6)
     return _LayerNorm.apply(x, gamma, beta, eps, group)  # pyright: ignore[reportReturnType]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arithmetic import flush
+from .arithmetic import check_finite, flush
 from .rounding import R, narrow
 
 # 100 digits, of which 80 are used.
@@ -23,7 +23,12 @@ ANGLE_BITS = 24
 
 
 def frequencies(channels: int, theta: int | float) -> list[int]:
-    """`floor(theta^(-2i / R) / 2 pi * 2^64)` for i below R / 2, by decimals of 80 digits."""
+    """`floor(theta^(-2i / R) / 2 pi * 2^64)` for i below R / 2, by decimals of 80 digits.
+
+    Raises:
+      ValueError: a theta below 1, or infinite in float32.
+    """
+    check_finite("theta", theta, 10_000, least=1)
     with decimal.localcontext(prec=80):
         powers = [
             decimal.Decimal(theta) ** (decimal.Decimal(-2 * i) / channels)

@@ -1,6 +1,6 @@
 """The training in JAX, on a mesh of data and sequence parallel devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ LAYOUT = MeshLayout(tokens="seq", batch="data")
 class Optimizer:
     """An optimizer of a training, and how its state names the counter and the two moments."""
 
-    make: Callable[[Training], optax.GradientTransformation]
+    make: Callable[[Any], optax.GradientTransformation]
     steps: str
     mean: str
     square: str
@@ -59,20 +59,30 @@ def train_in_jax(
     """
     mesh = mesh_of(data, sequence)
     batches = TokenLayout(replace(LAYOUT, mesh=mesh))
-    tx, start = optimizer.make(training), start or training.start()
-    # optax takes powers of a Python float by an int32, which strict promotion forbids.
-    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        its = model(training, LAYOUT)
-        params, state = loaded(its, tx, optimizer, start)
-        make_step, steps = jax.jit(step_of(its, tx)), []
-        for number, tokens in enumerate(training.batches(start.number), start.number + 1):
-            batch = batches.shard(tokens)
-            loss, params, state = make_step(params, state, batch, jnp.int32(number))
-            moments = (optax.tree.get(state, n) for n in (optimizer.mean, optimizer.square))
-            arrays = named(*map(its.save, (params, *moments)))
-            steps.append(Step(number, np.float32(loss), arrays))
-            on_step(steps[-1])
+    start, steps = start or training.start(), []
+    with jax.set_mesh(mesh):
+        given = map(batches.shard, training.batches(start.number))
+        its = model(training, LAYOUT), optimizer, training
+        for step in steps_after(start, given, *its):
+            steps.append(step)
+            on_step(step)
     return steps
+
+
+def steps_after(
+    start: Step, batches: Iterable[Any], model: Model, optimizer: Optimizer, training: Any
+) -> Iterator[Step]:
+    """Steps of a model on the mesh of `jax.set_mesh`, one for each batch that is sharded on it."""
+    tx = optimizer.make(training)
+    params, state = loaded(model, tx, optimizer, start)
+    make_step = jax.jit(step_of(model, tx))
+    for number, batch in enumerate(batches, start.number + 1):
+        # optax takes powers of a Python float by an int32, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            loss, params, state = make_step(params, state, batch, jnp.int32(number))
+        moments = (optax.tree.get(state, n) for n in (optimizer.mean, optimizer.square))
+        arrays = named(*map(model.save, (params, *moments)))
+        yield Step(number, np.float32(loss), arrays)
 
 
 def step_of(model: Model, tx: optax.GradientTransformation) -> Callable[..., Any]:
