@@ -129,7 +129,7 @@ class Classifier(Encoder):
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
 
         if explicit_sharding(x) is not None:
-            # Attention returns tokens on their devices, and a scan what it is given.
+            # The carry of a scan keeps one type: x is sharded as attention returns it.
             x = jax.sharding.reshard(x, PartitionSpec(LAYOUT.batch, LAYOUT.tokens))
 
         def run(x: jax.Array, state: Any) -> tuple[jax.Array, None]:

@@ -189,11 +189,11 @@ def main(
         runs = {
             name: train_in_flax(task, mesh, start, on_step=on_step) for name, mesh in MESHES.items()
         }
+        runs["PyTorch 1"] = of_torch.result()
         ordinary = {
             f"float32, {name}": train_in_flax(task, mesh, start, exact=False, on_step=on_step)
             for name, mesh in MESHES.items()
         }
-        runs["PyTorch 1"] = of_torch.result()
     result, console = TrainingResult(runs), Console()
     console.print(training_table(result, beside=ordinary))
     for line in training_summary(result):

@@ -1,4 +1,6 @@
-"""The certificate: both implementations are trusted here, and no question is asked in vain.
+"""The certificate: no question is asked in vain.
+
+`test_parity_command.py::test_this_machine_is_certified` asks both implementations all of them.
 
 A sabotage is one operation done a little wrong, as a backend might. The questions that see it are
 stated: fewer would be a hole, more would blame what works.

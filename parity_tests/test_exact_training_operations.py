@@ -422,6 +422,14 @@ def test_layers_have_the_same_bits_on_a_mesh(name, kind):
 WHOLE, FEATURES = PartitionSpec(), PartitionSpec(None, None, "seq")
 
 
+def norm_of_rows(x, scale):
+    return norm.rms_norm(x, scale, 1e-5)
+
+
+def layer_norm_of_rows(x, scale, bias):
+    return norm.layer_norm(x, scale, bias, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("function", "arrays", "specs"),
     [
@@ -429,10 +437,13 @@ WHOLE, FEATURES = PartitionSpec(), PartitionSpec(None, None, "seq")
         (linear.add, [BIASED[0], wild(39, B, S, D)], (PartitionSpec("data"), FEATURES)),
         (linear.add_bias, BIASED[:2], (WHOLE, PartitionSpec("seq"))),
         (linear.add_bias, BIASED[::2], (FEATURES, PartitionSpec("data"))),
+        (norm_of_rows, [BIASED[0], wild(38, D)], (FEATURES, WHOLE)),
+        (layer_norm_of_rows, [BIASED[0], wild(38, D), wild(37, D)], (FEATURES, WHOLE, WHOLE)),
+        (activation.swiglu, [BIASED[0], wild(39, B, S, D)], (WHOLE, FEATURES)),
     ],
 )
-def test_gradients_of_a_sum_have_the_shardings_of_its_terms(function, arrays, specs):
-    """Terms with other Explicit shardings than the sum's, which has those of both."""
+def test_gradients_have_the_shardings_of_their_operands(function, arrays, specs):
+    """Operands with other Explicit shardings than the result's, which has those of all."""
     mesh = jax.make_mesh((2, 4), ("data", "seq"), (AxisType.Explicit,) * 2)
     placed = [
         jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)

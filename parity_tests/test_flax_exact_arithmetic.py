@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from jax_seqpar import Exact, MeshLayout
 from jax_seqpar.flax import Arithmetic, ExactArithmetic, SequenceParallel
@@ -129,8 +129,10 @@ def test_a_classifier_places_tokens_on_explicit_axes():
     with jax.set_mesh(jax.make_mesh((2, 4), ("data", "seq"), (AxisType.Explicit,) * 2)):
         graph, state = nnx.split(encoder_classifier.classifier(config, EXACT))
         loss = jax.value_and_grad(lambda state: nnx.merge(graph, state).loss(batch))
-        _, gradients = jax.eval_shape(loss, state)
-    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, state)
+        traced = jax.jit(loss).trace(state)
+    scans = [x for x in traced.jaxpr.eqns if x.primitive.name == "scan"]
+    carried = [x.aval.sharding.spec for x in scans[0].outvars if x.aval.shape == (2, 8, 8)]
+    assert PartitionSpec("data", "seq", None) in carried
 
 
 def test_a_number_that_is_no_token():

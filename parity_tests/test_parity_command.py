@@ -1163,6 +1163,7 @@ def test_this_machine_is_certified(monkeypatch):
     assert result.exit_code == 0, result.output
     expected = [(check.name, check.total) for check in found[0].checks]
     assert len(expected) == len(questions._QUESTIONS)
+    assert all(total > 0 for _, total in expected)
     assert answers(result.output) == {name: [0, total] * 2 for name, total in expected}
     jax_line, torch_line = result.output.splitlines()[-2:]
     assert re.fullmatch(r"JAX \S+ on cpu \(cpu\): trusted, .*", jax_line)

@@ -140,7 +140,7 @@ REFUSED = {
     ),
     "points of nothing": (
         ("--topology", "v5e:2x4", "--sweep", "degree", "--points", "3"),
-        "--points 3 needs --sweep tokens. Write --sweep tokens, too, or leave --points out",
+        "--points 3 needs --sweep tokens. Write --sweep tokens in place of --sweep degree",
     ),
     "a mesh for every degree": (
         ("--topology", "v5e:2x4", "--sweep", "degree", "--mesh", "seq=8"),
@@ -314,7 +314,7 @@ def refused(result: Any, message: str) -> None:
         ("key", "KeyError: 'x' (mine.py, line 14)"),
         ("traced", "NameError: name 'y' is not defined (mine.py, line 16)"),
         ("silent", "AssertionError (mine.py, line 18)"),
-        ("alone", "mine.py:alone has no parameter for a number of tokens, got 7. Write def alone("),
+        ("alone", "(too many positional arguments), got 7. Write def alone("),
     ),
 )
 def test_what_goes_wrong_in_the_process(function, message, tmp_path):
@@ -370,7 +370,9 @@ def test_sizes_that_a_decoder_cannot_have(options, message):
         ("syntax.py", "def f(:", "SyntaxError: invalid syntax (syntax.py, line 1)"),
         ("imports.py", "import nowhere", "No module named 'nowhere' (imports.py, line 1)"),
         ("other.py", "", "has no function 'f'. Write the name of one of its functions"),
-        ("sized.py", "f = lambda tokens: 1", "takes a number of tokens, got None. Give --tokens"),
+        ("sized.py", "f = lambda tokens: 1", "argument: 'tokens'). Write --tokens 128K"),
+        ("named.py", "f = lambda *, x: 1", "argument: 'x'). Write --tokens 128K"),
+        ("all.py", "f = lambda **options: 1", "all.py:f returns int where a function"),
     ),
 )
 def test_a_file_that_cannot_be_read(name, text, message, tmp_path):
@@ -474,7 +476,7 @@ def test_without_the_compiler_it_counts(topology, install, monkeypatch, tmp_path
     result = seqpar("layer", "--topology", topology, "--largest")
     refused(result, "of 131072 tokens: not checked: memory")
     result = seqpar("layer", "--topology", topology, "--dump", str(tmp_path))
-    refused(result, f"--dump {tmp_path} has no program to write, as the compiler for")
+    refused(result, f"--dump {tmp_path} is for a compiler, and the compiler for")
 
 
 def exported(platform: str) -> Any:

@@ -163,7 +163,7 @@ def test_a_transfer_hides_under_splash_and_not_under_the_merge():
     assert [under_splash(text) for text in texts] == [[True, True], [False, True]]
 
 
-@pytest.mark.slow  # of a ring that nobody can ask for
+@pytest.mark.slow  # a strategy of this file alone
 def test_an_unrolled_ring_of_splash_waits_for_transfers():
     """XLA starts all of them first, so that the ring holds what an all-gather does."""
     (result,) = compiled(program("v5e:2x4", 1 << 14, strategy=UnrolledRing()))

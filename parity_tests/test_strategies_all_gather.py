@@ -6,12 +6,13 @@ they are right is asked elsewhere. Exact attention gives the same bits.
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ONE_AXIS, MeshCase
+from cases import ONE_AXIS, MeshCase, slow
 from flat_names import keywords_of
 from jax.sharding import AxisType
 from questions import compiled, output_and_gradients
@@ -83,16 +84,17 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("options", OPTIONS)
+def pairs():
+    """Every pair of two columns; a whole table on each mesh takes minutes to compile."""
+    for (i, options), (j, kernel) in product(enumerate(OPTIONS), enumerate(KERNELS)):
+        case = options, kernel, list(WHERE)[(i + j) % len(WHERE)]
+        # Exact attention with all options but positions at once: `test_strategies_exact_ring.py`.
+        often = kernel != "exact" or options in ("positions", "bias", "dropout")
+        yield case if often else slow(*case)
+
+
+@pytest.mark.parametrize(("options", "kernel", "where"), pairs())
 def test_a_part_of_the_queries(options, kernel, where):
-    # A whole table on each mesh takes minutes to compile; every pair of two columns is here.
-    places = [list(names).index(x) for names, x in ((OPTIONS, options), (KERNELS, kernel))]
-    if sum(places) % len(WHERE) != list(WHERE).index(where):
-        pytest.skip("another mesh has this pair")
-    if kernel == "exact" and options not in ("lengths", "bias", "dropout"):
-        pytest.skip("test_attention_features.py and test_exact_bits.py have this pair")
     some = jax.tree.map(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, OPTIONS[options]
     )

@@ -97,12 +97,11 @@ SEGMENTS = {
 EVERYTHING = CASE.all_at_once(by_positions=False)
 SAME_LENGTH = replace(CASE, T=32)
 PLACES: dict[str, Any] = {
-    # Every feature at once, in every order and at every degree; blocks that no order deals whole.
+    # Every feature at once, in every order and at every degree, one of them unless slow tests are
+    # asked for; blocks that no order deals whole.
     "2, everything": slow(Where((2,), Zigzag(), block=5), CASE, EVERYTHING),
-    "4, everything": (Where((4,), Striped(), block=3), CASE, EVERYTHING),
-    "8, everything, both ways": slow(
-        Where((8,), Contiguous(), BOTH_WAYS, block=7), CASE, EVERYTHING
-    ),
+    "4, everything": slow(Where((4,), Striped(), block=3), CASE, EVERYTHING),
+    "8, everything, both ways": (Where((8,), Contiguous(), BOTH_WAYS, block=7), CASE, EVERYTHING),
     "8, everything, by positions": slow(Where((8,), Zigzag(), block=4), CASE, {}),
     # Blocks that are whole where they are, and rounds that are left out.
     "3, a window": (

@@ -19,7 +19,7 @@ def check_files(files: dict[str, Path | None]) -> None:
 
 
 def check_folder(option: str, folder: Path | None) -> None:
-    """Raises ValueError for a folder that could not be made after the run; None is not given."""
+    """Raises ValueError for a folder that could not be made after the run; nothing for None."""
     for place in (folder, *folder.parents) if folder is not None else ():
         if place.exists() and not place.is_dir():
             raise ValueError(

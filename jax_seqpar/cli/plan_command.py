@@ -35,7 +35,8 @@ def plan(
     tokens: Annotated[
         str | None,
         typer.Option(
-            help=f"Tokens of a sequence: 128K, 1M. Default: {TOKENS}; of a file's function none."
+            help=f"Tokens of a sequence: 128K, 1M. Default: {TOKENS}; a function is called without "
+            f"them unless they are given."
         ),
     ] = None,
     batch: Annotated[
@@ -77,7 +78,10 @@ def plan(
     ] = None,
     step: Annotated[
         str | None,
-        typer.Option(help="Unit of --largest in tokens. Default: an eighth of --tokens."),
+        typer.Option(
+            help="Unit of --largest in tokens. Default: an eighth of --tokens, rounded down to a "
+            "multiple of the devices that share them."
+        ),
     ] = None,
     sweep: Annotated[
         str | None, typer.Option(help="tokens, twice as many each time; or degree.")
@@ -100,8 +104,8 @@ def plan(
 ) -> None:
     """Costs on TPUs and GPUs that are not here: memory, transfers, FLOPs, seconds at least.
 
-    layer is one causal attention, decoder a model of the shape of Llama, whose sizes the options
-    are; a function of a file returns a function and the shapes of its arguments.
+    layer is one causal attention, decoder a model of the shape of Llama; the options set the
+    sizes of both; a function of a file returns a function and the shapes of its arguments.
 
     Exit status: 0 with an answer, 2 without one and a sentence that says why: out of memory, a
     compiler that is missing, aborts or takes too long, sizes that do not fit.

@@ -48,8 +48,10 @@ def check_options(given: dict[str, Any]) -> None:
         option, _, _ = text.partition(" ")
         needed = NEEDS.get(option, ())
         if needed and not set(needed) & set(written.values()):
+            other = written.get(needed[0].partition(" ")[0].removeprefix("--"))
+            place = ", too" if other is None else f" in place of {other}"
             raise ValueError(
-                f"{text} needs {_or(needed)}. Write {needed[0]}, too, or leave {option} out."
+                f"{text} needs {_or(needed)}. Write {needed[0]}{place}, or leave {option} out."
             )
     for first, second, why in EXCLUSIVE:
         found = [x for option in (first, second) for x in written.values() if _is(x, option)]

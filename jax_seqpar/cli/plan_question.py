@@ -20,7 +20,7 @@ from ..strategies import AllGatherKV, Hybrid, Ring, Strategy, Ulysses
 from .console import say, stdout
 from .places import check_files, check_folder
 from .plan_chart import check_format
-from .plan_options import check_options
+from .plan_options import as_written, check_options
 from .plan_sizes import layout_of, mesh_of, size_of, tokens_as_text
 
 DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
@@ -51,13 +51,13 @@ class Question:
     """
 
     def __init__(self, **given: Any) -> None:
-        check_options(given)
         self.given = given
         self._check_values()
+        check_options(given)
         self.tokens = size_of(given["tokens"] or TOKENS)
         self.topology, self.slices = given["topology"], given["slices"]
         self.automatic = given["strategy"] == "auto"
-        # With "auto" that of a layout without a choice.
+        # The default, and what the worker replaces where "auto" is given.
         self.strategy = STRATEGIES.get(given["strategy"], Ulysses())
         self.mesh = self._mesh()
         self._check_strategy()
@@ -105,9 +105,7 @@ class Question:
                 f"shares the tokens. Write one more, as --mesh data=2,seq=4, or leave --strategy "
                 f"out."
             )
-        if isinstance(self.strategy, Hybrid) and (
-            len(axes) != 2 or self.given["sweep"] == "degree"
-        ):
+        if isinstance(self.strategy, Hybrid) and len(axes) != 2:
             raise ValueError(
                 f"--strategy {strategy} works on two mesh axes of the tokens, and "
                 f"the mesh {self.mesh} has {len(axes)}. Write them major to minor, as --mesh "
@@ -127,11 +125,13 @@ class Question:
                 f"--overlap would change nothing of {self.topology}, whose compiler has no such "
                 f"options. Write the topology of a TPU or a GPU, as v5e:4x4."
             )
-        if self.given["dump"] is not None and machine.missing is not None:
-            raise ValueError(
-                f"--dump {self.given['dump']} has no program to write, as {machine.missing}. Write "
-                f"cpu:8 for simulated devices, or leave --dump out."
-            )
+        for option in ("dump", "overlap"):
+            if self.given[option] and machine.missing is not None:
+                raise ValueError(
+                    f"{as_written(option, self.given[option])} is for a compiler, and "
+                    f"{machine.missing}. Leave --{option} out, or write --topology cpu:8 for "
+                    f"simulated devices."
+                )
 
     def _mesh(self) -> dict[str, int]:
         if self.given["mesh"] is not None:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float32
 from .elementary import exp
 from .normal import normal_cdf, normal_pdf
 from .rounding import add, divide, flush, multiply, nearest
+from .sharding import PrimalSharding
 
 
 @jax.custom_vjp
@@ -41,7 +42,8 @@ def _backward(saved: Any, dh: Array) -> tuple[Array, Array]:
         sigmoid, rest = _sigmoids(gate)
         dup = multiply(dh, multiply(gate, sigmoid))
         slope = multiply(sigmoid, nearest(1.0 + flush(gate) * flush(rest)))
-        return multiply(multiply(dh, up), slope), dup
+        dgate = multiply(multiply(dh, up), slope)
+    return PrimalSharding.of(gate).reshard(dgate), PrimalSharding.of(up).reshard(dup)
 
 
 swiglu.defvjp(_forward, _backward)

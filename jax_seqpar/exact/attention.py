@@ -46,7 +46,8 @@ class Exact(Kernel):
     tokens. Float64 inside, whatever `jax_enable_x64` says. Reverse-mode derivatives, once, of
     query, key, value and bias; JAX raises TypeError in forward mode. Operands, bias, slopes and
     sinks are float32, bfloat16 or float16; scale and soft cap are rounded to float32. Other dtypes,
-    and sequences of 2^21 tokens and more, are refused.
+    and sequences of 2^21 tokens and more, are refused; so are arrays sharded over Explicit mesh
+    axes where it is called directly, and not by `dot_product_attention`.
 
     Args:
       query_chunk: queries whose whole rows of weights the forward pass holds at a time, in float32;

@@ -10,12 +10,12 @@ from . import arithmetic
 
 
 def check_of_one_device(arrays: Mapping[str, Any]) -> None:
-    """Raises ValueError for an array that is sharded over Explicit mesh axes."""
+    """Raises ValueError for an array sharded over Explicit mesh axes, be they of one device."""
     for name, x in arrays.items():
         if any(axis is not None for axis in jax.typeof(x).sharding.spec):
             raise ValueError(
-                f"exact attention is that of one device, and {name} {jax.typeof(x)} is sharded "
-                f"over Explicit mesh axes. Write jax_seqpar.dot_product_attention(..., "
+                f"Exact() called directly computes on whole arrays, and {name} {jax.typeof(x)} is "
+                f"sharded over Explicit mesh axes. Write jax_seqpar.dot_product_attention(..., "
                 f"kernel=Exact()), or jax.sharding.reshard({name}, PartitionSpec())."
             )
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float32
@@ -34,12 +35,12 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
       limit: C, rounded to float32; infinity never scales.
 
     Raises:
-      ValueError: for a limit that is not positive.
+      ValueError: for a limit that is not above 0 in float32.
     """
-    if not isinstance(limit, Tracer) and not limit > 0:
+    if not isinstance(limit, Tracer) and not np.float32(limit) > 0:
         raise ValueError(
-            f"limit must be positive, got {limit!r}: gradients would change their sign, or never "
-            f"be clipped. Write 1.0."
+            f"limit must be above 0 in float32, got {limit!r}: 0 makes every gradient 0, a "
+            f"negative limit changes their signs, and NaN never clips. Write 1.0."
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

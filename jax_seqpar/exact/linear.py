@@ -76,7 +76,7 @@ def _add_forward(a: Array, b: Array) -> tuple[Array, tuple[PrimalSharding, Prima
 
 
 def _add_backward(primals: tuple[PrimalSharding, ...], dy: Array) -> tuple[Array, ...]:
-    return tuple(primal.give(dy) for primal in primals)
+    return tuple(primal.reshard(dy) for primal in primals)
 
 
 add.defvjp(_add_forward, _add_backward)
@@ -142,7 +142,7 @@ def _bias_backward(saved: tuple[Array, PrimalSharding], dy: Array) -> tuple[Arra
         dbias = rounding.total(dy, summed) if summed else rounding.nearest(rounding.flush(dy))
         dbias = dbias.reshape(bias.shape)
     # dy has the shardings of y and of the bias together, where only one of them has an axis.
-    return of_y.give(dy), PrimalSharding.of(bias).give(dbias)
+    return of_y.reshard(dy), PrimalSharding.of(bias).reshard(dbias)
 
 
 _add_bias.defvjp(_bias_forward, _bias_backward)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float32
 
 from .._checks import check_finite
 from .rounding import add, divide, flush, multiply, nearest, subtract, total
+from .sharding import PrimalSharding
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -55,7 +56,7 @@ def _backward(epsilon: float, saved: Any, dy: Array) -> tuple[Array, Array]:
         c = _mean(multiply(dnormal, normal))
         # Both products are exact in float64: one rounding in the subtraction.
         dx = multiply(nearest(flush(dnormal) - flush(normal) * flush(c)), r)
-    return dx, dscale
+    return PrimalSharding.of(x).reshard(dx), PrimalSharding.of(scale).reshard(dscale)
 
 
 rms_norm.defvjp(_forward, _backward)
@@ -85,19 +86,21 @@ def _centred_normal(x: Array, epsilon: float) -> tuple[Array, Array]:
 
 
 def _layer_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Any]:
-    return layer_norm(x, scale, bias, epsilon), (x, scale)
+    return layer_norm(x, scale, bias, epsilon), (x, scale, bias)
 
 
 def _layer_backward(epsilon: float, saved: Any, dy: Array) -> tuple[Array, Array, Array]:
-    x, scale = saved
+    x, scale, bias = saved
     with jax.enable_x64(True):
         normal, r = _centred_normal(x, epsilon)
         tokens = tuple(range(x.ndim - 1))
         dscale = total(multiply(dy, normal), tokens).reshape(scale.shape)
-        dbias = total(dy, tokens).reshape(scale.shape)
+        dbias = total(dy, tokens).reshape(bias.shape)
         dnormal = multiply(dy, _beside_tokens(scale, x))
         centred, c = subtract(dnormal, _mean(dnormal)), _mean(multiply(dnormal, normal))
         dx = multiply(nearest(flush(centred) - flush(normal) * flush(c)), r)
+    given = PrimalSharding.of(x), PrimalSharding.of(scale), PrimalSharding.of(bias)
+    dx, dscale, dbias = (of.reshard(d) for of, d in zip(given, (dx, dscale, dbias), strict=True))
     return dx, dscale, dbias
 
 

@@ -33,7 +33,7 @@ def rotary(
       theta: at least 1.
 
     Raises:
-      ValueError: for another theta.
+      ValueError: for a theta below 1, or not finite in float32.
     """
     with jax.enable_x64(True):
         sine, cosine = sines(positions, frequencies(theta, x.shape[-1]))

@@ -21,7 +21,11 @@ def explicit_sharding(x: Array) -> Any:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class PrimalSharding:
-    """The sharding of a primal among the residuals of a `jax.custom_vjp`; None as above."""
+    """The sharding of a primal, which can be a residual of a `jax.custom_vjp`.
+
+    The gradient of a primal needs its type. Where two operands are sharded over different Explicit
+    axes the result, and so what is computed from its gradient, has the axes of both.
+    """
 
     sharding: Any
 
@@ -29,13 +33,14 @@ class PrimalSharding:
     def of(cls, x: Array) -> "PrimalSharding":
         return cls(explicit_sharding(x))
 
-    def give(self, gradient: Array) -> Array:
-        """The gradient with the sharding of the primal, which its type has to have."""
+    def reshard(self, gradient: Array) -> Array:
+        """Reshards the gradient to the sharding of the primal; a mesh without Explicit axes, or
+        none, leaves it as it is."""
         return gradient if self.sharding is None else reshard(gradient, self.sharding)
 
 
 def rows_sharding(table: Array, tokens: Array) -> Any:
-    """The sharding of the rows `[*tokens, D]` of a table `[V, D]`; None as above."""
+    """The sharding of the rows `[*tokens, D]` of a table `[V, D]`; None without Explicit axes."""
     of_table, of_tokens = explicit_sharding(table), explicit_sharding(tokens)
     if of_table is None or of_tokens is None:
         return None
@@ -43,7 +48,7 @@ def rows_sharding(table: Array, tokens: Array) -> Any:
 
 
 def call_with_sharding(function: Callable[..., Array], sharding: Any, *arrays: Array) -> Array:
-    """`function(*arrays)`, sharded so; Explicit mesh axes are Auto inside of it.
+    """Calls `function(*arrays)`, whose result is sharded so; Explicit axes are Auto inside of it.
 
     For indexing, which JAX does not shard by its types (0.10.2).
     """

@@ -209,15 +209,20 @@ class FromFile:
 
     def build(self) -> tuple[Any, tuple[Any, ...]]:
         make = self._function()
-        parameters = inspect.signature(make).parameters.values()
-        if self.tokens is not None and not parameters:
+        arguments = () if self.tokens is None else (self.tokens,)
+        try:
+            inspect.signature(make).bind(*arguments)
+        except TypeError as error:
+            if self.tokens is None:
+                raise ValueError(
+                    f"{self.name} takes a number of tokens ({error}). Write --tokens 128K."
+                ) from error
             raise ValueError(
-                f"{self.name} has no parameter for a number of tokens, got {self.tokens}. Write "
-                f"def {self.function}(tokens), or leave out --tokens, --largest and --sweep tokens."
-            )
-        if self.tokens is None and any(x.default is x.empty for x in parameters):
-            raise ValueError(f"{self.name} takes a number of tokens, got None. Give --tokens 128K.")
-        found = make() if self.tokens is None else make(self.tokens)
+                f"{self.name} has no parameter for a number of tokens ({error}), got "
+                f"{self.tokens}. Write def {self.function}(tokens), or leave out --tokens, "
+                f"--largest and --sweep tokens."
+            ) from error
+        found = make(*arguments)
         if not isinstance(found, tuple) or len(found) != 2 or not callable(found[0]):
             self._refuse_return(type(found).__name__)
         if not isinstance(found[1], tuple | list):

@@ -37,7 +37,8 @@ def cross_entropy(
       labels: already shifted: the token that each is to predict.
       normaliser: labels that count; those given here if None. With gradient accumulation give
         that of all the steps together, with axis_name that of the whole mesh.
-      z_loss: z, which keeps `lse` near 0 (PaLM, https://arxiv.org/abs/2204.02311).
+      z_loss: z, which keeps `lse` near 0, from 0 to 2^126 (PaLM,
+        https://arxiv.org/abs/2204.02311).
       label_smoothing: e, from 0 to 1 (https://arxiv.org/abs/1512.00567).
       ignore_index: the label that does not count. Another label outside of 0 to V - 1 gives NaN.
       axis_name: inside a `jax.shard_map`, the mesh axes whose devices have different tokens. With

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .arithmetic import nearest32
 from .rounding import divide, multiply, square_root
 from .sums import total
 
@@ -26,13 +27,13 @@ def clip(gradients: dict[str, Tensor], largest: float) -> tuple[dict[str, Tensor
       largest: C, as the nearest float32; infinity never scales.
 
     Raises:
-      ValueError: a C that is not positive; a norm that is not finite, whose step is not taken, on
-        any rank.
+      ValueError: a C that is not above 0 in float32; a norm that is not finite, whose step is not
+        taken, on any rank.
     """
-    if not largest > 0:
+    if not nearest32(largest) > 0:
         raise ValueError(
-            f"largest must be positive, got {largest!r}: gradients would change their sign, or "
-            f"never be clipped. Give 1.0."
+            f"largest must be above 0 in float32, got {largest!r}: 0 makes every gradient 0, a "
+            f"negative one changes their signs, and NaN never clips. Give 1.0."
         )
     norm = global_norm(gradients)
     if not norm.isfinite():

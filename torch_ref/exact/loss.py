@@ -140,7 +140,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _check_options(label_smoothing: float, z_loss: float) -> None:
-    # Twice the z-loss is a float32, too.
+    # The gradient multiplies by twice the z-loss, which has to be a float32, too.
     if not (0 <= label_smoothing <= 1 and 0 <= z_loss <= 2.0**126):
         raise ValueError(
             f"label_smoothing must be from 0 to 1 and z_loss from 0 to 2^126, got "

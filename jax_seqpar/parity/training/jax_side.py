@@ -61,9 +61,8 @@ def train_in_jax(
     batches = TokenLayout(replace(LAYOUT, mesh=mesh))
     start, steps = start or training.start(), []
     with jax.set_mesh(mesh):
-        given = map(batches.shard, training.batches(start.number))
-        its = model(training, LAYOUT), optimizer, training
-        for step in steps_after(start, given, *its):
+        sharded = map(batches.shard, training.batches(start.number))
+        for step in steps_after(start, sharded, model(training, LAYOUT), optimizer, training):
             steps.append(step)
             on_step(step)
     return steps
@@ -72,9 +71,13 @@ def train_in_jax(
 def steps_after(
     start: Step, batches: Iterable[Any], model: Model, optimizer: Optimizer, training: Any
 ) -> Iterator[Step]:
-    """Steps of a model on the mesh of `jax.set_mesh`, one for each batch that is sharded on it."""
+    """Steps of a model, one for each batch, computed as they are asked for.
+
+    Under `jax.set_mesh`, for the batches too, which are sharded on that mesh.
+    """
     tx = optimizer.make(training)
     params, state = loaded(model, tx, optimizer, start)
+    # Without donation: a step that is kept may be a view of the weights it was made of.
     make_step = jax.jit(step_of(model, tx))
     for number, batch in enumerate(batches, start.number + 1):
         # optax takes powers of a Python float by an int32, which strict promotion forbids.
