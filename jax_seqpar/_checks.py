@@ -172,21 +172,18 @@ def divisors(n: int) -> list[int]:
 
 def check_loss_options(label_smoothing: Any, z_loss: Any) -> None:
     """Raises ValueError unless the numbers of a cross entropy are finite and in range."""
-    if not isinstance(label_smoothing, Tracer) and not 0 <= float(label_smoothing) <= 1:
+    if not 0 <= float(label_smoothing) <= 1:
         raise ValueError(
             f"label_smoothing must be from 0 to 1, got {label_smoothing!r}. Write 0 for none."
         )
     # The gradient multiplies by twice the z-loss, which has to be a float32, too.
-    if not isinstance(z_loss, Tracer) and not 0 <= float(z_loss) <= 2.0**126:
+    if not 0 <= float(z_loss) <= 2.0**126:
         raise ValueError(f"z_loss must be from 0 to 2^126, got {z_loss!r}. Write 0 for none.")
 
 
 def check_finite(name: str, x: Any, usual: float, least: float = 0.0) -> None:
-    """Raises ValueError unless a number is finite in float32, and at least `least`.
-
-    The number of a tracer cannot be had.
-    """
-    if not isinstance(x, Tracer) and not least <= float(x) < 2.0**128 * (1 - 2.0**-25):
+    """Raises ValueError unless a number is finite in float32, and at least `least`."""
+    if not least <= float(x) < 2.0**128 * (1 - 2.0**-25):
         raise ValueError(
             f"{name} must be finite in float32 and at least {least}, got {x!r}. Write {usual}."
         )

@@ -336,7 +336,7 @@ OUT_OF_RANGE = {
     "epsilon": (lambda x: norm.rms_norm(ONES, ONES, x), (NAN, INF, -1.0, 1e39)),
     "epsilon of LayerNorm": (lambda x: norm.layer_norm(ONES, ONES, ONES, x), (NAN, INF, -1.0)),
     "theta": (lambda x: rotary.frequencies(x, 4), (NAN, INF, 0.0)),
-    "limit": (clip.clip_by_global_norm, (NAN, -1.0, 0.0)),
+    "limit": (clip.clip_by_global_norm, (NAN, -1.0, 0.0, 1e-50)),
 }
 
 
@@ -346,6 +346,13 @@ def test_a_number_out_of_range_is_refused(name):
     for number in numbers:
         with pytest.raises(ValueError, match=rf"{name.split()[0]} must be .*Write"):
             call(number)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("error")
+def test_a_number_of_numpy_is_taken():
+    plain, given = (norm.rms_norm(ONES, ONES, x) for x in (1e-5, np.float32(1e-5)))
+    assert compare_bits(plain, given).equal
 
 
 def test_tiles_of_int8_products_have_the_same_bits():
