@@ -93,7 +93,7 @@ def pairs():
         yield case if often else slow(*case)
 
 
-@pytest.mark.parametrize(("options", "kernel", "where"), pairs())
+@pytest.mark.parametrize(("options", "kernel", "where"), [*pairs()])
 def test_a_part_of_the_queries(options, kernel, where):
     some = jax.tree.map(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, OPTIONS[options]
