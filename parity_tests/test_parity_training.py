@@ -1,5 +1,6 @@
 """`seqpar parity --training`: the golden hash, and that one bit anywhere is named."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jax_seqpar import cli
@@ -14,6 +16,7 @@ from jax_seqpar.cli import training_parity
 from jax_seqpar.parity.golden import expected_digest
 from jax_seqpar.parity.training.run import STEPS, TrainingResult
 from jax_seqpar.parity.training.steps import Step, first_difference
+from jax_seqpar.parity.training.table import training_table
 from jax_seqpar.parity.training.task import Training
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
@@ -84,6 +87,19 @@ def test_one_bit_is_named(monkeypatch):
     assert "JAX 1 and JAX 2x4" not in printed.output
     assert re.findall(r" (yes|no) *$", printed.output, re.M) == ["yes", "yes", "no", "yes"]
     assert "NOT EQUAL" in printed.output
+
+
+def test_every_number_is_whole_in_a_terminal_of_80_columns():
+    run = steps(20)
+    result = TrainingResult({"JAX 1": run, "JAX 2x4": run, "PyTorch 2x2": run})
+    console = Console(width=80, file=io.StringIO())
+    beside = {"float32, JAX 1": run, "float32, JAX 2x4": run}
+    console.print(training_table(result, beside=beside))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    for number in (f"{run[-1].loss:.6f}", run[-1].loss_bits, run[-1].sha256[:8]):
+        assert f" {number} " in shown
+    assert "\u2026" not in shown
 
 
 def test_another_hash_than_the_golden_one_fails(monkeypatch):

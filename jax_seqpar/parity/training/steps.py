@@ -66,11 +66,11 @@ def first_difference(a: Sequence[Step], b: Sequence[Step]) -> str | None:
             if len(differs):
                 at = tuple(map(int, differs[0]))
                 return (
-                    f"step {one.number}, {name}{list(at)}: {x[at]!r} and {y[at]!r}; "
+                    f"step {one.number}, {name}{list(at)}: {x[at]} and {y[at]}; "
                     f"{len(differs)} of its {x.size} numbers differ"
                 )
         if one.loss_bits != other.loss_bits:
-            return f"step {one.number}, the loss: {one.loss!r} and {other.loss!r}"
+            return f"step {one.number}, the loss: {one.loss} and {other.loss}"
     return None
 
 

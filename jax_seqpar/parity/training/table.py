@@ -18,7 +18,9 @@ def training_table(
       beside: other runs by name, of which the bits of the loss are shown.
       rows: the most that are shown, half of them of the first steps and half of the last.
     """
-    table = Table("step", "loss", "its bits", *result.runs, "equal", *beside, box=box.SIMPLE)
+    names = "step", "loss", "its bits", *result.runs, "equal", *beside
+    # One space between columns: in a terminal of 80 columns every number is whole.
+    table = Table(*names, box=box.SIMPLE, padding=0)
     steps = result.steps
     for n, row in enumerate(steps):
         if rows // 2 <= n < len(steps) - rows // 2:
