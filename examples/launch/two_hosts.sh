@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Two processes of this machine, with two simulated devices each, stand for two hosts:
 #     bash examples/launch/two_hosts.sh --tokens 1024 --steps 10 --folder run
-# Options are those of examples/train_long_context.py, the interpreter $PYTHON or that of .venv. SIGTERM saves, and the exit status is then 75.
+# Options are those of examples/train_long_context.py, the interpreter $PYTHON or that of .venv.
+# SIGTERM saves, and the exit status is then 75.
 set -uo pipefail
 python=${PYTHON:-.venv/bin/python}
 port=$($python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
