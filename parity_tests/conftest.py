@@ -36,6 +36,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_runtest_setup(item):
+    """Skips tests of a GPU where JAX sees none."""
     if item.get_closest_marker("gpu"):
         from jax_seqpar.kernels.cudnn import compute_capability  # with its shapes checked
 
@@ -118,7 +119,7 @@ def one_torch_thread():
 
 
 @pytest.fixture
-def optimised(less_optimised):
+def optimised(few_optimisations):
     """Programs optimised as users have them, for tests of communication and memory."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield

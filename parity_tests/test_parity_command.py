@@ -1151,6 +1151,7 @@ def answers(output):
     return {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in found}
 
 
+@pytest.mark.usefixtures("optimised")
 def test_this_machine_is_certified(monkeypatch):
     found = []
 
