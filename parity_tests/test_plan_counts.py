@@ -308,7 +308,7 @@ def shaped_on(machine: Machine, shape: Any) -> Any:
         (lambda: Given(len, ()).sized(8), r"len has shapes of its own, .* 8 tokens. Write"),
         (lambda: FromFile("nowhere.py", "f").build(), r"no file 'nowhere.py'. Write FILE.py"),
         (lambda: FromFile("examples/plan_decoder.py", "f").build(), r"no function 'f'. Write"),
-        (lambda: FromFile("examples/plan_decoder.py", "shaped").build(), r"Give --tokens 128K"),
+        (lambda: FromFile("examples/plan_decoder.py", "shaped").build(), r"Write --tokens 128K"),
     ),
 )
 def test_what_cannot_be_planned(make, message):
