@@ -14,8 +14,10 @@ arithmetic; beside it the same in ordinary float32, whose losses part. Afterward
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
+from threading import Event
 from typing import Annotated, Any
 
 import jax
@@ -176,16 +178,26 @@ def main(
     task = Task(Config(layers=layers), steps)
     model = pretrained(task)
     start = start_of(model, task)
+    stopped = Event()
     # Small operands wait long for a second thread of PyTorch's where another process is busy.
     torch.set_num_threads(1)
     with (
         Progress(console=Console(stderr=True), transient=True) as progress,
         ThreadPoolExecutor(1) as beside,
+        ExitStack() as at_the_end,
     ):
+        at_the_end.callback(stopped.set)
         bar = progress.add_task("", total=(2 * len(MESHES) + 1) * steps)
         on_step = partial(progress.advance, bar)
+
+        def on_step_of_torch() -> None:
+            # The executor waits for its thread, which Ctrl-C does not reach.
+            if stopped.is_set():
+                raise CancelledError
+            on_step()
+
         # PyTorch trains while JAX compiles.
-        of_torch = beside.submit(train_in_torch, task, start, on_step=on_step)
+        of_torch = beside.submit(train_in_torch, task, start, on_step=on_step_of_torch)
         runs = {
             name: train_in_flax(task, mesh, start, on_step=on_step) for name, mesh in MESHES.items()
         }

@@ -182,10 +182,22 @@ def check_loss_options(label_smoothing: Any, z_loss: Any) -> None:
 
 
 def check_finite(name: str, x: Any, usual: float, least: float = 0.0) -> None:
-    """Raises ValueError unless a number is finite in float32, and at least `least`."""
-    if not least <= float(x) < 2.0**128 * (1 - 2.0**-25):
+    """Raises ValueError unless a number is finite in float32, and at least `least`.
+
+    A tracer passes: its number is not known.
+    """
+    if not isinstance(x, Tracer) and not least <= float(x) < 2.0**128 * (1 - 2.0**-25):
         raise ValueError(
             f"{name} must be finite in float32 and at least {least}, got {x!r}. Write {usual}."
+        )
+
+
+def check_decay_rate(name: str, x: Any, usual: float) -> None:
+    """Raises ValueError unless the decay rate of a moment is from 0 to below 1, in float32."""
+    if not 0 <= np.float32(x) < 1:
+        raise ValueError(
+            f"{name} must be from 0 to below 1 in float32, got {x!r}: at 1 a moment never forgets, "
+            f"and its correction divides by 0. Write {usual}."
         )
 
 

@@ -19,6 +19,7 @@ from jax_seqpar import (
     Contiguous,
     Exact,
     Hybrid,
+    Mask,
     MeshLayout,
     Ring,
     Striped,
@@ -381,6 +382,13 @@ def test_a_bias_alone_is_sharded():
             ValueError, match=r"bias float32\[.*@seq,16\] is sharded.*Write jax_seq"
         ):
             device_gradients(Exact(), given, [placed])
+        query, key, value = (given[n] for n in ("query", "key", "value"))
+        mask = jax.device_put(np.ones((1, 1, 16, 16), bool), bias_spec)
+        with pytest.raises(ValueError, match=r"array bool\[.*@seq,16\] is sharded.*Write jax_seq"):
+            Exact()(query, key, value, mask=Mask(array=mask))
+        segments = (jax.device_put(np.ones((2, 16), int), grad_spec), np.ones((2, 16), int))
+        with pytest.raises(ValueError, match=r"segment_ids int.*@seq\] is sharded.*Write jax_seq"):
+            Exact()(query, key, value, mask=Mask(segment_ids=segments))
 
 
 class Unchecked(Exact):

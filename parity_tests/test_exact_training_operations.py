@@ -23,6 +23,7 @@ from jax_seqpar.exact import (
     loss,
     norm,
     normal,
+    optimizer,
     rotary,
     rounding,
     tiled_loss,
@@ -337,6 +338,14 @@ OUT_OF_RANGE = {
     "epsilon of LayerNorm": (lambda x: norm.layer_norm(ONES, ONES, ONES, x), (NAN, INF, -1.0)),
     "theta": (lambda x: rotary.frequencies(x, 4), (NAN, INF, 0.0)),
     "limit": (clip.clip_by_global_norm, (NAN, -1.0, 0.0, 1e-50)),
+    "learning_rate": (optimizer.adamw, (NAN, INF, -1.0)),
+    "learning_rate of SGD": (optimizer.sgd, (NAN, INF, -1.0)),
+    "b1": (lambda x: optimizer.adamw(1e-3, x), (NAN, INF, -0.1, 1.0, 1 - 1e-9)),
+    "b2": (lambda x: optimizer.adamw(1e-3, 0.9, x), (NAN, INF, -0.1, 1.0)),
+    "momentum": (lambda x: optimizer.sgd(1e-3, x), (NAN, INF, -0.1, 1.0)),
+    "epsilon of AdamW": (lambda x: optimizer.adamw(1e-3, epsilon=x), (NAN, INF, 0.0, 1e-39)),
+    "weight_decay": (lambda x: optimizer.adamw(1e-3, weight_decay=x), (NAN, INF, -0.1)),
+    "weight_decay of SGD": (lambda x: optimizer.sgd(1e-3, weight_decay=x), (NAN, INF, -0.1)),
 }
 
 

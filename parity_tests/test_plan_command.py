@@ -164,7 +164,7 @@ REFUSED = {
     ),
     "a strategy without its axis": (
         ("--topology", "cpu:8", "--mesh", "data=8", "--strategy", "ring"),
-        "--strategy ring would change nothing: no axis of the mesh {'data': 8} shares the tokens",
+        "--strategy ring would change nothing: no axis of --mesh data=8 shares the tokens",
     ),
     "an axis twice": (
         ("--topology", "cpu:4", "--mesh", "data=4,data=4"),
@@ -172,7 +172,7 @@ REFUSED = {
     ),
     "tokens that do not divide": (
         ("--topology", "cpu:8", "--tokens", "100"),
-        "--tokens 100 is not divisible by the 8 devices that share it in the mesh {'seq': 8}. "
+        "--tokens 100 is not divisible by the 8 devices that share it in the mesh seq=8. "
         "Write --tokens 104",
     ),
     "tokens of one degree": (
@@ -181,8 +181,17 @@ REFUSED = {
     ),
     "a batch that does not divide": (
         ("--topology", "cpu:8", "--mesh", "data=2,seq=4", "--batch", "3"),
-        "--batch 3 is not divisible by the 2 devices that share it in the mesh {'data': 2, 'seq': "
-        "4}. Write --batch 4",
+        "--batch 3 is not divisible by the 2 devices that share it in the mesh "
+        "data=2,seq=4. Write --batch 4",
+    ),
+    "heads that do not divide": (
+        ("--topology", "cpu:6", "--mesh", "tensor=3,seq=2", "--tokens", "1K"),
+        "--heads 32 is not divisible by the 3 devices of mesh axis tensor in --mesh "
+        "tensor=3,seq=2. Write tensor= one of 1, 2, 4, 8, and another axis larger",
+    ),
+    "KV heads that do not divide": (
+        ("--topology", "cpu:8", "--mesh", "tensor=8", "--kv-heads", "4"),
+        "--kv-heads 4 is not divisible by the 8 devices of mesh axis tensor",
     ),
     "a step that does not divide": (
         ("--topology", "v5e:2x4", "--largest", "--step", "1001"),
@@ -210,7 +219,7 @@ REFUSED = {
     ),
     "a hybrid of one axis": (
         ("--topology", "v5e:2x4", "--strategy", "hybrid-ring"),
-        "works on two mesh axes of the tokens, and the mesh {'seq': 8} has 1. Write them",
+        "works on two mesh axes of the tokens, and --mesh seq=8 has 1. Write them",
     ),
     "other GPUs": (("--topology", "h200:8"), '"a100.json:8" for other GPUs, which a file'),
     "a strategy": (("--topology", "v5e:2x4", "--strategy", "x"), "--strategy 'x' is unknown"),

@@ -357,6 +357,13 @@ OUT_OF_RANGE = {
     "theta": (lambda x: frequencies(4, x), (NAN, INF, -1.0, 0.0)),
     "largest": (lambda x: clip.clip({"w": ROW}, x), (NAN, -1.0, 0.0)),
     "scale": (lambda x: exact_attention(ONES, ONES, ONES, scale=x), (NAN, INF, -INF, 1e39)),
+    "lr": (lambda x: optimizer.adamw_numbers(1, x), (NAN, INF, -1.0)),
+    "b1": (lambda x: optimizer.adamw_numbers(1, 1e-3, b1=x), (NAN, INF, -0.1, 1.0, 1 - 1e-9)),
+    "b2": (lambda x: optimizer.adamw_numbers(1, 1e-3, b2=x), (NAN, INF, -0.1, 1.0)),
+    "eps of AdamW": (lambda x: optimizer.adamw_numbers(1, 1e-3, eps=x), (NAN, INF, 0.0, 1e-39)),
+    "weight_decay": (lambda x: optimizer.adamw_numbers(1, 0.1, weight_decay=x), (NAN, INF, -0.1)),
+    "momentum": (lambda x: optimizer.sgd(ROW, ROW, ROW, lr=0.1, momentum=x), (NAN, INF, 1.0)),
+    "lr of SGD": (lambda x: optimizer.sgd(ROW, ROW, ROW, lr=x, momentum=0.9), (NAN, INF, -1.0)),
 }
 
 

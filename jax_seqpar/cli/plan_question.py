@@ -21,7 +21,7 @@ from .console import say, stdout
 from .places import check_files, check_folder
 from .plan_chart import check_format
 from .plan_options import as_written, check_options
-from .plan_sizes import layout_of, mesh_of, size_of, tokens_as_text
+from .plan_sizes import layout_of, mesh_as_text, mesh_of, size_of, tokens_as_text
 
 DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 STRATEGIES: dict[str, Strategy] = {
@@ -99,16 +99,17 @@ class Question:
     def _check_strategy(self) -> None:
         """Raises ValueError for a strategy without the mesh axes that it works on."""
         axes, strategy = names(layout_of(self.mesh).tokens), self.given["strategy"]
+        mesh = mesh_as_text(self.mesh)
         if strategy is not None and not axes:
             raise ValueError(
-                f"--strategy {strategy} would change nothing: no axis of the mesh {self.mesh} "
+                f"--strategy {strategy} would change nothing: no axis of --mesh {mesh} "
                 f"shares the tokens. Write one more, as --mesh data=2,seq=4, or leave --strategy "
                 f"out."
             )
         if isinstance(self.strategy, Hybrid) and len(axes) != 2:
             raise ValueError(
                 f"--strategy {strategy} works on two mesh axes of the tokens, and "
-                f"the mesh {self.mesh} has {len(axes)}. Write them major to minor, as --mesh "
+                f"--mesh {mesh} has {len(axes)}. Write them major to minor, as --mesh "
                 f"ring=2,seq=8, without --sweep degree."
             )
 
@@ -185,11 +186,11 @@ class Question:
         sizes |= {"dtype": DTYPES[self.given["dtype"] or "bf16"], "layout": layout}
         sizes |= {"strategy": self.strategy, "train": bool(self.given["train"])}
         if what == "layer":
-            return AttentionLayer(**sizes)
+            return _with_shared_heads(AttentionLayer(**sizes), mesh)
         if self.given["vocabulary"] is not None:
             sizes["vocabulary"] = size_of(self.given["vocabulary"])
         of_decoder = self._given("layers", "features", "hidden", "tiles", "offload")
-        return DecoderStep(Decoder(**sizes, **of_decoder))
+        return DecoderStep(_with_shared_heads(Decoder(**sizes, **of_decoder), mesh))
 
     def _from_file(self, tokens: int) -> FromFile:
         """The function of a file, with tokens if the call names any."""
@@ -203,6 +204,21 @@ class Question:
         return {x: self.given[x] for x in options if self.given[x] is not None}
 
 
+def _with_shared_heads(sized: Any, mesh: dict[str, int]) -> Any:
+    """A layer or decoder whose heads the devices share equally, or ValueError."""
+    devices = _devices(mesh, layout_of(mesh).heads)
+    for option, heads in (("heads", sized.heads), ("kv-heads", sized.kv_heads)):
+        if heads % devices:
+            common = math.gcd(sized.heads, sized.kv_heads)
+            degrees = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise ValueError(
+                f"--{option} {heads} is not divisible by the {devices} devices of mesh axis "
+                f"tensor in --mesh {mesh_as_text(mesh)}. Write tensor= one of {degrees}, and "
+                f"another axis larger."
+            )
+    return sized
+
+
 def _devices(mesh: dict[str, int], axes: Any) -> int:
     """Number of devices along mesh axes."""
     return math.prod(mesh[name] for name in names(axes))
@@ -213,5 +229,5 @@ def _check_shared(option: str, size: int, devices: int, mesh: dict[str, int]) ->
     if size % devices:
         raise ValueError(
             f"--{option} {size} is not divisible by the {devices} devices that share it in the "
-            f"mesh {mesh}. Write --{option} {-(-size // devices) * devices}."
+            f"mesh {mesh_as_text(mesh)}. Write --{option} {-(-size // devices) * devices}."
         )

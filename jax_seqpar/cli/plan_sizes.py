@@ -43,6 +43,11 @@ def mesh_of(text: str) -> dict[str, int]:
     return sizes
 
 
+def mesh_as_text(mesh: dict[str, int]) -> str:
+    """The mesh as it is given: data=2,seq=8."""
+    return ",".join(f"{name}={size}" for name, size in mesh.items())
+
+
 def layout_of(mesh: dict[str, int]) -> MeshLayout:
     """The layout of axes by their names: data is the batch, tensor the heads, others the tokens."""
     rest = tuple(name for name in mesh if name not in ("data", "tensor"))

@@ -10,8 +10,10 @@ from . import arithmetic
 
 
 def check_of_one_device(arrays: Mapping[str, Any]) -> None:
-    """Raises ValueError for an array sharded over Explicit mesh axes, be they of one device."""
-    for name, x in arrays.items():
+    """Raises ValueError for an array, or one of a pair, sharded over Explicit mesh axes, be they of
+    one device."""
+    for path, x in jax.tree.leaves_with_path(dict(arrays)):
+        name = path[0].key
         if any(axis is not None for axis in jax.typeof(x).sharding.spec):
             raise ValueError(
                 f"Exact() called directly computes on whole arrays, and {name} {jax.typeof(x)} is "

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float32, Int
 
+from .._checks import check_decay_rate, check_finite
 from .arithmetic import SMALLEST_NORMAL
 from .rounding import add, divide, flush, multiply, nearest, square_root
 
@@ -44,9 +45,19 @@ def adamw(
     products, and each rounded once to float32; likewise c2 and k2.
 
     Args:
+      learning_rate: at least 0, as are the other numbers.
+      epsilon: a normal float32, without which a weight whose gradients were all 0 becomes 0 / 0.
       mask: of the weights that decay, a tree of booleans or a function from the weights to one;
         all of them if None.
+
+    Raises:
+      ValueError: for a number that is not finite in float32 or out of range; tracers and schedules
+        are not asked.
     """
+    check_decay_rate("b1", b1, 0.9)
+    check_decay_rate("b2", b2, 0.999)
+    check_finite("epsilon", epsilon, 1e-8, least=SMALLEST_NORMAL)
+    _check_rates(learning_rate, weight_decay)
 
     def init(params: Any) -> AdamWState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -79,7 +90,12 @@ def adamw(
 def sgd(
     learning_rate: LearningRate, momentum: float = 0.0, weight_decay: float = 0.0, mask: Any = None
 ) -> optax.GradientTransformation:
-    """SGD: `m = R(mu m + g)`, `update = R(-lr R(m + wd w))`; arguments as for `adamw`."""
+    """SGD: `m = R(mu m + g)`, `update = R(-lr R(m + wd w))`.
+
+    Arguments and errors are those of `adamw`.
+    """
+    check_decay_rate("momentum", momentum, 0.9)
+    _check_rates(learning_rate, weight_decay)
 
     def init(params: Any) -> tuple[Array, Any]:
         return jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
@@ -131,6 +147,12 @@ def _rate(learning_rate: LearningRate, count: Array) -> Float32[Array, ""]:
 def _float32(x: float) -> Any:
     """A float rounded to float32, as float64."""
     return jnp.float64(np.float32(x))
+
+
+def _check_rates(learning_rate: LearningRate, weight_decay: float) -> None:
+    if not callable(learning_rate):
+        check_finite("learning_rate", learning_rate, 1e-3)
+    check_finite("weight_decay", weight_decay, 0.01)
 
 
 def check_has_params(name: str, params: Any) -> None:

@@ -19,13 +19,15 @@ WEIGHT_BITS = 29
 # The bits of the weights of a row together, where a weight has more than `WEIGHT_BITS`.
 ROW_BITS = 37
 
+SMALLEST_NORMAL = 2.0**-126  # of float32
+
 Slices = tuple[Tensor, Tensor]
 
 
 def flush(x: Tensor) -> Tensor:
     """x in float64, with subnormals of float32 and -0 as +0."""
     x = x.double()
-    return torch.where(x.abs() < 2.0**-126, 0.0, x)
+    return torch.where(x.abs() < SMALLEST_NORMAL, 0.0, x)
 
 
 def round32(x: Tensor) -> Tensor:
@@ -52,6 +54,15 @@ def check_finite(name: str, x: float, usual: float, least: float = 0.0) -> None:
     if not (least <= x and math.isfinite(nearest32(x))):
         raise ValueError(
             f"{name} must be finite in float32 and at least {least}, got {x!r}. Write {usual}."
+        )
+
+
+def check_decay_rate(name: str, x: float, usual: float) -> None:
+    """Raises ValueError unless the decay rate of a moment is from 0 to below 1, in float32."""
+    if not 0 <= nearest32(x) < 1:
+        raise ValueError(
+            f"{name} must be from 0 to below 1 in float32, got {x!r}: at 1 the moment keeps all, "
+            f"and 1 / (1 - {name}^t) is infinite. Write {usual}."
         )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arithmetic import flush, nearest32
+from .arithmetic import SMALLEST_NORMAL, check_decay_rate, check_finite, flush, nearest32
 from .rotary import cos_and_sin
 from .rounding import R, add, divide, multiply, square_root
 
@@ -41,7 +41,17 @@ def adamw_numbers(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> AdamWNumbers:
-    """The numbers of step t, counted from 1; each is rounded to float32 at the end."""
+    """The numbers of step t, counted from 1; each is rounded to float32 at the end.
+
+    Raises ValueError for a number that is not finite in float32 or out of range: b1 and b2 from 0
+    to below 1, eps a normal float32 (a weight without any gradient would be 0 / 0), the others at
+    least 0.
+    """
+    check_decay_rate("b1", b1, 0.9)
+    check_decay_rate("b2", b2, 0.999)
+    check_finite("eps", eps, 1e-8, least=SMALLEST_NORMAL)
+    check_finite("lr", lr, 1e-3)
+    check_finite("weight_decay", weight_decay, 0.01)
     powers = [1.0, 1.0]
     for _ in range(step):
         powers = [powers[0] * b1, powers[1] * b2]
@@ -90,8 +100,13 @@ def sgd(
 ) -> tuple[Tensor, Tensor]:
     """One step of a tensor: the new weight and momentum, of float32.
 
-    `m = R(mu m + g)` and `w (+) R(-lr R(m + wd w))`, the numbers as the nearest float32.
+    `m = R(mu m + g)` and `w (+) R(-lr R(m + wd w))`, the numbers as the nearest float32. Raises
+    ValueError for a momentum that is not from 0 to below 1, a rate or a decay that is not finite
+    or below 0.
     """
+    check_decay_rate("momentum", momentum, 0.9)
+    check_finite("lr", lr, 1e-3)
+    check_finite("weight_decay", weight_decay, 0.01)
     m = R(nearest32(momentum) * flush(m) + flush(g))
     return moved(w, m, nearest32(lr), nearest32(weight_decay)), m
 
