@@ -29,13 +29,13 @@ import typer
 from decoder import Config, Decoder, Placement
 from flax import nnx
 from jax.sharding import PartitionSpec
+from long_context_training import read
 from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from train_long_context import read
 
 from jax_seqpar import MeshLayout
 from jax_seqpar.flax import Arithmetic, ExactArithmetic

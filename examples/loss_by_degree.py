@@ -16,9 +16,9 @@ import jax
 import typer
 from decoder import Config
 from jax import Array
+from long_context_training import Run, read, train
 from loss_plot import plot
 from rich.progress import track
-from train_long_context import Run, read, train
 
 DEGREES = (1, 2, 4, 8)
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from cases import slow
 from decoder import Config
+from long_context_training import Run, Text, read, train
 from loss_by_degree import planted_bug
-from train_long_context import Run, Text, app, read, train
+from train_long_context import app
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("less_optimised")
@@ -88,7 +89,9 @@ def test_a_killed_run_goes_on_at_another_degree(one_device, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
         "import jax; jax.config.update('jax_num_cpu_devices', 1)\n"
-        "from train_long_context import *\n"
+        "import time; from pathlib import Path\n"
+        "from decoder import Config\n"
+        "from long_context_training import Run, read, train\n"
         f"run = Run(1, 1, 64, 4, {STEPS}, 1e-2, 'blockwise', save_every=5)\n"
         f"train(run, read([], 64, limit=1 << 17), {CONFIG!r}, Path({str(folder)!r}),\n"
         "    lambda step, loss: time.sleep(0.2))\n"
@@ -185,6 +188,7 @@ def test_the_command_writes_a_plot(tmp_path):
     (
         (["--degree", "64"], "needs 64 devices, here are 8"),
         (["--attention", "flash"], "must be one of auto, blockwise, exact"),
+        (["--learning-rate", "nan"], "--learning-rate nan is none"),
         (["--process", "1"], "several processes need --coordinator"),
         (["--coordinator", "localhost:1", "--process", "1"], "--process is from 0 to 0, got 1"),
         (["no-such-file"], "does not exist"),

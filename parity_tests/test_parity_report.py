@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from jax_seqpar import cli
 from jax_seqpar.bridge.torch_ranks import RankError
-from jax_seqpar.cli import parity_command
+from jax_seqpar.cli import parity_command, parity_question
 from jax_seqpar.compare.picture import COLUMNS, ROWS, SEQUENCES, Picture, picture
 from jax_seqpar.parity import pictures
 from jax_seqpar.parity import run as parity
@@ -128,7 +128,7 @@ def test_a_planted_transposition_is_seen_where_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(pipeline, "_identity", transposed)
     monkeypatch.setattr(pipeline, "_jax_program", pipeline._jax_program.__wrapped__)
-    monkeypatch.setattr(parity_command, "plan", two_checks)
+    monkeypatch.setattr(parity_question, "plan", two_checks)
     file = tmp_path / "report.html"
     result = seqpar(*TINY, "--degree=2", "--report", file)
     assert result.exit_code == 1, result.output

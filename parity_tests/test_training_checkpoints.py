@@ -10,13 +10,13 @@ from typing import Any
 import checkpoints
 import jax
 import jax.numpy as jnp
+import long_context_training
 import numpy as np
 import pytest
-import train_long_context
 from cases import slow
 from decoder import Config
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from train_long_context import Run, read, train
+from long_context_training import Run, read, train
 
 from jax_seqpar.training import digest_arrays
 
@@ -70,7 +70,7 @@ def initial_state():
         raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_long_context, "resumed", resumed)
+        patch.setattr(long_context_training, "resumed", resumed)
         with pytest.raises(InterruptedError):
             train(RUN, TEXT, CONFIG)
     return got[0]

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import platform
 import shlex
 import signal
@@ -19,16 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .._extras import require, require_torch
 from ..bridge.torch_ranks import RankError
-from ..mask.keywords import from_flat
 from ..parity.checks import Check
 from ..parity.html_report import html_report, unfinished_report
 from ..parity.inputs import DTYPES, OPTIONAL, Case
-from ..parity.plan import Kernels, inputs_by_label, plan, understood
+from ..parity.plan import Kernels
 from ..parity.report import parity_table, summary
 from ..parity.run import Result, run_parity
 from .console import say, stdout
 from .interrupt import stop, stop_soon
-from .places import check_files, check_folder
+from .parity_question import Question, check_timeout
+from .places import check_files
 from .versions import versions
 
 # Options that a training and a sampler have, too; their sizes are their own.
@@ -115,27 +114,9 @@ def parity(
     if training or decode:
         _other(asked, about, json_file, timeout)
         return
-    sizes = ("batch", "tokens", "heads", "kv_heads", "head_dim", "dtype")
-    given: dict[str, Any] = {name: asked[name] for name in sizes if name in asked}
     try:
-        if input and given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"--input has its own sizes and dtype. Leave out {options}.")
-        _refuse_timeout(timeout)
-        check_files({"--json": json_file, "--report": report})
-        check_folder("--save-failing", save_failing)
-        spec = from_flat(
-            {
-                "scale": scale,
-                "is_causal": causal,
-                "query_offset": query_offset,
-                "local_window_size": window,
-                "logits_soft_cap": soft_cap,
-            }
-        )
-        named = inputs_by_label(Case(**given), input or [], seed, kernel)
-        plans = {d: plan(d, named, spec, kernel, seed) for d in sorted(set(degree or (1, 2, 4, 8)))}
-        jax.config.update("jax_num_cpu_devices", max(plans))
+        question = Question.of(asked)
+        jax.config.update("jax_num_cpu_devices", max(question.plans))
         _begin_json(json_file, about)
         if report is not None:
             report.write_text(unfinished_report(about), encoding="utf-8")
@@ -143,18 +124,16 @@ def parity(
         raise typer.BadParameter(str(error)) from None
 
     console = stdout()
-    shown = named if input else {"generated": named["grouped"]}
-    lines = [x for name, case in shown.items() for x in understood(name, case, spec, kernel)]
-    for line in lines:
+    for line in question.lines:
         say(console, line, style="bold yellow" if line.startswith("WARNING") else None)
-    results = _run(console, plans, timeout, save_failing, pictures=report is not None)
+    results = _run(console, question.plans, timeout, save_failing, pictures=report is not None)
     passed = all(result.passed for result in results)
     _print_results(console, results, save_failing)
     if json_file is not None:
         found = [result.to_json() for result in results]
         _write_json(json_file, {"passed": passed, **about, "results": found})
     if report is not None:
-        report.write_text(html_report(results, lines, about), encoding="utf-8")
+        report.write_text(html_report(results, question.lines, about), encoding="utf-8")
     if not passed:
         raise typer.Exit(1)
 
@@ -254,7 +233,7 @@ def _other(
 
     try:
         _refuse_others(asked)
-        _refuse_timeout(timeout)
+        check_timeout(timeout)
         check_files({"--json": json_file})
         _begin_json(json_file, about)
     except (ValueError, OSError) as error:
@@ -268,13 +247,6 @@ def _other(
         _write_json(json_file, {"passed": result.passed, **about, **result.to_json()})
     if not result.passed:
         raise typer.Exit(1)
-
-
-def _refuse_timeout(timeout: float) -> None:
-    if not 0 < timeout < math.inf:
-        raise ValueError(
-            f"--timeout must be a positive number of seconds, got {timeout}. Write 300."
-        )
 
 
 def _begin_json(file: Path | None, about: dict[str, Any]) -> None:

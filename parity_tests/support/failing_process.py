@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import long_context_training as training
 import train_long_context as example
 
 THIRD = 2
@@ -48,7 +51,7 @@ def fail_in_save() -> None:
         if event == "/jax/checkpoint/write/async/commit_duration_sec" and next(saves) == THIRD:
             fail()
 
-    example.jax.monitoring.register_event_duration_secs_listener(on_event)
+    jax.monitoring.register_event_duration_secs_listener(on_event)
 
 
 def main() -> None:
@@ -56,9 +59,9 @@ def main() -> None:
         case "start-up":
             example.start = before(example.start, lambda *_: True)
         case "devices":
-            example.jax.devices = before(example.jax.devices, lambda *_: True)
+            jax.devices = before(jax.devices, lambda *_: True)
         case "step":
-            example.Text.batch = before(example.Text.batch, lambda text, run, step: step == THIRD)
+            training.Text.batch = before(training.Text.batch, lambda text, run, step: step == THIRD)
         case "save":
             fail_in_save()
     example.app(sys.argv[3:])
