@@ -23,6 +23,7 @@ from jax_seqpar.compare.numpy_conversion import numpy_to_torch
 from jax_seqpar.exact import certify
 from jax_seqpar.exact.self_test import certificate, questions
 from jax_seqpar.exact.self_test.check import Check, sha256
+from jax_seqpar.exact.self_test.jax_operations import jax_operations
 from jax_seqpar.exact.self_test.operations import Operations
 from jax_seqpar.kernels import dense_attention
 from torch_ref.dropout import head_keys, limit, threefry2x32
@@ -718,7 +719,7 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
 
 @cache
 def jax_operations() -> Operations:
-    return certificate._jax_operations()
+    return jax_operations()
 
 
 @cache
@@ -813,7 +814,7 @@ def test_what_is_wrong_is_said(monkeypatch):
     """`certify` names the operations that a backend gets wrong."""
     right = jax_operations()
     wrong = replace(right, flush=lambda x: x.astype(np.float64))
-    monkeypatch.setattr(certificate, "_jax_operations", lambda: wrong)
+    monkeypatch.setattr(certificate, "jax_operations", lambda: wrong)
     few = (questions._flushes, questions._roundings)
     monkeypatch.setattr(questions, "_QUESTIONS", few)
     found = certify()
