@@ -717,9 +717,7 @@ SABOTAGES: dict[str, tuple[str, Callable[[Operation], Operation], set[str]]] = {
 }
 
 
-@cache
-def jax_operations() -> Operations:
-    return jax_operations()
+own_operations = cache(jax_operations)
 
 
 @cache
@@ -728,7 +726,7 @@ def asked() -> list[tuple[Operation, set[str], Check]]:
     found = []
     for question in questions._QUESTIONS:
         used: set[str] = set()
-        found.append((question, used, question(recorded(jax_operations(), used))))
+        found.append((question, used, question(recorded(own_operations(), used))))
     return found
 
 
@@ -777,7 +775,7 @@ def test_the_hashes_are_those_of_the_integers():
 def test_dropout_by_the_right_words_is_right():
     """Dropout by the right words is right, so a sabotage fails by its comparison alone."""
     kept = kept_of_words(lambda word, other, limit: word >= limit)(lambda key: key)
-    right = jax_operations().dropout(questions.DROPOUT_KEY)
+    right = own_operations().dropout(questions.DROPOUT_KEY)
     assert np.array_equal(kept(questions.DROPOUT_KEY), right)
 
 
@@ -785,7 +783,7 @@ def test_the_sums_without_a_sabotage_are_right():
     """Sums without a sabotage are right, so a sabotage fails by its changed argument alone."""
     sums = {"dot": dot_of, "weighted_sum": weighted_sum_of, "gradient_sum": gradient_sum_of}
     for name, operation in sums.items():
-        checks = ask_again(replace(jax_operations(), **{name: operation}), name)
+        checks = ask_again(replace(own_operations(), **{name: operation}), name)
         assert all(check.passed for check in checks)
 
 
@@ -796,7 +794,7 @@ def test_a_backend_that_is_not_there():
 
 @pytest.mark.parametrize(("name", "sabotage", "expected"), SABOTAGES.values(), ids=SABOTAGES)
 def test_each_sabotage_is_caught(name, sabotage, expected):
-    right = jax_operations()
+    right = own_operations()
     checks = ask_again(replace(right, **{name: sabotage(getattr(right, name))}), name)
     assert {check.name for check in checks if not check.passed} == expected
     assert all(0 <= check.wrong <= check.total for check in checks)
@@ -812,7 +810,7 @@ def test_no_question_is_asked_in_vain():
 
 def test_what_is_wrong_is_said(monkeypatch):
     """`certify` names the operations that a backend gets wrong."""
-    right = jax_operations()
+    right = own_operations()
     wrong = replace(right, flush=lambda x: x.astype(np.float64))
     monkeypatch.setattr(certificate, "jax_operations", lambda: wrong)
     few = (questions._flushes, questions._roundings)
