@@ -37,8 +37,9 @@ RECIPE = Recipe(bfloat16=True, dropout=0.1, label_smoothing=0.1, z_loss=1e-3, mi
 
 
 @pytest.fixture(scope="module")
-def alone(less_optimised) -> list[Step]:
-    return train_in_jax(TRAINING, 1, 1)
+def alone() -> list[Step]:
+    """The steps of PyTorch in one process, with which those of JAX on a mesh are compared."""
+    return train_on_ranks(TRAINING, Ranks(1, 1))
 
 
 def test_a_killed_training_goes_on_elsewhere(alone, tmp_path):
@@ -61,10 +62,6 @@ def test_ordinary_training_on_a_mesh_differs(alone):
     # It trains: the losses of both are near, and not those of the first weights.
     assert np.abs(alone[-1].loss - ordinary[0][-1].loss) < 1e-3
     assert abs(alone[-1].loss - alone[0].loss) > 1e-2
-
-
-def test_ranks_of_pytorch_have_the_bits_of_jax(alone):
-    assert first_difference(alone, train_on_ranks(TRAINING, Ranks(2, 2))) is None
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -125,14 +122,13 @@ def test_what_no_step_is_made_of_is_refused():
 
 
 def test_a_llama_of_transformers_is_fine_tuned():
-    """Ten steps, JAX on one device and on eight, and PyTorch; the loss is that of transformers."""
+    """Ten steps, JAX on eight devices, and PyTorch; the loss is that of transformers."""
     sizes = Training(**SIZES, steps=10)
     llama = small_llama(sizes)
     training = training_of(llama.config, tokens=sizes.tokens, steps=sizes.steps)
     assert training == sizes
     start = start_of(llama, training)
-    steps = train_in_jax(training, 1, 1, start=start)
-    assert first_difference(steps, train_in_flax(training, 2, 4, start=start)) is None
+    steps = train_in_flax(training, 2, 4, start=start)
     assert first_difference(steps, train_on_ranks(training, Ranks(1, 1), start=start)) is None
 
     batches = [*training.batches()]

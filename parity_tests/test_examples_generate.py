@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import ONE_AXIS
+from cases import ONE_AXIS, slow
 from flax import nnx
 from generate import Sampler, app
 from ported_models import llama
@@ -61,7 +61,7 @@ def test_no_two_draws_share_a_key():
     assert np.array_equal(again, drawn[2])
 
 
-@pytest.mark.parametrize("exact", (False, True))
+@pytest.mark.parametrize("exact", (False, slow(True)))
 def test_the_command(exact, tmp_path):
     """Trains, saves, and writes on from what it saved."""
     options = ["--steps", "0" if exact else "1", "--new", "6", "--folder", str(tmp_path)]

@@ -83,6 +83,7 @@ def test_the_historical_bug_is_visible(one_device):
     assert np.mean(scrambled[-20:]) > np.mean(one_device[-20:]) + 0.1
 
 
+@pytest.mark.slow  # killed in exact arithmetic in test_processes_failures.py
 def test_a_killed_run_goes_on_at_another_degree(one_device, tmp_path):
     """Killed after its first checkpoint at degree 1, resumed at degree 4, and again at degree 2."""
     folder = tmp_path / "steps"
@@ -125,6 +126,7 @@ def test_a_killed_run_goes_on_at_another_degree(one_device, tmp_path):
             train(*wrong, folder)
 
 
+@pytest.mark.slow  # two processes end, and go on, in test_processes_failures.py
 def test_two_processes(tmp_path):
     """Two processes of two devices each read the same files and keep their parts."""
     with socket.socket() as free:

@@ -94,6 +94,7 @@ def test_the_blockwise_kernel():
     assert 0 < result["temporaries"] <= most_bytes(asked)
 
 
+@pytest.mark.slow  # a ring and its gradients, below
 def test_a_transfer_hides_under_the_attention_of_another_slice():
     """Transfers hide under the attention of the other chunk of heads; one chunk hides none."""
     options = compiler_options("tpu")
@@ -121,7 +122,8 @@ def under_splash(text: str) -> list[bool]:
     return [count > 0 for count in kernels_of_splash(text)]
 
 
-@pytest.mark.parametrize("order", (Zigzag(), slow(Contiguous()), slow(Striped())), ids=str)
+@pytest.mark.slow  # forward, and both ways at once, below
+@pytest.mark.parametrize("order", (Zigzag(), Contiguous(), Striped()), ids=str)
 def test_every_transfer_of_a_ring_of_splash_hides_under_a_kernel(order):
     """Forward one before the loop and one in it; two in that of the gradients, two after it."""
     layout = MeshLayout(order=order)

@@ -110,7 +110,7 @@ PLACES: dict[str, Any] = {
         WINDOW,
     ),
     # How far documents reach is found at run time.
-    "2 x 4, documents, both ways": (
+    "2 x 4, documents, both ways": slow(
         Where((2, 4), Zigzag(), BOTH_WAYS, block=4, **BESIDE_DATA),
         SAME_LENGTH,
         SEGMENTS,

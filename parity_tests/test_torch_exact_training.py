@@ -31,7 +31,7 @@ from torch_ref.exact.optimizer import adamw_numbers
 from torch_ref.exact.training_step import loss_and_gradients
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-STEPS = 5
+STEPS = 3
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ Arrays hold Python integers (of dtype object); numbers are so many times a power
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -14,11 +12,6 @@ from .. import arithmetic
 # Bits after the point of the series of sine and cosine, and pi with so many.
 POINT = 128
 PI = 0x3243F6A8885A308D313198A2E03707344
-
-
-def _elementwise(function: Callable[[int, int], int]) -> Callable[..., Any]:
-    """The function over arrays of Python integers, which broadcast."""
-    return np.frompyfunc(function, 2, 1)
 
 
 def on_grid(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +79,7 @@ def sine_and_cosine(angle: int, bits: int) -> tuple[float, float]:
     for n in range(1, 80):
         sums[(n - 1) % 2] += term if (n - 1) % 4 < 2 else -term
         term = ((term * x) >> POINT) // n
-    cosine, sine = (math.ldexp(rint(x, 96 - POINT), -96) for x in sums)
+    cosine, sine = (math.ldexp(x, -96) for x in rint(np.array(sums, object), 96 - POINT))
     return sine, cosine
 
 
@@ -98,19 +91,19 @@ def token(x: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     return e, (high, whole - (high << arithmetic.VALUE_DIGIT_BITS))
 
 
-@_elementwise
-def rint(n: int, shift: int) -> int:
+def rint(n: np.ndarray, shift: int | np.ndarray) -> np.ndarray:
     """n 2^shift to the nearest integer, half to even."""
-    if shift >= 0:
-        return n << shift
-    half = 1 << (-shift - 1)
-    return (n + half - 1 + (n >> -shift & 1)) >> -shift
+    shift = np.asarray(shift, object)
+    n, down = n << np.maximum(shift, 0), np.maximum(-shift, 0)
+    half = (1 << down) >> 1
+    is_even = 1 - (n >> down & 1)
+    return (n + half - is_even * (half > 0)) >> down
 
 
-@_elementwise
-def ceil(n: int, shift: int) -> int:
+def ceil(n: np.ndarray, shift: int | np.ndarray) -> np.ndarray:
     """n 2^shift to the next integer above it."""
-    return n << shift if shift >= 0 else -(-n >> -shift)
+    shift = np.asarray(shift, object)
+    return -(-(n << np.maximum(shift, 0)) >> np.maximum(-shift, 0))
 
 
 def exponent(x: np.ndarray, axis: int) -> np.ndarray:
