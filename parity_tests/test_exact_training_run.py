@@ -142,7 +142,7 @@ def test_a_llama_of_transformers_is_fine_tuned():
 
 def test_an_encoder_of_transformers_is_fine_tuned(monkeypatch):
     """Real text with padding; an attention to the padding is seen."""
-    config = encoder.Config(positions=32, features=32, hidden=64, layers=2, heads=4)
+    config = encoder.Config(positions=32, features=32, hidden=64, layers=1, heads=4)
     task = encoder_classifier.Task(config, steps=2, tokens=16)
     torch.manual_seed(0)
     bert = BertModel(

@@ -240,12 +240,12 @@ def one_large_gradient():
 SHORT = replace(SAME_LENGTH, N=2, K=1)
 OTHERS_WRONG = {
     "one device left out": (one_device_left_out, SHORT.inputs, {"out", "dq", "dk", "dv"}),
-    "logits of the last part": (logits_of_the_last_part, SHORT.inputs, {"out"}),
-    "anchors of its own": (anchors_of_its_own, one_large_gradient, {"dk", "dv"}),
-    "own keys forgotten": (own_keys_forgotten, SHORT.inputs, {"out", "dq"}),
-    "sums that stay away": (sums_that_stay_away, SHORT.inputs, {"dk", "dv"}),
+    "logits of the last part": slow(logits_of_the_last_part, SHORT.inputs, {"out"}),
+    "anchors of its own": slow(anchors_of_its_own, one_large_gradient, {"dk", "dv"}),
+    "own keys forgotten": slow(own_keys_forgotten, SHORT.inputs, {"out", "dq"}),
+    "sums that stay away": slow(sums_that_stay_away, SHORT.inputs, {"dk", "dv"}),
     "blocks in parts": (blocks_in_parts, SHORT.inputs, {"dq", "dk", "dv"}),
-    "padding that counts": (padding_that_counts, SHORT.inputs, {"out"}),
+    "padding that counts": slow(padding_that_counts, SHORT.inputs, {"out"}),
 }
 
 
