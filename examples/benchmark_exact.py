@@ -128,6 +128,7 @@ def runs_of(tokens: int, heads: int, head_dim: int) -> dict[str, list[Run]]:
         cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
         runs["jax.nn bfloat16, cuDNN"] = jax_runs(cudnn, inputs, jnp.bfloat16)
     runs["exact"] = jax_runs(exact_attention, inputs)
+    runs["exact, bfloat16"] = jax_runs(exact_attention, inputs, jnp.bfloat16)
     runs["its products alone"] = products_alone(tokens, heads, head_dim)
     if tokens <= REFERENCE_TOKENS:
         runs["torch_ref exact"] = torch_runs(torch_exact_attention, inputs, False)
