@@ -183,6 +183,7 @@ def test_pictures_of_what_was_measured(tmp_path):
     assert done.exit_code == 2
 
 
+@pytest.mark.slow  # the collectives of a step are counted in test_decoding_cache.py
 def test_what_a_decoding_step_sends(tmp_path):
     """Decoding sends two all-reduces of 4 B N (V + 2) bytes, as its page says; by heads nothing."""
     file = tmp_path / "decoding.json"
