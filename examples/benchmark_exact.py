@@ -3,11 +3,12 @@
     python examples/benchmark_exact.py
     python examples/benchmark_exact.py --tokens 2048 --tokens 8192 --json results.json
 
-Causal attention of one sequence, 8 heads of 64 channels, float32, forward alone and forward with
-gradients, on JAX's default device. Medians of repeats that take turns, after a warm-up. Ratios are
-to `torch sdpa`: PyTorch's fused float32 kernel, blockwise and causal blocks skipped, on the CPU;
-without PyTorch's row, as on a GPU that only JAX sees, to `jax.nn`. `jax.nn` holds all the weights,
-so it is left out beyond 4096 tokens. On a GPU there is a row of `jax.nn` in bfloat16 by cuDNN.
+Causal attention of one sequence, 8 heads of 64 channels, float32 (one row has inputs of bfloat16),
+forward alone and forward with gradients, on JAX's default device. Medians of repeats that take
+turns, after a warm-up. Ratios are to `torch sdpa`: PyTorch's fused float32 kernel, blockwise and
+causal blocks skipped, on the CPU; without PyTorch's row, as on a GPU that only JAX sees, to
+`jax.nn`. `jax.nn` holds all the weights, so it is left out beyond 4096 tokens. On a GPU there is a
+row of `jax.nn` in bfloat16 by cuDNN.
 
 First the certificate: whether this device gives exact attention the bits of every other.
 """

@@ -62,8 +62,10 @@ def main(
     """Trains a decoder on bytes; resumes what the folder holds."""
     _check_names(attention=attention, strategy=strategy, order=order)
     _check_features(features, data if fsdp else 1)
-    if not 0 < learning_rate < math.inf:
-        raise typer.BadParameter(f"--learning-rate {learning_rate} is none. Write 1e-3.")
+    if not 0 <= learning_rate < 2.0**127:
+        raise typer.BadParameter(
+            f"--learning-rate must be finite and at least 0, got {learning_rate}. Write 1e-3."
+        )
     processes = _started(
         coordinator, processes, process, distributed, start_within=start_within, patience=patience
     )

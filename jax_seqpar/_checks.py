@@ -193,12 +193,12 @@ def check_finite(name: str, x: Any, usual: float, least: float = 0.0) -> None:
 
 
 def check_decay_rate(name: str, x: Any, usual: float) -> None:
-    """Raises ValueError unless the decay rate of a moment is from 0 to below 1, in float32."""
-    if not 0 <= np.float32(x) < 1:
-        raise ValueError(
-            f"{name} must be from 0 to below 1 in float32, got {x!r}: at 1 a moment never forgets, "
-            f"and its correction divides by 0. Write {usual}."
-        )
+    """Raises ValueError unless the decay rate of a moment is from 0 to below 1, in float32.
+
+    At 1 the correction of the moment, `1 / (1 - rate^t)`, is infinite.
+    """
+    if not 0 <= float(x) < 1 - 2.0**-25:
+        raise ValueError(f"{name} must be from 0 to below 1 in float32, got {x!r}. Write {usual}.")
 
 
 def check_count(name: str, n: Any) -> None:

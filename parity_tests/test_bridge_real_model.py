@@ -136,7 +136,7 @@ def test_historical_versions_are_caught(results):
         assert result.passed, _explain(result)
 
 
-@pytest.mark.slow  # files of other numbers do, in `test_cli`
+@pytest.mark.slow  # files of other numbers do, in `test_parity_command.py`
 def test_files_go_through_the_command(example, layers, tmp_path):
     path = example.write(layers, tmp_path)[0]
     inputs = load_inputs(path)

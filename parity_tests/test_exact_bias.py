@@ -384,7 +384,7 @@ def test_a_bias_alone_is_sharded():
             device_gradients(Exact(), given, [placed])
         query, key, value = (given[n] for n in ("query", "key", "value"))
         mask = jax.device_put(np.ones((1, 1, 16, 16), bool), bias_spec)
-        with pytest.raises(ValueError, match=r"array bool\[.*@seq,16\] is sharded.*Write jax_seq"):
+        with pytest.raises(ValueError, match=r"mask bool\[.*@seq,16\] is sharded.*Write jax_seq"):
             Exact()(query, key, value, mask=Mask(array=mask))
         segments = (jax.device_put(np.ones((2, 16), int), grad_spec), np.ones((2, 16), int))
         with pytest.raises(ValueError, match=r"segment_ids int.*@seq\] is sharded.*Write jax_seq"):

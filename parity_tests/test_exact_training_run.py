@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -142,7 +143,7 @@ def test_a_llama_of_transformers_is_fine_tuned():
 
 def test_an_encoder_of_transformers_is_fine_tuned(monkeypatch):
     """Real text with padding; an attention to the padding is seen."""
-    config = encoder.Config(positions=32, features=32, hidden=64, layers=1, heads=4)
+    config = encoder.Config(positions=32, features=32, hidden=64, layers=2, heads=4)
     task = encoder_classifier.Task(config, steps=2, tokens=16)
     torch.manual_seed(0)
     bert = BertModel(
@@ -183,6 +184,32 @@ def test_an_encoder_of_transformers_is_fine_tuned(monkeypatch):
     monkeypatch.setattr(torch_encoder, "exact_attention", without_mask)
     planted_steps = finetune_encoder.train_in_torch(replace(task, steps=1), start)
     assert planted_steps[0].loss_bits != steps[0].loss_bits
+
+
+def test_ctrl_c_ends_the_fine_tuning_in_both_frameworks(monkeypatch):
+    """PyTorch's thread, which Ctrl-C does not reach, makes no step more than it is in."""
+    steps = []
+
+    def in_torch(task, start, *, on_step):
+        for _ in range(1000):
+            on_step()
+            steps.append(time.sleep(0.01))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name, instead in (
+        ("pretrained", lambda task: None),
+        ("start_of", lambda *_: None),
+        ("train_in_torch", in_torch),
+        ("train_in_flax", interrupted),
+    ):
+        monkeypatch.setattr(finetune_encoder, name, instead)
+    monkeypatch.setattr(finetune_encoder.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(finetune_encoder.jax.config, "update", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_encoder.main(steps=1000, layers=1)
+    assert len(steps) < 100
 
 
 @pytest.mark.slow  # one program more

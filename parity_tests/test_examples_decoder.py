@@ -191,13 +191,14 @@ def test_offloading_is_of_what_is_computed_again():
 
 
 def test_computing_again_changes_no_bit_of_exact_arithmetic():
-    """A loop over stacked blocks, whose dropout keys are those of blocks in turn."""
-    where, _ = ALONE
+    """A loop over stacked blocks, on a mesh, whose dropout keys are those of blocks in turn."""
     options = {"kernel": Exact(), "arithmetic": ExactArithmetic()}
+    on_mesh, _ = PLACES["data 2, degree 4, FSDP"]
+    again = {"remat": True, "sharding": FSDP}
     results = []
-    for remat in (False, True):
+    for where, more in ((ALONE[0], {}), (on_mesh, again)):
         config = Config(**SIZES, layers=2, dropout=0.1)
-        trainer = Trainer((where, options | {"remat": remat}), KINDS[0], config)
+        trainer = Trainer((where, options | more), KINDS[0], config)
         with jax.set_mesh(trainer.mesh):
             results.append(trainer.gradient(trainer.params, trainer.batch))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from cases import slow
 from decoder import Config
-from long_context_training import Run, Text, read, train
+from long_context_training import Run, read, train
 from loss_by_degree import planted_bug
 from train_long_context import app
 from typer.testing import CliRunner
@@ -115,15 +114,6 @@ def test_a_killed_run_goes_on_at_another_degree(one_device, tmp_path):
     losses = train(run(2), TEXT, CONFIG, folder)
     assert losses[: first + 5] == part
     assert far(losses, one_device) < 1e-3
-    other = Text(TEXT.rows[::-1].copy(), TEXT.segments[::-1].copy())
-    for wrong in (
-        (run(2, learning_rate=1e-3), TEXT, CONFIG),
-        (run(2), other, CONFIG),
-        (run(2), TEXT, replace(CONFIG, features=CONFIG.features * 2)),
-        (run(2), TEXT, replace(CONFIG, layers=CONFIG.layers + 1)),
-    ):
-        with pytest.raises(ValueError, match=r"holds a training of .* Give another folder"):
-            train(*wrong, folder)
 
 
 @pytest.mark.slow  # two processes end, and go on, in test_processes_failures.py
@@ -190,7 +180,7 @@ def test_the_command_writes_a_plot(tmp_path):
     (
         (["--degree", "64"], "needs 64 devices, here are 8"),
         (["--attention", "flash"], "must be one of auto, blockwise, exact"),
-        (["--learning-rate", "nan"], "--learning-rate nan is none"),
+        (["--learning-rate", "nan"], "--learning-rate must be finite and at least 0, got nan"),
         (["--process", "1"], "several processes need --coordinator"),
         (["--coordinator", "localhost:1", "--process", "1"], "--process is from 0 to 0, got 1"),
         (["no-such-file"], "does not exist"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import KINDS, ONE_AXIS
+from cases import KINDS, ONE_AXIS, slow
 from decoder import Decoder, Placement
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -195,8 +195,7 @@ def sampler() -> np.ndarray:
     return sampled(4, exact=True)
 
 
-@pytest.mark.slow  # that of PyTorch, below, has the bits of every degree
-@pytest.mark.parametrize("degree", (1, 2, 8))
+@pytest.mark.parametrize("degree", (slow(1), slow(2), 8))
 def test_the_sampler_is_on_the_policy_of_the_trainer(sampler, degree):
     """The sampler's log-probabilities, with a cache on four devices, are the trainer's bits."""
     taken = ~np.isnan(sampler)

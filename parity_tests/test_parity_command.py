@@ -496,6 +496,23 @@ def test_files_of_ones_own(tmp_path):
         assert (leaf["dtype_a"], leaf["shape_a"]) == (dtype, shape)
 
 
+def test_exact_bits_of_a_file(monkeypatch, tmp_path):
+    """Of 16 bits, with the gradient of the file, they are those of PyTorch on one device."""
+    half = random_inputs(ml_dtypes.bfloat16, ("query", "key", "value", "grad"), tokens=6)
+    write(tmp_path / "half.safetensors", half)
+
+    def only_exact(*asked):
+        return [check for check in plan(*asked) if check.name == "half exact"]
+
+    monkeypatch.setattr(parity_question, "plan", only_exact)
+    file = tmp_path / "results.json"
+    result = seqpar("--degree=2", "--input", tmp_path / "half.safetensors", "--json", file)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(file.read_text())["results"]
+    given = torch_exact({name: half[name] for name in (*QKV, "grad")}, is_causal=True)
+    assert found["sha256"] == digest(given)
+
+
 def test_the_labels_of_files_with_exact_attention(planned, tmp_path):
     for name in ("acts.npz", "half.safetensors"):
         write(tmp_path / name, random_inputs(np.float32, ("query", "key", "value")))

@@ -39,6 +39,13 @@ def seqpar(*options: str, columns: int = 500) -> Any:
     return CliRunner().invoke(app, ["plan", *options], env={"COLUMNS": str(columns)})
 
 
+def test_a_decoder_whose_devices_hold_copies_of_a_kv_head():
+    sizes = ("--heads", "8", "--kv-heads", "2", "--head-dim", "4", "--features", "32")
+    options = ("--topology", "cpu:4", "--mesh", "tensor=4", "--tokens", "64", "--layers", "1")
+    result = seqpar("decoder", *options, *sizes, "--hidden", "32", "--vocabulary", "64")
+    assert result.exit_code == 0, result.output
+
+
 def test_a_decoder_for_simulated_devices(tmp_path):
     """Two plans of a decoder are equal but for the seconds; JSON and program are written."""
     found = []
@@ -164,7 +171,7 @@ REFUSED = {
     ),
     "a strategy without its axis": (
         ("--topology", "cpu:8", "--mesh", "data=8", "--strategy", "ring"),
-        "--strategy ring would change nothing: no axis of --mesh data=8 shares the tokens",
+        "--strategy ring would change nothing: no axis of the mesh data=8 shares the tokens",
     ),
     "an axis twice": (
         ("--topology", "cpu:4", "--mesh", "data=4,data=4"),
@@ -186,12 +193,13 @@ REFUSED = {
     ),
     "heads that do not divide": (
         ("--topology", "cpu:6", "--mesh", "tensor=3,seq=2", "--tokens", "1K"),
-        "--heads 32 is not divisible by the 3 devices of mesh axis tensor in --mesh "
-        "tensor=3,seq=2. Write tensor= one of 1, 2, 4, 8, and another axis larger",
+        "--heads 32 is not divisible by the 3 devices of mesh axis tensor in the "
+        "mesh tensor=3,seq=2. Write tensor= one of 1, 2, 4, 8, and another axis larger",
     ),
     "KV heads that do not divide": (
         ("--topology", "cpu:8", "--mesh", "tensor=8", "--kv-heads", "4"),
-        "--kv-heads 4 is not divisible by the 8 devices of mesh axis tensor",
+        "--kv-heads 4 is not divisible by the 8 devices of mesh axis tensor in the mesh tensor=8. "
+        "Write tensor= one of 1, 2, 4, and another axis larger",
     ),
     "a step that does not divide": (
         ("--topology", "v5e:2x4", "--largest", "--step", "1001"),
@@ -219,7 +227,7 @@ REFUSED = {
     ),
     "a hybrid of one axis": (
         ("--topology", "v5e:2x4", "--strategy", "hybrid-ring"),
-        "works on two mesh axes of the tokens, and --mesh seq=8 has 1. Write them",
+        "works on two mesh axes of the tokens, and the mesh seq=8 has 1. Write them",
     ),
     "other GPUs": (("--topology", "h200:8"), '"a100.json:8" for other GPUs, which a file'),
     "a strategy": (("--topology", "v5e:2x4", "--strategy", "x"), "--strategy 'x' is unknown"),

@@ -213,6 +213,7 @@ def test_sigterm_saves_and_leaves(tmp_path):
         script.send_signal(signal.SIGTERM)
         seen += script.communicate(timeout=120)[0]
     assert script.returncode == 75, seen
+    assert seen.count("step 6 of") == 1, "process 0 alone tells of its steps"
     told = re.findall(r"SIGTERM after step (\d+) of 1000000, saved: start again with the", seen)
     assert len(told) == 2
     made = int(told[0])

@@ -362,7 +362,7 @@ OUT_OF_RANGE = {
     "b2": (lambda x: optimizer.adamw_numbers(1, 1e-3, b2=x), (NAN, INF, -0.1, 1.0)),
     "eps of AdamW": (lambda x: optimizer.adamw_numbers(1, 1e-3, eps=x), (NAN, INF, 0.0, 1e-39)),
     "weight_decay": (lambda x: optimizer.adamw_numbers(1, 0.1, weight_decay=x), (NAN, INF, -0.1)),
-    "momentum": (lambda x: optimizer.sgd(ROW, ROW, ROW, lr=0.1, momentum=x), (NAN, INF, 1.0)),
+    "momentum": (lambda x: optimizer.sgd(ROW, ROW, ROW, lr=0.1, momentum=x), (NAN, INF, -0.1)),
     "lr of SGD": (lambda x: optimizer.sgd(ROW, ROW, ROW, lr=x, momentum=0.9), (NAN, INF, -1.0)),
 }
 

@@ -16,7 +16,7 @@ import pytest
 from cases import slow
 from decoder import Config
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from long_context_training import Run, read, train
+from long_context_training import Run, Text, read, train
 
 from jax_seqpar.training import digest_arrays
 
@@ -193,3 +193,24 @@ def test_numbers_of_64_bits_count_whole_where_jax_has_32():
         ValueError, match=r"^\['a'\] is no array of numbers, but int of object\. Leave it"
     ):
         digest_arrays({"a": 2**70})
+
+
+OTHER_TRAININGS = {
+    "rate": (replace(RUN, learning_rate=1e-4), TEXT, CONFIG),
+    "text": (RUN, Text(TEXT.rows[::-1].copy(), TEXT.segments[::-1].copy()), CONFIG),
+    "features": (RUN, TEXT, replace(CONFIG, features=2 * CONFIG.features)),
+    "layers": (RUN, TEXT, replace(CONFIG, layers=CONFIG.layers + 1)),
+}
+
+
+@pytest.mark.parametrize(("run", "text", "config"), OTHER_TRAININGS.values(), ids=OTHER_TRAININGS)
+def test_a_checkpoint_of_another_training_is_refused(saved, run, text, config):
+    folder, *_ = saved
+    with pytest.raises(ValueError, match=r"holds a training of .* Give another folder"):
+        train(run, text, config, folder)
+
+
+def test_more_steps_than_asked_for_are_refused(saved):
+    folder, *_ = saved
+    with pytest.raises(ValueError, match=r"of 4 steps, and 3 were asked for. Ask for more"):
+        train(replace(RUN, steps=3), TEXT, CONFIG, folder)

@@ -102,14 +102,14 @@ class Question:
         mesh = mesh_as_text(self.mesh)
         if strategy is not None and not axes:
             raise ValueError(
-                f"--strategy {strategy} would change nothing: no axis of --mesh {mesh} "
+                f"--strategy {strategy} would change nothing: no axis of the mesh {mesh} "
                 f"shares the tokens. Write one more, as --mesh data=2,seq=4, or leave --strategy "
                 f"out."
             )
         if isinstance(self.strategy, Hybrid) and len(axes) != 2:
             raise ValueError(
                 f"--strategy {strategy} works on two mesh axes of the tokens, and "
-                f"--mesh {mesh} has {len(axes)}. Write them major to minor, as --mesh "
+                f"the mesh {mesh} has {len(axes)}. Write them major to minor, as --mesh "
                 f"ring=2,seq=8, without --sweep degree."
             )
 
@@ -186,11 +186,15 @@ class Question:
         sizes |= {"dtype": DTYPES[self.given["dtype"] or "bf16"], "layout": layout}
         sizes |= {"strategy": self.strategy, "train": bool(self.given["train"])}
         if what == "layer":
-            return _with_shared_heads(AttentionLayer(**sizes), mesh)
+            layer = AttentionLayer(**sizes)
+            _check_heads(layer.heads, layer.kv_heads, mesh)
+            return layer
         if self.given["vocabulary"] is not None:
             sizes["vocabulary"] = size_of(self.given["vocabulary"])
         of_decoder = self._given("layers", "features", "hidden", "tiles", "offload")
-        return DecoderStep(_with_shared_heads(Decoder(**sizes, **of_decoder), mesh))
+        decoder = Decoder(**sizes, **of_decoder)
+        _check_heads(decoder.heads, decoder.kv_heads, mesh, copies=True)
+        return DecoderStep(decoder)
 
     def _from_file(self, tokens: int) -> FromFile:
         """The function of a file, with tokens if the call names any."""
@@ -204,19 +208,27 @@ class Question:
         return {x: self.given[x] for x in options if self.given[x] is not None}
 
 
-def _with_shared_heads(sized: Any, mesh: dict[str, int]) -> Any:
-    """A layer or decoder whose heads the devices share equally, or ValueError."""
+def _check_heads(heads: int, kv_heads: int, mesh: dict[str, int], *, copies: bool = False) -> None:
+    """Raises ValueError for heads that the devices of mesh axis tensor cannot share equally.
+
+    Args:
+      copies: whether a KV head may have copies, as in a decoder, which computes its keys; those of
+        a layer are given, as shards.
+    """
+
+    def fits(devices: int) -> bool:
+        few = copies and devices % kv_heads == 0
+        return heads % devices == 0 and (kv_heads % devices == 0 or few)
+
     devices = _devices(mesh, layout_of(mesh).heads)
-    for option, heads in (("heads", sized.heads), ("kv-heads", sized.kv_heads)):
-        if heads % devices:
-            common = math.gcd(sized.heads, sized.kv_heads)
-            degrees = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            raise ValueError(
-                f"--{option} {heads} is not divisible by the {devices} devices of mesh axis "
-                f"tensor in --mesh {mesh_as_text(mesh)}. Write tensor= one of {degrees}, and "
-                f"another axis larger."
-            )
-    return sized
+    if not fits(devices):
+        option, size = ("heads", heads) if heads % devices else ("kv-heads", kv_heads)
+        others = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
+        raise ValueError(
+            f"--{option} {size} is not divisible by the {devices} devices of mesh axis tensor in "
+            f"the mesh {mesh_as_text(mesh)}. Write tensor= one of {others}, and another axis "
+            f"larger."
+        )
 
 
 def _devices(mesh: dict[str, int], axes: Any) -> int:

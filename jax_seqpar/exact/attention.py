@@ -141,7 +141,8 @@ class Exact(Kernel):
     ) -> Array:
         added = dict(arrays_of(spec.logits))
         check_of_one_device({"query": query, "key": key, "value": value, **added})
-        check_of_one_device(dict(arrays_of(spec.mask)))
+        named = {"mask" if name == "array" else name: x for name, x in arrays_of(spec.mask)}
+        check_of_one_device(named)
         sharing = 1 if self.shared_heads is None else self.shared_heads.devices
         check(query, key, value.shape[3], added, sharing, 1 if turns is None else turns.degree)
         bias = added.pop("bias", None)

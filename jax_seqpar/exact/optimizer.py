@@ -51,8 +51,9 @@ def adamw(
         all of them if None.
 
     Raises:
-      ValueError: for a number that is not finite in float32 or out of range; tracers and schedules
-        are not asked.
+      ValueError: for a number that is not finite in float32 or out of range. A schedule is not
+        asked, nor are tracers, which the learning rate and epsilon may be; the other numbers are
+        Python's: `optax.inject_hyperparams(adamw, static_args=("b1", "b2", "weight_decay"))`.
     """
     check_decay_rate("b1", b1, 0.9)
     check_decay_rate("b2", b2, 0.999)
@@ -94,7 +95,7 @@ def sgd(
 
     Arguments and errors are those of `adamw`.
     """
-    check_decay_rate("momentum", momentum, 0.9)
+    check_finite("momentum", momentum, 0.9)
     _check_rates(learning_rate, weight_decay)
 
     def init(params: Any) -> tuple[Array, Any]:

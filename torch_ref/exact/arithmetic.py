@@ -58,12 +58,12 @@ def check_finite(name: str, x: float, usual: float, least: float = 0.0) -> None:
 
 
 def check_decay_rate(name: str, x: float, usual: float) -> None:
-    """Raises ValueError unless the decay rate of a moment is from 0 to below 1, in float32."""
+    """Raises ValueError unless the decay rate of a moment is from 0 to below 1, in float32.
+
+    At 1 the correction of the moment, `1 / (1 - rate^t)`, is infinite.
+    """
     if not 0 <= nearest32(x) < 1:
-        raise ValueError(
-            f"{name} must be from 0 to below 1 in float32, got {x!r}: at 1 the moment keeps all, "
-            f"and 1 / (1 - {name}^t) is infinite. Write {usual}."
-        )
+        raise ValueError(f"{name} must be from 0 to below 1 in float32, got {x!r}. Write {usual}.")
 
 
 def exponent(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:

@@ -101,10 +101,9 @@ def sgd(
     """One step of a tensor: the new weight and momentum, of float32.
 
     `m = R(mu m + g)` and `w (+) R(-lr R(m + wd w))`, the numbers as the nearest float32. Raises
-    ValueError for a momentum that is not from 0 to below 1, a rate or a decay that is not finite
-    or below 0.
+    ValueError for one that is below 0, or not finite in float32.
     """
-    check_decay_rate("momentum", momentum, 0.9)
+    check_finite("momentum", momentum, 0.9)
     check_finite("lr", lr, 1e-3)
     check_finite("weight_decay", weight_decay, 0.01)
     m = R(nearest32(momentum) * flush(m) + flush(g))
