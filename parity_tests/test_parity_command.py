@@ -497,7 +497,7 @@ def test_files_of_ones_own(tmp_path):
 
 
 def test_exact_bits_of_a_file(monkeypatch, tmp_path):
-    """Of 16 bits, with the gradient of the file, they are those of PyTorch on one device."""
+    """The bits for a file of 16-bit arrays and a gradient are those of PyTorch on one device."""
     half = random_inputs(ml_dtypes.bfloat16, ("query", "key", "value", "grad"), tokens=6)
     write(tmp_path / "half.safetensors", half)
 
