@@ -17,6 +17,7 @@ from .training_questions import ANGLE_BITS
 
 
 def jax_operations() -> Operations:
+    """Operations of `jax_seqpar.exact`, each compiled, from and to arrays of NumPy."""
     return Operations(
         exp=_on_arrays(elementary.exp),
         dot=_on_arrays(arithmetic.exact_dot),
